@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+# Entry points for work on the project. The build itself is CMakeLists.txt; `pip install` runs it.
+PYTHON ?= python3
+PRESETS = release debug clang asan ubsan tsan
+C_FILES = git ls-files -z --cached --others --exclude-standard 'csrc/*.c' 'csrc/*.h'
+PY_DIRS = gemma4 tests tools benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help dev test lint format notebooks bench ci clean $(PRESETS)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  make release | debug | clang | asan | ubsan | tsan     csrc/ without Python, and its C test program"
+
+dev: ## editable install with the test and lint tools (rebuild: run it again)
+	$(PYTHON) -m pip install -e ".[test,dev,plot]"
+
+test: ## every test (make test ARGS="-k sampling -x")
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: ## ruff, pyright, clang-format, layers: changes nothing
+	$(PYTHON) -m ruff check $(PY_DIRS)
+	$(PYTHON) -m ruff format --check $(PY_DIRS)
+	$(PYTHON) -m pyright
+	$(C_FILES) | xargs -0 clang-format --dry-run --Werror
+	$(PYTHON) tools/check_layers.py
+
+format: ## let ruff and clang-format rewrite the sources
+	$(PYTHON) -m ruff check --fix $(PY_DIRS)
+	$(PYTHON) -m ruff format $(PY_DIRS)
+	$(C_FILES) | xargs -0 clang-format -i
+
+$(PRESETS):
+	cmake --preset $@
+	cmake --build --preset $@ --parallel
+	ctest --preset $@
+
+notebooks: ## execute every notebook in place
+	$(PYTHON) -m jupyter execute --inplace notebooks/*.ipynb
+
+bench: ## speed and memory against the peers (make bench ARGS="--model DIR --transformers")
+	$(PYTHON) benchmarks/run.py $(ARGS)
+
+ci: ## what continuous integration runs, from nothing
+	.ci/run
+
+clean: ## remove build products
+	rm -rf build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
