@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages to a prompt, by the checkpoint's own chat template, and a model's turn back into its parts.
+
+A template is a program from a stranger: it runs in jinja2's sandbox, sees plain JSON values only, and its size, its
+output and its multiplications are bounded. The environment is the one transformers gives templates
+(utils/chat_template_utils.py), so the same template writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import jinja2
+import numpy as np
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_indent
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+
+from gemma4.errors import FormatError
+from gemma4.tokenizer import Tokenizer
+from gemma4.turn import ModelTurn, ToolCall, parse_turn
+
+__all__ = ["ChatTemplate", "ModelTurn", "ToolCall", "encode_chat", "parse_turn"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_MAX_TEMPLATE, _MAX_OUTPUT, _MAX_PRODUCT, _MAX_DEPTH = 1 << 20, 1 << 26, 1 << 20, 64
+_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names a message's thoughts go by; the first is passed on
+_SEAM = "\ue0f4"  # private-use character that marks a cut through a control token
+
+
+class ChatTemplate:
+    """A compiled chat template. Raises FormatError if the source is not valid jinja2 or longer than 1 MiB.
+
+    tokens: what the template may write as bos_token, eos_token, pad_token, unk_token.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str] | None = None) -> None:
+        if len(source) > _MAX_TEMPLATE:
+            raise FormatError(f"the chat template has {len(source)} characters, the limit is {_MAX_TEMPLATE}")
+        self.source = source
+        self.tokens = _TOKENS | dict(tokens or {})
+        try:
+            self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
+            raise FormatError(f"the chat template is not valid: {str(error)[:300]}") from None
+
+    @classmethod
+    def load(cls, directory: str | Path) -> ChatTemplate | None:
+        """From chat_template.jinja, else chat_template.json, else tokenizer_config.json; None if none has a template.
+
+        Raises FormatError if one of them is damaged.
+        """
+        directory = Path(directory)
+        config = _json_object(directory / "tokenizer_config.json")
+        tokens = {name: text for name in _TOKENS if (text := _token_text(config.get(name))) is not None}
+        file = directory / "chat_template.jinja"
+        if file.is_file():
+            return cls(_read_text(file), tokens)
+        for table in (_json_object(directory / "chat_template.json"), config):
+            source = _named_template(table.get("chat_template"))
+            if source is not None:
+                return cls(source, tokens)
+        return None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt, which starts with bos_token exactly once.
+
+        messages: {"role": system|developer|user|assistant|tool, "content": str or parts, ...}; see `check_messages`.
+        tools: JSON schemas ({"type": "function", "function": {...}}, or the inner object alone).
+        enable_thinking None leaves the template's default; kwargs go to the template as they are.
+        Raises ValueError (bad messages or tools, or the template itself refused them: its words are in the message).
+        """
+        values: dict[str, Any] = {**self.tokens, **_plain(kwargs), "add_generation_prompt": bool(add_generation_prompt)}
+        values |= {"messages": check_messages(messages), "tools": _tools(tools)}
+        values.setdefault("documents", None)
+        if enable_thinking is not None:
+            values["enable_thinking"] = bool(enable_thinking)
+        return self._once(self._run(values))
+
+    def _run(self, values: dict[str, Any]) -> str:
+        out: list[str] = []
+        size = 0
+        try:
+            for text in self._template.generate(values):
+                out.append(text)
+                size += len(text)
+                if size > _MAX_OUTPUT:
+                    raise ValueError(f"the chat template wrote more than {_MAX_OUTPUT} characters")
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+            raise ValueError(f"the chat template failed: {str(error)[:500]}") from error
+        return "".join(out)
+
+    def _once(self, text: str) -> str:
+        bos = self.tokens["bos_token"]
+        while bos and text.startswith(bos):
+            text = text[len(bos) :]
+        return bos + text
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    trust_content: bool = True,
+    **kwargs: Any,
+) -> NDArray[np.int32]:
+    """Messages to token ids, int32 [pos], <bos> exactly once. `kwargs` as in `ChatTemplate.render`.
+
+    trust_content=False keeps user and tool messages from writing control tokens: "<|turn>" in them becomes characters.
+    """
+    if trust_content:
+        return tokenizer.encode(template.render(messages, **kwargs))
+    control = sorted((tokenizer.id_to_piece(token) for token in tokenizer.special_ids), key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+    guarded = [_guard(m, pattern) if m.get("role") in ("user", "tool") else m for m in check_messages(messages)]
+    # A control token cut in two is encoded as two texts, neither of which is one.
+    first, *rest = template.render(guarded, **kwargs).split(_SEAM)
+    return np.concatenate([tokenizer.encode(first), *(tokenizer.encode(text, bos=False) for text in rest)])
+
+
+def _guard(value: Any, pattern: re.Pattern[str]) -> Any:
+    if isinstance(value, str):
+        return pattern.sub(lambda m: m[0][0] + _SEAM + m[0][1:], value.replace(_SEAM, ""))
+    if isinstance(value, dict):
+        return {key: item if key in ("role", "type") else _guard(item, pattern) for key, item in value.items()}
+    return [_guard(item, pattern) for item in value] if isinstance(value, list) else value
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A copy of the messages in plain JSON types, checked. "model" is read as "assistant".
+
+    Each needs a known role and content: a string, or a list of parts with a "type", or (assistant) tool_calls or
+    tool_responses instead. tool_calls whose arguments are a JSON string get them parsed, as templates want mappings.
+    Thoughts under "thinking" or "reasoning" also go to "reasoning_content". Raises ValueError naming the message.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise ValueError(f'messages must be a list of {{"role", "content"}} objects, got {type(messages).__name__}')
+    if not messages:
+        raise ValueError("there are no messages")
+    return [_check_message(i, _plain(message)) for i, message in enumerate(messages)]
+
+
+def _check_message(i: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"message {i} must be an object with role and content, got {message!r:.80}")
+    role = "assistant" if message.get("role") == "model" else message.get("role")
+    if role not in ROLES:
+        raise ValueError(f"message {i} has the role {role!r:.80}; known: {', '.join(ROLES)}")
+    content = message.get("content")
+    if content is None and not (role == "assistant" and (message.get("tool_calls") or message.get("tool_responses"))):
+        raise ValueError(f"message {i} ({role}) has no content")
+    if isinstance(content, list) and not all(isinstance(p, dict) and isinstance(p.get("type"), str) for p in content):
+        raise ValueError(f'message {i} ({role}): each part of content must be an object with a "type"')
+    if role != "tool" and not isinstance(content, str | list | None):
+        raise ValueError(f"message {i} ({role}): content must be a string or a list of parts, got {content!r:.80}")
+    message = {**message, "role": role}
+    if message.get("tool_calls") is not None:
+        message["tool_calls"] = _check_calls(i, message["tool_calls"])
+    thoughts = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    return message if thoughts is None else {"thinking": thoughts, **message, "reasoning_content": thoughts}
+
+
+def _check_calls(i: int, calls: Any) -> list[dict[str, Any]]:
+    out = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            wanted = '{"function": {"name", "arguments"}}'
+            raise ValueError(f"message {i}: a tool call must be {wanted}, got {call!r:.80}")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _json_arguments(i, arguments)
+        out.append({**call, "function": {**function, "arguments": arguments}})
+    return out
+
+
+def _json_arguments(i: int, text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f"message {i}: the arguments of a tool call must be a JSON object, got {text!r:.80}")
+    return arguments
+
+
+def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
+    out = []
+    for tool in tools or ():
+        plain = _plain(tool) if isinstance(tool, Mapping) else None
+        if plain is not None and "function" not in plain and "name" in plain:
+            plain = {"type": "function", "function": plain}
+        if plain is None or not isinstance(plain.get("function"), dict) or "name" not in plain["function"]:
+            raise ValueError(f'a tool must be {{"type": "function", "function": {{"name", …}}}}, got {tool!r:.80}')
+        out.append(plain)
+    return out or None
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """value in exact JSON types; anything else (an image, an array) becomes "<its type>": templates do not read those."""
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"messages, tools and template arguments may be nested {_MAX_DEPTH} deep")
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item(), depth + 1)
+    if isinstance(value, str):
+        return str.__str__(value)  # enums and other subclasses, stripped of what they add
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    return f"<{type(value).__name__}>"
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Refuses products, powers and widths that make something huge out of a short template."""
+
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and not (_small(left, 1e6) and _small(right, 64)):
+            raise SecurityError("a power in the chat template is too large")
+        if operator == "*" and _repeats(left, right) > _MAX_PRODUCT:
+            raise SecurityError("a repetition in the chat template is too large")
+        if operator == "%" and isinstance(left, str):
+            raise SecurityError("%-formatting is not allowed in chat templates; use ~")
+        return super().call_binop(context, operator, left, right)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        # Padding and formatting methods make a gigabyte out of a number; no chat format needs them.
+        banned = ("format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs")
+        return super().is_safe_attribute(obj, attr, value) and not (isinstance(obj, str) and attr in banned)
+
+
+def _repeats(left: Any, right: Any) -> float:
+    """Length of sequence * number; 0 for numbers."""
+    for items, times in ((left, right), (right, left)):
+        if isinstance(items, str | list | tuple):
+            return len(items) * times if isinstance(times, int) else float("inf")
+    return 0
+
+
+def _small(value: Any, limit: float) -> bool:
+    return isinstance(value, int | float) and abs(value) <= limit
+
+
+class _GenerationBlock(Extension):
+    """{% generation %} … {% endgeneration %}, which marks assistant text for training, renders as its body."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Any) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> _Sandbox:
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
+    for name in ("lipsum", "cycler", "joiner"):
+        env.globals.pop(name, None)
+    for name in ("format", "center", "indent", "wordwrap", "filesizeformat", "pprint"):
+        env.filters.pop(name, None)
+    env.filters["indent"] = _indent
+    env.filters["tojson"] = _tojson
+    env.globals["raise_exception"] = _raise
+    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return env
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(str(message))
+
+
+def _tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Unlike jinja2's own filter this one does not escape HTML."""
+    _check_indent(indent)
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    _check_indent(width)
+    return do_indent(s, width, first, blank)
+
+
+def _check_indent(indent: Any) -> None:
+    if (len(indent) if isinstance(indent, str) else indent or 0) > 64:
+        raise SecurityError("an indent of more than 64 in the chat template")
+
+
+def _read_text(file: Path) -> str:
+    if file.stat().st_size > 4 * _MAX_TEMPLATE:
+        raise FormatError(f"{file} has {file.stat().st_size} bytes: too long for a chat template")
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{file} is not UTF-8: {error}") from None
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """A JSON object, {} if the file is not there. tokenizer_config.json may be a few megabytes."""
+    if not file.is_file():
+        return {}
+    if file.stat().st_size > 64 << 20:
+        raise FormatError(f"{file} has {file.stat().st_size} bytes, the limit is 64 MiB")
+    try:
+        table = json.loads(file.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{file} is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(table, dict):
+        raise FormatError(f"{file}: expected a JSON object, found {type(table).__name__}")
+    return table
+
+
+def _token_text(value: Any) -> str | None:
+    """A token of tokenizer_config.json: a string, or {"content": string}."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _named_template(value: Any) -> str | None:
+    """A template, or the one named "default" of a list of {"name", "template"}."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        for entry in value:
+            if isinstance(entry, dict) and entry.get("name") == "default" and isinstance(entry.get("template"), str):
+                return entry["template"]
+    raise FormatError('"chat_template" must be a string or a list with a template named "default"')

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed, range-checked access to a JSON object that may be hostile."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from gemma4.errors import FormatError
+
+
+class Fields:
+    """A JSON object whose values are read with their type and range checked.
+
+    `where` names the object in messages. JSON's true is not a number here, 512.0 is not an integer, and NaN is not in
+    any range. A default of None means that the value is required.
+    """
+
+    def __init__(self, raw: dict[str, Any], where: str) -> None:
+        self._raw, self._where = raw, where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._raw
+
+    def get(self, name: str, default: Any) -> Any:
+        return self._raw.get(name, default)
+
+    def fail(self, name: str, found: Any, expected: str) -> NoReturn:
+        shown = found if isinstance(found, str) else repr(found)
+        raise FormatError(f"{self._where}: {name} is {shown[:120]}, expected {expected}")
+
+    def integer(self, name: str, default: int | None, low: int, high: int) -> int:
+        value = self._raw.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            self.fail(name, value if _printable(value) else "a huge integer", f"an integer in {low}..{high}")
+        return value
+
+    def optional_integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
+        return None if self._raw.get(name, default) is None else self.integer(name, default, low, high)
+
+    def integers(self, name: str, default: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
+        """One integer or a list of at most 64 (as eos_token_id); absent or null gives the default."""
+        value = self._raw.get(name)
+        if value is None:
+            return default
+        items = value if isinstance(value, list) else [value]
+        if len(items) > 64:
+            self.fail(name, f"a list of {len(items)}", "at most 64 integers")
+        return tuple(Fields({name: item}, self._where).integer(name, None, low, high) for item in items)
+
+    def number(self, name: str, default: float | None, low: float, high: float) -> float:
+        value = self._raw.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            self.fail(name, value if _printable(value) else "a huge integer", f"a number in {low}..{high}")
+        return float(value)
+
+    def optional_number(self, name: str, default: float | None, low: float, high: float) -> float | None:
+        return None if self._raw.get(name, default) is None else self.number(name, default, low, high)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._raw.get(name, default)
+        if not isinstance(value, bool):
+            self.fail(name, value, "true or false")
+        return value
+
+
+def _printable(value: Any) -> bool:
+    """Whether repr() is safe: Python refuses to print integers of more than 4300 digits."""
+    return not isinstance(value, int) or value.bit_length() < 1024

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A .safetensors file as named, typed, shaped views of one read-only memory map. Nothing is copied.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON object
+{name: {"dtype", "shape", "data_offsets": [begin, end)}, "__metadata__": {str: str}}, then the data. The header comes
+from strangers: `parse_header` accepts exactly the files in which every tensor's span has the size its dtype and shape
+say and the spans tile the data, without holes or overlaps, to its last byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.errors import FormatError, StateError
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the official reader
+_MAX_RANK, _MAX_NAME = 8, 1024
+
+# dtype -> (bits per element, NumPy dtype; None: no NumPy type, shown as raw bytes)
+DTYPES: dict[str, tuple[int, Any]] = {
+    "F64": (64, np.dtype("<f8")),
+    "F32": (32, np.dtype("<f4")),
+    "F16": (16, np.dtype("<f2")),
+    "BF16": (16, np.dtype(ml_dtypes.bfloat16)),
+    "I64": (64, np.dtype("<i8")),
+    "I32": (32, np.dtype("<i4")),
+    "I16": (16, np.dtype("<i2")),
+    "I8": (8, np.dtype("i1")),
+    "U64": (64, np.dtype("<u8")),
+    "U32": (32, np.dtype("<u4")),
+    "U16": (16, np.dtype("<u2")),
+    "U8": (8, np.dtype("u1")),
+    "BOOL": (8, np.dtype("?")),
+    "C64": (64, np.dtype("<c8")),
+    "F8_E4M3": (8, np.dtype(ml_dtypes.float8_e4m3fn)),
+    "F8_E5M2": (8, np.dtype(ml_dtypes.float8_e5m2)),
+    "F8_E8M0": (8, np.dtype(ml_dtypes.float8_e8m0fnu)),
+    "F6_E2M3": (6, None),
+    "F6_E3M2": (6, None),
+    "F4": (4, None),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `offset` in bytes from the start of the file, `nbytes` long."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def parse_header(head: bytes, file_size: int, where: str = "file") -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors (in file order) and metadata from the JSON header `head` of a file of `file_size` bytes.
+
+    Raises FormatError on anything that is not a well-formed header of exactly this file; `where` names it in messages.
+    """
+    table = _parse_json(head, where)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{where}: __metadata__ must map strings to strings")
+    data_start = 8 + len(head)
+    found = (_tensor_info(name, entry, data_start, where) for name, entry in table.items())
+    infos = sorted(found, key=lambda info: (info.offset, info.nbytes))
+    _check_tiling(infos, data_start, file_size, where)
+    return {info.name: info for info in infos}, metadata
+
+
+def _parse_json(head: bytes, where: str) -> dict[str, Any]:
+    try:
+        table = json.loads(head.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except RecursionError:
+        raise FormatError(f"{where}: the header's JSON is nested too deeply") from None
+    except ValueError as error:  # JSON and UTF-8 errors, duplicate keys, numbers of thousands of digits
+        raise FormatError(f"{where}: the header is not valid JSON: {str(error)[:200]}") from None
+    if not isinstance(table, dict):
+        raise FormatError(f"{where}: the header must be a JSON object, found {type(table).__name__}")
+    return table
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"duplicate key {twice!r:.120}")
+    return table
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _tensor_info(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
+    what = f"{where}: tensor {name!r:.120}"
+    if not name or len(name) > _MAX_NAME:
+        raise FormatError(f"{what}: a name must have 1 to {_MAX_NAME} characters")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{what}: expected exactly dtype, shape and data_offsets, found {_brief(entry)}")
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise FormatError(f"{what}: unknown dtype {_brief(dtype)}; known: {', '.join(DTYPES)}")
+    if not _naturals(shape) or len(shape) > _MAX_RANK:
+        raise FormatError(f"{what}: shape must be a list of at most {_MAX_RANK} sizes >= 0, found {_brief(shape)}")
+    if not _naturals(span) or len(span) != 2 or span[0] > span[1]:
+        raise FormatError(f"{what}: data_offsets must be [begin, end], begin <= end, found {_brief(span)}")
+    bits = math.prod(shape) * DTYPES[dtype][0]
+    nbytes = span[1] - span[0]
+    if bits != nbytes * 8:
+        raise FormatError(f"{what}: {dtype} {_brief(shape)} takes {bits / 8:g} bytes, data_offsets give {nbytes}")
+    return TensorInfo(name, dtype, tuple(shape), data_start + span[0], nbytes)
+
+
+def _naturals(value: Any) -> bool:
+    """Whether value is a list of integers in 0..2^63-1 (JSON true is not one). Python's products cannot overflow."""
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+
+
+def _brief(value: Any) -> str:
+    try:
+        return repr(value)[:120]
+    except (ValueError, RecursionError):  # integers of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def _check_tiling(infos: list[TensorInfo], data_start: int, file_size: int, where: str) -> None:
+    end = data_start
+    for info in infos:
+        if info.offset != end:
+            kind = "overlaps the tensor before it" if info.offset < end else "leaves a hole before it"
+            raise FormatError(f"{where}: tensor {info.name!r:.120} starts at byte {info.offset}, which {kind} ({end})")
+        end += info.nbytes
+    if end != file_size:
+        kind = "is truncated" if end > file_size else "has bytes after the last tensor"
+        raise FormatError(f"{where} {kind}: {file_size} bytes, the header describes {end}; copy the file again")
+
+
+class SafetensorsFile:
+    """One memory-mapped file. `tensors` maps each name to its TensorInfo; `buffer` is the whole file, read-only.
+
+    Raises FileNotFoundError/OSError (cannot be opened) and FormatError (not a well-formed file).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if sys.byteorder != "little":
+            raise NotImplementedError("safetensors data is little-endian and used in place; this machine is big-endian")
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            self._stat = os.fstat(file.fileno())
+            head = _read_header(file, self._stat.st_size, str(self.path))
+            self.tensors, self.metadata = parse_header(head, self._stat.st_size, str(self.path))
+            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._fd = os.open(self.path, os.O_RDONLY)
+        self._check_same(os.fstat(self._fd), "while it was being opened")
+
+    @property
+    def buffer(self) -> mmap.mmap:
+        if self._map is None:
+            raise StateError(f"{self.path} is closed")
+        return self._map
+
+    @property
+    def nbytes(self) -> int:
+        return self._stat.st_size
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The tensor as a read-only view of the map: its dtype (bf16 as ml_dtypes.bfloat16) and shape.
+
+        Types without a NumPy dtype (F4, F6) come as raw bytes, uint8 [nbytes].
+        """
+        info = self.tensors[name]
+        dtype = DTYPES[info.dtype][1]
+        if dtype is None:
+            return np.frombuffer(self.buffer, np.uint8, info.nbytes, info.offset)
+        count = math.prod(info.shape)
+        if count == 0:  # frombuffer refuses an empty span at the end of the file
+            empty = np.empty(info.shape, dtype)
+            empty.flags.writeable = False
+            return empty
+        return np.frombuffer(self.buffer, dtype, count, info.offset).reshape(info.shape)
+
+    def advise_random(self, name: str) -> None:
+        """Tell the system that this tensor is read row by row in no order, so that it reads no neighbours in."""
+        info = self.tensors[name]
+        if not hasattr(mmap, "MADV_RANDOM"):
+            return
+        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            self.buffer.madvise(mmap.MADV_RANDOM, start, stop - start)
+
+    def check(self) -> None:
+        """Raise FormatError if the file has shrunk, been overwritten or replaced since it was opened (reading the map
+        past a file's end would kill the process), StateError if it is closed. Two system calls."""
+        if self._map is None:
+            raise StateError(f"{self.path} is closed")
+        self._check_same(os.fstat(self._fd), "since it was loaded")
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return  # deleted or moved: the map keeps the old file alive
+        if (now.st_dev, now.st_ino) != (self._stat.st_dev, self._stat.st_ino):
+            raise FormatError(f"{self.path} was replaced by another file since it was loaded; load the model again")
+
+    def _check_same(self, now: os.stat_result, when: str) -> None:
+        if now.st_size != self._stat.st_size:
+            size = f"from {self._stat.st_size} to {now.st_size} bytes"
+            raise FormatError(f"{self.path} changed size {when}, {size}; load the model again")
+        if now.st_mtime_ns != self._stat.st_mtime_ns:
+            raise FormatError(f"{self.path} was written to {when}; load the model again")
+
+    def close(self) -> None:
+        """Let go of the file. Arrays still held keep the map alive until they go."""
+        if self._map is None:
+            return
+        os.close(self._fd)
+        mapped, self._map = self._map, None
+        with contextlib.suppress(BufferError):  # views are out: the map is unmapped when the last one goes
+            mapped.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            self.close()
+
+
+def _read_header(file: Any, size: int, where: str) -> bytes:
+    if size < 8:
+        raise FormatError(f"{where} is not a safetensors file: {size} bytes, at least 8 are needed")
+    length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER:
+        raise FormatError(f"{where}: the header claims {length} bytes, over {MAX_HEADER}; not a safetensors file?")
+    if length > size - 8:
+        raise FormatError(f"{where} is truncated: the header claims {length} bytes, {size - 8} follow")
+    head = file.read(length)
+    if len(head) != length:
+        raise FormatError(f"{where} is truncated inside its header")
+    return head

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back, with the checkpoint's own tokenizer.json (the `tokenizers` library does the merging)."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as _Backend
+
+from gemma4.errors import FormatError
+
+I32 = NDArray[np.int32]
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Tokens that steer the chat format. Some converted files list a few of them as ordinary added tokens.
+_CONTROL = re.compile(r"<\|.+>|<.+\|>")
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer. `Tokenizer.load(directory)` makes one; it can be shared between threads.
+
+    vocab_size    number of ids the tokenizer knows (the model's table may be larger)
+    bos_id, eos_id, pad_id   ids of <bos>, <eos>, <pad>; None if the vocabulary has none
+    special_ids   control tokens: what `skip_special` leaves out and `parse_special=False` never produces
+    """
+
+    def __init__(self, backend: _Backend) -> None:
+        self._backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        control = [token for token in added.values() if token.special or _CONTROL.fullmatch(token.content)]
+        for token in control:
+            token.special = True
+        backend.add_special_tokens(control)
+        self.special_ids = frozenset(backend.token_to_id(token.content) for token in control)
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.bos_id: int | None = backend.token_to_id("<bos>")
+        self.eos_id: int | None = backend.token_to_id("<eos>")
+        self.pad_id: int | None = backend.token_to_id("<pad>")
+        # Whether special tokens are parsed is a switch of the shared backend, not an argument.
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a directory that holds tokenizer.json, or from that file. Raises FileNotFoundError, FormatError."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no tokenizer at {file}; the model can be run on token ids without one")
+        try:
+            return cls(_Backend.from_file(str(file)))
+        except Exception as error:  # the library raises plain Exception for anything wrong with the file
+            raise FormatError(f"{file} is not a tokenizer this package can read: {str(error)[:300]}") from error
+
+    def encode(self, text: str, *, bos: bool = True, parse_special: bool = True) -> I32:
+        """int32 [pos]. With `bos` the result starts with <bos> exactly once, also where the text already does.
+
+        parse_special=False reads "<|turn>" and the like as plain characters: use it for text from strangers.
+        Raises ValueError if `bos` is asked of a vocabulary that has none, or for lone surrogates in the text.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not valid Unicode: {error}") from None
+        with self._lock:
+            self._backend.encode_special_tokens = not parse_special
+            # Without the file's post-processor: whether it adds <bos> differs between checkpoints.
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        return np.array(self._with_bos(ids) if bos else ids, np.int32)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        if self.bos_id is None:
+            raise ValueError("this tokenizer has no <bos> token; pass bos=False")
+        start = next((i for i, token in enumerate(ids) if token != self.bos_id), len(ids))
+        return [self.bos_id, *ids[start:]]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of the ids. Bytes that are no UTF-8 become U+FFFD. The pieces of `decode_stream`, joined."""
+        stream = self.decode_stream(skip_special=skip_special)
+        return "".join([stream.push(token) for token in _as_ids(ids)]) + stream.flush()
+
+    def decode_stream(self, *, skip_special: bool = False) -> DecodeStream:
+        """A decoder to feed one id at a time."""
+        return DecodeStream(self, skip_special)
+
+    def str_tokens(self, text_or_ids: str | Iterable[int], *, bos: bool = True) -> list[str]:
+        """One string per token, as shown on an axis: spaces as spaces, a byte as "<0xE2>". A text is encoded first."""
+        ids = self.encode(text_or_ids, bos=bos) if isinstance(text_or_ids, str) else text_or_ids
+        return [self.id_to_piece(token).replace("▁", " ") for token in _as_ids(ids)]
+
+    def id_to_piece(self, token_id: int) -> str:
+        """The vocabulary's own spelling, "▁" for a space. Raises ValueError for an id that is not in it."""
+        piece = self._backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        if piece is None:
+            raise ValueError(f"token id {token_id} is not in the tokenizer's vocabulary of {self.vocab_size}")
+        return piece
+
+    def piece_to_id(self, piece: str) -> int:
+        """The id of a vocabulary entry (spelled with "▁"). Raises KeyError if there is none."""
+        token = self._backend.token_to_id(piece)
+        if token is None:
+            raise KeyError(f"no piece {piece!r:.120} in the vocabulary; a space is written ▁")
+        return token
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer of {self.vocab_size:,} pieces, {len(self.special_ids)} special>"
+
+
+class DecodeStream:
+    """Decodes ids one by one. A character split over byte tokens comes out when it is whole, never as U+FFFD before."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip = tokenizer.special_ids if skip_special else frozenset()
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain now; "" while a character is incomplete. Raises ValueError for an unknown id."""
+        token_id = int(token_id)
+        if token_id in self._skip:
+            return self.flush()
+        piece = self._tokenizer.id_to_piece(token_id)
+        byte = _BYTE.fullmatch(piece)
+        if byte:
+            return self._bytes.decode(bytes([int(byte[1], 16)]))
+        return self.flush() + piece.replace("▁", " ")
+
+    def flush(self) -> str:
+        """What is left, at the end: U+FFFD for an incomplete character."""
+        text = self._bytes.decode(b"", final=True)
+        self._bytes.reset()
+        return text
+
+
+def _as_ids(ids: Any) -> list[int]:
+    return ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids]
