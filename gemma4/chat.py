@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 import numpy as np
@@ -215,7 +215,7 @@ def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | 
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """value in exact JSON types; anything else (an image, an array) becomes "<its type>": templates do not read those."""
+    """value in exact JSON types; what is none (an image, an array) becomes "<its type>", which no template reads."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"messages, tools and template arguments may be nested {_MAX_DEPTH} deep")
     if value is None or type(value) in (str, int, float, bool):
@@ -270,7 +270,7 @@ def _small(value: Any, limit: float) -> bool:
 class _GenerationBlock(Extension):
     """{% generation %} … {% endgeneration %}, which marks assistant text for training, renders as its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: Any) -> list[nodes.Node]:
         next(parser.stream)

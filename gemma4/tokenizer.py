@@ -35,11 +35,12 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
-        control = [token for token in added.values() if token.special or _CONTROL.fullmatch(token.content)]
-        for token in control:
+        control = {i: token for i, token in added.items() if token.special or _CONTROL.fullmatch(token.content)}
+        plain = [token for token in control.values() if not token.special]
+        for token in plain:
             token.special = True
-        backend.add_special_tokens(control)
-        self.special_ids = frozenset(backend.token_to_id(token.content) for token in control)
+        backend.add_special_tokens(plain)
+        self.special_ids: frozenset[int] = frozenset(control)
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.bos_id: int | None = backend.token_to_id("<bos>")
         self.eos_id: int | None = backend.token_to_id("<eos>")
