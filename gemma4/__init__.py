@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gemma 4 on CPUs: run it, and see everything that happens inside.
+
+import gemma4
+model = gemma4.load("tiny-e")
+logits, cache = model.run_with_cache("Once upon a time", names="blocks.*.hook_resid_post")
+for piece in model.stream("Once upon a time"): print(piece, end="")
+"""
+
+from gemma4._engine import cpu_info
+from gemma4.errors import CapacityError, FormatError, Gemma4Error, SiteError, StateError
+from gemma4.generate import Generation, TextStream
+from gemma4.info import ModelInfo
+from gemma4.interp.cache import ActivationCache
+from gemma4.interp.hooks import HookPoint, NaNWarning
+from gemma4.load import shipped_models
+from gemma4.model import Model, load
+from gemma4.sequence import Sequence
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationCache",
+    "CapacityError",
+    "FormatError",
+    "Gemma4Error",
+    "Generation",
+    "HookPoint",
+    "Model",
+    "ModelInfo",
+    "NaNWarning",
+    "Sequence",
+    "SiteError",
+    "StateError",
+    "TextStream",
+    "cpu_info",
+    "load",
+    "shipped_models",
+]

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `gemma4` command: demo, generate, chat, info."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from gemma4.model import Model
+
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+_PROGRESS_AFTER_S = 0.3  # a quick load says nothing
+_HELP = "/reset forgets the conversation, /info shows the model, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns 0; 1 with one line on stderr for an error; 130 after Ctrl-C; argparse exits with 2."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `gemma4 generate ... | head`
+        sys.stderr.close()
+        return EXIT_ERROR
+    except (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        _say(f"error: {_one_line(error)}")
+        return EXIT_ERROR
+
+
+def _say(text: str) -> None:
+    print(f"gemma4: {text}", file=sys.stderr, flush=True)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gemma4", description="Gemma 4 on CPUs: run it and look inside.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = _command(commands, "demo", _demo, "stream a continuation, then show what happened inside")
+    demo.add_argument("prompt", nargs="?", help="default: a prompt that the shipped model knows how to go on with")
+    demo.add_argument(
+        "--output", type=Path, default=Path("gemma4-demo.png"), help="the heat map (default: %(default)s)"
+    )
+    generate = _command(commands, "generate", _generate, "continue a prompt")
+    generate.add_argument("prompt", help='text; "-" reads it from standard input')
+    generate.add_argument("--chat", action="store_true", help="put the prompt through the chat template as a user turn")
+    _add_sampling(generate)
+    chat = _command(commands, "chat", _chat, "talk; the history stays in the KV cache")
+    chat.add_argument("--system", help="system prompt")
+    chat.add_argument("--think", action="store_true", help="let the model think before it answers, and show it")
+    _add_sampling(chat)
+    _command(commands, "info", _info, "what a model is and what it costs")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("--model", default="tiny-e", metavar="DIR", help="Hugging Face directory or shipped model")
+    parser.add_argument("--threads", type=int, default=0, help="0 = the CPUs this process may use")
+    parser.add_argument("--kv-dtype", choices=("f32", "bf16"), default="f32", help="keys and values (default: f32)")
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, help="0 = greedy; default: the checkpoint's")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--min-p", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
+    return {name: getattr(args, name) for name in names}
+
+
+def _load(args: argparse.Namespace) -> Model:
+    """Load with a line of progress on stderr where it takes time and somebody watches."""
+    from gemma4.model import load  # late: `gemma4 --help` needs no engine
+
+    start = time.perf_counter()
+
+    def progress(done: int, total: int, name: str) -> None:
+        if sys.stderr.isatty() and time.perf_counter() - start > _PROGRESS_AFTER_S:
+            end = "\n" if done == total else ""
+            print(f"\rloading {done}/{total} files  {name:<60.60}", end=end, file=sys.stderr, flush=True)
+
+    return load(args.model, threads=args.threads, kv_dtype=args.kv_dtype, progress=progress)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from gemma4.demo import PROMPT, run_demo
+
+    start = time.perf_counter()
+    model = _load(args)
+    seconds = time.perf_counter() - start
+    run_demo(model, args.prompt or PROMPT, console=_stdout(), output=args.output, load_s=seconds)
+
+
+def _stdout() -> Console:
+    # piped output is a log: wide enough that tables do not wrap
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from gemma4.demo import show_speed
+
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    model = _load(args)
+    prompt = [{"role": "user", "content": text}] if args.chat else text
+    with model.stream(prompt, **_sampling(args)) as stream:
+        for piece in stream:
+            print(piece, end="", flush=True)
+    print()
+    show_speed(stream.result, Console(stderr=True, soft_wrap=True))
+
+
+def _info(args: argparse.Namespace) -> None:
+    print(_load(args).info())
+
+
+def _chat(args: argparse.Namespace) -> None:
+    model = _load(args)
+    console = Console(highlight=False, soft_wrap=True)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  line editing in input()
+
+        console.print(_HELP, style="dim")
+    with model.new_sequence() as sequence:
+        opening = [{"role": "system", "content": args.system}] if args.system else []
+        messages: list[dict[str, Any]] = list(opening)
+        while (line := _read_line()) is not None:
+            if line in ("/exit", "/quit"):
+                return
+            if line == "/reset":
+                messages = list(opening)
+            elif line == "/info":
+                print(model.info())
+            elif line.startswith("/"):
+                console.print(_HELP, style="dim")
+            elif line:
+                _answer(model, messages, line, sequence, args, console)
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _answer(
+    model: Model, messages: list[dict[str, Any]], line: str, sequence: Any, args: argparse.Namespace, console: Console
+) -> None:
+    """One turn; on an error or Ctrl-C the conversation goes on with what was said so far."""
+    from gemma4.errors import CapacityError
+
+    asked = [*messages, {"role": "user", "content": line}]
+    options = {**_sampling(args), "think": args.think, "show_thinking": args.think}
+    try:
+        stream = model.stream(asked, sequence=sequence, **options)
+    except CapacityError as error:
+        _say(f"error: {_one_line(error)} /reset starts afresh.")
+        return
+    try:
+        for piece in stream:
+            console.print(Text(piece, style="dim" if piece.channel == "thinking" else ""), end="")
+    except KeyboardInterrupt:
+        stream.close()
+        console.print(" (stopped)", style="dim", end="")
+    console.print()
+    for call in stream.result.tool_calls:
+        console.print(Text(f"{call.name}({call.arguments})", style="cyan"))
+    messages[:] = [*asked, {"role": "assistant", "content": stream.result.text}]

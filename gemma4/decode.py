@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoding loop: all prompts together, one ragged engine step per token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.inputs import PromptLike, check_context, is_messages, prompt_ids
+from gemma4.interp.cache import ActivationCache, join_caches
+from gemma4.interp.hooks import active_hooks, bind_hooks
+from gemma4.sampling import Sample, Sampler, StopCriteria
+from gemma4.sequence import Sequence
+from gemma4.step import Output, Prompt, Want, run_step
+from gemma4.textflow import ContinuationText, Piece, TurnText
+from gemma4.turn import ToolCall
+
+if TYPE_CHECKING:
+    from gemma4.generate import Options
+    from gemma4.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds and rates. The first token comes out of the prefill; decoding makes the others."""
+
+    prefill_tokens: int  # prompt tokens that were run (a reused prefix is not)
+    prefill_s: float
+    decode_tokens: int
+    decode_s: float
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prefill_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Generated tokens per second; in a batch, of this prompt alone."""
+        return self.decode_tokens / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What came of one prompt.
+
+    text:           the continuation; for messages, the answer without thinking and tool calls
+    tokens:         int32 [n], every sampled id, the stop id included
+    finish_reason:  "stop" (stop id or string), "length" (max_tokens or context), "tool_calls", "cancelled"
+    prompt_tokens:  length of the prompt in tokens
+    logprobs:       one Sample per token if logprobs= was given
+    thinking, tool_calls:  parsed from a model turn (messages only)
+    cache:          with capture=: activations of every position that was run, i.e. of the prompt and of all generated
+                    tokens but the last (which was never fed back); `cache.positions` says where the prompt ends
+    """
+
+    text: str
+    tokens: NDArray[np.int32]
+    finish_reason: str
+    prompt_tokens: int
+    timings: Timings
+    logprobs: list[Sample] | None = None
+    thinking: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    cache: ActivationCache | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(slots=True)
+class Track:
+    """One prompt on its way."""
+
+    ids: list[int]  # prompt and generated
+    n_prompt: int
+    sequence: Sequence
+    sampler: Sampler
+    stops: StopCriteria
+    text: ContinuationText | TurnText
+    room: int  # tokens that may still be generated
+    finish: str = ""
+    pieces: list[Piece] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    caches: list[ActivationCache] = field(default_factory=list)
+    reused: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    def pending(self) -> Prompt:
+        """What the cache does not hold yet: the prompt, later one token."""
+        return Prompt(self.sequence, np.array(self.ids[self.sequence.length :], dtype=np.int32))
+
+    def accept(self, output: Output, seconds: float) -> list[Piece]:
+        """Sample from a step's logits; returns the text that became certain."""
+        if self.samples:
+            self.decode_s += seconds
+        else:
+            self.prefill_s = seconds
+        if output.cache is not None:
+            self.caches.append(output.cache)
+        assert output.logits is not None
+        sample = self.sampler.sample(output.logits[-1], np.array(self.ids, dtype=np.int32), self.n_prompt)
+        self.samples.append(sample)
+        self.ids.append(sample.token)
+        self.room -= 1
+        pieces = self._text_of(sample.token)
+        self.pieces += pieces
+        return pieces
+
+    def _text_of(self, token: int) -> list[Piece]:
+        if self.stops.is_stop_id(token):
+            self.finish = "stop"
+            return self._released(self.text.flush(), last=True)
+        pieces = self._released(self.text.push(token), last=False)
+        if not self.finish and self.room == 0:
+            self.finish = "length"
+            pieces += self._released(self.text.flush(), last=True)
+        return pieces
+
+    def _released(self, pieces: list[Piece], last: bool) -> list[Piece]:
+        """Pieces with what a stop string takes away removed; held-back text comes with the last one."""
+        out: list[Piece] = []
+        for piece in pieces:
+            if piece.channel != "text":
+                out.append(piece)
+                continue
+            safe, found = self.stops.push(piece)
+            out.append(Piece(safe))
+            if found is not None:
+                self.finish = "stop"
+                return [p for p in out if p]
+        if last:
+            out.append(Piece(self.stops.flush()))
+        return [p for p in out if p]
+
+    def result(self) -> Generation:
+        n = len(self.samples)
+        turn = self.text.parsed() if isinstance(self.text, TurnText) else None
+        finish = "tool_calls" if turn and turn.tool_calls and self.finish == "stop" else self.finish
+        return Generation(
+            text="".join(piece for piece in self.pieces if piece.channel == "text"),
+            tokens=np.array(self.ids[self.n_prompt :], dtype=np.int32),
+            finish_reason=finish,
+            prompt_tokens=self.n_prompt,
+            timings=Timings(self.n_prompt - self.reused, self.prefill_s, max(n - 1, 0), self.decode_s),
+            logprobs=self.samples if self.sampler.params.logprobs is not None else None,
+            thinking=turn.thinking if turn else "",
+            tool_calls=turn.tool_calls if turn else (),
+            cache=join_caches(self.caches) if self.caches else None,
+        )
+
+
+class Run:
+    """Several tracks decoded together."""
+
+    def __init__(self, model: Model, prompts: list[PromptLike], opts: Options) -> None:
+        self.model, self.opts = model, opts
+        ids = [prompt_ids(model, prompt, tools=opts.tools, think=opts.think) for prompt in prompts]
+        check_context(model, max(len(row) for row in ids))
+        self.want = Want(
+            logits="last",
+            capture=None if opts.capture is None else model.sites.select(opts.capture),
+            hooks=bind_hooks(model.sites, [*active_hooks(model), *opts.hooks]),
+        )
+        self.own_sequences = opts.sequence is None
+        self.tracks = [self._track(i, p, row) for i, (p, row) in enumerate(zip(prompts, ids, strict=True))]
+
+    def _track(self, index: int, prompt: PromptLike, ids: NDArray[np.int32]) -> Track:
+        model, opts = self.model, self.opts
+        room = min(opts.max_tokens, model.engine_config["context_length"] - len(ids) + 1)
+        sequence = opts.sequence or model.new_sequence(capacity=len(ids) + room - 1)
+        shown = opts.show_thinking
+        text = (
+            TurnText(model.tokenizer, ids, shown, _tool_names(opts)) if is_messages(prompt) else ContinuationText(model)
+        )
+        sampler, stops = Sampler(opts.sampling(model), stream=index), opts.stops(model)
+        room = min(room, sequence.capacity - len(ids) + 1)
+        track = Track(ids.tolist(), len(ids), sequence, sampler, stops, text, room)
+        track.reused = sequence.rewind_to(ids) if opts.sequence is not None else 0
+        return track
+
+    def steps(self) -> Generator[list[list[Piece]], None, None]:
+        """One engine step per turn of the loop; yields the new pieces of each track."""
+        try:
+            while active := [track for track in self.tracks if not track.finish]:
+                start = time.perf_counter()
+                outputs = run_step(self.model, [track.pending() for track in active], self.want)
+                seconds = time.perf_counter() - start
+                fresh = {id(t): t.accept(out, seconds) for t, out in zip(active, outputs, strict=True)}
+                yield [fresh.get(id(track), []) for track in self.tracks]
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        for track in self.tracks:
+            track.finish = track.finish or "cancelled"
+            if self.own_sequences:
+                track.sequence.close()
+
+
+def _tool_names(opts: Options) -> list[str]:
+    return [tool.get("function", tool).get("name", "") for tool in opts.tools or ()]

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gemma4 demo`: a few seconds from a prompt to a look inside."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gemma4.generate import Generation
+from gemma4.info import count, peak_bytes, resident_bytes, size
+from gemma4.interp.lens import LENS_SITES, LogitLens, logit_lens
+from gemma4.model import Model
+
+PROMPT = "Once upon a time there was a little"
+_COMPONENTS = ("hook_attn_out", "hook_mlp_out", "hook_ple_out")
+
+
+def run_demo(model: Model, prompt: str, *, console: Console, output: Path, load_s: float, max_tokens: int = 48) -> None:
+    """Stream a continuation, then show what happened inside and save a heat map."""
+    effective = model.info().effective_parameters
+    console.print(
+        f"[bold]{model.checkpoint.path.name}[/]  {count(model.checkpoint.n_parameters)} parameters "
+        f"({count(effective)} effective), {model.n_layers} layers, loaded in {load_s * 1e3:.0f} ms; "
+        f"{model.engine.isa}, {model.engine.threads} threads"
+    )
+    show_speed(_stream(model, prompt, console, max_tokens), console)
+    ids = model.to_tokens(prompt)
+    sites = [*LENS_SITES, *(f"blocks.*.{name}" for name in _COMPONENTS if f"blocks.0.{name}" in model.sites)]
+    _, cache = model.run_with_cache(ids, sites, logits=None)
+    lens = logit_lens(model, cache)
+    console.print(_layer_table(model, cache, lens, prompt))
+    _save_plot(lens, model.to_str_tokens(ids), output, console)
+
+
+def _stream(model: Model, prompt: str, console: Console, max_tokens: int) -> Generation:
+    console.print()
+    console.print(Text(prompt, style="dim"), end="")
+    with model.stream(prompt, max_tokens=max_tokens, temperature=0.0) as stream:
+        for piece in stream:
+            console.print(Text(piece), end="")
+    console.print("\n")
+    return stream.result
+
+
+def show_speed(result: Generation, console: Console) -> None:
+    """One line: how fast, how much memory."""
+    timings = result.timings
+    console.print(
+        f"prompt {result.prompt_tokens} tokens at {timings.prefill_rate:,.0f} tokens/s, "
+        f"{len(result.tokens)} generated at {timings.decode_rate:,.0f} tokens/s; "
+        f"memory {size(resident_bytes())} (peak {size(peak_bytes())})",
+        style="dim",
+        highlight=False,
+    )
+
+
+def _layer_table(model: Model, cache: object, lens: LogitLens, prompt: str) -> Table:
+    table = Table(title=f"inside, at the last token of {prompt!r}", title_justify="left", header_style="bold")
+    for name in (
+        "block",
+        "attention",
+        "|resid|",
+        "",
+        "|attn|",
+        "|mlp|",
+        "|ple|",
+        "logit lens: most likely next tokens",
+    ):
+        table.add_column(name, justify="right" if name.startswith("|") else "left", no_wrap=True)
+    top = float(lens.norms[:, -1].max())
+    for row, label in enumerate(lens.labels):
+        norm = float(lens.norms[row, -1])
+        table.add_row(
+            label,
+            _kind(model, row - 1),
+            f"{norm:.1f}",
+            "\u2588" * max(1, round(12 * norm / top)),
+            *(_norm(cache, row - 1, name) for name in _COMPONENTS),
+            Text("  ").join(_words(lens, row)),
+        )
+    return table
+
+
+def _kind(model: Model, layer: int) -> str:
+    if layer < 0:
+        return ""
+    config = model.engine_config["layers"][layer]
+    kind = f"local {config['window']}" if config["window"] else "global"
+    return kind if config["kv_source"] == layer else f"{kind}, keys of {config['kv_source']}"
+
+
+def _norm(cache: object, layer: int, name: str) -> str:
+    site = f"blocks.{layer}.{name}"
+    return f"{np.linalg.norm(cache[site][-1]):.1f}" if site in cache else ""  # type: ignore[index, operator]
+
+
+def _words(lens: LogitLens, row: int) -> list[Text]:
+    pairs = zip(lens.tokens[row][-1], lens.probs[row, -1], strict=True)
+    return [Text(f"{token!r} {p:.2f}", style="bold green" if p > 0.5 else "") for token, p in list(pairs)[:3]]
+
+
+def _save_plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) -> None:
+    from gemma4.interp import plots
+
+    try:
+        figure = plots.overview(lens, tokens)
+    except ImportError as error:
+        console.print(f"no heat map: {error}", style="yellow", markup=False)
+        return
+    folder = output.parent
+    if not os.access(folder, os.W_OK):  # a read-only place to start in is no reason to fail
+        output = Path(tempfile.gettempdir()) / output.name
+    figure.savefig(output, dpi=130)
+    console.print(f"heat map of every layer and position: {output.resolve()}", highlight=False, soft_wrap=True)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever a user may pass as tokens, checked and made int32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.chat import encode_chat
+from gemma4.errors import CapacityError, StateError
+from gemma4.sequence import Sequence
+from gemma4.step import Prompt
+
+if TYPE_CHECKING:
+    from gemma4.model import Model
+
+Single: TypeAlias = str | NDArray[Any] | Seq[int]
+TokensLike: TypeAlias = Single | Seq[Single]
+Messages: TypeAlias = Seq[Mapping[str, Any]]
+PromptLike: TypeAlias = Single | Messages
+
+
+class Batch:
+    """Prompts of one step; sequences that were made only for it are closed by `close`."""
+
+    def __init__(self, prompts: list[Prompt], own: bool) -> None:
+        self.prompts = prompts
+        self._own = own
+
+    def close(self) -> None:
+        if self._own:
+            for prompt in self.prompts:
+                prompt.sequence.close()
+
+
+def is_batch(ids: TokensLike) -> bool:
+    """True for a list of prompts, False for one prompt (text, ids, a 1-D array)."""
+    if isinstance(ids, str):
+        return False
+    if isinstance(ids, np.ndarray):
+        return ids.ndim > 1
+    return isinstance(ids, Seq) and len(ids) > 0 and not all(_is_id(item) for item in ids)
+
+
+def _is_id(item: object) -> bool:
+    return isinstance(item, (int, np.integer)) or (isinstance(item, np.ndarray) and item.ndim == 0)
+
+
+def as_ids(model: Model, prompt: Single, *, bos: bool = True) -> NDArray[np.int32]:
+    """One prompt as int32 [T]. Raises ValueError (empty, id out of range), TypeError (not whole numbers)."""
+    ids = model.to_tokens(prompt, bos=bos) if isinstance(prompt, str) else np.asarray(prompt)
+    if ids.ndim != 1:
+        raise ValueError(f"token ids must be one row [pos], got shape {ids.shape}")
+    if not len(ids):
+        raise ValueError("empty prompt: there must be at least one token (text gets a BOS token unless bos=False)")
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"token ids must be whole numbers, got {ids.dtype}")
+    wrong = np.flatnonzero((ids < 0) | (ids >= model.n_token_ids))
+    if len(wrong):
+        raise ValueError(
+            f"token id {ids[wrong[0]]} at position {wrong[0]} is out of range: "
+            f"the vocabulary has {model.n_token_ids} tokens (0 to {model.n_token_ids - 1})"
+        )
+    return np.ascontiguousarray(ids, dtype=np.int32)
+
+
+def as_batch(model: Model, ids: TokensLike, sequence: Sequence | Seq[Sequence] | None) -> tuple[Batch, bool]:
+    """(batch, was it a list). Fresh sequences where none are given, just large enough."""
+    many = is_batch(ids)
+    prompts: list[Any] = list(ids) if many else [ids]  # type: ignore[arg-type]
+    sequences = _given_sequences(model, sequence, len(prompts), many)
+    if sequences is None:
+        rows = [as_ids(model, prompt) for prompt in prompts]
+        check_context(model, max(len(row) for row in rows))
+        return Batch([Prompt(model.new_sequence(capacity=len(row)), row) for row in rows], own=True), many
+    rows = [as_ids(model, prompt, bos=s.closed or s.length == 0) for prompt, s in zip(prompts, sequences, strict=True)]
+    return Batch([Prompt(s, row) for s, row in zip(sequences, rows, strict=True)], own=False), many
+
+
+def _given_sequences(
+    model: Model, given: Sequence | Seq[Sequence] | None, n_prompts: int, many: bool
+) -> list[Sequence] | None:
+    if given is None:
+        return None
+    sequences = [given] if isinstance(given, Sequence) else list(given)
+    if len(sequences) != n_prompts or isinstance(given, Sequence) == many:
+        raise ValueError(f"{n_prompts} prompts need {n_prompts} sequences (a list for a list), got {len(sequences)}")
+    if len({id(s) for s in sequences}) != n_prompts:
+        raise ValueError("the same sequence appears twice in one batch; fork() it")
+    for s in sequences:
+        if s._model is not model:
+            raise ValueError("the sequence belongs to another model")
+    return sequences
+
+
+def check_context(model: Model, n_tokens: int) -> None:
+    """Raises CapacityError if a prompt does not fit the model's context, before anything is computed."""
+    context = model.engine_config["context_length"]
+    if n_tokens > context:
+        raise CapacityError(f"the prompt has {n_tokens} tokens; the model's context is {context}. Shorten the prompt.")
+
+
+def prompt_ids(
+    model: Model, prompt: PromptLike, *, tools: Seq[Mapping[str, Any]] | None = None, think: bool | None = None
+) -> NDArray[np.int32]:
+    """Token ids of any kind of prompt: text, ids, chat messages.
+
+    Raises ValueError for an empty one, StateError for messages without a chat template.
+    """
+    if not is_messages(prompt):
+        if isinstance(prompt, str) and not prompt:
+            raise ValueError("empty prompt: there must be at least one token")
+        return as_ids(model, prompt)  # type: ignore[arg-type]
+    if model.chat_template is None:
+        raise StateError(f"{model.checkpoint.path} has no chat template: pass text or token ids instead of messages")
+    ids = encode_chat(model.tokenizer, model.chat_template, prompt, tools=tools, enable_thinking=think)  # type: ignore[arg-type]
+    return as_ids(model, ids)
+
+
+def is_messages(prompt: object) -> bool:
+    return (
+        isinstance(prompt, Seq) and not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    )
+
+
+def is_prompt_list(prompt: Any) -> bool:
+    return not is_messages(prompt) and is_batch(prompt)

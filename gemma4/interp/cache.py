@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captured activations of one sequence, and the arithmetic of the residual stream on them.
+
+In Gemma 4 every block ends by multiplying the residual stream by a learned number s ("layer_scalar"):
+
+    resid_post = s * (resid_pre + attn_out + mlp_out + ple_out)
+
+so what a component wrote reaches a later layer multiplied by the scalars in between. The decompositions here account
+for that; their parts sum to the residual stream up to float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.errors import SiteError
+from gemma4.info import size
+from gemma4.interp.sites import Site, canonical_name
+
+if TYPE_CHECKING:
+    from gemma4.model import Model
+
+F32 = NDArray[np.float32]
+
+
+class Stack(NamedTuple):
+    """Several residual-stream vectors per position, with a name each."""
+
+    values: F32  # float32 [n, pos, d_model]
+    labels: list[str]  # n names
+
+
+class ActivationCache(Mapping[str, NDArray[Any]]):
+    """Site name -> float32 array (int32 for expert ids), in forward order.
+
+    Each array owns its memory: the engine wrote into it directly, and nothing writes to it again. Axis T of an array
+    (see docs/sites.md) runs over `positions`. `cache["resid_post", 3]` means `cache["blocks.3.hook_resid_post"]`.
+
+    tokens:     int32 [T], the ids at the kept positions
+    positions:  int64 [T], where in the sequence they stand
+    """
+
+    def __init__(
+        self, model: Model, arrays: dict[str, NDArray[Any]], tokens: NDArray[np.int32], positions: NDArray[np.int64]
+    ) -> None:
+        self._model = model
+        self._arrays = arrays
+        self.tokens = tokens
+        self.positions = positions
+
+    def __getitem__(self, key: str | tuple[str, int]) -> NDArray[Any]:
+        name = self._name(key)
+        if name not in self._arrays:
+            site = self._model.sites[name]  # raises, with the closest names, if the model has no such site
+            raise SiteError(f"{site.name!r} was not captured in this run: ask for it with names=")
+        return self._arrays[name]
+
+    def _name(self, key: str | tuple[str, int]) -> str:
+        if isinstance(key, str):
+            return canonical_name(key)
+        stem, layer = key
+        for name in (f"blocks.{layer}.{stem}", f"blocks.{layer}.hook_{stem}", f"blocks.{layer}.attn.hook_{stem}"):
+            if name in self._arrays:
+                return name
+        return f"blocks.{layer}.{stem}"
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and canonical_name(key) in self._arrays
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self._arrays.values())
+
+    def to_dict(self) -> dict[str, NDArray[Any]]:
+        """A plain dict of the same arrays, e.g. for `np.savez`."""
+        return dict(self._arrays)
+
+    def __repr__(self) -> str:
+        groups: dict[str, list[Site]] = {}
+        for name in self._arrays:
+            site = self._model.sites[name]
+            groups.setdefault(site.stem, []).append(site)
+        lines = [f"ActivationCache: {len(self)} arrays, {len(self.positions)} positions, {size(self.nbytes)}"]
+        for stem, sites in groups.items():
+            shapes = {self._arrays[site.name].shape for site in sites}
+            where = f"  ({len(sites)} layers)" if sites[0].layer is not None else ""
+            lines.append(f"  {stem:<28} {' '.join(str(list(shape)) for shape in sorted(shapes))}{where}")
+        return "\n".join(lines)
+
+    def stack(self, stem: str) -> NDArray[Any]:
+        """The same site of every captured layer: [n_layers, ...]. stem: the name inside a block, "hook_resid_post"."""
+        found = [
+            array for name, array in self._arrays.items() if self._model.sites[name].stem in (stem, f"hook_{stem}")
+        ]
+        if not found:
+            raise SiteError(f"no layer's {stem!r} was captured in this run: ask for it with names=")
+        if len({array.shape for array in found}) > 1:
+            raise ValueError(f"{stem!r} has a different shape in different layers: {[array.shape for array in found]}")
+        return np.stack(found)
+
+    def accumulated_resid(self, layer: int | None = None, *, incl_mid: bool = False) -> Stack:
+        """The residual stream as it enters each block 0..layer, as it was there (scalars not carried forward).
+
+        layer: the last one whose input is included; None = all blocks and the final residual stream.
+        incl_mid: also after each attention. Needs hook_resid_pre (and hook_resid_mid, and the last hook_resid_post).
+        """
+        n_layers = self._model.n_layers
+        last = n_layers if layer is None else self._checked(layer)
+        values, labels = [], []
+        for i in range(last + 1):
+            values.append(self._resid(i))
+            labels.append(f"{i}_pre" if i < n_layers else "final_post")
+            if incl_mid and i < last:
+                values.append(self[f"blocks.{i}.hook_resid_mid"])
+                labels.append(f"{i}_mid")
+        return Stack(np.stack(values), labels)
+
+    def decompose_resid(self, layer: int | None = None, *, per_head: bool = False) -> Stack:
+        """What each component contributes to the residual stream entering block `layer` (None: to the final one).
+
+        The values sum over their first axis to hook_resid_pre of that block, up to rounding. per_head splits each
+        attention into its heads, the norm after it frozen (needs attn.hook_result and ln1_post.hook_scale).
+        Needs hook_embed, hook_attn_out, hook_mlp_out and (where the model has them) hook_ple_out of the layers before.
+        """
+        last = self._model.n_layers if layer is None else self._checked(layer)
+        scalars = [self._model.layer_scalar(i) for i in range(last)]
+        remaining = np.cumprod([1.0, *reversed(scalars)])[::-1]  # remaining[i] = s_i * ... * s_(last-1)
+        values, labels = [self["hook_embed"] * np.float32(remaining[0])], ["embed"]
+        for i in range(last):
+            for label, written in self._written(i, per_head):
+                values.append(written * np.float32(remaining[i]))
+                labels.append(label)
+        return Stack(np.stack(values), labels)
+
+    def _written(self, layer: int, per_head: bool) -> Iterator[tuple[str, NDArray[Any]]]:
+        if per_head:
+            gain = self._model.weight(f"layers.{layer}.post_attention_layernorm.weight")
+            scale = self[f"blocks.{layer}.ln1_post.hook_scale"][:, None]  # [T, 1, 1]
+            heads = self[f"blocks.{layer}.attn.hook_result"] / scale * gain
+            for head in range(heads.shape[1]):
+                yield f"{layer}_head_{head}", heads[:, head]
+        else:
+            yield f"{layer}_attn_out", self[f"blocks.{layer}.hook_attn_out"]
+        yield f"{layer}_mlp_out", self[f"blocks.{layer}.hook_mlp_out"]
+        if f"blocks.{layer}.hook_ple_out" in self._model.sites:
+            yield f"{layer}_ple_out", self[f"blocks.{layer}.hook_ple_out"]
+
+    def logit_attrs(
+        self,
+        stack: Stack | F32,
+        tokens: int | str | Sequence[int],
+        incorrect_tokens: int | str | Sequence[int] | None = None,
+    ) -> F32:
+        """Direct logit attribution: each component's share of a token's logit before the softcap.
+
+        stack: [n, pos, d_model], e.g. of `decompose_resid()`; the final norm's scale is frozen as it was in this run.
+        tokens: one token (an id, or text that is exactly one token), or one id per position. With incorrect_tokens:
+        the difference of the two logits. Returns float32 [n, pos]; summed over n it is hook_logits_raw of that token.
+        """
+        values = stack.values if isinstance(stack, Stack) else np.asarray(stack, dtype=np.float32)
+        direction = self._model.unembed(self._ids(tokens))
+        if incorrect_tokens is not None:
+            direction = direction - self._model.unembed(self._ids(incorrect_tokens))
+        final = self._resid(self._model.n_layers)
+        scale = np.sqrt(np.mean(final * final, axis=-1, keepdims=True) + self._model.engine_config["rms_norm_eps"])
+        normed = values / scale * self._model.weight("norm.weight")
+        return np.einsum("npd,pd->np", normed, np.broadcast_to(direction, final.shape))
+
+    def _ids(self, tokens: int | str | Sequence[int]) -> NDArray[np.int32]:
+        if isinstance(tokens, str):
+            return np.array([self._model.to_single_token(tokens)], dtype=np.int32)
+        return np.atleast_1d(np.asarray(tokens, dtype=np.int32))
+
+    def _resid(self, layer: int) -> F32:
+        """The residual stream entering block `layer`; for the number of layers, the one leaving the last block."""
+        before, after = f"blocks.{layer}.hook_resid_pre", f"blocks.{layer - 1}.hook_resid_post"
+        return self[after if layer > 0 and (after in self or before not in self) else before]
+
+    def _checked(self, layer: int) -> int:
+        if not 0 <= layer <= self._model.n_layers:
+            raise ValueError(f"layer {layer} is out of range: the model has {self._model.n_layers} layers")
+        return layer
+
+
+def join_caches(caches: Sequence[ActivationCache]) -> ActivationCache:
+    """One cache out of those of consecutive steps of one sequence (prompt, then token by token).
+
+    Axis T is concatenated. Where there is a key axis S, earlier steps saw fewer keys: their missing columns are 0 (-inf
+    in attn.hook_attn_scores), as for keys in the future; keys and values in use (no axis T) are the last step's.
+    """
+    first = caches[0]
+    if len(caches) == 1:
+        return first
+    arrays = {name: _join(first._model.sites[name], [cache[name] for cache in caches]) for name in first}
+    return ActivationCache(
+        first._model,
+        arrays,
+        np.concatenate([cache.tokens for cache in caches]),
+        np.concatenate([cache.positions for cache in caches]),
+    )
+
+
+def _join(site: Site, parts: list[NDArray[Any]]) -> NDArray[Any]:
+    if "T" not in site.dims:
+        return parts[-1]
+    if "S" in site.dims:
+        axis, keys = site.dims.index("S"), parts[-1].shape[site.dims.index("S")]
+        fill = -np.inf if site.stem == "attn.hook_attn_scores" else 0.0
+        parts = [_pad(part, axis, keys, fill) for part in parts]
+    return np.concatenate(parts, axis=site.dims.index("T"))
+
+
+def _pad(array: NDArray[Any], axis: int, length: int, fill: float) -> NDArray[Any]:
+    widths = [(0, length - n if i == axis else 0) for i, n in enumerate(array.shape)]
+    return np.pad(array, widths, constant_values=fill)

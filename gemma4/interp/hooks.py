@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Python functions that read or edit activations while the model runs.
+
+A hook is a pair (names, fn). `fn(array, site)` gets the activation as a writable float32 array of its own and either
+edits it in place (and returns None) or returns a new array of the same shape; the forward pass goes on with that.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.interp.sites import Names, Site, SiteTable
+
+Array: TypeAlias = NDArray[Any]
+HookFn: TypeAlias = Callable[[Array, "HookPoint"], Any]
+Hook: TypeAlias = tuple[Names, HookFn]
+SiteHooks: TypeAlias = list[tuple[Site, list[HookFn]]]
+
+
+class NaNWarning(RuntimeWarning):
+    """An edit put NaN into the forward pass; reported once per site and model."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HookPoint:
+    """Where and when a hook is called.
+
+    name:       the site, e.g. "blocks.3.hook_mlp_out"
+    layer:      its block, None for a site of the whole model
+    sequence:   index of the sequence in the batch (0 for a single prompt)
+    positions:  int64 [T], the sequence positions along the array's "T" axis (for the logits sites: those asked for)
+    """
+
+    name: str
+    layer: int | None
+    sequence: int
+    positions: NDArray[np.int64]
+
+    @property
+    def start(self) -> int:
+        """The first of `positions`: 0 in the prompt's pass, then the position of the token being decoded."""
+        return int(self.positions[0])
+
+
+class NaNLog:
+    """Remembers where edits produced NaN, so that each site is reported once."""
+
+    def __init__(self) -> None:
+        self.sites: list[str] = []
+
+    def report(self, name: str) -> None:
+        if name not in self.sites:
+            self.sites.append(name)
+            warnings.warn(f"an edit produced NaN at {name}; the run goes on with it", NaNWarning, stacklevel=3)
+
+
+def has_nan(array: Array) -> bool:
+    """min() carries a NaN through without allocating; the -inf of masked scores is not one."""
+    return array.dtype.kind == "f" and array.size > 0 and bool(np.isnan(array.min()))
+
+
+def bind_hooks(table: SiteTable, hooks: Iterable[Hook], *, stop_at_layer: int | None = None) -> SiteHooks:
+    """Sites in forward order, each with its functions in the order in which they were given.
+
+    Raises SiteError for a name that matches no site, TypeError for something that is not a (names, function) pair.
+    """
+    bound: dict[str, tuple[Site, list[HookFn]]] = {}
+    for hook in hooks:
+        names, fn = _checked_pair(hook)
+        for site in table.select(names, stop_at_layer=stop_at_layer):
+            bound.setdefault(site.name, (site, []))[1].append(fn)
+    return [bound[name] for name in table if name in bound]
+
+
+def _checked_pair(hook: Any) -> Hook:
+    if not isinstance(hook, Sequence) or isinstance(hook, str) or len(hook) != 2 or not callable(hook[1]):
+        raise TypeError(f"a hook is a pair (site name, glob or predicate; function), got {hook!r}")
+    if hook[0] is None:
+        raise TypeError('a hook needs a site name, glob or predicate; "*" means every site')
+    return hook[0], hook[1]
+
+
+def make_edit(site: Site, fns: Sequence[HookFn], point: HookPoint, log: NaNLog) -> Callable[[Array], Array]:
+    """One callable for the engine that applies `fns` in turn, checks what they return and notes NaN."""
+
+    def edit(array: Array) -> Array:
+        already = has_nan(array)  # made further up: not this edit's doing
+        for fn in fns:
+            result = fn(array, point)
+            if result is not None and result is not array:
+                array = _checked_result(result, array, site)
+        if not already and has_nan(array):
+            log.report(site.name)
+        return array
+
+    return edit
+
+
+def _checked_result(result: Any, given: Array, site: Site) -> Array:
+    array = np.asarray(result)
+    if array.shape != given.shape:
+        axes = ", ".join(str(dim) for dim in site.dims)
+        raise ValueError(
+            f"the hook on {site.name} returned shape {array.shape}, expected {given.shape} [{axes}]; "
+            "return an array of the same shape, or edit in place and return None"
+        )
+    if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+        raise TypeError(f"the hook on {site.name} returned dtype {array.dtype}, expected {given.dtype}")
+    # a copy: the engine must not write on into an array that the hook's author may keep
+    return np.array(array, dtype=given.dtype, order="C")
+
+
+# (model, hooks) pairs that enclose the current call; context-local, so threads and async tasks do not see each other's
+_ACTIVE: ContextVar[tuple[tuple[Any, tuple[Hook, ...]], ...]] = ContextVar("gemma4_active_hooks", default=())
+
+
+@contextmanager
+def activated(model: Any, hooks: Iterable[Hook]) -> Iterator[None]:
+    """While this is open, `active_hooks(model)` includes `hooks`, after those already there."""
+    token = _ACTIVE.set((*_ACTIVE.get(), (model, tuple(hooks))))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def active_hooks(model: Any) -> list[Hook]:
+    """The hooks of every open `activated` block of this model, outermost first."""
+    return [hook for owner, hooks in _ACTIVE.get() if owner is model for hook in hooks]

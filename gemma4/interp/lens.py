@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The logit lens: what the model would say if a layer's residual stream went straight to its output head.
+
+nostalgebraist, "interpreting GPT: the logit lens" (2020). Final norm, head and softcap are the model's own. Computed in
+NumPy in blocks of the vocabulary, so that neither a float32 head nor all logits of all layers are ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.interp.cache import ActivationCache
+
+if TYPE_CHECKING:
+    from gemma4.model import Model
+
+F32 = NDArray[np.float32]
+_BLOCK_ROWS = 8192  # of the head, converted to float32 at a time: 50 MB for d_model 1536
+
+LENS_SITES = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"]
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """Most likely next tokens read off the residual stream, before the first block and after each.
+
+    labels:     n names, "embed", "0", "1", ... (the block whose output it is)
+    positions:  int64 [pos]
+    ids:        int32 [n, pos, k], most likely first
+    probs:      float32 [n, pos, k]
+    tokens:     text of `ids`, n lists of pos lists of k
+    target_probs:  float32 [n, pos], the probability of the target token, if one was given
+    norms:      float32 [n, pos], length of the residual vector
+    """
+
+    labels: list[str]
+    positions: NDArray[np.int64]
+    ids: NDArray[np.int32]
+    probs: F32
+    tokens: list[list[list[str]]]
+    target_probs: F32 | None
+    norms: F32
+
+
+def logit_lens(
+    model: Model,
+    source: ActivationCache | str | Iterable[int],
+    *,
+    top_k: int = 5,
+    target: int | str | None = None,
+    pos: Any = None,
+) -> LogitLens:
+    """Apply the logit lens to every layer.
+
+    source: a cache that holds `LENS_SITES`, or a prompt to run. target: a token (id, or text that is one token) whose
+    probability is wanted too. pos: for a prompt, the positions to keep (None = all).
+    """
+    cache = source if isinstance(source, ActivationCache) else _run(model, source, pos)
+    resid = cache.accumulated_resid().values  # [n, pos, d_model]
+    goal = model.to_single_token(target) if isinstance(target, str) else target
+    flat = resid.reshape(-1, resid.shape[-1])
+    ids, probs, target_probs = _top(model, final_norm(model, flat), top_k, goal)
+    shape = resid.shape[:2]
+    return LogitLens(
+        labels=["embed", *map(str, range(model.n_layers))],
+        positions=cache.positions,
+        ids=ids.reshape(*shape, -1),
+        probs=probs.reshape(*shape, -1),
+        tokens=[[_texts(model, row) for row in layer] for layer in ids.reshape(*shape, -1)],
+        target_probs=None if target_probs is None else target_probs.reshape(shape),
+        norms=np.linalg.norm(resid, axis=-1),
+    )
+
+
+def _run(model: Model, prompt: str | Iterable[int], pos: Any) -> ActivationCache:
+    ids: Any = prompt if isinstance(prompt, str) else np.asarray(list(prompt))
+    return model.run_with_cache(ids, LENS_SITES, pos=pos, logits=None)[1]
+
+
+def final_norm(model: Model, resid: F32) -> F32:
+    """The model's last RMSNorm, float32 [..., d_model]: x / rms(x) * weight."""
+    mean_square = np.mean(resid * resid, axis=-1, keepdims=True)
+    rms = np.sqrt(mean_square + np.float32(model.engine_config["rms_norm_eps"]))
+    return (resid / rms * model.weight("norm.weight")).astype(np.float32, copy=False)
+
+
+def lens_logits(model: Model, normed: F32) -> Iterator[tuple[int, F32]]:
+    """Logits after the softcap in blocks of the vocabulary: (first id, float32 [rows, ids])."""
+    cap = np.float32(model.engine_config["logit_softcap"])
+    for first in range(0, model.d_vocab, _BLOCK_ROWS):
+        logits = normed @ model.unembed(slice(first, first + _BLOCK_ROWS)).T
+        yield first, cap * np.tanh(logits / cap) if cap else logits
+
+
+def _top(model: Model, normed: F32, k: int, target: int | None) -> tuple[NDArray[np.int32], F32, F32 | None]:
+    """The k most likely ids of each row with their probabilities, from one pass over the vocabulary."""
+    rows = len(normed)
+    ids, best = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32)
+    peak, total = np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float64)
+    goal: F32 | None = None
+    for first, logits in lens_logits(model, normed):
+        new_peak = np.maximum(peak, logits.max(axis=1))
+        total = total * np.exp(peak - new_peak) + np.exp(logits - new_peak[:, None]).sum(axis=1, dtype=np.float64)
+        peak = new_peak
+        here = np.broadcast_to(np.arange(first, first + logits.shape[1], dtype=np.int32), logits.shape)
+        ids, best = _keep_best(np.hstack([ids, here]), np.hstack([best, logits]), k)
+        if target is not None and first <= target < first + logits.shape[1]:
+            goal = logits[:, target - first].copy()
+    log_total = (peak + np.log(total)).astype(np.float32)
+    return ids, np.exp(best - log_total[:, None]), None if goal is None else np.exp(goal - log_total)
+
+
+def _keep_best(ids: NDArray[np.int32], logits: F32, k: int) -> tuple[NDArray[np.int32], F32]:
+    k = min(k, logits.shape[1])
+    part = np.argpartition(-logits, k - 1, axis=1)[:, :k]
+    order = np.take_along_axis(part, np.argsort(-np.take_along_axis(logits, part, 1), axis=1, kind="stable"), 1)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(logits, order, 1)
+
+
+def _texts(model: Model, ids: NDArray[np.int32]) -> list[str]:
+    return model.to_str_tokens(ids) if model.checkpoint.tokenizer_path else [str(i) for i in ids]

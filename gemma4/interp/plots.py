@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of what was captured. They need matplotlib: pip install "gemma4[plot]". Every function returns the Figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.interp.lens import LogitLens
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError('plots need matplotlib: pip install "gemma4[plot]"') from error
+    return plt
+
+
+def residual_norms(lens: LogitLens, tokens: Sequence[str], ax: Axes | None = None) -> Figure:
+    """Heat map of the residual stream's length, layer by position."""
+    return _heat(lens.norms, lens.labels, tokens, "residual stream, |x|", ax, color="viridis")
+
+
+def lens_heatmap(lens: LogitLens, tokens: Sequence[str], ax: Axes | None = None) -> Figure:
+    """Heat map of the logit lens: the top token in each cell, its probability as colour."""
+    words = [[shown(cell[0]) for cell in layer] for layer in lens.tokens]
+    return _heat(lens.probs[:, :, 0], lens.labels, tokens, "logit lens, top token and p", ax, words, limits=(0, 1))
+
+
+def attention_pattern(
+    pattern: NDArray[np.float32], tokens: Sequence[str], heads: Sequence[int] | None = None
+) -> Figure:
+    """One panel per head of attn.hook_pattern, float32 [heads, T, S]: a row looks at columns."""
+    chosen = list(range(pattern.shape[0])) if heads is None else list(heads)
+    side = min(6.0, max(3.0, 0.28 * len(tokens)))
+    figure, axes = _pyplot().subplots(1, len(chosen), figsize=(side * len(chosen), side), squeeze=False)
+    for ax, head in zip(axes[0], chosen, strict=True):
+        ax.imshow(pattern[head], vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        ax.set_title(f"head {head}")
+        _name_positions(ax, tokens, pattern.shape[2])
+        ax.set_yticks(range(len(tokens)), [shown(t) for t in tokens], fontsize=7)
+    figure.tight_layout()
+    return figure
+
+
+def overview(lens: LogitLens, tokens: Sequence[str]) -> Figure:
+    """Logit lens and residual norms below each other."""
+    width, height = max(7.0, 0.75 * len(tokens) + 2), 0.3 * len(lens.labels) + 1.6
+    figure, axes = _pyplot().subplots(2, 1, figsize=(width, 2 * height))
+    lens_heatmap(lens, tokens, axes[0])
+    residual_norms(lens, tokens, axes[1])
+    figure.tight_layout()
+    return figure
+
+
+def shown(token: str) -> str:
+    """A token as an axis label: spaces and newlines visible, long ones cut; "$" must not start mathematics."""
+    text = token.replace(" ", "\u00b7").replace("\n", "\\n").replace("$", r"\$")
+    return text if len(text) <= 12 else text[:11] + "\u2026"
+
+
+def _heat(
+    values: NDArray[np.float32],
+    layers: Sequence[str],
+    tokens: Sequence[str],
+    title: str,
+    ax: Axes | None,
+    words: list[list[str]] | None = None,
+    color: str = "Blues",
+    limits: tuple[float | None, float | None] = (None, None),
+) -> Figure:
+    if ax is None:
+        size = (max(6.0, 0.75 * len(tokens) + 2), 0.3 * len(layers) + 1.5)
+        ax = _pyplot().subplots(figsize=size)[1]
+    assert ax is not None
+    image = ax.imshow(values, aspect="auto", cmap=color, origin="lower", vmin=limits[0], vmax=limits[1])
+    ax.figure.colorbar(image, ax=ax, pad=0.01)
+    ax.set_yticks(range(len(layers)), layers, fontsize=8)
+    ax.set_ylabel("after block")
+    _name_positions(ax, tokens, values.shape[1])
+    ax.set_title(title, fontsize=10)
+    if words is not None:
+        _write(ax, words, values)
+    figure: Any = ax.figure
+    return figure
+
+
+def _name_positions(ax: Axes, tokens: Sequence[str], n: int) -> None:
+    labels = [shown(t) for t in tokens] if len(tokens) == n else [str(i) for i in range(n)]
+    ax.set_xticks(range(n), labels, rotation=60, ha="right", fontsize=7)
+
+
+def _write(ax: Axes, words: list[list[str]], values: NDArray[np.float32]) -> None:
+    for y, row in enumerate(words):
+        for x, word in enumerate(row):
+            ax.text(x, y, word, ha="center", va="center", fontsize=6, color="white" if values[y, x] > 0.6 else "black")

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of activation sites: which exist, their shapes, how to select them, what to say when one does not exist.
+
+Names are TransformerLens's where it has one (docs/sites.md is the full table). Accepted besides: the names of
+TransformerLens's bridge ("blocks.3.ln2.hook_in") and Hugging Face module paths ("model.layers.3.output").
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from gemma4.errors import SiteError
+
+Names: TypeAlias = str | Iterable[str] | Callable[[str], Any] | None
+
+# Not kept unless named: they grow with T*S, T*heads*d_model or T*d_vocab, and the logits are returned anyway.
+KEPT_ONLY_WHEN_NAMED = frozenset(
+    {"attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result", "hook_logits_raw", "hook_logits"}
+)
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_HF_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)")
+_GLOB = re.compile(r"[*?\[]")
+
+# TransformerLens bridge name inside a block -> ours
+_BRIDGE_BLOCK = {
+    "hook_in": "hook_resid_pre",
+    "hook_out": "hook_resid_post",
+    "ln1.hook_in": "hook_resid_pre",
+    "attn.hook_in": "ln1.hook_out",
+    "attn.q.hook_out": "attn.hook_q",
+    "attn.k.hook_out": "attn.hook_k",
+    "attn.v.hook_out": "attn.hook_v",
+    "attn.q_norm.hook_out": "attn.hook_q_normed",
+    "attn.k_norm.hook_out": "attn.hook_k_normed",
+    "attn.v_norm.hook_out": "attn.hook_v_normed",
+    "attn.o.hook_in": "attn.hook_z",
+    "attn.o.hook_out": "attn.hook_out",
+    "ln1_post.hook_in": "attn.hook_out",
+    "ln1_post.hook_out": "hook_attn_out",
+    "ln2.hook_in": "hook_resid_mid",
+    "ln2.hook_out": "mlp.hook_in",
+    "mlp.gate.hook_out": "mlp.hook_pre",
+    "mlp.in.hook_out": "mlp.hook_pre_linear",
+    "mlp.out.hook_in": "mlp.hook_post",
+    "mlp.out.hook_out": "mlp.hook_out",
+    "ln2_post.hook_out": "hook_mlp_out",
+}
+_BRIDGE_MODEL = {
+    "embed.hook_out": "hook_embed",
+    "unembed.hook_in": "ln_final.hook_out",
+    "unembed.hook_out": "hook_logits",
+}
+# Hugging Face "layers.N.<module>.<input|output>" -> ours (the form Gemma Scope 2 configurations use)
+_HF_BLOCK = {
+    "input": "hook_resid_pre",
+    "output": "hook_resid_post",
+    "input_layernorm.output": "ln1.hook_out",
+    "self_attn.q_proj.output": "attn.hook_q",
+    "self_attn.k_proj.output": "attn.hook_k",
+    "self_attn.v_proj.output": "attn.hook_v",
+    "self_attn.q_norm.output": "attn.hook_q_normed",
+    "self_attn.k_norm.output": "attn.hook_k_normed",
+    "self_attn.v_norm.output": "attn.hook_v_normed",
+    "self_attn.o_proj.input": "attn.hook_z",
+    "self_attn.o_proj.output": "attn.hook_out",
+    "self_attn.output": "attn.hook_out",
+    "post_attention_layernorm.output": "hook_attn_out",
+    "pre_feedforward_layernorm.input": "hook_resid_mid",
+    "pre_feedforward_layernorm.output": "mlp.hook_in",
+    "mlp.gate_proj.output": "mlp.hook_pre",
+    "mlp.up_proj.output": "mlp.hook_pre_linear",
+    "mlp.down_proj.input": "mlp.hook_post",
+    "mlp.output": "mlp.hook_out",
+    "post_feedforward_layernorm.output": "hook_mlp_out",
+    "per_layer_input_gate.output": "ple.hook_gate_pre",
+    "post_per_layer_input_norm.output": "hook_ple_out",
+}
+_HF_MODEL = {
+    "model.embed_tokens.output": "hook_embed",
+    "model.norm.output": "ln_final.hook_out",
+    "lm_head.output": "hook_logits_raw",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One named intermediate of the forward pass.
+
+    `dims` holds "T" (positions), "S" (key positions) or a size. `layer` is None for a site of the whole model.
+    """
+
+    name: str
+    id: int
+    layer: int | None
+    dims: tuple[str | int, ...]
+
+    @property
+    def stem(self) -> str:
+        """The name inside its block: "hook_resid_post" of "blocks.3.hook_resid_post"."""
+        match = _BLOCK.fullmatch(self.name)
+        return match.group(2) if match else self.name
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.int32 if self.stem == "moe.hook_expert_ids" else np.float32)
+
+    @property
+    def is_logits(self) -> bool:
+        """Computed only at the positions whose logits are asked for."""
+        return self.stem in ("hook_logits_raw", "hook_logits")
+
+    def shape(self, rows: int, keys: int) -> tuple[int, ...]:
+        """Sizes of every axis for `rows` kept positions and `keys` key positions."""
+        sizes = {"T": rows, "S": keys}
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
+
+
+class SiteTable(Mapping[str, Site]):
+    """Every site of one model, in forward order, by name.
+
+    rows: what the engine's `Model.sites()` returns; layers: the engine configuration's list of layers.
+    """
+
+    def __init__(
+        self, rows: Iterable[tuple[str, int, int, tuple[str | int, ...]]], layers: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._layers = layers
+        self._sites = {
+            name: Site(name, number, layer if _BLOCK.fullmatch(name) else None, tuple(dims))
+            for name, number, layer, dims in rows
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __getitem__(self, name: str) -> Site:
+        """The site of that name or alias; SiteError with the closest names where there is none."""
+        canonical = canonical_name(name)
+        if canonical not in self._sites:
+            raise SiteError(self._explain(name, canonical))
+        return self._sites[canonical]
+
+    def select(self, names: Names = None, *, stop_at_layer: int | None = None) -> list[Site]:
+        """The sites that `names` means, in forward order.
+
+        names: None (all but the few that grow with T*S or d_vocab), a name or glob ("*" is really all), several of
+        them, or a predicate on the name. A name that matches nothing raises SiteError.
+        stop_at_layer: only what is reached when blocks 0..n-1 run; naming one beyond that raises SiteError.
+        """
+        reached = self._reached(stop_at_layer)
+        if names is None:
+            return [site for site in reached.values() if site.stem not in KEPT_ONLY_WHEN_NAMED]
+        if callable(names):
+            return [site for site in reached.values() if names(site.name)]
+        patterns = [names] if isinstance(names, str) else list(names)
+        chosen = {name for pattern in patterns for name in self._matches(pattern, reached, stop_at_layer)}
+        return [site for name, site in reached.items() if name in chosen]
+
+    def _reached(self, stop_at_layer: int | None) -> dict[str, Site]:
+        if stop_at_layer is None:
+            return self._sites
+        reached: dict[str, Site] = {}
+        in_blocks = False
+        for name, site in self._sites.items():
+            if in_blocks if site.layer is None else site.layer >= stop_at_layer:
+                break
+            reached[name] = site
+            in_blocks = site.layer is not None
+        return reached
+
+    def _matches(self, pattern: str, reached: Mapping[str, Site], stop_at_layer: int | None) -> list[str]:
+        if not isinstance(pattern, str):
+            raise TypeError(f"a site name is a string, got {type(pattern).__name__}")
+        if not _GLOB.search(pattern):
+            name = self[pattern].name
+            if name not in reached:
+                raise SiteError(f"site {name!r} is not reached with stop_at_layer={stop_at_layer}")
+            return [name]
+        found = fnmatch.filter(reached, pattern)
+        if not found:
+            raise SiteError(f"no site of this model matches {pattern!r}{self._closest(pattern)}")
+        return found
+
+    def _explain(self, asked: str, name: str) -> str:
+        match = _BLOCK.fullmatch(name)
+        layer, stem = (int(match.group(1)), match.group(2)) if match else (None, name)
+        if layer is not None and layer >= len(self._layers):
+            n = len(self._layers)
+            return f"no site {asked!r}: this model has {n} layers (blocks.0 to blocks.{n - 1})"
+        having = [site.layer for site in self._sites.values() if site.layer is not None and site.stem == stem]
+        if layer is not None and having:
+            return f"no site {asked!r}: {self._why_absent(layer, stem)} Layers that have it: {_ranges(having)}."
+        return f"no site {asked!r} in this model{self._closest(name)}"
+
+    def _why_absent(self, layer: int, stem: str) -> str:
+        config, block = self._layers[layer], f"blocks.{layer}"
+        source = config["kv_source"]
+        if source != layer:
+            return (
+                f"layer {layer} computes no keys or values of its own, it attends to those of layer {source} "
+                f"(kv_source): see blocks.{source}.{stem} where they are made, or {block}.attn.hook_k_used and "
+                f"{block}.attn.hook_v_used for what this layer attends to."
+            )
+        if config["k_eq_v"] and stem == "attn.hook_v":
+            return (
+                f"layer {layer} has no v_proj, its values are the k_proj output (attention_k_eq_v): see "
+                f"{block}.attn.hook_k before the norm or {block}.attn.hook_v_normed after it."
+            )
+        return f"layer {layer} has no such part."
+
+    def _closest(self, name: str) -> str:
+        close = difflib.get_close_matches(name, list(self._sites), n=4, cutoff=0.5)
+        if not close:
+            return "; Model.sites lists the names"
+        return "; closest: " + ", ".join(close)
+
+
+def canonical_name(name: str) -> str:
+    """Our name for a TransformerLens bridge name or Hugging Face module path; any other string unchanged."""
+    if match := _BLOCK.fullmatch(name):
+        return f"blocks.{int(match.group(1))}.{_BRIDGE_BLOCK.get(match.group(2), match.group(2))}"
+    if match := _HF_LAYER.fullmatch(name):
+        stem = _HF_BLOCK.get(match.group(2))
+        return f"blocks.{int(match.group(1))}.{stem}" if stem else name
+    plain = name.replace("model.language_model.", "model.")
+    return _BRIDGE_MODEL.get(name) or _HF_MODEL.get(plain, name)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

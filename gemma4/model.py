@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model as a researcher sees it: tokens in, logits and every intermediate out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4 import _engine, info
+from gemma4.errors import StateError
+from gemma4.inputs import TokensLike, as_batch
+from gemma4.interp.hooks import Hook, NaNLog, activated, active_hooks, bind_hooks
+from gemma4.interp.sites import Names, SiteTable
+from gemma4.load import Checkpoint, TextConfig, open_checkpoint
+from gemma4.sequence import Sequence, restore
+from gemma4.step import Output, Positions, Want, run_step
+from gemma4.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gemma4.chat import ChatTemplate
+    from gemma4.generate import TextStream
+
+F32: TypeAlias = NDArray[np.float32]
+I32: TypeAlias = NDArray[np.int32]
+Precision: TypeAlias = Literal["exact", "fast"]
+KVDtype: TypeAlias = Literal["f32", "bf16"]
+
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    threads: int = 0,
+    precision: Precision | None = None,
+    kv_dtype: KVDtype = "f32",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Model:
+    """Open a checkpoint: a shipped model's name ("tiny-e", "tiny-moe") or a Hugging Face directory.
+
+    The files are mapped, not read: this takes a moment for any size. threads: 0 = the CPUs this process may use.
+    precision: "exact" (default: the same bits for any thread count, batch and chunking) or "fast". kv_dtype: how new
+    sequences keep keys and values. progress(files done, files in all, file name) is called while shards are opened.
+
+    Raises FileNotFoundError, FormatError (damaged, missing or misshapen files), NotImplementedError (an architecture
+    that this engine does not run; the message lists those it does).
+    """
+    checkpoint = open_checkpoint(name_or_path, progress=progress)
+    return Model(checkpoint, threads=threads, precision=precision, kv_dtype=kv_dtype)
+
+
+class Model:
+    """A loaded model. Immutable weights: threads may share it, each with its own sequences. Made by `gemma4.load`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, *, threads: int = 0, precision: Precision | None = None, kv_dtype: KVDtype = "f32"
+    ) -> None:
+        if kv_dtype not in ("f32", "bf16"):
+            raise ValueError(f'kv_dtype must be "f32" or "bf16", got {kv_dtype!r}')
+        self.checkpoint = checkpoint
+        self.engine_config = checkpoint.engine_config
+        self.engine = _engine.Model(
+            checkpoint.engine_config,  # type: ignore[arg-type]
+            checkpoint.engine_tensors,
+            threads=threads,
+            precision=precision or "exact",
+        )
+        self.kv_dtype = kv_dtype
+        self.sites = SiteTable(self.engine.sites(), self.engine_config["layers"])
+        self.nan_log = NaNLog()
+
+    # -- what is loaded ------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> TextConfig:
+        """The text model's configuration, whichever spelling the checkpoint uses."""
+        return self.checkpoint.config
+
+    @property
+    def tensors(self) -> Mapping[str, NDArray[Any]]:
+        """Every stored tensor under its stored name: read-only views of the file, bf16 as ml_dtypes.bfloat16."""
+        return self.checkpoint.tensors
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.engine_config["layers"])
+
+    @property
+    def d_vocab(self) -> int:
+        return self.engine_config["d_vocab"]
+
+    @property
+    def n_token_ids(self) -> int:
+        """Ids below this may be fed in: every embedding table has a row for them."""
+        config = self.engine_config
+        return min(config["d_vocab"], config["d_vocab_ple"]) if config["d_ple"] else config["d_vocab"]
+
+    def info(self) -> info.ModelInfo:
+        """Architecture, parameters, types, instruction set, threads, memory, warnings: print it."""
+        return info.describe(self)
+
+    def __repr__(self) -> str:
+        how = f"{self.engine.precision}, {self.engine.isa}"
+        return f"<gemma4.Model {self.checkpoint.path.name}: {self.n_layers} layers, {how}>"
+
+    def weight(self, name: str) -> F32:
+        """A text-model tensor as float32 (a copy), without the checkpoint's prefix: "layers.0.mlp.up_proj.weight"."""
+        return self._view(name).astype(np.float32)
+
+    def layer_scalar(self, layer: int) -> float:
+        """The number that block `layer` multiplies the residual stream by at its end."""
+        return float(self._view(f"layers.{layer}.layer_scalar")[0])
+
+    def unembed(self, ids: NDArray[np.integer[Any]] | slice) -> F32:
+        """Rows of the output head, float32 [n, d_model]: logit before the softcap = row . ln_final.hook_out."""
+        tied = "lm_head.weight" not in self.checkpoint.engine_tensors
+        return self._view("embed_tokens.weight" if tied else "lm_head.weight")[ids].astype(np.float32)
+
+    def _view(self, name: str) -> NDArray[Any]:
+        if name not in self.checkpoint.engine_tensors:
+            raise KeyError(f"no tensor {name!r} in the text model")
+        dtype, shape, buffer, offset = self.checkpoint.engine_tensors[name]
+        count = int(np.prod(shape, dtype=np.int64))
+        return np.frombuffer(buffer, dtype=_DTYPES[dtype], count=count, offset=offset).reshape(shape)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell models apart: configuration, tensor shapes, and a sample of every tensor's bytes."""
+        digest = hashlib.sha256(json.dumps(self.checkpoint.hf_config, sort_keys=True, default=str).encode())
+        for name in sorted(self.checkpoint.engine_tensors):
+            dtype, shape, *_ = self.checkpoint.engine_tensors[name]
+            flat = self._view(name).reshape(-1)
+            digest.update(f"{name} {dtype} {tuple(shape)}".encode())
+            digest.update(flat[:512].tobytes() + flat[-512:].tobytes())
+        return digest.hexdigest()[:16]
+
+    # -- text ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded at first use. Raises StateError if the checkpoint has none; token ids work without."""
+        path = self.checkpoint.tokenizer_path
+        if path is None:
+            raise StateError(f"{self.checkpoint.path} has no tokenizer.json: pass token ids, or add the file")
+        return Tokenizer.load(path)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's own chat template, None if it has none."""
+        from gemma4.chat import ChatTemplate
+
+        return ChatTemplate.load(self.checkpoint.path)
+
+    def to_tokens(self, text: str, bos: bool = True) -> I32:
+        """int32 [pos]: token ids of `text`, BOS first exactly once (bos=False: none added)."""
+        return self.tokenizer.encode(text, bos=bos)
+
+    def to_string(self, ids: Iterable[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self.tokenizer.decode(ids)
+
+    def to_str_tokens(self, text_or_ids: str | Iterable[int], bos: bool = True) -> list[str]:
+        """One string per token, for labels in plots."""
+        ids = self.to_tokens(text_or_ids, bos=bos) if isinstance(text_or_ids, str) else text_or_ids
+        return self.tokenizer.str_tokens(ids)
+
+    def to_single_token(self, text: str) -> int:
+        """The id of text that is exactly one token. Raises ValueError otherwise, with the tokens it splits into."""
+        ids = self.to_tokens(text, bos=False)
+        if len(ids) != 1:
+            raise ValueError(f"{text!r} is {len(ids)} tokens, not one: {self.tokenizer.str_tokens(ids)}")
+        return int(ids[0])
+
+    # -- the forward pass ----------------------------------------------------------------------------------------
+
+    def new_sequence(self, *, capacity: int = 0, kv_dtype: KVDtype | None = None) -> Sequence:
+        """An empty cached sequence; capacity in positions, 0 = the model's context."""
+        return Sequence(self, self.engine.new_sequence(kv_dtype=kv_dtype or self.kv_dtype, capacity=capacity))
+
+    def restore(self, path: str | os.PathLike[str]) -> Sequence:
+        """A sequence from a file that `Sequence.save` wrote; see `gemma4.sequence.restore`."""
+        return restore(self, path)
+
+    def forward(
+        self, ids: TokensLike, *, logits: Positions = "all", sequence: Sequence | list[Sequence] | None = None
+    ) -> Any:
+        """Next-token logits, float32 [n, d_vocab]; a list of prompts gives a list (ragged, never padded).
+
+        ids: token ids, text (BOS is added unless the sequence continues), or a list of those, all run in one step.
+        logits: "all", "last", positions within `ids`, or None (nothing is returned; only the sequence grows).
+        sequence: continue this cached sequence (one per prompt for a list); None = a fresh one that is dropped.
+
+        Raises ValueError (empty prompt, id out of range), CapacityError, StateError (sequence closed or in use by
+        another thread), KeyboardInterrupt within 100 ms of Ctrl-C.
+        """
+        outputs, many = self._run(ids, Want(logits=logits), sequence)
+        return [out.logits for out in outputs] if many else outputs[0].logits
+
+    def run_with_cache(
+        self,
+        ids: TokensLike,
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: int | None = None,
+        logits: Positions = "all",
+        sequence: Sequence | list[Sequence] | None = None,
+    ) -> tuple[Any, Any]:
+        """Logits as `forward` gives them, and the activations: (logits, ActivationCache), lists of both for a list.
+
+        names: None = every site except those that grow with T*S, T*heads*d_model or d_vocab (attn.hook_attn_scores,
+            attn.hook_pattern, attn.hook_result, hook_logits_raw, hook_logits); a name or glob ("*" is really every
+            site); a list of those; a predicate on the name. Only what is named is stored.
+        pos: keep only these positions of `ids` (int, slice, list; negative counts from the end). None = all.
+        stop_at_layer: run blocks 0..n-1 only; logits are None and the sequence does not grow.
+        Raises SiteError for an unknown name, with the closest ones.
+        """
+        if stop_at_layer is not None:
+            stop_at_layer, logits = self._checked_stop(stop_at_layer), None
+        want = Want(
+            logits=logits,
+            capture=self.sites.select(names, stop_at_layer=stop_at_layer),
+            pos="all" if pos is None else pos,
+            stop_at_layer=stop_at_layer,
+        )
+        outputs, many = self._run(ids, want, sequence)
+        if many:
+            return [out.logits for out in outputs], [out.cache for out in outputs]
+        return outputs[0].logits, outputs[0].cache
+
+    def run_with_hooks(
+        self,
+        ids: TokensLike,
+        hooks: Iterable[Hook],
+        *,
+        logits: Positions = "all",
+        sequence: Sequence | list[Sequence] | None = None,
+    ) -> Any:
+        """`forward` with hooks: pairs (site name, glob or predicate; fn(array, site)). See gemma4.interp.hooks."""
+        with self.hooks(hooks):
+            return self.forward(ids, logits=logits, sequence=sequence)
+
+    def hooks(self, hooks: Iterable[Hook]) -> AbstractContextManager[None]:
+        """`with model.hooks([...]):` forward, run_with_cache, generate and stream run with these hooks. Nestable.
+
+        Hooks of outer blocks act first; captured values are those after all edits.
+        """
+        hooks = list(hooks)
+        bind_hooks(self.sites, hooks)  # a wrong name is an error here, not at the first forward pass
+        return activated(self, hooks)
+
+    def _checked_stop(self, layer: int) -> int:
+        if not 0 <= layer <= self.n_layers:
+            raise ValueError(f"stop_at_layer must be 0 to {self.n_layers} (the number of layers), got {layer}")
+        return layer
+
+    def _run(
+        self, ids: TokensLike, want: Want, sequence: Sequence | list[Sequence] | None
+    ) -> tuple[list[Output], bool]:
+        batch, many = as_batch(self, ids, sequence)
+        want.hooks = bind_hooks(self.sites, active_hooks(self), stop_at_layer=want.stop_at_layer)
+        try:
+            return run_step(self, batch.prompts, want), many
+        finally:
+            batch.close()
+
+    # -- generation ----------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """Continue a prompt; see `gemma4.generate.generate` for the options and the result."""
+        from gemma4.generate import generate
+
+        return generate(self, prompt, **options)
+
+    def stream(self, prompt: Any, **options: Any) -> TextStream:
+        """Continue a prompt piece by piece; see `gemma4.generate.stream`."""
+        from gemma4.generate import stream
+
+        return stream(self, prompt, **options)

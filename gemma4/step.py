@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One forward pass over a batch: what the user asked for, in; the engine's runs and taps; arrays, out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.errors import CapacityError, StateError
+from gemma4.interp.cache import ActivationCache
+from gemma4.interp.hooks import HookPoint, SiteHooks, make_edit
+from gemma4.interp.sites import Site
+from gemma4.sequence import Sequence
+
+if TYPE_CHECKING:
+    from gemma4._engine import Run, Tap
+    from gemma4.model import Model
+
+I32: TypeAlias = NDArray[np.int32]
+F32: TypeAlias = NDArray[np.float32]
+Positions: TypeAlias = Literal["all", "last"] | int | slice | Iterable[int] | None
+
+
+class Prompt(NamedTuple):
+    """New tokens for one sequence."""
+
+    sequence: Sequence
+    ids: I32  # int32 [T], T >= 1
+
+
+class Output(NamedTuple):
+    """What one prompt of a batch gave."""
+
+    logits: F32 | None  # float32 [n, d_vocab]
+    cache: ActivationCache | None
+
+
+@dataclass(slots=True)
+class Want:
+    """What to compute and keep, the same for every prompt of the batch."""
+
+    logits: Positions = "all"
+    capture: list[Site] | None = None  # None: no cache at all
+    pos: Positions = "all"
+    hooks: SiteHooks = field(default_factory=list)
+    stop_at_layer: int | None = None
+
+
+def select_positions(spec: Positions, length: int, what: str = "pos") -> I32:
+    """int32 indices into 0..length-1, in the order asked for. Raises ValueError for one out of range."""
+    if spec is None:
+        return np.empty(0, dtype=np.int32)
+    if isinstance(spec, str):
+        if spec not in ("all", "last"):
+            raise ValueError(f'{what} must be "all", "last", positions or None, got {spec!r}')
+        return np.arange(0 if spec == "all" else length - 1, length, dtype=np.int32)
+    if isinstance(spec, slice):
+        return np.arange(length, dtype=np.int32)[spec]
+    wanted = np.atleast_1d(np.asarray(spec if isinstance(spec, (int, np.ndarray)) else list(spec)))
+    if wanted.dtype.kind not in "iu" and wanted.size:
+        raise TypeError(f"{what} must hold whole numbers, got {wanted.dtype}")
+    if wanted.size and (wanted.min() < -length or wanted.max() >= length):
+        raise ValueError(f"{what}: position out of range, there are {length} (got {wanted.tolist()})")
+    return np.where(wanted < 0, wanted + length, wanted).astype(np.int32)
+
+
+class _Plan:
+    """The engine's view of one prompt, and the arrays it will fill."""
+
+    def __init__(self, model: Model, index: int, prompt: Prompt, want: Want) -> None:
+        self.prompt, self.index = prompt, index
+        n_new = len(prompt.ids)
+        self.before = prompt.sequence.length
+        self.captures = want.capture is not None
+        self.kept = np.unique(select_positions(want.pos if self.captures else None, n_new))
+        asked = select_positions(want.logits, n_new, "logits")
+        # a captured logits site is computed where its rows are kept, even if those logits are not returned
+        captures_logits = any(site.is_logits for site in want.capture or ())
+        self.rows = np.unique(np.append(asked, self.kept) if captures_logits else asked).astype(np.int32)
+        self.returned = np.searchsorted(self.rows, asked) if want.logits is not None else None
+        self.logits = np.empty((len(self.rows), model.d_vocab), dtype=np.float32) if len(self.rows) else None
+        self.arrays = self._allocate(want.capture or [])
+
+    def _allocate(self, sites: list[Site]) -> dict[str, NDArray[Any]]:
+        # zeros, not empty: the engine leaves rows that it never reaches alone (and zero pages are free)
+        rows, keys = len(self.kept), self.before + len(self.prompt.ids)
+        return {site.name: np.zeros(site.shape(rows, keys), dtype=site.dtype) for site in sites}
+
+    def run(self) -> Run:
+        rows = self.rows if len(self.rows) else None
+        return (self.prompt.sequence._engine, self.prompt.ids, None, rows, self.logits)
+
+    def taps(self, model: Model, want: Want) -> list[Tap]:
+        edits: list[Tap] = [
+            (site.id, site.layer or 0, self.index, make_edit(site, fns, self._point(site), model.nan_log), None)
+            for site, fns in want.hooks
+        ]
+        rows = self._row_map()
+        copies: list[Tap] = [
+            (site.id, site.layer or 0, self.index, self.arrays[site.name], rows) for site in want.capture or ()
+        ]
+        return edits + copies
+
+    def _point(self, site: Site) -> HookPoint:
+        within = self.rows if site.is_logits else np.arange(len(self.prompt.ids))
+        return HookPoint(site.name, site.layer, self.index, self.before + within.astype(np.int64))
+
+    def _row_map(self) -> I32 | None:
+        if len(self.kept) == len(self.prompt.ids):
+            return None
+        rows = np.full(len(self.prompt.ids), -1, dtype=np.int32)
+        rows[self.kept] = np.arange(len(self.kept), dtype=np.int32)
+        return rows
+
+    def output(self, model: Model) -> Output:
+        logits = None if self.returned is None or self.logits is None else self.logits
+        if logits is not None and self.returned is not None and not _is_identity(self.returned, len(logits)):
+            logits = logits[self.returned]
+        if not self.captures:
+            return Output(logits, None)
+        positions = self.before + self.kept.astype(np.int64)
+        return Output(logits, ActivationCache(model, self.arrays, self.prompt.ids[self.kept], positions))
+
+
+def _is_identity(index: NDArray[Any], length: int) -> bool:
+    return len(index) == length and bool((index == np.arange(length)).all())
+
+
+def run_step(model: Model, prompts: list[Prompt], want: Want) -> list[Output]:
+    """Run every prompt in one engine step; sequences grow by their ids (not with stop_at_layer).
+
+    Raises CapacityError (numbers in the message) before anything is computed, and what the engine raises.
+    """
+    _check_capacity(prompts)
+    model.checkpoint.check()
+    plans = [_Plan(model, index, prompt, want) for index, prompt in enumerate(prompts)]
+    taps = [tap for plan in plans for tap in plan.taps(model, want)]
+    stop = -1 if want.stop_at_layer is None else want.stop_at_layer
+    try:
+        model.engine.step([plan.run() for plan in plans], taps, stop_at_layer=stop)
+    except StateError:  # closed, or another thread's: not ours to touch
+        raise
+    except BaseException:
+        _record(plans)  # Ctrl-C keeps whole chunks
+        raise
+    _record(plans)
+    return [plan.output(model) for plan in plans]
+
+
+def _record(plans: list[_Plan]) -> None:
+    for plan in plans:
+        if not plan.prompt.sequence.closed:
+            plan.prompt.sequence._record(plan.prompt.ids, plan.before)
+
+
+def _check_capacity(prompts: list[Prompt]) -> None:
+    for sequence, ids in prompts:
+        if not sequence.closed and sequence.length + len(ids) > sequence.capacity:
+            raise CapacityError(
+                f"{len(ids)} new tokens after {sequence.length} in the cache make {sequence.length + len(ids)}; "
+                f"this sequence holds at most {sequence.capacity}. Shorten the prompt, or truncate the sequence."
+            )
