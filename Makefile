@@ -16,7 +16,7 @@ dev: ## editable install with the test and lint tools (rebuild: run it again)
 	$(PYTHON) -m pip install -e ".[test,dev,plot]"
 
 test: ## every test (make test ARGS="-k sampling -x")
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -P -m pytest $(ARGS)
 
 lint: ## ruff, pyright, clang-format, layers: changes nothing
 	$(PYTHON) -m ruff check $(PY_DIRS)

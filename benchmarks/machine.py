@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the numbers were measured on, and the two yardsticks they are held against."""
+
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PACKAGES = ("gemma4", "numpy", "scipy-openblas32", "torch", "transformers")
+CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "asimd", "bf16", "i8mm")
+SGEMM_SIZE = 2048
+
+
+def cpu_record() -> dict[str, Any]:
+    """Model name, usable cores, caches' size and the instruction sets that matter here, from Linux's /proc/cpuinfo."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return {
+        "cpu": fields.get("model name", platform.machine()),
+        "cores": len(os.sched_getaffinity(0)),
+        "flags": [flag for flag in CPU_FLAGS if flag in flags],
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def record() -> dict[str, Any]:
+    """Everything about the machine that a reader needs to place the numbers; no names, no paths."""
+    return cpu_record() | {
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second that `threads` threads read from memory (bandwidth.c, best of ten passes over 1 GiB)."""
+    source = Path(__file__).with_name("bandwidth.c")
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "bandwidth")
+        compiler = os.environ.get("CC", "cc")
+        flags = ["-O3", "-march=native", "-ffast-math"]
+        subprocess.run([compiler, *flags, str(source), "-o", program, "-lpthread"], check=True)
+        return float(subprocess.run([program, str(threads)], check=True, capture_output=True, text=True).stdout)
+
+
+def peak_flops(repeats: int = 8) -> float:
+    """Multiply-adds x 2 per second of NumPy's OpenBLAS sgemm on 2048 x 2048, the best of some repeats.
+
+    Its thread count is the environment's (OPENBLAS_NUM_THREADS), so run this in a process of its own.
+    """
+    a = np.random.default_rng(0).random((SGEMM_SIZE, SGEMM_SIZE), dtype=np.float32)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        np.matmul(a, a)
+        times.append(time.perf_counter() - start)
+    return 2 * SGEMM_SIZE**3 / min(times)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run one round of each engine in processes of their own, and bring what they report to the same units.
+
+A round is {metric: [samples]}: load_s, prefill_tps and decode_tps (tokens per second), peak_rss (bytes), capture_s.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Round = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every engine is asked to do."""
+
+    threads: int
+    prompt: int = 512
+    decode: int = 32
+    capture: int = 256
+    repeats: int = 3
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An engine with the file it reads: `run()` is one round."""
+
+    name: str
+    files: list[Path]
+    run: Callable[[Settings], Round]
+
+
+def warm(files: list[Path]) -> None:
+    """Read the files, so that loading is measured with them in the page cache."""
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass
+
+
+# A parent that starts nothing else: its children's peak resident set is the command's.
+_MEASURED = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[1:])
+print("\\n", time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def run_process(command: list[str], threads: int) -> tuple[str, float, int]:
+    """Run to the end: (what it printed, seconds, peak resident set in bytes).
+
+    Raises RuntimeError with the end of its error output if it fails.
+    """
+    environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", _MEASURED, *command], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr.strip()[-800:]}")
+    out, _, last = done.stdout.rstrip().rpartition("\n")
+    seconds, peak_kb = last.split()
+    return out.rstrip(), float(seconds), int(peak_kb) * 1024
+
+
+def python_engine(engine: str, model: Path, precision: str, settings: Settings) -> Round:
+    """One round of worker.py."""
+    worker = str(Path(__file__).with_name("worker.py"))
+    options = {
+        "--model": model,
+        "--precision": precision,
+        "--threads": settings.threads,
+        "--prompt": settings.prompt,
+        "--decode": settings.decode,
+        "--capture": settings.capture,
+        "--repeats": settings.repeats,
+    }
+    command = [sys.executable, worker, engine, *(str(word) for pair in options.items() for word in pair)]
+    out, _, _ = run_process(command, settings.threads)
+    result = json.loads(out.rsplit("\n", 1)[-1])
+    return {
+        "load_s": [result["load_s"]],
+        "first_prefill_s": [result["first_prefill_s"]],
+        "prefill_tps": [settings.prompt / seconds for seconds in result["prefill_s"]],
+        "decode_tps": [len(result["decode_s"]) / sum(result["decode_s"])],
+        "peak_rss": [result["memory"]["VmHWM"]],
+        "anonymous": [result["memory"]["RssAnon"]],
+        "capture_s": result.get("capture_s", []),
+    }
+
+
+def _llama_bench(binary: Path, gguf: Path, settings: Settings, *options: Any) -> tuple[dict[str, Any], float, int]:
+    """One llama-bench test: its JSON record, seconds of the whole process, peak resident set."""
+    words = [binary, "-m", gguf, "-t", settings.threads, "-o", "json", *options]
+    out, seconds, peak = run_process([str(word) for word in words], settings.threads)
+    return json.loads(out)[0], seconds, peak
+
+
+def llamacpp(folder: Path, gguf: Path, settings: Settings) -> Round:
+    """One round of llama-bench: the prompt, then decoding at that depth, then loading alone.
+
+    It reports no load time, so that is the whole process for one token less the token.
+    """
+    binary = folder / "llama-bench"
+    prefill, _, peak_prefill = _llama_bench(
+        binary, gguf, settings, "-p", settings.prompt, "-n", 0, "-r", settings.repeats
+    )
+    decode, _, peak_decode = _llama_bench(
+        binary, gguf, settings, "-p", 0, "-n", settings.decode, "-d", settings.prompt, "-r", 1
+    )
+    one, seconds, _ = _llama_bench(binary, gguf, settings, "-p", 0, "-n", 1, "-r", 1, "--no-warmup")
+    return {
+        "load_s": [seconds - one["avg_ns"] / 1e9],
+        "prefill_tps": prefill["samples_ts"],
+        "decode_tps": decode["samples_ts"],
+        "peak_rss": [max(peak_prefill, peak_decode)],
+    }
+
+
+def find_llama_bench(folder: Path) -> Path:
+    """The folder that holds llama-bench: the given one, or build/bin below it. Raises FileNotFoundError."""
+    for candidate in (folder, folder / "build" / "bin", folder / "bin"):
+        if (candidate / "llama-bench").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"no llama-bench in {folder}, its bin/ or its build/bin/: build llama.cpp first (README.md)"
+    )

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From samples to medians, ratios, the table, the list of goals and the plot."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cost import Cost
+from peers import Round
+
+OURS = "gemma4"
+# metric -> title, unit, divisor, is more better?
+METRICS: dict[str, tuple[str, str, float, bool]] = {
+    "prefill_tps": ("prefill", "tokens/s", 1, True),
+    "decode_tps": ("decode", "tokens/s", 1, True),
+    "load_s": ("load", "s", 1, False),
+    "peak_rss": ("peak RSS", "GB", 1e9, False),
+    "capture_s": ("capture", "s", 1, False),
+}
+Summary = dict[str, dict[str, dict[str, float]]]
+
+
+def summarize(rounds: dict[str, list[Round]]) -> Summary:
+    """engine -> metric -> median, min, max over all samples, and ratio: how many times better we are than it.
+
+    The ratio is the median over rounds of (our median of that round : its median of that round), so that a machine that
+    slows down in between disturbs both sides.
+    """
+    summary: Summary = {}
+    for engine, engine_rounds in rounds.items():
+        summary[engine] = {}
+        for metric in METRICS:
+            samples = [x for one in engine_rounds for x in one.get(metric, [])]
+            if samples:
+                row = {"median": median(samples), "min": min(samples), "max": max(samples)}
+                if engine != OURS and (ratio := _ratio(rounds.get(OURS, []), engine_rounds, metric)):
+                    row["ratio"] = ratio
+                summary[engine][metric] = row
+    return summary
+
+
+def _ratio(ours: list[Round], theirs: list[Round], metric: str) -> float | None:
+    pairs = [(a[metric], b[metric]) for a, b in zip(ours, theirs, strict=False) if a.get(metric) and b.get(metric)]
+    quotients = [median(a) / median(b) for a, b in pairs]
+    if not quotients:
+        return None
+    return median(quotients) if METRICS[metric][3] else 1 / median(quotients)
+
+
+def shares(summary: Summary, cost: Cost, yardsticks: dict[str, float]) -> dict[str, float]:
+    """Our decode as a share of the measured memory bandwidth, our prefill as a share of the measured sgemm rate."""
+    ours = summary[OURS]
+    return {
+        "decode_of_bandwidth": ours["decode_tps"]["median"] * cost.bytes_per_token / yardsticks["read_bytes_per_s"],
+        "prefill_of_sgemm": ours["prefill_tps"]["median"] / cost.context * cost.prefill_flops / yardsticks["flops"],
+    }
+
+
+def goals(summary: Summary, cost: Cost) -> list[tuple[str, str, str, bool]]:
+    """(what, goal, measured, reached) for each goal that was measured."""
+    ours = summary[OURS]
+    limit = cost.bytes_resident + cost.kv_bytes + 300e6
+    rows = [
+        ("load, file in page cache", "< 1 s", f"{ours['load_s']['median']:.2f} s", ours["load_s"]["median"] < 1),
+        (
+            "peak RSS: weights touched + KV + 300 MB",
+            f"<= {limit / 1e9:.2f} GB",
+            f"{ours['peak_rss']['median'] / 1e9:.2f} GB",
+            ours["peak_rss"]["median"] <= limit,
+        ),
+    ]
+    wanted = (("llama.cpp", "decode_tps", 1), ("llama.cpp", "prefill_tps", 2), ("transformers", "capture_s", 10))
+    for engine, metric, factor in wanted:
+        if ratio := summary.get(engine, {}).get(metric, {}).get("ratio"):
+            what = f"{METRICS[metric][0]} against {engine}"
+            rows.append((what, f">= {factor}x", f"{ratio:.2f}x", ratio >= factor))
+    return rows
+
+
+def _cell(row: dict[str, float] | None, metric: str) -> str:
+    if not row:
+        return "-"
+    scale = METRICS[metric][2]
+    middle, low, high = (row[key] / scale for key in ("median", "min", "max"))
+    return f"{middle:.3g} ({low:.3g}-{high:.3g})"
+
+
+def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: a column for each engine, and one with our ratio to each peer."""
+    heads = ["", *(name for engine in summary for name in ([engine] if engine == OURS else [engine, "ratio"]))]
+    rows = []
+    for metric, (title, unit, _, _) in METRICS.items():
+        if not any(metric in metrics for metrics in summary.values()):
+            continue
+        row = [f"{title}, {unit}"]
+        for engine, metrics in summary.items():
+            row.append(_cell(metrics.get(metric), metric))
+            if engine != OURS:
+                ratio = metrics.get(metric, {}).get("ratio")
+                row.append(f"{ratio:.2f}x" if ratio else "-")
+        rows.append(row)
+    return heads, rows
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def show(result: dict[str, Any], cost: Cost) -> None:
+    """Print the table, the goals and the shares to the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None)
+    heads, rows = table(result["summary"])
+    for title, columns, lines in (
+        (f"{result['model']['name']}, {result['settings']['threads']} threads: median (min-max)", heads, rows),
+        (
+            "goals",
+            ["", "goal", "measured", "reached"],
+            [[*row[:3], "yes" if row[3] else "NO"] for row in goals(result["summary"], cost)],
+        ),
+    ):
+        grid = Table(*columns, title=title)
+        for line in lines:
+            grid.add_row(*line)
+        console.print(grid)
+    for name, value in result["shares"].items():
+        console.print(f"{name.replace('_', ' ')}: {value:.0%}")
+
+
+def plot(summary: Summary, path: Path) -> None:
+    """One small bar chart for each metric, engines side by side, whiskers from the worst to the best sample."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = [metric for metric in METRICS if metric in summary[OURS]]
+    figure, axes = plt.subplots(1, len(metrics), figsize=(2.6 * len(metrics), 3.2), layout="constrained")
+    for axis, metric in zip(axes, metrics, strict=True):
+        title, unit, scale, more = METRICS[metric]
+        rows = {engine: m[metric] for engine, m in summary.items() if metric in m}
+        middle = [row["median"] / scale for row in rows.values()]
+        spread = [
+            [row["median"] / scale - row["min"] / scale for row in rows.values()],
+            [row["max"] / scale - row["median"] / scale for row in rows.values()],
+        ]
+        colors = ["#1a73e8" if engine == OURS else "#9aa0a6" for engine in rows]
+        bars = axis.bar(list(rows), middle, yerr=spread, color=colors, capsize=3)
+        axis.bar_label(bars, fmt="%.3g", padding=3)
+        axis.margins(y=0.15)
+        axis.set_title(f"{title}, {unit}\n({'more' if more else 'less'} is better)", fontsize=10)
+        axis.tick_params(axis="x", rotation=30)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed and memory of this package on one checkpoint, side by side with its peers.
+
+    python benchmarks/run.py --model DIR
+    python benchmarks/run.py --model DIR --llamacpp LLAMA_CPP --gguf FILE --transformers --json out.json --plot out.png
+
+Every engine runs in a process of its own; rounds alternate between the engines; the file that an engine reads is in the
+page cache before it starts. Reported are medians with the spread, and ratios taken round by round.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cost
+import machine
+import report
+from peers import Peer, Round, Settings, find_llama_bench, llamacpp, python_engine, warm
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory (tools/random_checkpoint.py)")
+    parser.add_argument("--llamacpp", type=Path, help="folder of a built llama.cpp; needs --gguf")
+    parser.add_argument("--gguf", type=Path, help="the same weights as GGUF, in BF16")
+    parser.add_argument("--transformers", action="store_true", help="also measure transformers in bfloat16")
+    parser.add_argument("--precision", choices=["exact", "fast"], default="exact", help="of this package")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="prompts and captures timed in each round")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=32)
+    parser.add_argument("--capture", type=int, default=256, help="prompt length for the capture of all layers; 0: none")
+    parser.add_argument("--json", type=Path, help="write everything measured here")
+    parser.add_argument("--plot", type=Path, help="write a bar chart here (PNG)")
+    args = parser.parse_args()
+    if bool(args.llamacpp) != bool(args.gguf):
+        parser.error("--llamacpp and --gguf belong together")
+    return args
+
+
+def peers(args: argparse.Namespace) -> list[Peer]:
+    weights = sorted(args.model.glob("*.safetensors"))
+    if not weights:
+        raise SystemExit(f"no *.safetensors in {args.model}")
+    found = [Peer(report.OURS, weights, partial(python_engine, "gemma4", args.model, args.precision))]
+    if args.llamacpp:
+        folder = find_llama_bench(args.llamacpp)
+        found.append(Peer("llama.cpp", [args.gguf], partial(llamacpp, folder, args.gguf)))
+    if args.transformers:
+        found.append(Peer("transformers", weights, partial(python_engine, "transformers", args.model, "bfloat16")))
+    return found
+
+
+def measure(engines: list[Peer], settings: Settings, n_rounds: int) -> dict[str, list[Round]]:
+    rounds: dict[str, list[Round]] = {engine.name: [] for engine in engines}
+    for i in range(n_rounds):
+        for engine in engines:
+            print(f"round {i + 1}/{n_rounds}: {engine.name} (load average {os.getloadavg()[0]:.1f})", file=sys.stderr)
+            warm(engine.files)
+            rounds[engine.name].append(engine.run(settings))
+    return rounds
+
+
+def yardsticks(threads: int) -> dict[str, float]:
+    """Measured here and now: bytes read per second, and float32 operations per second of OpenBLAS's sgemm."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads)}
+    code = "import machine; print(machine.peak_flops())"
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parent,
+    )
+    return {"read_bytes_per_s": machine.read_bandwidth(threads), "flops": float(out.stdout)}
+
+
+def main() -> None:
+    args = arguments()
+    settings = Settings(args.threads, args.prompt, args.decode, args.capture, args.repeats)
+    before = yardsticks(args.threads)
+    rounds = measure(peers(args), settings, args.rounds)
+    after = yardsticks(args.threads)
+    best = {name: max(before[name], after[name]) for name in before}
+    work = cost.of_model(args.model, args.prompt)
+    summary = report.summarize(rounds)
+    result: dict[str, Any] = {
+        "machine": machine.record(),
+        "yardsticks": best,
+        "model": {"name": args.model.name} | asdict(work),
+        "settings": asdict(settings) | {"precision": args.precision, "rounds": args.rounds},
+        "summary": summary,
+        "shares": report.shares(summary, work, best),
+        "rounds": rounds,
+    }
+    report.show(result, work)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        report.plot(summary, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure one Python engine on one checkpoint, in a process of its own; the last line printed is JSON.
+
+    python benchmarks/worker.py gemma4 --model DIR --threads 2 --prompt 512 --decode 32 --capture 256
+
+Each engine is a small class with the same four verbs, so that the loop that takes the times is the same for all.
+Times are in seconds. Token ids are random: what is measured does not depend on them.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int32]
+
+
+class Engine(Protocol):
+    def prefill(self, ids: Ids) -> None:
+        """Run a prompt from nothing and keep its cache; logits of the last position."""
+        ...
+
+    def decode(self, token: int) -> None:
+        """One more token after what was run so far; its logits."""
+        ...
+
+    def capture(self, ids: Ids) -> int:
+        """The residual stream after every layer at every position, as arrays; returns how many layers."""
+        ...
+
+    def forget(self) -> None:
+        """Drop the cache."""
+        ...
+
+
+class Gemma4Engine:
+    """This package."""
+
+    def __init__(self, model: Path, threads: int, precision: str) -> None:
+        import gemma4
+
+        self.model = gemma4.load(model, threads=threads, precision=precision)  # type: ignore[arg-type]
+        self.sequence: Any = None
+
+    def prefill(self, ids: Ids) -> None:
+        self.sequence = self.model.new_sequence()
+        self.model.forward(ids, sequence=self.sequence, logits="last")
+
+    def decode(self, token: int) -> None:
+        self.model.forward(np.array([token], np.int32), sequence=self.sequence, logits="last")
+
+    def capture(self, ids: Ids) -> int:
+        names = "blocks.*.hook_resid_post"
+        _, cache = self.model.run_with_cache(ids, names=names, logits=None)
+        return len([np.asarray(cache[name]) for name in cache])
+
+    def forget(self) -> None:
+        self.sequence = None
+
+
+class TransformersEngine:
+    """The reference implementation in bfloat16, with its default attention."""
+
+    def __init__(self, model: Path, threads: int, precision: str) -> None:
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        config = transformers.AutoConfig.from_pretrained(model)
+        name = (config.architectures or ["Gemma4ForConditionalGeneration"])[0]
+        kind = getattr(transformers, name)
+        self.torch = torch
+        self.model = kind.from_pretrained(model, dtype=getattr(torch, precision)).eval()
+        self.past: Any = None
+
+    def _run(self, ids: Ids) -> None:
+        tokens = self.torch.from_numpy(ids.astype(np.int64))[None]
+        out = self.model(input_ids=tokens, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        self.past = out.past_key_values
+
+    def prefill(self, ids: Ids) -> None:
+        self.past = None
+        self._run(ids)
+
+    def decode(self, token: int) -> None:
+        self._run(np.array([token], np.int32))
+
+    def capture(self, ids: Ids) -> int:
+        tokens = self.torch.from_numpy(ids.astype(np.int64))[None]
+        out = self.model.model(input_ids=tokens, output_hidden_states=True, use_cache=False)  # no head
+        return len(out.hidden_states) - 1  # the first is the embedding
+
+    def forget(self) -> None:
+        self.past = None
+
+
+ENGINES: dict[str, Callable[[Path, int, str], Engine]] = {"gemma4": Gemma4Engine, "transformers": TransformersEngine}
+
+
+def timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def memory() -> dict[str, int]:
+    """Bytes from /proc/self/status: peak resident set, and the part of the present one that no file backs."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon")}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All times of one round. The first prompt and the first token warm up (page faults, caches) and do not count."""
+    random = np.random.default_rng(args.seed)
+    ids = random.integers(1000, 200000, args.prompt).astype(np.int32)
+    tokens = [int(t) for t in random.integers(1000, 200000, args.decode + 1)]
+    engines: list[Engine] = []
+    make = ENGINES[args.engine]
+    result: dict[str, Any] = {"load_s": timed(lambda: engines.append(make(args.model, args.threads, args.precision)))}
+    engine = engines[0]
+    result["first_prefill_s"] = timed(lambda: engine.prefill(ids))
+    result["prefill_s"] = [timed(lambda: engine.prefill(ids)) for _ in range(args.repeats)]
+    result["first_decode_s"] = timed(lambda: engine.decode(tokens[-1]))
+    result["decode_s"] = [timed(lambda token=token: engine.decode(token)) for token in tokens[:-1]]
+    result |= {"memory": memory()}
+    engine.forget()
+    if args.capture:
+        short = ids[: args.capture]
+        engine.capture(short)
+        result["capture_layers"] = engine.capture(short[:2])
+        result["capture_s"] = [timed(lambda: engine.capture(short)) for _ in range(args.repeats)]
+        result["memory_with_capture"] = memory()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=list(ENGINES))
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--precision", required=True, help="gemma4: exact, fast; transformers: bfloat16, float32")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--decode", type=int, default=32)
+    parser.add_argument("--capture", type=int, default=256, help="prompt length for the capture, 0: none")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    print(json.dumps(measure(parser.parse_args())))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of the house, and the tools that other measurements rest on."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tracked_files() -> list[Path]:
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def text_of(path: Path) -> str:
+    """The file's text; empty for binary files."""
+    data = path.read_bytes()
+    return "" if b"\0" in data[:8192] else data.decode(errors="replace")
+
+
+# ---- csrc/ ------------------------------------------------------------------------------------------------------
+
+
+def test_csrc_keeps_its_layers():
+    assert load_tool("check_layers").problems(ROOT / "csrc") == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "complaint"),
+    [
+        ("base/a.c", '#include "ops/linear.h"\n', "base:"),
+        ("model/a.c", "#include <Python.h>\n", "only python/"),
+        ("ops/a.c", '#include "gemma4.h"\n', "above it"),
+        ("ops/a.c", '#include "linear.h"\n', "not a file of csrc/"),
+        ("ops/a.c", "void f(void)\n{\n    abort();\n}\n", "abort"),
+        ("ops/a.c", 'void f(void)\n{\n    fprintf(stderr, "x");\n}\n', "fprintf"),
+        ("ops/a.c", "\n" * 801, "801 lines"),
+        ("ops/a.c", "void f(void)\n{\n" + "    g();\n" * 119 + "}\n", "121 lines"),
+        ("extra/a.c", "\n", "extra is not one of"),
+    ],
+)
+def test_layer_check_finds(tmp_path, path, text, complaint):
+    for name in ("ops/linear.h", "gemma4.h", path):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text if name == path else "")
+    found = load_tool("check_layers").problems(tmp_path)
+    assert [line for line in found if path in line and complaint.rstrip(":") in line], found
+
+
+def test_layer_check_accepts(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "base" / "a.h").write_text("")
+    body = '/* abort() and printf() in words */\n#include "base/a.h"\n#include <math.h>\n'
+    (tmp_path / "ops" / "a.c").write_text(body + 'void f(void)\n{\n    snprintf(b, 4, "exit(1)");\n}\n')
+    assert load_tool("check_layers").problems(tmp_path) == []
+
+
+# ---- the repository -----------------------------------------------------------------------------------------------
+
+
+def test_readme_commands_are_marked():
+    commands = load_tool("readme_commands").commands((ROOT / "README.md").read_text())
+    assert set(commands) >= {"run", "test"}
+    assert "pip install" in commands["run"] and "gemma4" in commands["run"]
+    assert "[test]" in commands["test"] and "pytest" in commands["test"]
+    assert all("\n" not in command for command in commands.values()), "each is one line"
+
+
+def test_command_line_entry_point_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, function = project["scripts"]["gemma4"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_sources_carry_the_licence():
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    folders = ("csrc", "gemma4", "tools", "tests", "benchmarks")
+    sources = [
+        p
+        for p in tracked_files()
+        if p.suffix in {".py", ".pyi", ".c", ".h", ".inc"} and p.parts[len(ROOT.parts)] in folders
+    ]
+    assert sources
+    assert [p.name for p in sources if "SPDX-License-Identifier: Apache-2.0" not in p.read_text()[:200]] == []
+
+
+def test_no_machine_paths_and_no_large_files():
+    # spelled so that this file does not match itself
+    path = re.compile(r"(?<![\w.$}/~])/(?:ro{2}t|wo[r]k|ho[m]e/\w+|Us[e]rs/\w+)/\w")
+    files = tracked_files()
+    assert files
+    assert [p.name for p in files if path.search(text_of(p))] == []
+    assert [p.name for p in files if p.stat().st_size > 10_000_000] == []
+
+
+# ---- tools/random_checkpoint.py -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    return load_tool("random_checkpoint")
+
+
+@pytest.mark.parametrize("multimodal", [False, True], ids=["text-only", "multimodal"])
+@pytest.mark.parametrize("size", ["e2b", "e4b", "12b", "26b-a4b", "31b", "e2b-mini", "26b-a4b-mini"])
+def test_random_checkpoint_has_transformers_shapes(maker, size, multimodal):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = maker.model_config(maker.text_config(size), multimodal)
+    settings = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "model_type")}
+    kind = transformers.Gemma4Config if multimodal else transformers.Gemma4TextConfig
+    with torch.device("meta"):
+        model = getattr(transformers, config["architectures"][0])(kind(**settings))
+    theirs = {name: tuple(p.shape) for name, p in model.state_dict().items() if name != "lm_head.weight"}
+    text = maker.text_config(size)
+    assert maker.tensor_shapes(text, "model.language_model." if multimodal else "model.") == theirs
+
+
+def test_random_checkpoint_dead_kv_matches_the_released_count(maker):
+    """The released E2B and E4B files hold these many keys and values that no layer uses."""
+    for size, dead in (("e2b", 18_880_512), ("e4b", 55_055_616)):
+        config = maker.text_config(size)
+        count = [
+            sum(int(maker.np.prod(shape)) for shape in maker.tensor_shapes(config, dead_kv=kv).values())
+            for kv in (0, 1)
+        ]
+        assert count[1] - count[0] == dead
+
+
+def test_random_checkpoint_files_load(maker, tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    small = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "vocab_size_per_layer_input": 128}
+    config = maker.text_config("e2b-mini", "float16", **small)
+    total = maker.write_checkpoint(tmp_path, config, multimodal=False, shard_bytes=200_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    shapes, dtypes, n_bytes = {}, set(), 0
+    for name in sorted(set(index["weight_map"].values())):
+        assert (tmp_path / name).stat().st_size < 2_000_000
+        for key, array in safetensors.load_file(tmp_path / name).items():
+            assert index["weight_map"][key] == name
+            shapes[key] = array.shape
+            dtypes.add(str(array.dtype))
+            n_bytes += array.nbytes
+            assert 0.2 < array.mean() < 1.5 if "norm" in key or "scal" in key else abs(array.mean()) < 0.01, key
+    assert shapes == maker.tensor_shapes(config)
+    assert dtypes == {"float16"}
+    assert total == n_bytes == index["metadata"]["total_size"]
+
+
+def test_random_checkpoint_names_unknown_size(maker):
+    with pytest.raises(ValueError, match=r"e3b.*e2b"):
+        maker.text_config("e3b")
+
+
+def test_random_checkpoint_command(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "tools" / "random_checkpoint.py",
+        "12b-mini",
+        tmp_path / "x",
+        "--vocab",
+        "64",
+        "--dtype",
+        "nope",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "bfloat16" in done.stderr
+
+
+# ---- benchmarks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def benchmark_modules():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        yield {name: importlib.import_module(name) for name in ("cost", "report", "peers")}
+    finally:
+        sys.path.pop(0)
+
+
+def test_benchmark_cost_counts_the_work(benchmark_modules, maker, tmp_path):
+    """One token, by hand: every matrix but the tables once, the head once, attention over itself."""
+    small = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "vocab_size_per_layer_input": 128}
+    config = maker.text_config("e2b-mini", **small)
+    maker.write_checkpoint(tmp_path, config)
+    cost = benchmark_modules["cost"].of_model(tmp_path, 1)
+    shapes = maker.tensor_shapes(config, "")
+    ple = shapes.pop("embed_tokens_per_layer.weight")
+    matrices = sum(a * b for a, b in (s for s in shapes.values() if len(s) == 2))
+    heads = sum(8 * (512 if kind == "full_attention" else 256) for kind in config["layer_types"])
+    assert cost.prefill_flops == 2 * matrices + 4 * heads
+    total = sum(int(maker.np.prod(shape)) * 2 for shape in shapes.values())
+    assert cost.bytes_resident == total
+    assert (tmp_path / "model.safetensors").stat().st_size > total + ple[0] * ple[1] * 2
+
+
+def test_benchmark_ratios_pair_the_rounds(benchmark_modules):
+    report = benchmark_modules["report"]
+    ours = [{"prefill_tps": [10.0, 12.0, 11.0], "load_s": [0.5]}, {"prefill_tps": [22.0], "load_s": [1.0]}]
+    theirs = [{"prefill_tps": [5.5], "load_s": [2.0]}, {"prefill_tps": [11.0], "load_s": [4.0]}]
+    summary = report.summarize({"gemma4": ours, "llama.cpp": theirs})
+    assert summary["llama.cpp"]["prefill_tps"]["ratio"] == pytest.approx(2.0)
+    assert summary["llama.cpp"]["load_s"]["ratio"] == pytest.approx(4.0)
+    assert summary["gemma4"]["prefill_tps"] == {"median": 11.5, "min": 10.0, "max": 22.0}
+    heads, rows = report.table(summary)
+    assert heads == ["", "gemma4", "llama.cpp", "ratio"]
+    assert rows[0][-1] == "2.00x" and len(rows) == 2
