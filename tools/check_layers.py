@@ -3,9 +3,9 @@
 
     python tools/check_layers.py [CSRC]
 
-Layers     base < kernels < ops < model < python: a file includes only its own layer and those before it; gemma4.h, the
-           public header, includes only base and the list of sites, and is for model, python and tests; only python/ knows
-           Python and NumPy.
+Layers     base < kernels < ops < model < python: a file includes only its own layer and those before it. gemma4.h, the
+           public header, includes only base and the list of sites, and is for model, python and tests. Only python/
+           knows Python and NumPy.
 Library    nothing ends the process or writes to a stream: errors are statuses (tests/ are programs, and may).
 Sizes      files of at most 800 lines, functions of at most 120.
 """
