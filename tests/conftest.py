@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models for the tests of the Python face: the shipped tiny-e, and random small ones written as checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gemma4
+import numpy as np
+import pytest
+from small_models import E_LIKE, MOE_LIKE, write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def random_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("random-e"), E_LIKE)
+
+
+@pytest.fixture(scope="session")
+def random_e(random_dir: Path) -> gemma4.Model:
+    """E2B-like, random weights, no tokenizer."""
+    return gemma4.load(random_dir)
+
+
+@pytest.fixture(scope="session")
+def random_moe(tmp_path_factory: pytest.TempPathFactory) -> gemma4.Model:
+    """26B-like, random weights, no tokenizer."""
+    return gemma4.load(write_checkpoint(tmp_path_factory.mktemp("random-moe"), MOE_LIKE))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> gemma4.Model:
+    """The shipped, trained model."""
+    return gemma4.load("tiny-e")
+
+
+@pytest.fixture
+def prompt() -> np.ndarray:
+    """int32 [12]: longer than the random models' window."""
+    return np.array([2, 5, 9, 17, 5, 33, 64, 129, 7, 300, 11, 12], dtype=np.int32)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random small checkpoints for the tests of the Python face; no torch needed to write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from gemma4.load.config import parse_config
+from gemma4.load.names import text_tensors
+from safetensors.numpy import save_file
+
+S, F = "sliding_attention", "full_attention"
+
+# like E2B: per-layer embeddings, two layers that share keys, double-wide MLP there
+E_LIKE: dict[str, Any] = {
+    "model_type": "gemma4_text",
+    "vocab_size": 320,
+    "vocab_size_per_layer_input": 320,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 6,
+    "layer_types": [S, S, F, S, S, F],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+    "attention_k_eq_v": False,
+    "enable_moe_block": False,
+    "eos_token_id": [1],
+    "bos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# like 26B-A4B: experts, K=V in global layers, no per-layer embeddings
+MOE_LIKE: dict[str, Any] = E_LIKE | {
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "hidden_size_per_layer_input": 0,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "enable_moe_block": True,
+    "num_experts": 8,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 16,
+}
+
+# big enough that a long prefill takes seconds
+SLOW: dict[str, Any] = E_LIKE | {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "layer_types": [S, S, F] * 6,
+    "num_kv_shared_layers": 0,
+    "use_double_wide_mlp": False,
+    "hidden_size_per_layer_input": 0,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    "global_head_dim": 64,
+    "sliding_window": 512,
+    "max_position_embeddings": 32768,
+}
+
+
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Every tensor the text model reads, bf16, sized so that activations stay near 1."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for name, shape in text_tensors(parse_config(config)).items():
+        values = rng.standard_normal(shape, dtype=np.float32)
+        if name.endswith("layer_scalar"):
+            values = 0.8 + 0.1 * values
+        elif "norm" in name or name.endswith("scale"):
+            values = 1 + 0.1 * values
+        else:
+            values /= np.sqrt(shape[-1])
+        tensors[f"model.{name}"] = values.astype(ml_dtypes.bfloat16)
+    return tensors
+
+
+def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """A Hugging Face directory without a tokenizer."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(random_tensors(config, seed), directory / "model.safetensors")
+    return directory
