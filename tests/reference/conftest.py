@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each variant is built and written once per session."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 
 from . import oracle, variants
+
+if TYPE_CHECKING:
+    import gemma4
 
 
 class Checkpoint(NamedTuple):
@@ -55,5 +60,17 @@ def reference(checkpoint: Callable[[str], Checkpoint]) -> Callable[[str, int], R
         ids = variants.token_ids(found.variant, n_tokens)
         recording = oracle.record(found.model, ids)
         return Reference(found, ids, recording, oracle.sites_from(found.model, recording))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint: Callable[[str], Checkpoint]) -> Callable[..., gemma4.Model]:
+    """loaded(name, threads=2) -> our model of that variant, exact."""
+    import gemma4
+
+    @functools.cache
+    def get(name: str, threads: int = 2) -> gemma4.Model:
+        return gemma4.load(checkpoint(name).directory, precision="exact", threads=threads)
 
     return get

@@ -29,8 +29,8 @@ class AttentionCall:
     k: Tensor
     v: Tensor
     mask: Tensor
-    scaling: float
     weights: Tensor
+    scaling: float
 
 
 @dataclass
@@ -70,8 +70,8 @@ def _recording_attention(recording: Recording) -> Any:
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Any:
         output, weights = eager(module, q, k, v, mask, *args, **kwargs)
-        call = AttentionCall(*_tensors([q, k, v, mask]), kwargs["scaling"], weights.detach().clone())
-        recording.attention[module.layer_idx] = call
+        copies = [tensor.detach().clone() for tensor in (q, k, v, mask, weights)]
+        recording.attention[module.layer_idx] = AttentionCall(*copies, scaling=kwargs["scaling"])
         return output, weights
 
     return attend
@@ -177,8 +177,8 @@ def _projections(attention: Any, made: dict[str, tuple[Tensor, ...]], prefix: st
     if not attention.is_kv_shared_layer:
         names += ["k_norm", "v_norm"]
         sites["attn.hook_k"] = _heads(made[f"{prefix}.k_proj"][0][0], attention.head_dim)
-        values = "k_proj" if attention.v_proj is None else "v_proj"  # K=V layers: the raw keys are the raw values
-        sites["attn.hook_v"] = _heads(made[f"{prefix}.{values}"][0][0], attention.head_dim)
+        if attention.v_proj is not None:
+            sites["attn.hook_v"] = _heads(made[f"{prefix}.v_proj"][0][0], attention.head_dim)
     return sites | {f"attn.hook_{name}ed": made[f"{prefix}.{name}"][0][0] for name in names}
 
 

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every site and the logits of our engine against transformers in float32, for every variant of the architecture."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import gemma4
+
+from . import site_list, variants
+from .compare import difference, first_failures
+from .conftest import Reference
+from .oracle import text_model
+
+Get = Callable[[str, int], Reference]
+Load = Callable[[str], gemma4.Model]
+CASES = [(v.name, n) for v in variants.VARIANTS for n in v.prompt_lengths]
+
+
+@pytest.mark.parametrize(("name", "n_tokens"), CASES)
+def test_every_site(name: str, n_tokens: int, reference: Get, loaded: Load) -> None:
+    expected = reference(name, n_tokens)
+    logits, cache = loaded(name).run_with_cache(expected.ids.numpy(), names="*")
+    assert set(cache) == set(expected.sites)
+    assert first_failures(cache, expected.sites) == []
+    assert difference(logits, expected.sites["hook_logits"]) is None
+
+
+@pytest.mark.parametrize("name", [v.name for v in variants.VARIANTS])
+def test_has_exactly_the_listed_sites(name: str, reference: Get, loaded: Load) -> None:
+    n = variants.BY_NAME[name].prompt_lengths[0]
+    sites = loaded(name).sites
+    shapes = site_list.expected(text_model(reference(name, n).checkpoint.model), n)
+    assert {site: sites[site].shape(n, n) for site in sites} == shapes
+
+
+@pytest.mark.parametrize("name", ["e2b", "moe26b", "dense31b", "everything"])
+def test_continues_a_cached_sequence_as_the_whole_prompt(name: str, reference: Get, loaded: Load) -> None:
+    """Sites of a second run see the first run's keys: compared with transformers on the whole prompt."""
+    n, cut = variants.LONG, variants.LONG - 9
+    expected = reference(name, n)
+    model = loaded(name)
+    with model.new_sequence() as sequence:
+        model.forward(expected.ids[:cut].numpy(), sequence=sequence, logits=None)
+        _, cache = model.run_with_cache(expected.ids[cut:].numpy(), names="*", sequence=sequence)
+    late = {site: _late(site, array, cut, n) for site, array in expected.sites.items()}
+    window = variants.BY_NAME[name].window
+    for site in [s for s in late if s.endswith("_used")]:  # keys that a window has left behind are gone
+        kept = np.abs(cache[site]).reshape(n, -1).max(1) > 0
+        assert kept[max(0, cut - window + 1) :].all()
+        late[site] = np.where(kept[:, None, None], late[site], 0)
+    assert first_failures(cache, late) == []
+
+
+def _late(site: str, array: np.ndarray, cut: int, n: int) -> np.ndarray:
+    """The rows of positions cut.. ; key axes stay whole."""
+    if site.endswith(("hook_attn_scores", "hook_pattern")):
+        return array[:, cut:]
+    return array if site.endswith("_used") else array[cut:n]
