@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A view of a matrix of weights or of cached rows: no ownership, no strides beyond the row's.
+ *
+ * Letters for sizes, here and in comments everywhere:
+ *   T rows (positions) of a step    S key positions     D d_model     V vocabulary    L layers
+ *   H query heads   K key/value heads   h head size     F mlp width   P per-layer-embedding width
+ *   E experts       k experts per token  M expert width
+ */
+#ifndef GEMMA4_BASE_TENSOR_H
+#define GEMMA4_BASE_TENSOR_H
+
+#include "base/dtype.h"
+
+typedef struct {
+    const void *data;  /* need not be aligned to anything but its element */
+    g4_dtype dtype;
+    size_t n_rows;     /* outputs of a linear map */
+    size_t n_cols;     /* inputs of a linear map */
+    size_t row_stride; /* in elements */
+} g4_matrix;
+
+static inline const void *g4_matrix_row(const g4_matrix *w, size_t row)
+{
+    return (const char *)w->data + row * w->row_stride * g4_dtype_size(w->dtype);
+}
+
+/* The columns [first, first + n) of w. */
+static inline g4_matrix g4_matrix_cols(const g4_matrix *w, size_t first, size_t n)
+{
+    g4_matrix cols = *w;
+    cols.data = (const char *)w->data + first * g4_dtype_size(w->dtype);
+    cols.n_cols = n;
+    return cols;
+}
+
+/* The rows [first, first + n) of w. */
+static inline g4_matrix g4_matrix_rows(const g4_matrix *w, size_t first, size_t n)
+{
+    g4_matrix rows = *w;
+    rows.data = g4_matrix_row(w, first);
+    rows.n_rows = n;
+    return rows;
+}
+
+#endif

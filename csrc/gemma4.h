@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* gemma4: the public C interface of the engine.
+ *
+ * A model is immutable and may serve several threads. A sequence is one timeline of positions with its cached keys and
+ * values; it serves one call at a time. A step advances any number of sequences by runs of any length: decoding one token
+ * is the same call as prefilling a thousand. The engine opens no file: it computes on views that the caller keeps alive.
+ */
+#ifndef GEMMA4_H
+#define GEMMA4_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/dtype.h"
+#include "base/status.h"
+
+/* ---- configuration -------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    int window;     /* keys a query may see, itself included; 0: all (a global layer) */
+    int head_dim;   /* h */
+    int n_kv_heads; /* K */
+    int d_mlp;      /* F */
+    int kv_source;  /* the layer whose keys and values this one reads: itself, or an earlier one */
+    bool k_eq_v;    /* values are the normed output of k_proj */
+    bool moe;       /* experts beside the dense MLP */
+    int rope;       /* which of the rotary tables */
+} g4_layer_config;
+
+enum { G4_MAX_ROPES = 4, G4_MAX_DIMS = 4 };
+
+typedef struct {
+    int d_model, n_layers, n_heads, d_vocab; /* D, L, H, V */
+    int d_ple, d_vocab_ple;                  /* P (0: no per-layer embeddings), rows of their table */
+    int n_experts, top_k_experts, d_expert;  /* E, k, M */
+    float rms_norm_eps, logit_softcap /* 0: none */, embed_scale;
+    int context_length;
+    int n_ropes;
+    int rope_half[G4_MAX_ROPES];               /* h / 2 */
+    const float *rope_inv_freq[G4_MAX_ROPES];  /* [h / 2], copied by g4_model_new */
+    const g4_layer_config *layers;             /* [n_layers], copied by g4_model_new */
+} g4_config;
+
+/* A named tensor of the checkpoint, where it lies. The bytes must outlive the model. */
+typedef struct {
+    const char *name; /* without the checkpoint's prefix: "layers.0.self_attn.q_proj.weight" */
+    g4_dtype dtype;
+    int n_dims;
+    int64_t shape[G4_MAX_DIMS];
+    const void *data;
+} g4_named_tensor;
+
+/* ---- models and sequences --------------------------------------------------------------------------------------- */
+
+typedef struct g4_model g4_model;
+typedef struct g4_sequence g4_sequence;
+
+typedef struct {
+    int n_threads; /* 0: the CPUs this process may run on */
+    bool fast;     /* precision "fast": OpenBLAS for large batches; else the same bits on every machine */
+} g4_model_options;
+
+g4_status g4_model_new(const g4_config *config, const g4_named_tensor *tensors, size_t n_tensors,
+                       const g4_model_options *options, g4_model **model, g4_error *err);
+void g4_model_free(g4_model *model); /* sequences first */
+const g4_config *g4_model_config(const g4_model *model);
+const char *g4_model_isa(const g4_model *model);
+int g4_model_threads(const g4_model *model);
+bool g4_model_is_fast(const g4_model *model);
+size_t g4_model_weight_bytes(const g4_model *model);
+
+g4_status g4_sequence_new(const g4_model *model, g4_dtype kv_dtype, int capacity, g4_sequence **seq, g4_error *err);
+void g4_sequence_free(g4_sequence *seq); /* NULL is fine */
+int g4_sequence_length(const g4_sequence *seq);
+int g4_sequence_capacity(const g4_sequence *seq);
+g4_dtype g4_sequence_dtype(const g4_sequence *seq);
+size_t g4_sequence_bytes(const g4_sequence *seq);
+int g4_sequence_min_truncate(const g4_sequence *seq);
+g4_status g4_sequence_truncate(g4_sequence *seq, int length, g4_error *err);
+g4_status g4_sequence_fork(g4_sequence *seq, g4_sequence **fork, g4_error *err); /* copy-on-write, per layer */
+
+/* One call at a time: false if another one is in progress. Every function above that changes seq does this itself. */
+bool g4_sequence_acquire(g4_sequence *seq);
+void g4_sequence_release(g4_sequence *seq);
+
+/* The cache of a layer that computes keys: positions [first, length), dense [n, K, h] of the sequence's dtype. */
+int g4_sequence_first_cached(const g4_sequence *seq, int layer);
+void g4_sequence_export(const g4_sequence *seq, int layer, void *k, void *v);
+g4_status g4_sequence_import(g4_sequence *seq, int layer, int first, int length, const void *k, const void *v,
+                             g4_error *err);
+void g4_sequence_set_length(g4_sequence *seq, int length); /* after every layer was imported */
+
+/* ---- sites -------------------------------------------------------------------------------------------------------- */
+
+typedef enum {
+#define G4_SITE(id, name, dims, when) G4_SITE_##id,
+#include "model/sites.inc"
+#undef G4_SITE
+    G4_N_SITES
+} g4_site;
+
+const char *g4_site_name(g4_site site); /* with "{}" for the layer */
+bool g4_site_exists(const g4_config *config, g4_site site, int layer);
+bool g4_site_is_per_layer(g4_site site);
+bool g4_site_is_int32(g4_site site);
+/* Sizes of the site's axes for a run of n_rows rows and n_keys key positions; returns how many axes. */
+int g4_site_shape(const g4_config *config, g4_site site, int layer, int n_rows, int n_keys, int64_t shape[G4_MAX_DIMS]);
+const char *g4_site_dims(g4_site site); /* the letters of sites.inc */
+
+/* Changes `data` (the site's shape, float32 or int32) in place. */
+typedef g4_status (*g4_edit_fn)(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err);
+
+typedef struct {
+    g4_site site;
+    int layer, run; /* layer 0 for sites of the whole model */
+    /* copy out: */
+    void *dest;          /* the site's shape with T = n_dest_rows, S = the sequence's length after the step */
+    const int32_t *rows; /* [T of the run] row of dest or -1; NULL: row i to row i */
+    int n_dest_rows;
+    /* or edit: */
+    g4_edit_fn edit;
+    void *context;
+} g4_tap;
+
+/* ---- the step --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    g4_sequence *seq;
+    int n_rows;
+    const int32_t *tokens;      /* [n_rows] or NULL */
+    const float *embeddings;    /* [n_rows, D] or NULL: used instead of the table's rows, already scaled */
+    const int32_t *logits_rows; /* [n_logits] ascending rows of the run that want logits */
+    int n_logits;
+    float *logits; /* [n_logits, V] */
+} g4_run;
+
+typedef struct {
+    int stop_at_layer; /* -1: all; n: layers [0, n) only, and the sequences do not grow */
+    int max_chunk;     /* rows at once; 0: 512 */
+    int (*poll)(void *context); /* asked about every 20 ms; nonzero stops the step between chunks' parts */
+    void *poll_context;
+} g4_step_options;
+
+g4_status g4_step(g4_model *model, const g4_run *runs, int n_runs, const g4_tap *taps, int n_taps,
+                  const g4_step_options *options, g4_error *err);
+
+#endif

@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* One table of kernels per instruction set, and the choice among them. */
+#ifndef GEMMA4_KERNELS_KERNELS_H
+#define GEMMA4_KERNELS_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/cpu.h"
+#include "base/dtype.h"
+#include "base/status.h"
+
+#define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;
+#include "kernels/kernels.inc"
+#undef G4_KERNEL
+
+typedef struct {
+    g4_isa isa;
+#define G4_KERNEL(result, name, args) g4_##name##_fn name;
+#include "kernels/kernels.inc"
+#undef G4_KERNEL
+} g4_kernels;
+
+/* The table of that instruction set, or NULL if this build or this processor lacks it. */
+const g4_kernels *g4_kernels_for(g4_isa isa);
+
+/* The best table, unless the environment's GEMMA4_ISA names a lower level. */
+g4_status g4_kernels_select(const g4_kernels **kernels, g4_error *err);
+
+static inline g4_matmul_f32_fn g4_matmul_for(const g4_kernels *kernels, g4_dtype dtype)
+{
+    return dtype == G4_F32 ? kernels->matmul_f32 : dtype == G4_F16 ? kernels->matmul_f16 : kernels->matmul_bf16;
+}
+
+static inline g4_weighted_sum_f32_fn g4_weighted_sum_for(const g4_kernels *kernels, g4_dtype dtype)
+{
+    return dtype == G4_F32   ? kernels->weighted_sum_f32
+           : dtype == G4_F16 ? kernels->weighted_sum_f16
+                             : kernels->weighted_sum_bf16;
+}
+
+static inline g4_widen_f32_fn g4_widen_for(const g4_kernels *kernels, g4_dtype dtype)
+{
+    return dtype == G4_F32 ? kernels->widen_f32 : dtype == G4_F16 ? kernels->widen_f16 : kernels->widen_bf16;
+}
+
+#endif

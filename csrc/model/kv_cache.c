@@ -1,0 +1,306 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "model/kv_cache.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "model/config.h"
+#include "model/model.h"
+
+enum { MIN_SLOTS = 64 };
+
+static size_t slot_elements(const g4_config *config, int layer)
+{
+    return (size_t)config->layers[layer].n_kv_heads * (size_t)config->layers[layer].head_dim;
+}
+
+static size_t slot_bytes(const g4_sequence *seq, int layer)
+{
+    return slot_elements(&seq->model->config, layer) * g4_dtype_size(seq->dtype);
+}
+
+static int first_stored(const g4_sequence *seq, const g4_kv_layer *kv)
+{
+    return seq->length > kv->n_slots ? seq->length - kv->n_slots : 0;
+}
+
+/* Slots a layer needs before n_rows more rows are written. A sliding layer also keeps one window of slack, so that a
+ * sequence can be cut back by that much and go on. */
+static int slots_needed(const g4_sequence *seq, int layer, int n_rows)
+{
+    int window = seq->model->config.layers[layer].window;
+    int all = seq->length + n_rows;
+    if (!window)
+        return all;
+    int64_t ring = (int64_t)window - 1 + n_rows;
+    int64_t with_slack = (int64_t)window - 1 + (n_rows > window ? n_rows : window);
+    return all <= with_slack ? all : (int)(ring > with_slack ? ring : with_slack);
+}
+
+static int grown_slots(const g4_sequence *seq, int layer, int current, int needed)
+{
+    int window = seq->model->config.layers[layer].window;
+    int64_t slots = current > MIN_SLOTS / 2 ? 2 * (int64_t)current : MIN_SLOTS;
+    int64_t most = seq->capacity;
+    if (window && 2 * (int64_t)window < most)
+        most = 2 * (int64_t)window;
+    if (slots > most)
+        slots = most;
+    return slots < needed ? needed : (int)slots;
+}
+
+static void copy_slots(const g4_sequence *seq, const g4_kv_layer *from, g4_kv_layer *to, int layer)
+{
+    size_t n_bytes = slot_bytes(seq, layer);
+    int first = first_stored(seq, from);
+    if (first < first_stored(seq, to))
+        first = first_stored(seq, to);
+    for (int p = first; p < seq->length; p++) {
+        size_t source = (size_t)(p % from->n_slots) * n_bytes, target = (size_t)(p % to->n_slots) * n_bytes;
+        memcpy((char *)g4_buffer_data(to->k) + target, (const char *)g4_buffer_data(from->k) + source, n_bytes);
+        memcpy((char *)g4_buffer_data(to->v) + target, (const char *)g4_buffer_data(from->v) + source, n_bytes);
+    }
+}
+
+static void release_layer(g4_kv_layer *kv)
+{
+    g4_buffer_unref(kv->k);
+    g4_buffer_unref(kv->v);
+    *kv = (g4_kv_layer){0};
+}
+
+static g4_status replace_layer(g4_sequence *seq, int layer, int n_slots, g4_error *err)
+{
+    g4_kv_layer fresh = {.n_slots = n_slots};
+    size_t n_bytes;
+    if (__builtin_mul_overflow((size_t)n_slots, slot_bytes(seq, layer), &n_bytes))
+        return g4_fail_nomem(err, ~0ull);
+    fresh.k = g4_buffer_new(n_bytes);
+    fresh.v = g4_buffer_new(n_bytes);
+    if (!fresh.k || !fresh.v) {
+        release_layer(&fresh);
+        return g4_fail_nomem(err, 2 * n_bytes);
+    }
+    if (seq->layers[layer].k)
+        copy_slots(seq, &seq->layers[layer], &fresh, layer);
+    release_layer(&seq->layers[layer]);
+    seq->layers[layer] = fresh;
+    return G4_OK;
+}
+
+static g4_status reserve_layer(g4_sequence *seq, int layer, int n_rows, g4_error *err)
+{
+    g4_kv_layer *kv = &seq->layers[layer];
+    int needed = slots_needed(seq, layer, n_rows);
+    if (kv->k && kv->n_slots >= needed && g4_buffer_is_unique(kv->k) && g4_buffer_is_unique(kv->v))
+        return G4_OK;
+    int n_slots = kv->n_slots >= needed ? kv->n_slots : grown_slots(seq, layer, kv->n_slots, needed);
+    return replace_layer(seq, layer, n_slots, err);
+}
+
+g4_status g4_kv_reserve(g4_sequence *seq, int n_rows, g4_error *err)
+{
+    const g4_config *config = &seq->model->config;
+    if (n_rows > seq->capacity - seq->length)
+        return g4_fail(err, G4_ECAPACITY,
+                       "%d positions are cached and %d more were given, but the sequence's capacity is %d (the model's "
+                       "context is %d): shorten the input or truncate the sequence",
+                       seq->length, n_rows, seq->capacity, config->context_length);
+    for (int layer = 0; layer < config->n_layers; layer++)
+        if (g4_computes_kv(config, layer))
+            G4_TRY(reserve_layer(seq, layer, n_rows, err));
+    return G4_OK;
+}
+
+void g4_kv_store(g4_sequence *seq, const g4_kernels *kernels, int layer, int position, const float *k, const float *v)
+{
+    const g4_kv_layer *kv = &seq->layers[layer];
+    size_t n = slot_elements(&seq->model->config, layer);
+    size_t offset = (size_t)(position % kv->n_slots) * n * g4_dtype_size(seq->dtype);
+    char *k_slot = (char *)g4_buffer_data(kv->k) + offset, *v_slot = (char *)g4_buffer_data(kv->v) + offset;
+    if (seq->dtype == G4_BF16) {
+        kernels->narrow_bf16((uint16_t *)(void *)k_slot, k, (int)n);
+        kernels->narrow_bf16((uint16_t *)(void *)v_slot, v, (int)n);
+    } else {
+        memcpy(k_slot, k, n * sizeof *k);
+        memcpy(v_slot, v, n * sizeof *v);
+    }
+}
+
+g4_kv_view g4_kv_view_of(const g4_sequence *seq, int layer)
+{
+    const g4_kv_layer *kv = &seq->layers[seq->model->config.layers[layer].kv_source];
+    return (g4_kv_view){.k = g4_buffer_data(kv->k),
+                        .v = g4_buffer_data(kv->v),
+                        .dtype = seq->dtype,
+                        .stride = slot_elements(&seq->model->config, layer),
+                        .n_slots = kv->n_slots};
+}
+
+/* ---- sequences -------------------------------------------------------------------------------------------------- */
+
+g4_status g4_sequence_new(const g4_model *model, g4_dtype kv_dtype, int capacity, g4_sequence **result, g4_error *err)
+{
+    int context = model->config.context_length;
+    if (kv_dtype == G4_F16)
+        return g4_fail(err, G4_EUNSUPPORTED, "a cache of f16: expected f32 or bf16");
+    if (capacity < 0 || capacity > context)
+        return g4_fail(err, G4_EVALUE, "capacity %d: expected 1 to %d, the model's context (0 = all of it)", capacity,
+                       context);
+    g4_sequence *seq = calloc(1, sizeof *seq);
+    g4_kv_layer *layers = calloc((size_t)model->config.n_layers, sizeof *layers);
+    if (!seq || !layers) {
+        free(seq);
+        free(layers);
+        return g4_fail_nomem(err, sizeof *seq);
+    }
+    *seq = (g4_sequence){.model = model, .dtype = kv_dtype, .capacity = capacity ? capacity : context, .layers = layers};
+    atomic_flag_clear(&seq->busy);
+    *result = seq;
+    return G4_OK;
+}
+
+void g4_sequence_free(g4_sequence *seq)
+{
+    if (!seq)
+        return;
+    for (int layer = 0; layer < seq->model->config.n_layers; layer++)
+        release_layer(&seq->layers[layer]);
+    free(seq->layers);
+    free(seq);
+}
+
+int g4_sequence_length(const g4_sequence *seq)
+{
+    return seq->length;
+}
+
+int g4_sequence_capacity(const g4_sequence *seq)
+{
+    return seq->capacity;
+}
+
+g4_dtype g4_sequence_dtype(const g4_sequence *seq)
+{
+    return seq->dtype;
+}
+
+bool g4_sequence_acquire(g4_sequence *seq)
+{
+    return !atomic_flag_test_and_set_explicit(&seq->busy, memory_order_acquire);
+}
+
+void g4_sequence_release(g4_sequence *seq)
+{
+    atomic_flag_clear_explicit(&seq->busy, memory_order_release);
+}
+
+size_t g4_sequence_bytes(const g4_sequence *seq)
+{
+    size_t n_bytes = 0;
+    for (int layer = 0; layer < seq->model->config.n_layers; layer++)
+        if (seq->layers[layer].k)
+            n_bytes += g4_buffer_size(seq->layers[layer].k) + g4_buffer_size(seq->layers[layer].v);
+    return n_bytes;
+}
+
+/* Length n can go on if its next query finds its window: positions [n - window + 1, n) are stored. */
+int g4_sequence_min_truncate(const g4_sequence *seq)
+{
+    const g4_config *config = &seq->model->config;
+    int least = 0;
+    for (int layer = 0; layer < config->n_layers; layer++) {
+        const g4_kv_layer *kv = &seq->layers[layer];
+        if (!kv->k || first_stored(seq, kv) == 0)
+            continue;
+        int length = first_stored(seq, kv) + config->layers[layer].window - 1;
+        least = length > least ? length : least;
+    }
+    return least;
+}
+
+static g4_status fail_busy(g4_error *err)
+{
+    return g4_fail(err, G4_ESTATE, "this sequence is in use by another call: a sequence serves one thread at a time");
+}
+
+static g4_status truncate(g4_sequence *seq, int length, g4_error *err)
+{
+    if (length < 0 || length > seq->length)
+        return g4_fail(err, G4_EVALUE, "truncate to %d: expected 0 to %d, the sequence's length", length, seq->length);
+    if (length > 0 && length < g4_sequence_min_truncate(seq))
+        return g4_fail(err, G4_ESTATE,
+                       "truncate to %d: the sliding layers have forgotten too much to go on from there; possible are 0 "
+                       "and %d to %d. Fork the sequence before the point to come back to",
+                       length, g4_sequence_min_truncate(seq), seq->length);
+    seq->length = length;
+    return G4_OK;
+}
+
+g4_status g4_sequence_truncate(g4_sequence *seq, int length, g4_error *err)
+{
+    if (!g4_sequence_acquire(seq))
+        return fail_busy(err);
+    g4_status status = truncate(seq, length, err);
+    g4_sequence_release(seq);
+    return status;
+}
+
+g4_status g4_sequence_fork(g4_sequence *seq, g4_sequence **fork, g4_error *err)
+{
+    if (!g4_sequence_acquire(seq))
+        return fail_busy(err);
+    g4_status status = g4_sequence_new(seq->model, seq->dtype, seq->capacity, fork, err);
+    if (status == G4_OK) {
+        (*fork)->length = seq->length;
+        for (int layer = 0; layer < seq->model->config.n_layers; layer++) {
+            const g4_kv_layer *kv = &seq->layers[layer];
+            (*fork)->layers[layer] = (g4_kv_layer){g4_buffer_ref(kv->k), g4_buffer_ref(kv->v), kv->n_slots};
+        }
+    }
+    g4_sequence_release(seq);
+    return status;
+}
+
+int g4_sequence_first_cached(const g4_sequence *seq, int layer)
+{
+    return first_stored(seq, &seq->layers[layer]);
+}
+
+void g4_sequence_export(const g4_sequence *seq, int layer, void *k, void *v)
+{
+    const g4_kv_layer *kv = &seq->layers[layer];
+    size_t n_bytes = slot_bytes(seq, layer);
+    int first = first_stored(seq, kv);
+    for (int p = first; p < seq->length; p++) {
+        size_t source = (size_t)(p % kv->n_slots) * n_bytes, target = (size_t)(p - first) * n_bytes;
+        memcpy((char *)k + target, (const char *)g4_buffer_data(kv->k) + source, n_bytes);
+        memcpy((char *)v + target, (const char *)g4_buffer_data(kv->v) + source, n_bytes);
+    }
+}
+
+g4_status g4_sequence_import(g4_sequence *seq, int layer, int first, int length, const void *k, const void *v, g4_error *err)
+{
+    int window = seq->model->config.layers[layer].window;
+    if (length < 0 || length > seq->capacity || first < 0 || first > length)
+        return g4_fail(err, G4_EVALUE, "layer %d: positions %d to %d do not fit a sequence of capacity %d", layer, first,
+                       length, seq->capacity);
+    if (first > 0 && (!window || length - first < window - 1))
+        return g4_fail(err, G4_EVALUE, "layer %d: positions before %d are missing", layer, first);
+    if (length == 0)
+        return G4_OK;
+    int n_slots = length - first < MIN_SLOTS ? MIN_SLOTS : length - first;
+    G4_TRY(replace_layer(seq, layer, n_slots, err));
+    size_t n_bytes = slot_bytes(seq, layer);
+    for (int p = first; p < length; p++) {
+        size_t source = (size_t)(p - first) * n_bytes, target = (size_t)(p % n_slots) * n_bytes;
+        memcpy((char *)g4_buffer_data(seq->layers[layer].k) + target, (const char *)k + source, n_bytes);
+        memcpy((char *)g4_buffer_data(seq->layers[layer].v) + target, (const char *)v + source, n_bytes);
+    }
+    return G4_OK;
+}
+
+void g4_sequence_set_length(g4_sequence *seq, int length)
+{
+    seq->length = length;
+}

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Cached keys and values of a sequence.
+ *
+ * Only layers that compute keys have storage; layers that share read their source's. A global layer grows with the
+ * sequence. A sliding layer is a ring that holds the window of the oldest query still to come plus the rows of one step,
+ * so a step may write all its rows before it attends. Position p of either lies in slot p % n_slots.
+ *
+ * Invariants: every position in [max(0, length - n_slots), length) is stored; a buffer shared with a fork is never
+ * written (copy-on-write).
+ */
+#ifndef GEMMA4_MODEL_KV_CACHE_H
+#define GEMMA4_MODEL_KV_CACHE_H
+
+#include <stdatomic.h>
+
+#include "base/buffer.h"
+#include "gemma4.h"
+#include "kernels/kernels.h"
+#include "ops/attention.h"
+
+typedef struct {
+    g4_buffer *k, *v; /* [n_slots, K, h]; NULL while empty, and in layers that share */
+    int n_slots;
+} g4_kv_layer;
+
+struct g4_sequence {
+    const g4_model *model;
+    g4_dtype dtype; /* F32 or BF16 */
+    int length, capacity;
+    atomic_flag busy;
+    g4_kv_layer *layers; /* [L] */
+};
+
+/* Room for n_rows more positions in every layer, in buffers that are our own. Fails with G4_ECAPACITY or G4_ENOMEM and
+ * leaves the sequence as it was. */
+g4_status g4_kv_reserve(g4_sequence *seq, int n_rows, g4_error *err);
+
+/* Stores one position's keys and values, float32 [K * h] each, in the layer's slot for it. */
+void g4_kv_store(g4_sequence *seq, const g4_kernels *kernels, int layer, int position, const float *k, const float *v);
+
+/* What attention in `layer` (or in one that shares with it) reads. */
+g4_kv_view g4_kv_view_of(const g4_sequence *seq, int layer);
+
+#endif

@@ -1,0 +1,90 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "model/model.h"
+
+#include <stdlib.h>
+
+#include "model/config.h"
+#include "ops/blas.h"
+
+/* Scratch kept between steps: a decode step and a 512-row chunk of the small models fit, a huge capture does not stay. */
+static const size_t SCRATCH_KEPT = (size_t)128 << 20;
+
+static g4_status init(g4_model *model, const g4_config *config, const g4_named_tensor *tensors, size_t n_tensors,
+                      const g4_model_options *options, g4_error *err)
+{
+    G4_TRY(g4_config_check(config, err));
+    G4_TRY(g4_config_copy(config, &model->config, err));
+    G4_TRY(g4_kernels_select(&model->kernels, err));
+    if (options->n_threads < 0 || options->n_threads > 1024)
+        return g4_fail(err, G4_EVALUE, "threads = %d: expected 1 to 1024, or 0 for one per CPU", options->n_threads);
+    model->fast = options->fast && g4_blas_init();
+    model->vectors = g4_arena_new();
+    if (!model->vectors)
+        return g4_fail_nomem(err, sizeof(void *));
+    G4_TRY(g4_weights_bind(&model->weights, &model->config, tensors, n_tensors, model->vectors, err));
+    model->pool = g4_pool_new(options->n_threads ? options->n_threads : g4_cpu_count());
+    return model->pool ? G4_OK : g4_fail_nomem(err, sizeof(void *));
+}
+
+g4_status g4_model_new(const g4_config *config, const g4_named_tensor *tensors, size_t n_tensors,
+                       const g4_model_options *options, g4_model **result, g4_error *err)
+{
+    g4_model *model = calloc(1, sizeof *model);
+    if (!model)
+        return g4_fail_nomem(err, sizeof *model);
+    g4_status status = init(model, config, tensors, n_tensors, options, err);
+    if (status != G4_OK) {
+        g4_model_free(model);
+        return status;
+    }
+    *result = model;
+    return G4_OK;
+}
+
+void g4_model_free(g4_model *model)
+{
+    if (!model)
+        return;
+    g4_pool_free(model->pool);
+    g4_arena_free(model->vectors);
+    g4_arena_free(atomic_load(&model->spare));
+    g4_config_release(&model->config);
+    free(model);
+}
+
+g4_arena *g4_model_take_scratch(g4_model *model)
+{
+    g4_arena *spare = atomic_exchange(&model->spare, NULL);
+    return spare ? spare : g4_arena_new();
+}
+
+void g4_model_give_scratch(g4_model *model, g4_arena *scratch)
+{
+    g4_arena_trim(scratch, SCRATCH_KEPT);
+    g4_arena_free(atomic_exchange(&model->spare, scratch));
+}
+
+const g4_config *g4_model_config(const g4_model *model)
+{
+    return &model->config;
+}
+
+const char *g4_model_isa(const g4_model *model)
+{
+    return g4_isa_name(model->kernels->isa);
+}
+
+int g4_model_threads(const g4_model *model)
+{
+    return g4_pool_size(model->pool);
+}
+
+bool g4_model_is_fast(const g4_model *model)
+{
+    return model->fast;
+}
+
+size_t g4_model_weight_bytes(const g4_model *model)
+{
+    return model->weights.n_bytes;
+}

@@ -1,0 +1,270 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* A step: checks what the caller gave, cuts long runs into chunks, and sends each chunk through the model. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "model/config.h"
+#include "model/forward.h"
+
+/* Rows at once: enough that reading the weights costs less than computing with them, few enough that the MLP's
+ * activations stay small (2 x 25 MB at 12,288 x 512). */
+enum { DEFAULT_CHUNK = 512 };
+
+typedef struct {
+    g4_model *model;
+    const g4_run *runs;
+    int n_runs;
+    const g4_tap *taps;
+    int n_taps;
+    const g4_step_options *options;
+    g4_arena *arena;
+    g4_error *err;
+    int *start; /* [n_runs] lengths before the step */
+    int *done;  /* [n_runs] rows finished */
+    bool *whole; /* [n_runs] never cut: an edit sees all rows of the run at once */
+} step;
+
+/* ---- checks --------------------------------------------------------------------------------------------------------- */
+
+static g4_status check_tokens(const g4_model *model, const g4_run *run, int r, g4_error *err)
+{
+    if (!run->tokens && !run->embeddings)
+        return g4_fail(err, G4_EVALUE, "run %d has neither tokens nor embeddings", r);
+    if (!run->tokens)
+        return G4_OK;
+    const g4_config *c = &model->config;
+    int n = c->d_ple && c->d_vocab_ple < c->d_vocab ? c->d_vocab_ple : c->d_vocab;
+    for (int i = 0; i < run->n_rows; i++)
+        if (run->tokens[i] < 0 || run->tokens[i] >= n)
+            return g4_fail(err, G4_EVALUE, "token id %d at position %d of run %d: expected 0 to %d", run->tokens[i], i, r,
+                           n - 1);
+    return G4_OK;
+}
+
+static g4_status check_run(const step *s, int r)
+{
+    const g4_run *run = &s->runs[r];
+    if (run->n_rows < 1)
+        return g4_fail(s->err, G4_EVALUE, "run %d is empty: give at least one token (a prompt begins with BOS)", r);
+    if (run->seq->model != s->model)
+        return g4_fail(s->err, G4_EVALUE, "the sequence of run %d belongs to another model", r);
+    G4_TRY(check_tokens(s->model, run, r, s->err));
+    if (run->n_logits && s->options->stop_at_layer >= 0)
+        return g4_fail(s->err, G4_EVALUE, "run %d wants logits, but the step stops at layer %d", r,
+                       s->options->stop_at_layer);
+    for (int i = 0; i < run->n_logits; i++)
+        if (run->logits_rows[i] < 0 || run->logits_rows[i] >= run->n_rows ||
+            (i && run->logits_rows[i] <= run->logits_rows[i - 1]))
+            return g4_fail(s->err, G4_EVALUE, "run %d: logits wanted at row %d: expected ascending rows, 0 to %d", r,
+                           run->logits_rows[i], run->n_rows - 1);
+    return G4_OK;
+}
+
+static g4_status check_tap(const step *s, const g4_tap *tap)
+{
+    if (tap->site < 0 || tap->site >= G4_N_SITES || !g4_site_exists(&s->model->config, tap->site, tap->layer))
+        return g4_fail(s->err, G4_EVALUE, "no site %d in layer %d", (int)tap->site, tap->layer);
+    if (tap->run < 0 || tap->run >= s->n_runs)
+        return g4_fail(s->err, G4_EVALUE, "a tap names run %d of %d", tap->run, s->n_runs);
+    if (!tap->dest && !tap->edit)
+        return g4_fail(s->err, G4_EVALUE, "a tap has neither a destination nor an edit");
+    for (int i = 0; tap->rows && i < s->runs[tap->run].n_rows; i++)
+        if (tap->rows[i] < -1 || tap->rows[i] >= tap->n_dest_rows)
+            return g4_fail(s->err, G4_EVALUE, "a tap copies position %d to row %d: expected -1 to %d", i, tap->rows[i],
+                           tap->n_dest_rows - 1);
+    return G4_OK;
+}
+
+static g4_status check(const step *s)
+{
+    if (s->options->stop_at_layer > s->model->config.n_layers)
+        return g4_fail(s->err, G4_EVALUE, "stop_at_layer %d: expected 0 to %d", s->options->stop_at_layer,
+                       s->model->config.n_layers);
+    for (int r = 0; r < s->n_runs; r++)
+        G4_TRY(check_run(s, r));
+    for (int t = 0; t < s->n_taps; t++)
+        G4_TRY(check_tap(s, &s->taps[t]));
+    return G4_OK;
+}
+
+/* ---- chunks --------------------------------------------------------------------------------------------------------- */
+
+/* The rows of each run that the next chunk takes: [n_runs] counts. Returns how many in all. */
+static int plan_chunk(const step *s, int *take)
+{
+    const int most = s->options->max_chunk > 0 ? s->options->max_chunk : DEFAULT_CHUNK;
+    int n_rows = 0;
+    for (int r = 0; r < s->n_runs; r++) {
+        int left = s->runs[r].n_rows - s->done[r], room = most - n_rows;
+        take[r] = 0;
+        if (left == 0 || room <= 0)
+            continue;
+        if (s->whole[r])
+            take[r] = n_rows == 0 || left <= room ? left : 0;
+        else
+            take[r] = left < room ? left : room;
+        n_rows += take[r];
+    }
+    return n_rows;
+}
+
+static int find_logits_slot(const g4_run *run, int row)
+{
+    int low = 0, high = run->n_logits;
+    while (low < high) {
+        int middle = (low + high) / 2;
+        if (run->logits_rows[middle] < row)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < run->n_logits && run->logits_rows[low] == row ? low : -1;
+}
+
+static g4_status alloc_rows(g4_forward *f, const step *s, int32_t **tokens, const float ***embeddings)
+{
+    size_t n = (size_t)f->n_rows;
+    G4_ALLOC(&f->exec, f->segments, (size_t)s->n_runs);
+    G4_ALLOC(&f->exec, f->segment_of_run, (size_t)s->n_runs);
+    G4_ALLOC(&f->exec, f->positions, n);
+    G4_ALLOC(&f->exec, f->row_in_run, n);
+    G4_ALLOC(&f->exec, f->logits_slot, n);
+    G4_ALLOC(&f->exec, f->wanted, n);
+    G4_ALLOC(&f->exec, *tokens, n);
+    G4_ALLOC(&f->exec, *embeddings, n);
+    return G4_OK;
+}
+
+static void fill_segment(g4_forward *f, const step *s, int r, int first_row, int n, int32_t *tokens, const float **embeddings)
+{
+    const g4_run *run = &s->runs[r];
+    const int position = s->start[r] + s->done[r];
+    f->segment_of_run[r] = f->n_segments;
+    f->segments[f->n_segments++] = (g4_segment){r, run->seq, first_row, n, position, position + n};
+    for (int i = 0; i < n; i++) {
+        const int row = first_row + i, in_run = s->done[r] + i;
+        f->positions[row] = position + i;
+        f->row_in_run[row] = in_run;
+        f->logits_slot[row] = run->n_logits ? find_logits_slot(run, in_run) : -1;
+        /* positions that are given as embeddings read the pad token's row of the per-layer table */
+        tokens[row] = run->tokens && !run->embeddings ? run->tokens[in_run] : 0;
+        embeddings[row] = run->embeddings ? run->embeddings + (size_t)in_run * (size_t)f->config->d_model : NULL;
+    }
+}
+
+static g4_status run_chunk(step *s, const int *take, int n_rows)
+{
+    const g4_config *config = &s->model->config;
+    g4_forward f = {.exec = {.kernels = s->model->kernels,
+                             .pool = s->model->pool,
+                             .arena = s->arena,
+                             .fast = s->model->fast,
+                             .poll = s->options->poll,
+                             .poll_context = s->options->poll_context,
+                             .err = s->err},
+                    .model = s->model,
+                    .config = config,
+                    .runs = s->runs,
+                    .run_start = s->start,
+                    .n_rows = n_rows};
+    const int stop = s->options->stop_at_layer;
+    int32_t *tokens;
+    const float **embeddings;
+    G4_TRY(alloc_rows(&f, s, &tokens, &embeddings));
+    int row = 0;
+    for (int r = 0; r < s->n_runs; r++) {
+        f.segment_of_run[r] = -1;
+        if (!take[r])
+            continue;
+        G4_TRY(g4_kv_reserve(s->runs[r].seq, take[r], s->err));
+        fill_segment(&f, s, r, row, take[r], tokens, embeddings);
+        row += take[r];
+    }
+    G4_TRY(g4_taps_index(&f, s->taps, s->n_taps));
+    g4_taps_mark_wanted(&f, g4_last_kv_layer(config));
+    G4_TRY(g4_text_embed(&f, tokens, embeddings));
+    G4_TRY(g4_text_layers(&f, stop < 0 ? config->n_layers : stop));
+    return stop < 0 ? g4_text_logits(&f) : G4_OK;
+}
+
+static g4_status run_chunks(step *s)
+{
+    int *take;
+    g4_exec exec = {.arena = s->arena, .err = s->err};
+    G4_ALLOC(&exec, take, (size_t)s->n_runs);
+    g4_arena_mark mark = g4_arena_save(s->arena);
+    for (int n_rows; (n_rows = plan_chunk(s, take)) > 0;) {
+        G4_TRY(run_chunk(s, take, n_rows));
+        for (int r = 0; r < s->n_runs; r++) {
+            s->done[r] += take[r];
+            s->runs[r].seq->length = s->start[r] + s->done[r];
+        }
+        g4_arena_restore(s->arena, mark);
+    }
+    return G4_OK;
+}
+
+/* ---- the step ------------------------------------------------------------------------------------------------------- */
+
+static g4_status prepare(step *s)
+{
+    g4_exec exec = {.arena = s->arena, .err = s->err};
+    G4_ALLOC(&exec, s->start, (size_t)s->n_runs + 1);
+    G4_ALLOC(&exec, s->done, (size_t)s->n_runs + 1);
+    G4_ALLOC(&exec, s->whole, (size_t)s->n_runs + 1);
+    for (int r = 0; r < s->n_runs; r++) {
+        const g4_run *run = &s->runs[r];
+        s->start[r] = run->seq->length;
+        s->done[r] = 0;
+        s->whole[r] = false;
+        if (run->n_rows > run->seq->capacity - run->seq->length)
+            G4_TRY(g4_kv_reserve(run->seq, run->n_rows, s->err)); /* fails, and says why, before anything is computed */
+        if (s->options->stop_at_layer >= 0) /* undone at the end: no ring may wrap over what was there */
+            G4_TRY(g4_kv_reserve(run->seq, run->n_rows, s->err));
+    }
+    for (int t = 0; t < s->n_taps; t++)
+        s->whole[s->taps[t].run] |= s->taps[t].edit != NULL;
+    return G4_OK;
+}
+
+static g4_status run_step(step *s)
+{
+    G4_TRY(check(s));
+    G4_TRY(prepare(s));
+    g4_status status = run_chunks(s);
+    if (s->options->stop_at_layer >= 0)
+        for (int r = 0; r < s->n_runs; r++)
+            s->runs[r].seq->length = s->start[r];
+    return status;
+}
+
+static g4_status acquire_all(const step *s)
+{
+    for (int r = 0; r < s->n_runs; r++) {
+        if (g4_sequence_acquire(s->runs[r].seq))
+            continue;
+        while (r-- > 0)
+            g4_sequence_release(s->runs[r].seq);
+        return g4_fail(s->err, G4_ESTATE,
+                       "a sequence is in use by another call, or given twice in one step: a sequence serves one run at a "
+                       "time; fork it for another");
+    }
+    return G4_OK;
+}
+
+g4_status g4_step(g4_model *model, const g4_run *runs, int n_runs, const g4_tap *taps, int n_taps,
+                  const g4_step_options *options, g4_error *err)
+{
+    step s = {.model = model, .runs = runs, .n_runs = n_runs, .taps = taps, .n_taps = n_taps, .options = options, .err = err};
+    s.arena = g4_model_take_scratch(model);
+    if (!s.arena)
+        return g4_fail_nomem(err, sizeof(void *));
+    g4_status status = acquire_all(&s);
+    if (status == G4_OK) {
+        status = run_step(&s);
+        for (int r = 0; r < n_runs; r++)
+            g4_sequence_release(runs[r].seq);
+    }
+    g4_model_give_scratch(model, s.arena);
+    return status;
+}

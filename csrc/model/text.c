@@ -1,0 +1,304 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The text decoder, from tokens to logits. Ref: transformers models/gemma4 Gemma4TextModel, Gemma4TextDecoderLayer.
+ *
+ *   x      = embed(tokens) * sqrt(D)
+ *   ple    = (norm(W_c x / sqrt(D)) + table(tokens) * sqrt(P)) / sqrt(2)
+ *   layer:   x += norm(attention(norm(x)))
+ *            x += norm(mlp(norm(x)))                          (+ experts beside the MLP)
+ *            x += norm(W_p (gelu(W_g x) * ple[layer]))        (models with per-layer embeddings)
+ *            x *= layer_scalar
+ *   logits = softcap(embed^T norm(x))
+ */
+#include <math.h>
+#include <string.h>
+
+#include "model/config.h"
+#include "model/forward.h"
+#include "ops/linear.h"
+#include "ops/rows.h"
+
+enum { LOGITS_BLOCK = 32 }; /* rows of logits in scratch at once: 32 MB at 262,144 pieces */
+
+#define TAP(site, layer, data) G4_TRY(g4_tap_rows(f, G4_SITE_##site, layer, data))
+
+/* ---- norms and pruning -------------------------------------------------------------------------------------------- */
+
+g4_status g4_norm(g4_forward *f, int layer, g4_norm_sites sites, const float *gain, const float *x, float *out)
+{
+    const int d = f->config->d_model;
+    const float eps = f->config->rms_norm_eps;
+    if (sites.scale == G4_N_SITES || (!g4_tapped(f, sites.scale, layer) && !g4_tapped(f, sites.normalized, layer)))
+        return g4_rms_norm(&f->exec, x, gain, f->n_rows, d, eps, out);
+    float *scale;
+    G4_ALLOC(&f->exec, scale, (size_t)f->n_rows);
+    G4_TRY(g4_rms_scale(&f->exec, x, f->n_rows, d, eps, scale));
+    G4_TRY(g4_tap_rows(f, sites.scale, layer, scale));
+    G4_TRY(g4_normalize(&f->exec, x, scale, f->n_rows, d, out));
+    G4_TRY(g4_tap_rows(f, sites.normalized, layer, out));
+    return g4_scale_rows(&f->exec, out, 1.0f, gain, f->n_rows, d, out);
+}
+
+static void move_row(float *array, size_t width, int to, int from)
+{
+    if (array)
+        memmove(array + (size_t)to * width, array + (size_t)from * width, width * sizeof *array);
+}
+
+static void keep_row(g4_forward *f, int to, int from, float *also)
+{
+    const g4_config *c = f->config;
+    f->positions[to] = f->positions[from];
+    f->row_in_run[to] = f->row_in_run[from];
+    f->logits_slot[to] = f->logits_slot[from];
+    move_row(f->resid, (size_t)c->d_model, to, from);
+    move_row(also, (size_t)c->d_model, to, from);
+    move_row(f->ple, (size_t)c->n_layers * (size_t)c->d_ple, to, from);
+    for (int r = 0; r < c->n_ropes; r++) {
+        move_row(f->cosine[r], (size_t)c->rope_half[r], to, from);
+        move_row(f->sine[r], (size_t)c->rope_half[r], to, from);
+    }
+}
+
+void g4_forward_prune(g4_forward *f, float *also)
+{
+    int kept = 0;
+    for (int s = 0; s < f->n_segments; s++) {
+        g4_segment *segment = &f->segments[s];
+        int first = segment->first_row, end = first + segment->n_rows;
+        segment->first_row = kept;
+        for (int row = first; row < end; row++) {
+            if (!f->wanted[row])
+                continue;
+            if (kept != row)
+                keep_row(f, kept, row, also);
+            kept++;
+        }
+        segment->n_rows = kept - segment->first_row;
+    }
+    f->n_rows = kept;
+}
+
+/* ---- embeddings --------------------------------------------------------------------------------------------------- */
+
+/* Per-layer embeddings: what the token says (a table row) and what its embedding says (a projection). */
+static g4_status embed_per_layer(g4_forward *f, const int32_t *tokens)
+{
+    const g4_config *c = f->config;
+    const g4_weights *w = &f->model->weights;
+    const int width = c->n_layers * c->d_ple, n_slices = f->n_rows * c->n_layers;
+    float *token;
+    G4_ALLOC(&f->exec, token, (size_t)f->n_rows * (size_t)width);
+    G4_TRY(g4_gather_rows(&f->exec, &w->ple_table, tokens, f->n_rows, sqrtf((float)c->d_ple), token));
+    TAP(PLE_TOKEN, 0, token);
+    G4_TRY(g4_linear(&f->exec, f->resid, f->n_rows, &w->ple_context, f->ple));
+    G4_TRY(g4_scale_rows(&f->exec, f->ple, 1.0f / sqrtf((float)c->d_model), NULL, f->n_rows, width, f->ple));
+    G4_TRY(g4_rms_norm(&f->exec, f->ple, w->ple_context_norm, n_slices, c->d_ple, c->rms_norm_eps, f->ple));
+    TAP(PLE_CONTEXT, 0, f->ple);
+    G4_TRY(g4_add_rows(&f->exec, f->ple, token, f->n_rows, width, f->ple));
+    return g4_scale_rows(&f->exec, f->ple, sqrtf(0.5f), NULL, f->n_rows, width, f->ple);
+}
+
+g4_status g4_text_embed(g4_forward *f, const int32_t *tokens, const float *const *embeddings)
+{
+    const g4_config *c = f->config;
+    const size_t d = (size_t)c->d_model;
+    G4_ALLOC(&f->exec, f->resid, (size_t)f->n_rows * d);
+    G4_TRY(g4_gather_rows(&f->exec, &f->model->weights.embed, tokens, f->n_rows, c->embed_scale, f->resid));
+    for (int row = 0; row < f->n_rows; row++)
+        if (embeddings[row])
+            memcpy(f->resid + (size_t)row * d, embeddings[row], d * sizeof *f->resid);
+    TAP(EMBED, 0, f->resid);
+    for (int r = 0; r < c->n_ropes; r++) {
+        G4_ALLOC(&f->exec, f->cosine[r], (size_t)f->n_rows * (size_t)c->rope_half[r]);
+        G4_ALLOC(&f->exec, f->sine[r], (size_t)f->n_rows * (size_t)c->rope_half[r]);
+        G4_TRY(g4_rope_table(&f->exec, f->positions, f->n_rows, c->rope_inv_freq[r], c->rope_half[r], f->cosine[r],
+                             f->sine[r]));
+    }
+    if (!c->d_ple)
+        return G4_OK;
+    G4_ALLOC(&f->exec, f->ple, (size_t)f->n_rows * (size_t)c->n_layers * (size_t)c->d_ple);
+    g4_arena_mark mark = g4_arena_save(f->exec.arena);
+    G4_TRY(embed_per_layer(f, tokens));
+    g4_arena_restore(f->exec.arena, mark);
+    return G4_OK;
+}
+
+/* ---- a layer ---------------------------------------------------------------------------------------------------- */
+
+static g4_status add_to_residual(g4_forward *f, const float *branch)
+{
+    return g4_add_rows(&f->exec, f->resid, branch, f->n_rows, f->config->d_model, f->resid);
+}
+
+/* W_down (gelu(W_gate x) * W_up x) */
+static g4_status dense_mlp(g4_forward *f, int layer, const float *x, float *out)
+{
+    const g4_layer_weights *w = &f->model->weights.layers[layer];
+    const int width = f->config->layers[layer].d_mlp;
+    const size_t d = (size_t)f->config->d_model;
+    float *gate, *up;
+    G4_ALLOC(&f->exec, gate, (size_t)f->n_rows * (size_t)width);
+    G4_ALLOC(&f->exec, up, (size_t)f->n_rows * (size_t)width);
+    g4_linear_job jobs[] = {{x, d, f->n_rows, w->gate, gate, (size_t)width}, {x, d, f->n_rows, w->up, up, (size_t)width}};
+    G4_TRY(g4_linear_jobs(&f->exec, jobs, 2));
+    TAP(MLP_PRE, layer, gate);
+    TAP(MLP_PRE_LINEAR, layer, up);
+    G4_TRY(g4_gelu_rows(&f->exec, gate, f->n_rows, width, gate));
+    G4_TRY(g4_mul_rows(&f->exec, gate, up, f->n_rows, width, gate));
+    TAP(MLP_POST, layer, gate);
+    G4_TRY(g4_linear(&f->exec, gate, f->n_rows, &w->down, out));
+    return g4_tap_rows(f, G4_SITE_MLP_PROJ, layer, out);
+}
+
+/* The dense MLP's output normed, plus the experts' output normed. */
+static g4_status add_experts(g4_forward *f, int layer, float *out)
+{
+    const g4_layer_weights *w = &f->model->weights.layers[layer];
+    float *experts;
+    G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_N_SITES, G4_N_SITES}, w->mlp_out_norm, out, out));
+    TAP(MLP_OUT_NORMED, layer, out);
+    G4_ALLOC(&f->exec, experts, (size_t)f->n_rows * (size_t)f->config->d_model);
+    G4_TRY(g4_text_moe(f, layer, experts));
+    G4_TRY(g4_add_rows(&f->exec, out, experts, f->n_rows, f->config->d_model, out));
+    return g4_tap_rows(f, G4_SITE_MLP_MOE_SUM, layer, out);
+}
+
+static g4_status feed_forward(g4_forward *f, int layer, float *out)
+{
+    const g4_layer_weights *w = &f->model->weights.layers[layer];
+    float *x;
+    G4_ALLOC(&f->exec, x, (size_t)f->n_rows * (size_t)f->config->d_model);
+    G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN2_SCALE, G4_SITE_LN2_NORMALIZED}, w->ln2, f->resid, x));
+    TAP(MLP_IN, layer, x);
+    G4_TRY(dense_mlp(f, layer, x, out));
+    if (f->config->layers[layer].moe)
+        G4_TRY(add_experts(f, layer, out));
+    G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN2_POST_SCALE, G4_SITE_LN2_POST_NORMALIZED}, w->ln2_post, out, out));
+    return g4_tap_rows(f, G4_SITE_MLP_OUT, layer, out);
+}
+
+static g4_status copy_ple_slice(g4_forward *f, int layer, float *slice)
+{
+    const size_t p = (size_t)f->config->d_ple, width = (size_t)f->config->n_layers * p;
+    for (int row = 0; row < f->n_rows; row++)
+        memcpy(slice + (size_t)row * p, f->ple + (size_t)row * width + (size_t)layer * p, p * sizeof *slice);
+    return g4_tap_rows(f, G4_SITE_PLE_IN, layer, slice);
+}
+
+static g4_status per_layer_embedding(g4_forward *f, int layer, float *out)
+{
+    const g4_layer_weights *w = &f->model->weights.layers[layer];
+    const int p = f->config->d_ple;
+    float *slice, *gate;
+    G4_ALLOC(&f->exec, slice, (size_t)f->n_rows * (size_t)p);
+    G4_ALLOC(&f->exec, gate, (size_t)f->n_rows * (size_t)p);
+    G4_TRY(copy_ple_slice(f, layer, slice));
+    G4_TRY(g4_linear(&f->exec, f->resid, f->n_rows, &w->ple_gate, gate));
+    TAP(PLE_GATE_PRE, layer, gate);
+    G4_TRY(g4_gelu_rows(&f->exec, gate, f->n_rows, p, gate));
+    TAP(PLE_GATE, layer, gate);
+    G4_TRY(g4_mul_rows(&f->exec, gate, slice, f->n_rows, p, gate));
+    TAP(PLE_GATED, layer, gate);
+    G4_TRY(g4_linear(&f->exec, gate, f->n_rows, &w->ple_projection, out));
+    G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_N_SITES, G4_N_SITES}, w->ple_norm, out, out));
+    return g4_tap_rows(f, G4_SITE_PLE_OUT, layer, out);
+}
+
+static g4_status decoder_layer(g4_forward *f, int layer)
+{
+    float *branch;
+    G4_ALLOC(&f->exec, branch, (size_t)f->n_rows * (size_t)f->config->d_model);
+
+    TAP(RESID_PRE, layer, f->resid);
+    G4_TRY(g4_text_attention(f, layer, branch));
+    G4_TRY(add_to_residual(f, branch));
+    TAP(RESID_MID, layer, f->resid);
+
+    G4_TRY(feed_forward(f, layer, branch));
+    G4_TRY(add_to_residual(f, branch));
+    TAP(RESID_MLP, layer, f->resid);
+
+    if (f->config->d_ple) {
+        G4_TRY(per_layer_embedding(f, layer, branch));
+        G4_TRY(add_to_residual(f, branch));
+    }
+    TAP(RESID_UNSCALED, layer, f->resid);
+    G4_TRY(g4_scale_rows(&f->exec, f->resid, *f->model->weights.layers[layer].layer_scalar, NULL, f->n_rows,
+                         f->config->d_model, f->resid));
+    return g4_tap_rows(f, G4_SITE_RESID_POST, layer, f->resid);
+}
+
+g4_status g4_text_layers(g4_forward *f, int n_layers)
+{
+    const int last_kv_layer = g4_last_kv_layer(f->config);
+    g4_arena_mark mark = g4_arena_save(f->exec.arena);
+    for (int layer = 0; layer < n_layers; layer++) {
+        if (g4_exec_poll(&f->exec))
+            return g4_fail(f->exec.err, G4_ECANCELLED, "cancelled");
+        /* keys and values of all positions are cached, and nobody wants a row of this chunk */
+        if (layer > last_kv_layer && f->n_rows == 0 && !g4_taps_want_keys(f, layer))
+            break;
+        G4_TRY(decoder_layer(f, layer));
+        g4_arena_restore(f->exec.arena, mark);
+    }
+    return G4_OK;
+}
+
+/* ---- logits ----------------------------------------------------------------------------------------------------- */
+
+static bool logits_tapped(const g4_forward *f)
+{
+    return g4_tapped(f, G4_SITE_LOGITS_RAW, 0) || g4_tapped(f, G4_SITE_LOGITS, 0);
+}
+
+/* Rows [first, end) of x to logits, announced and handed out. */
+static g4_status logits_block(g4_forward *f, const float *x, int first, int n)
+{
+    const g4_config *c = f->config;
+    const size_t d = (size_t)c->d_model, v = (size_t)c->d_vocab;
+    float *logits;
+    G4_ALLOC(&f->exec, logits, (size_t)n * v);
+    G4_TRY(g4_linear(&f->exec, x + (size_t)first * d, n, &f->model->weights.head, logits));
+    if (c->logit_softcap > 0) {
+        TAP(LOGITS_RAW, 0, logits);
+        G4_TRY(g4_softcap_rows(&f->exec, logits, c->logit_softcap, n, c->d_vocab));
+    }
+    TAP(LOGITS, 0, logits);
+    for (int s = 0; s < f->n_segments; s++) {
+        const g4_segment *segment = &f->segments[s];
+        for (int row = segment->first_row; row < segment->first_row + segment->n_rows; row++)
+            if (row >= first && row < first + n && f->logits_slot[row] >= 0)
+                memcpy(f->runs[segment->run].logits + (size_t)f->logits_slot[row] * v, logits + (size_t)(row - first) * v,
+                       v * sizeof *logits);
+    }
+    return G4_OK;
+}
+
+/* Of the rows that are left, those that want logits; the others were only captured below. */
+static void keep_rows_with_logits(g4_forward *f, float *x)
+{
+    f->ple = NULL;
+    for (int row = 0; row < f->n_rows; row++)
+        f->wanted[row] = f->logits_slot[row] >= 0;
+    g4_forward_prune(f, x);
+}
+
+g4_status g4_text_logits(g4_forward *f)
+{
+    float *x;
+    if (f->n_rows == 0)
+        return G4_OK;
+    G4_ALLOC(&f->exec, x, (size_t)f->n_rows * (size_t)f->config->d_model);
+    G4_TRY(g4_norm(f, 0, (g4_norm_sites){G4_SITE_FINAL_SCALE, G4_SITE_FINAL_NORMALIZED}, f->model->weights.final_norm,
+                   f->resid, x));
+    TAP(FINAL_OUT, 0, x);
+    if (logits_tapped(f)) /* whoever looks at logits sees all rows at once */
+        return logits_block(f, x, 0, f->n_rows);
+    keep_rows_with_logits(f, x);
+    g4_arena_mark mark = g4_arena_save(f->exec.arena);
+    for (int first = 0; first < f->n_rows; first += LOGITS_BLOCK) {
+        G4_TRY(logits_block(f, x, first, f->n_rows - first < LOGITS_BLOCK ? f->n_rows - first : LOGITS_BLOCK));
+        g4_arena_restore(f->exec.arena, mark);
+    }
+    return G4_OK;
+}

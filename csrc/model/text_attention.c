@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Self-attention of a decoder layer. Ref: transformers models/gemma4 Gemma4TextAttention. */
+#include <string.h>
+
+#include "model/config.h"
+#include "model/forward.h"
+#include "ops/attention.h"
+#include "ops/linear.h"
+#include "ops/rows.h"
+
+static size_t kv_width(const g4_forward *f, int layer)
+{
+    return (size_t)f->config->layers[layer].n_kv_heads * (size_t)f->config->layers[layer].head_dim;
+}
+
+/* Norm over the head size of every head, then the site. gain NULL: without. */
+static g4_status head_norm(g4_forward *f, int layer, g4_site site, const float *x, const float *gain, int n_heads, float *out)
+{
+    G4_TRY(g4_rms_norm(&f->exec, x, gain, f->n_rows * n_heads, f->config->layers[layer].head_dim, f->config->rms_norm_eps,
+                       out));
+    return g4_tap_rows(f, site, layer, out);
+}
+
+static g4_status rotate(g4_forward *f, int layer, g4_site site, float *x, int n_heads)
+{
+    int rope = f->config->layers[layer].rope;
+    G4_TRY(g4_rope_rows(&f->exec, x, f->cosine[rope], f->sine[rope], f->n_rows, n_heads, f->config->rope_half[rope]));
+    return g4_tap_rows(f, site, layer, x);
+}
+
+/* k = RoPE(norm(W_k x)), v = norm(W_v x) into the cache; where values share the keys' projection, v = norm(W_k x). */
+static g4_status cache_keys_and_values(g4_forward *f, int layer, const float *x)
+{
+    const g4_layer_config *lc = &f->config->layers[layer];
+    const g4_layer_weights *w = &f->model->weights.layers[layer];
+    const size_t width = kv_width(f, layer), d_model = (size_t)f->config->d_model;
+    float *k, *v;
+    G4_ALLOC(&f->exec, k, (size_t)f->n_rows * width);
+    G4_ALLOC(&f->exec, v, (size_t)f->n_rows * width);
+    g4_linear_job jobs[] = {{x, d_model, f->n_rows, w->k, k, width}, {x, d_model, f->n_rows, w->v, v, width}};
+    G4_TRY(g4_linear_jobs(&f->exec, jobs, lc->k_eq_v ? 1 : 2));
+    G4_TRY(g4_tap_rows(f, G4_SITE_K, layer, k));
+    if (lc->k_eq_v)
+        memcpy(v, k, (size_t)f->n_rows * width * sizeof *v);
+    else
+        G4_TRY(g4_tap_rows(f, G4_SITE_V, layer, v));
+    G4_TRY(head_norm(f, layer, G4_SITE_K_NORMED, k, w->k_norm, lc->n_kv_heads, k));
+    G4_TRY(head_norm(f, layer, G4_SITE_V_NORMED, v, NULL, lc->n_kv_heads, v));
+    G4_TRY(rotate(f, layer, G4_SITE_ROT_K, k, lc->n_kv_heads));
+    for (int s = 0; s < f->n_segments; s++) {
+        const g4_segment *segment = &f->segments[s];
+        for (int row = segment->first_row; row < segment->first_row + segment->n_rows; row++)
+            g4_kv_store(segment->seq, f->exec.kernels, layer, f->positions[row], k + (size_t)row * width,
+                        v + (size_t)row * width);
+    }
+    return G4_OK;
+}
+
+/* The cached positions that this chunk can see, in order and as float32 [n_keys, K, h]; zeros before them. */
+static g4_status unroll_cache(g4_forward *f, int layer, const g4_attention *run, const void *cached, float **out)
+{
+    const size_t width = kv_width(f, layer), element = g4_dtype_size(run->kv.dtype);
+    G4_ALLOC(&f->exec, *out, (size_t)run->n_keys * width);
+    for (int p = 0; p < run->n_keys; p++) {
+        float *row = *out + (size_t)p * width;
+        const char *slot = (const char *)cached + (size_t)(p % run->kv.n_slots) * run->kv.stride * element;
+        if (p < run->n_keys - run->kv.n_slots)
+            memset(row, 0, width * sizeof *row);
+        else
+            g4_widen_for(f->exec.kernels, run->kv.dtype)(row, slot, (int)width);
+    }
+    return G4_OK;
+}
+
+/* Where someone looks at the keys and values in use: read them through a copy, which may be edited for this layer alone. */
+static g4_status tap_keys_used(g4_forward *f, int layer, const g4_segment *segment, g4_attention *run)
+{
+    float *k, *v;
+    if (!g4_tapped(f, G4_SITE_K_USED, layer) && !g4_tapped(f, G4_SITE_V_USED, layer))
+        return G4_OK;
+    G4_TRY(unroll_cache(f, layer, run, run->kv.k, &k));
+    G4_TRY(unroll_cache(f, layer, run, run->kv.v, &v));
+    G4_TRY(g4_tap_keys(f, G4_SITE_K_USED, layer, segment, k, run->n_keys));
+    G4_TRY(g4_tap_keys(f, G4_SITE_V_USED, layer, segment, v, run->n_keys));
+    run->kv = (g4_kv_view){k, v, G4_F32, kv_width(f, layer), run->n_keys};
+    return G4_OK;
+}
+
+/* Scores, pattern and mix one after the other, for whoever looks at them. */
+static g4_status attend_in_steps(g4_forward *f, int layer, const g4_segment *segment, const g4_attention *run)
+{
+    float *scores;
+    G4_ALLOC(&f->exec, scores, (size_t)run->n_heads * (size_t)run->n_rows * (size_t)run->n_keys);
+    G4_TRY(g4_attention_scores(&f->exec, run, scores));
+    G4_TRY(g4_tap_keys(f, G4_SITE_ATTN_SCORES, layer, segment, scores, run->n_keys));
+    G4_TRY(g4_attention_pattern(&f->exec, run, scores));
+    G4_TRY(g4_tap_keys(f, G4_SITE_PATTERN, layer, segment, scores, run->n_keys));
+    return g4_attention_mix(&f->exec, run, scores);
+}
+
+static g4_status attend(g4_forward *f, int layer, const float *q, float *z)
+{
+    const g4_layer_config *lc = &f->config->layers[layer];
+    const size_t width = (size_t)f->config->n_heads * (size_t)lc->head_dim;
+    const bool in_steps = g4_tapped(f, G4_SITE_ATTN_SCORES, layer) || g4_tapped(f, G4_SITE_PATTERN, layer);
+    g4_attention *runs;
+    G4_ALLOC(&f->exec, runs, (size_t)f->n_segments);
+    for (int s = 0; s < f->n_segments; s++) {
+        const g4_segment *segment = &f->segments[s];
+        runs[s] = (g4_attention){.q = q + (size_t)segment->first_row * width,
+                                 .z = z + (size_t)segment->first_row * width,
+                                 .positions = f->positions + segment->first_row,
+                                 .n_rows = segment->n_rows,
+                                 .n_heads = f->config->n_heads,
+                                 .n_kv_heads = lc->n_kv_heads,
+                                 .head_dim = lc->head_dim,
+                                 .window = lc->window,
+                                 .n_keys = segment->end_position,
+                                 .kv = g4_kv_view_of(segment->seq, layer)};
+        G4_TRY(tap_keys_used(f, layer, segment, &runs[s]));
+        if (in_steps)
+            G4_TRY(attend_in_steps(f, layer, segment, &runs[s]));
+    }
+    if (!in_steps)
+        G4_TRY(g4_attend(&f->exec, runs, f->n_segments));
+    return g4_tap_rows(f, G4_SITE_Z, layer, z);
+}
+
+/* W_o z, through the heads' separate shares [T, H, D] where someone looks at those. */
+static g4_status project_out(g4_forward *f, int layer, const float *z, float *out)
+{
+    const g4_matrix *w = &f->model->weights.layers[layer].o;
+    const int n_heads = f->config->n_heads, h = f->config->layers[layer].head_dim, d = f->config->d_model;
+    if (!g4_tapped(f, G4_SITE_RESULT, layer))
+        return g4_linear(&f->exec, z, f->n_rows, w, out);
+    float *result;
+    g4_linear_job *jobs;
+    G4_ALLOC(&f->exec, result, (size_t)f->n_rows * (size_t)n_heads * (size_t)d);
+    G4_ALLOC(&f->exec, jobs, (size_t)n_heads);
+    for (int i = 0; i < n_heads; i++)
+        jobs[i] = (g4_linear_job){z + (size_t)i * (size_t)h, w->n_cols, f->n_rows,
+                                  g4_matrix_cols(w, (size_t)i * (size_t)h, (size_t)h), result + (size_t)i * (size_t)d,
+                                  (size_t)n_heads * (size_t)d};
+    G4_TRY(g4_linear_jobs(&f->exec, jobs, n_heads));
+    /* Reading the shares must not change the sum, editing them must: the sum is theirs only if it was edited. */
+    float *before;
+    size_t n_bytes = (size_t)f->n_rows * (size_t)n_heads * (size_t)d * sizeof *result;
+    G4_ALLOC(&f->exec, before, n_bytes / sizeof *before);
+    memcpy(before, result, n_bytes);
+    G4_TRY(g4_tap_rows(f, G4_SITE_RESULT, layer, result));
+    G4_TRY(g4_linear(&f->exec, z, f->n_rows, w, out));
+    if (memcmp(before, result, n_bytes) == 0)
+        return G4_OK;
+    for (int row = 0; row < f->n_rows; row++) {
+        const size_t offset = (size_t)row * (size_t)n_heads * (size_t)d;
+        if (memcmp(before + offset, result + offset, (size_t)n_heads * (size_t)d * sizeof *result) == 0)
+            continue;
+        float *sum = out + (size_t)row * (size_t)d;
+        memcpy(sum, result + offset, (size_t)d * sizeof *sum);
+        for (int i = 1; i < n_heads; i++)
+            f->exec.kernels->add(sum, sum, result + offset + (size_t)i * (size_t)d, d);
+    }
+    return G4_OK;
+}
+
+g4_status g4_text_attention(g4_forward *f, int layer, float *attn_out)
+{
+    const g4_layer_weights *w = &f->model->weights.layers[layer];
+    const int n_heads = f->config->n_heads;
+    const size_t width = (size_t)n_heads * (size_t)f->config->layers[layer].head_dim;
+    float *x, *q, *z, *projected;
+    G4_ALLOC(&f->exec, x, (size_t)f->n_rows * (size_t)f->config->d_model);
+
+    G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN1_SCALE, G4_SITE_LN1_NORMALIZED}, w->ln1, f->resid, x));
+    G4_TRY(g4_tap_rows(f, G4_SITE_LN1_OUT, layer, x));
+    if (g4_computes_kv(f->config, layer))
+        G4_TRY(cache_keys_and_values(f, layer, x));
+    if (layer == g4_last_kv_layer(f->config))
+        g4_forward_prune(f, x);
+
+    G4_ALLOC(&f->exec, q, (size_t)f->n_rows * width);
+    G4_ALLOC(&f->exec, z, (size_t)f->n_rows * width);
+    G4_TRY(g4_linear(&f->exec, x, f->n_rows, &w->q, q));
+    G4_TRY(g4_tap_rows(f, G4_SITE_Q, layer, q));
+    G4_TRY(head_norm(f, layer, G4_SITE_Q_NORMED, q, w->q_norm, n_heads, q));
+    G4_TRY(rotate(f, layer, G4_SITE_ROT_Q, q, n_heads));
+    G4_TRY(attend(f, layer, q, z));
+
+    G4_ALLOC(&f->exec, projected, (size_t)f->n_rows * (size_t)f->config->d_model);
+    G4_TRY(project_out(f, layer, z, projected));
+    G4_TRY(g4_tap_rows(f, G4_SITE_ATTN_PROJ, layer, projected));
+    G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN1_POST_SCALE, G4_SITE_LN1_POST_NORMALIZED}, w->ln1_post, projected,
+                   attn_out));
+    return g4_tap_rows(f, G4_SITE_ATTN_OUT, layer, attn_out);
+}

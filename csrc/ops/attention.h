@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Causal attention of one run's queries over its cached keys, sliding window or not, grouped heads.
+ *
+ * A query's numbers depend on its own keys only, taken in order of position from the first one it sees: chunking, other
+ * runs in the step, the cache's capacity and the number of threads change no bit.
+ */
+#ifndef GEMMA4_OPS_ATTENTION_H
+#define GEMMA4_OPS_ATTENTION_H
+
+#include "ops/exec.h"
+
+/* Keys and values of positions: position p lies in slot p % n_slots, K heads of h values each. */
+typedef struct {
+    const void *k, *v;
+    g4_dtype dtype;
+    size_t stride; /* elements from slot to slot */
+    int n_slots;
+} g4_kv_view;
+
+typedef struct {
+    const float *q;           /* [T, H, h], rotated */
+    float *z;                 /* [T, H, h] */
+    const int32_t *positions; /* [T], ascending */
+    int n_rows, n_heads, n_kv_heads, head_dim;
+    int window; /* keys a query sees, itself included; 0 = all */
+    int n_keys; /* positions in the cache, the run's own included */
+    g4_kv_view kv;
+} g4_attention;
+
+/* z of several runs at once. Scores live in scratch, a block of queries at a time. */
+g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs);
+
+/* The same in three steps over whole arrays [H, T, n_keys], for whoever wants to see or change them in between.
+ * Untouched arrays give the same bits as g4_attend. */
+g4_status g4_attention_scores(g4_exec *exec, const g4_attention *run, float *scores);  /* masked = -infinity */
+g4_status g4_attention_pattern(g4_exec *exec, const g4_attention *run, float *scores); /* softmax in place */
+/* Fails with G4_EVALUE if a weight was given to a position that the cache no longer holds. */
+g4_status g4_attention_mix(g4_exec *exec, const g4_attention *run, const float *pattern);
+
+#endif

@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "ops/linear.h"
+
+#include "ops/blas.h"
+
+enum {
+    PANEL = 32,          /* weight rows per task: the kernels' block */
+    BLAS_MIN_ROWS = 48,  /* below this sgemm does not earn the widening of the weights */
+    BLAS_PANEL_FLOATS = 1 << 17 /* a widened panel stays in the second-level cache */
+};
+
+typedef struct {
+    const g4_exec *exec;
+    const g4_linear_job *jobs;
+    const int *first_task; /* [n_jobs + 1] */
+    int n_jobs;
+    float *panels; /* one per worker, for BLAS; NULL if no job uses it */
+} linear_task;
+
+static int blas_panel_rows(const g4_linear_job *job)
+{
+    int rows = BLAS_PANEL_FLOATS / (int)job->w.n_cols / PANEL * PANEL;
+    return rows < PANEL ? PANEL : rows > 4 * PANEL ? 4 * PANEL : rows;
+}
+
+static bool uses_blas(const g4_exec *exec, const g4_linear_job *job)
+{
+    return exec->fast && job->m >= BLAS_MIN_ROWS;
+}
+
+static int rows_per_task(const g4_exec *exec, const g4_linear_job *job)
+{
+    return uses_blas(exec, job) ? blas_panel_rows(job) : PANEL;
+}
+
+static void run_panel(const linear_task *t, const g4_linear_job *job, int first, int n, int worker)
+{
+    const g4_kernels *kernels = t->exec->kernels;
+    const int k = (int)job->w.n_cols;
+    const void *rows = g4_matrix_row(&job->w, (size_t)first);
+    if (!uses_blas(t->exec, job)) {
+        g4_matmul_for(kernels, job->w.dtype)(job->x, job->x_stride, job->m, rows, job->w.row_stride, n, k,
+                                             job->out + first, job->out_stride);
+        return;
+    }
+    float *panel = t->panels + (size_t)worker * (size_t)(4 * PANEL) * (size_t)k;
+    for (int j = 0; j < n; j++)
+        g4_widen_for(kernels, job->w.dtype)(panel + (size_t)j * (size_t)k,
+                                            g4_matrix_row(&job->w, (size_t)(first + j)), k);
+    g4_blas_matmul(job->x, job->x_stride, job->m, panel, (size_t)k, n, k, job->out + first, job->out_stride);
+}
+
+static void run_task(void *context, int task, int worker)
+{
+    const linear_task *t = context;
+    int j = 0;
+    while (task >= t->first_task[j + 1])
+        j++;
+    const g4_linear_job *job = &t->jobs[j];
+    int rows = rows_per_task(t->exec, job);
+    int first = (task - t->first_task[j]) * rows;
+    int n = (int)job->w.n_rows - first < rows ? (int)job->w.n_rows - first : rows;
+    run_panel(t, job, first, n, worker);
+}
+
+g4_status g4_linear_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
+{
+    g4_arena_mark mark = g4_arena_save(exec->arena);
+    linear_task t = {.exec = exec, .jobs = jobs, .n_jobs = n_jobs};
+    int *first_task;
+    size_t max_k = 0;
+    G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
+    first_task[0] = 0;
+    for (int j = 0; j < n_jobs; j++) {
+        int rows = rows_per_task(exec, &jobs[j]);
+        int n_tasks = jobs[j].m ? ((int)jobs[j].w.n_rows + rows - 1) / rows : 0;
+        first_task[j + 1] = first_task[j] + n_tasks;
+        if (uses_blas(exec, &jobs[j]) && jobs[j].w.n_cols > max_k)
+            max_k = jobs[j].w.n_cols;
+    }
+    t.first_task = first_task;
+    if (max_k)
+        G4_ALLOC(exec, t.panels, (size_t)g4_pool_size(exec->pool) * 4 * PANEL * max_k);
+    g4_status status = g4_exec_run(exec, first_task[n_jobs], run_task, &t);
+    g4_arena_restore(exec->arena, mark);
+    return status;
+}
+
+g4_status g4_linear(g4_exec *exec, const float *x, int m, const g4_matrix *w, float *out)
+{
+    g4_linear_job job = {x, w->n_cols, m, *w, out, w->n_rows};
+    return g4_linear_jobs(exec, &job, 1);
+}

@@ -1,0 +1,205 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "ops/rows.h"
+
+#include <math.h>
+
+/* The operands of any of these; each uses what it needs. */
+typedef struct {
+    float *out;
+    const float *a, *b, *scale;
+    const g4_matrix *table;
+    const int32_t *ids;
+    float factor;
+    int n, n_heads;
+} operands;
+
+#define ROW(pointer, i) ((pointer) + (size_t)(i) * (size_t)o->n)
+
+static void rms_scale_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context;
+    for (int i = first; i < end; i++)
+        o->out[i] = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n + o->factor);
+}
+
+g4_status g4_rms_scale(g4_exec *exec, const float *x, int n_rows, int n, float eps, float *scale)
+{
+    operands o = {.out = scale, .a = x, .factor = eps, .n = n};
+    return g4_exec_rows(exec, n_rows, (size_t)n, rms_scale_rows, &o);
+}
+
+static void normalize_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context;
+    for (int i = first; i < end; i++)
+        exec->kernels->scale_mul(ROW(o->out, i), ROW(o->a, i), 1.0f / o->scale[i], NULL, o->n);
+}
+
+g4_status g4_normalize(g4_exec *exec, const float *x, const float *scale, int n_rows, int n, float *out)
+{
+    operands o = {.out = out, .a = x, .scale = scale, .n = n};
+    return g4_exec_rows(exec, n_rows, (size_t)n, normalize_rows, &o);
+}
+
+static void scale_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context;
+    for (int i = first; i < end; i++)
+        exec->kernels->scale_mul(ROW(o->out, i), ROW(o->a, i), o->factor, o->b, o->n);
+}
+
+g4_status g4_scale_rows(g4_exec *exec, const float *x, float factor, const float *gain, int n_rows, int n, float *out)
+{
+    operands o = {.out = out, .a = x, .b = gain, .factor = factor, .n = n};
+    return g4_exec_rows(exec, n_rows, (size_t)n, scale_rows, &o);
+}
+
+static void rms_norm_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context;
+    for (int i = first; i < end; i++) {
+        float scale = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n + o->factor);
+        exec->kernels->scale_mul(ROW(o->out, i), ROW(o->a, i), 1.0f / scale, o->b, o->n);
+    }
+}
+
+g4_status g4_rms_norm(g4_exec *exec, const float *x, const float *gain, int n_rows, int n, float eps, float *out)
+{
+    operands o = {.out = out, .a = x, .b = gain, .factor = eps, .n = n};
+    return g4_exec_rows(exec, n_rows, (size_t)n, rms_norm_rows, &o);
+}
+
+static void add_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context;
+    for (int i = first; i < end; i++)
+        exec->kernels->add(ROW(o->out, i), ROW(o->a, i), ROW(o->b, i), o->n);
+}
+
+g4_status g4_add_rows(g4_exec *exec, const float *a, const float *b, int n_rows, int n, float *out)
+{
+    operands o = {.out = out, .a = a, .b = b, .n = n};
+    return g4_exec_rows(exec, n_rows, (size_t)n, add_rows, &o);
+}
+
+static void mul_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context;
+    for (int i = first; i < end; i++)
+        exec->kernels->mul(ROW(o->out, i), ROW(o->a, i), ROW(o->b, i), o->n);
+}
+
+g4_status g4_mul_rows(g4_exec *exec, const float *a, const float *b, int n_rows, int n, float *out)
+{
+    operands o = {.out = out, .a = a, .b = b, .n = n};
+    return g4_exec_rows(exec, n_rows, (size_t)n, mul_rows, &o);
+}
+
+static void gelu_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context;
+    for (int i = first; i < end; i++)
+        exec->kernels->gelu(ROW(o->out, i), ROW(o->a, i), o->n);
+}
+
+g4_status g4_gelu_rows(g4_exec *exec, const float *x, int n_rows, int n, float *out)
+{
+    operands o = {.out = out, .a = x, .n = n};
+    return g4_exec_rows(exec, n_rows, (size_t)n, gelu_rows, &o);
+}
+
+static void softmax_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context;
+    for (int i = first; i < end; i++)
+        exec->kernels->softmax(ROW(o->out, i), o->n);
+}
+
+g4_status g4_softmax_rows(g4_exec *exec, float *x, int n_rows, int n)
+{
+    operands o = {.out = x, .n = n};
+    return g4_exec_rows(exec, n_rows, (size_t)n, softmax_rows, &o);
+}
+
+/* One row of logits is large (262,144 values): share out slices of rows, not rows. */
+typedef struct {
+    float *x;
+    float cap;
+    size_t n;
+} softcap_operands;
+
+enum { SOFTCAP_SLICE = 1 << 13 };
+
+static void softcap_slices(const g4_exec *exec, void *context, int first, int end)
+{
+    const softcap_operands *o = context;
+    for (int i = first; i < end; i++) {
+        size_t start = (size_t)i * SOFTCAP_SLICE;
+        size_t length = o->n - start < SOFTCAP_SLICE ? o->n - start : SOFTCAP_SLICE;
+        exec->kernels->softcap(o->x + start, o->cap, (int)length);
+    }
+}
+
+g4_status g4_softcap_rows(g4_exec *exec, float *x, float cap, int n_rows, int n)
+{
+    softcap_operands o = {x, cap, (size_t)n_rows * (size_t)n};
+    return g4_exec_rows(exec, (int)((o.n + SOFTCAP_SLICE - 1) / SOFTCAP_SLICE), SOFTCAP_SLICE, softcap_slices, &o);
+}
+
+static void gather_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context;
+    for (int i = first; i < end; i++) {
+        const void *row = g4_matrix_row(o->table, (size_t)o->ids[i]);
+        g4_widen_for(exec->kernels, o->table->dtype)(ROW(o->out, i), row, o->n);
+        exec->kernels->scale_mul(ROW(o->out, i), ROW(o->out, i), o->factor, NULL, o->n);
+    }
+}
+
+g4_status g4_gather_rows(g4_exec *exec, const g4_matrix *table, const int32_t *ids, int n_rows, float factor, float *out)
+{
+    operands o = {.out = out, .table = table, .ids = ids, .factor = factor, .n = (int)table->n_cols};
+    return g4_exec_rows(exec, n_rows, table->n_cols, gather_rows, &o);
+}
+
+typedef struct {
+    const int32_t *positions;
+    const float *inv_freq;
+    float *cosine, *sine;
+    int half;
+} rope_table_operands;
+
+static void rope_table_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const rope_table_operands *o = context;
+    (void)exec;
+    for (int i = first; i < end; i++) {
+        for (int j = 0; j < o->half; j++) {
+            float angle = (float)o->positions[i] * o->inv_freq[j];
+            o->cosine[(size_t)i * (size_t)o->half + (size_t)j] = (float)cos((double)angle);
+            o->sine[(size_t)i * (size_t)o->half + (size_t)j] = (float)sin((double)angle);
+        }
+    }
+}
+
+g4_status g4_rope_table(g4_exec *exec, const int32_t *positions, int n_rows, const float *inv_freq, int half,
+                        float *cosine, float *sine)
+{
+    rope_table_operands o = {positions, inv_freq, cosine, sine, half};
+    return g4_exec_rows(exec, n_rows, (size_t)half * 32, rope_table_rows, &o);
+}
+
+static void rope_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context; /* n = half, a = cosine, b = sine */
+    for (int i = first; i < end; i++)
+        for (int h = 0; h < o->n_heads; h++)
+            exec->kernels->rope(o->out + ((size_t)i * (size_t)o->n_heads + (size_t)h) * 2 * (size_t)o->n, ROW(o->a, i),
+                                ROW(o->b, i), o->n);
+}
+
+g4_status g4_rope_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads, int half)
+{
+    operands o = {.out = x, .a = cosine, .b = sine, .n = half, .n_heads = n_heads};
+    return g4_exec_rows(exec, n_rows, (size_t)n_heads * (size_t)half * 2, rope_rows, &o);
+}

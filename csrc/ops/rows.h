@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Operations on whole arrays of rows, shared out over the pool: norms, sums, activations, rotary embedding, gathers. */
+#ifndef GEMMA4_OPS_ROWS_H
+#define GEMMA4_OPS_ROWS_H
+
+#include "ops/exec.h"
+
+/* scale[i] = sqrt(mean(x_i^2) + eps), rows of n. */
+g4_status g4_rms_scale(g4_exec *exec, const float *x, int n_rows, int n, float eps, float *scale);
+/* out_i = x_i / scale[i] (one reciprocal per row), rows of n. */
+g4_status g4_normalize(g4_exec *exec, const float *x, const float *scale, int n_rows, int n, float *out);
+/* out_i = x_i * factor (* gain); gain [n] or NULL. */
+g4_status g4_scale_rows(g4_exec *exec, const float *x, float factor, const float *gain, int n_rows, int n, float *out);
+/* All three in one pass, the same bits. Ref: Gemma4RMSNorm. */
+g4_status g4_rms_norm(g4_exec *exec, const float *x, const float *gain, int n_rows, int n, float eps, float *out);
+
+g4_status g4_add_rows(g4_exec *exec, const float *a, const float *b, int n_rows, int n, float *out);
+g4_status g4_mul_rows(g4_exec *exec, const float *a, const float *b, int n_rows, int n, float *out);
+g4_status g4_gelu_rows(g4_exec *exec, const float *x, int n_rows, int n, float *out);
+g4_status g4_softmax_rows(g4_exec *exec, float *x, int n_rows, int n);
+g4_status g4_softcap_rows(g4_exec *exec, float *x, float cap, int n_rows, int n);
+
+/* out_i = factor * table[ids[i]], widened. Rows are gathered one by one: a table on disk is touched nowhere else. */
+g4_status g4_gather_rows(g4_exec *exec, const g4_matrix *table, const int32_t *ids, int n_rows, float factor, float *out);
+
+/* cosine, sine [n_rows, half] of positions[i] * inv_freq[j], the angle rounded to float32 as the reference has it. */
+g4_status g4_rope_table(g4_exec *exec, const int32_t *positions, int n_rows, const float *inv_freq, int half,
+                        float *cosine, float *sine);
+/* Rotates each of the n_heads heads of 2 * half values in every row of x. */
+g4_status g4_rope_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads, int half);
+
+#endif

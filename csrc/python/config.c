@@ -1,0 +1,127 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "python/engine.h"
+
+static PyObject *get_item(PyObject *dict, const char *key)
+{
+    PyObject *value = PyDict_Check(dict) ? PyDict_GetItemString(dict, key) : NULL;
+    if (!value)
+        PyErr_Format(PyExc_ValueError, "config: no \"%s\"", key);
+    return value; /* borrowed */
+}
+
+static int read_int(PyObject *dict, const char *key, int *out)
+{
+    PyObject *value = get_item(dict, key);
+    if (!value)
+        return -1;
+    long number = PyLong_AsLong(value);
+    if (number == -1 && PyErr_Occurred())
+        return -1;
+    if (number < -(1L << 30) || number > 1L << 30) {
+        PyErr_Format(PyExc_ValueError, "config: %s is %ld", key, number);
+        return -1;
+    }
+    *out = (int)number;
+    return 0;
+}
+
+static int read_float(PyObject *dict, const char *key, float *out)
+{
+    PyObject *value = get_item(dict, key);
+    if (!value)
+        return -1;
+    double number = PyFloat_AsDouble(value);
+    *out = (float)number;
+    return number == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+static int read_bool(PyObject *dict, const char *key, bool *out)
+{
+    PyObject *value = get_item(dict, key);
+    int truth = value ? PyObject_IsTrue(value) : -1;
+    *out = truth > 0;
+    return truth < 0 ? -1 : 0;
+}
+
+static int read_layer(PyObject *dict, g4_layer_config *layer)
+{
+    return read_int(dict, "window", &layer->window) || read_int(dict, "head_dim", &layer->head_dim) ||
+           read_int(dict, "n_kv_heads", &layer->n_kv_heads) || read_int(dict, "d_mlp", &layer->d_mlp) ||
+           read_int(dict, "kv_source", &layer->kv_source) || read_int(dict, "rope", &layer->rope) ||
+           read_bool(dict, "k_eq_v", &layer->k_eq_v) || read_bool(dict, "moe", &layer->moe);
+}
+
+static int read_layers(PyObject *dict, config_holder *holder)
+{
+    PyObject *list = get_item(dict, "layers");
+    if (!list || !PyList_Check(list)) {
+        if (list)
+            PyErr_SetString(PyExc_ValueError, "config: layers is not a list");
+        return -1;
+    }
+    Py_ssize_t n = PyList_GET_SIZE(list);
+    if (n < 1 || n > 1 << 12) {
+        PyErr_Format(PyExc_ValueError, "config: %zd layers, expected 1 to 4096", n);
+        return -1;
+    }
+    holder->layers = PyMem_Calloc((size_t)n, sizeof *holder->layers);
+    if (!holder->layers) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (read_layer(PyList_GET_ITEM(list, i), &holder->layers[i]))
+            return -1;
+    holder->config.n_layers = (int)n;
+    holder->config.layers = holder->layers;
+    return 0;
+}
+
+static int read_ropes(PyObject *dict, config_holder *holder)
+{
+    PyObject *list = get_item(dict, "rope_inv_freq");
+    if (!list || !PyList_Check(list) || PyList_GET_SIZE(list) > G4_MAX_ROPES) {
+        if (list)
+            PyErr_Format(PyExc_ValueError, "config: rope_inv_freq is not a list of at most %d arrays", G4_MAX_ROPES);
+        return -1;
+    }
+    for (Py_ssize_t r = 0; r < PyList_GET_SIZE(list); r++) {
+        PyObject *array = PyArray_FROM_OTF(PyList_GET_ITEM(list, r), NPY_FLOAT32, NPY_ARRAY_CARRAY_RO);
+        if (!array)
+            return -1;
+        holder->inv_freq[r] = (PyArrayObject *)array;
+        holder->config.rope_inv_freq[r] = PyArray_DATA(holder->inv_freq[r]);
+        if (PyArray_NDIM(holder->inv_freq[r]) != 1 || PyArray_SIZE(holder->inv_freq[r]) > 1 << 14) {
+            PyErr_SetString(PyExc_ValueError, "config: rope_inv_freq: expected one-dimensional arrays");
+            return -1;
+        }
+        holder->config.rope_half[r] = (int)PyArray_SIZE(holder->inv_freq[r]);
+        holder->config.n_ropes = (int)r + 1;
+    }
+    return 0;
+}
+
+int engine_config_read(PyObject *dict, config_holder *holder)
+{
+    g4_config *c = &holder->config;
+    memset(holder, 0, sizeof *holder);
+    if (read_int(dict, "d_model", &c->d_model) || read_int(dict, "n_heads", &c->n_heads) ||
+        read_int(dict, "d_vocab", &c->d_vocab) || read_int(dict, "d_ple", &c->d_ple) ||
+        read_int(dict, "d_vocab_ple", &c->d_vocab_ple) || read_int(dict, "context_length", &c->context_length) ||
+        read_int(dict, "n_experts", &c->n_experts) || read_int(dict, "top_k_experts", &c->top_k_experts) ||
+        read_int(dict, "d_expert", &c->d_expert) || read_float(dict, "rms_norm_eps", &c->rms_norm_eps) ||
+        read_float(dict, "logit_softcap", &c->logit_softcap) || read_float(dict, "embed_scale", &c->embed_scale) ||
+        read_layers(dict, holder) || read_ropes(dict, holder)) {
+        engine_config_release(holder);
+        return -1;
+    }
+    return 0;
+}
+
+void engine_config_release(config_holder *holder)
+{
+    PyMem_Free(holder->layers);
+    for (int r = 0; r < G4_MAX_ROPES; r++)
+        Py_XDECREF(holder->inv_freq[r]);
+    memset(holder, 0, sizeof *holder);
+}

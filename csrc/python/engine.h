@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The Python face of the engine: arguments in, arrays out, one mapping of errors. Contract: gemma4/_engine.pyi. */
+#ifndef GEMMA4_PYTHON_ENGINE_H
+#define GEMMA4_PYTHON_ENGINE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#define PY_ARRAY_UNIQUE_SYMBOL gemma4_engine_array_api
+#ifndef G4_IMPORTS_NUMPY
+#define NO_IMPORT_ARRAY
+#endif
+#include <numpy/arrayobject.h>
+
+#include "gemma4.h"
+
+typedef struct {
+    PyObject_HEAD
+    g4_model *model;
+    Py_buffer *buffers; /* keep the weights' bytes where they are */
+    size_t n_buffers;
+} model_object;
+
+typedef struct {
+    PyObject_HEAD
+    model_object *owner;
+    g4_sequence *seq; /* NULL: closed */
+} sequence_object;
+
+/* errors.c: sets the exception for err->status (unless one is set already) and returns NULL. */
+PyObject *engine_raise(const g4_error *err);
+
+/* model.c, sequence.c, step.c, testing.c */
+extern PyType_Spec engine_model_spec, engine_sequence_spec;
+PyObject *engine_sequence_wrap(model_object *owner, g4_sequence *seq); /* takes seq, also when it fails */
+PyTypeObject *engine_sequence_type(PyObject *model);                   /* borrowed */
+PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *engine_testing_module(void);
+
+/* config.c: reads the dict of _engine.pyi's Config; release with engine_config_release. */
+typedef struct {
+    g4_config config;
+    g4_layer_config *layers;
+    PyArrayObject *inv_freq[G4_MAX_ROPES];
+} config_holder;
+int engine_config_read(PyObject *dict, config_holder *holder);
+void engine_config_release(config_holder *holder);
+
+#endif

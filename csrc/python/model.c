@@ -1,0 +1,291 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "python/engine.h"
+
+/* ---- tensors -------------------------------------------------------------------------------------------------------- */
+
+static int read_shape(PyObject *shape, const char *name, g4_named_tensor *tensor, size_t *n_elements)
+{
+    *n_elements = 1;
+    if (!PyTuple_Check(shape) || PyTuple_GET_SIZE(shape) > G4_MAX_DIMS) {
+        PyErr_Format(PyExc_ValueError, "tensor %s: expected a shape of at most %d axes", name, G4_MAX_DIMS);
+        return -1;
+    }
+    tensor->n_dims = (int)PyTuple_GET_SIZE(shape);
+    for (int i = 0; i < tensor->n_dims; i++) {
+        long long size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+        if (size < 0 || __builtin_mul_overflow(*n_elements, (size_t)size, n_elements)) {
+            if (!PyErr_Occurred())
+                PyErr_Format(PyExc_ValueError, "tensor %s: impossible shape", name);
+            return -1;
+        }
+        tensor->shape[i] = size;
+    }
+    return 0;
+}
+
+/* (dtype, shape, buffer, byte offset): fills tensor and takes a view of the buffer. */
+static int read_tensor(PyObject *name, PyObject *value, g4_named_tensor *tensor, Py_buffer *view)
+{
+    const char *dtype_name;
+    PyObject *shape, *buffer;
+    Py_ssize_t offset;
+    size_t n_elements, n_bytes;
+    tensor->name = PyUnicode_AsUTF8(name);
+    if (!tensor->name || !PyArg_ParseTuple(value, "sOOn", &dtype_name, &shape, &buffer, &offset) ||
+        read_shape(shape, tensor->name, tensor, &n_elements))
+        return -1;
+    tensor->dtype = g4_dtype_parse(dtype_name);
+    if (tensor->dtype == G4_N_DTYPES) {
+        g4_error err;
+        g4_fail(&err, G4_EFORMAT, "tensor %s has dtype %s, expected F32, F16 or BF16", tensor->name, dtype_name);
+        engine_raise(&err);
+        return -1;
+    }
+    if (PyObject_GetBuffer(buffer, view, PyBUF_SIMPLE))
+        return -1;
+    bool fits = offset >= 0 && offset <= view->len &&
+                !__builtin_mul_overflow(n_elements, g4_dtype_size(tensor->dtype), &n_bytes) &&
+                n_bytes <= (size_t)(view->len - offset);
+    if (fits)
+        tensor->data = (const char *)view->buf + offset;
+    if (!fits || (uintptr_t)tensor->data % g4_dtype_size(tensor->dtype)) {
+        g4_error err;
+        g4_fail(&err, G4_EFORMAT, "tensor %s at byte %zd does not lie (aligned) within its file of %zd bytes", tensor->name,
+                offset, view->len);
+        engine_raise(&err);
+        PyBuffer_Release(view);
+        return -1;
+    }
+    return 0;
+}
+
+static void release_buffers(model_object *self)
+{
+    for (size_t i = 0; i < self->n_buffers; i++)
+        PyBuffer_Release(&self->buffers[i]);
+    PyMem_Free(self->buffers);
+    self->buffers = NULL;
+    self->n_buffers = 0;
+}
+
+/* Views of all tensors; names stay valid while `items` (a list of pairs) lives. */
+static g4_named_tensor *read_tensors(model_object *self, PyObject *items)
+{
+    size_t n = (size_t)PyList_GET_SIZE(items);
+    g4_named_tensor *tensors = PyMem_Calloc(n + 1, sizeof *tensors);
+    self->buffers = PyMem_Calloc(n + 1, sizeof *self->buffers);
+    if (!tensors || !self->buffers) {
+        PyMem_Free(tensors);
+        PyErr_NoMemory();
+        return NULL;
+    }
+    for (size_t i = 0; i < n; i++) {
+        PyObject *pair = PyList_GET_ITEM(items, (Py_ssize_t)i);
+        if (read_tensor(PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), &tensors[i], &self->buffers[i])) {
+            PyMem_Free(tensors);
+            return NULL;
+        }
+        self->n_buffers = i + 1;
+    }
+    return tensors;
+}
+
+/* ---- the type ------------------------------------------------------------------------------------------------------- */
+
+static int build(model_object *self, PyObject *config, PyObject *items, const g4_model_options *options)
+{
+    config_holder holder;
+    g4_error err;
+    g4_named_tensor *tensors = read_tensors(self, items);
+    if (!tensors || engine_config_read(config, &holder)) {
+        PyMem_Free(tensors);
+        return -1;
+    }
+    g4_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = g4_model_new(&holder.config, tensors, self->n_buffers, options, &self->model, &err);
+    Py_END_ALLOW_THREADS
+    engine_config_release(&holder);
+    PyMem_Free(tensors);
+    if (status != G4_OK)
+        engine_raise(&err);
+    return status == G4_OK ? 0 : -1;
+}
+
+static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"config", "tensors", "threads", "precision", NULL};
+    model_object *self = (model_object *)object;
+    PyObject *config, *mapping;
+    const char *precision = "exact";
+    g4_model_options options = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO|$is", names, &config, &mapping, &options.n_threads, &precision))
+        return -1;
+    if (self->model) {
+        PyErr_SetString(PyExc_RuntimeError, "this model is initialised already");
+        return -1;
+    }
+    options.fast = strcmp(precision, "fast") == 0;
+    if (!options.fast && strcmp(precision, "exact") != 0) {
+        PyErr_Format(PyExc_ValueError, "precision=\"%s\": expected \"exact\" or \"fast\"", precision);
+        return -1;
+    }
+    PyObject *items = PyMapping_Items(mapping);
+    if (!items)
+        return -1;
+    int failed = build(self, config, items, &options);
+    Py_DECREF(items);
+    if (failed)
+        release_buffers(self);
+    return failed;
+}
+
+static void model_dealloc(PyObject *object)
+{
+    model_object *self = (model_object *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    if (self->model) {
+        Py_BEGIN_ALLOW_THREADS
+        g4_model_free(self->model);
+        Py_END_ALLOW_THREADS
+    }
+    release_buffers(self);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+static bool ready(const model_object *self)
+{
+    if (!self->model)
+        PyErr_SetString(PyExc_RuntimeError, "this model was never initialised");
+    return self->model != NULL;
+}
+
+static PyObject *model_new_sequence(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"kv_dtype", "capacity", NULL};
+    model_object *self = (model_object *)object;
+    const char *dtype_name = "f32";
+    int capacity = 0;
+    g4_sequence *seq;
+    g4_error err;
+    if (!ready(self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "|$si", names, &dtype_name, &capacity))
+        return NULL;
+    bool bf16 = strcmp(dtype_name, "bf16") == 0;
+    if (!bf16 && strcmp(dtype_name, "f32") != 0)
+        return PyErr_Format(PyExc_ValueError, "kv_dtype=\"%s\": expected \"f32\" or \"bf16\"", dtype_name);
+    if (g4_sequence_new(self->model, bf16 ? G4_BF16 : G4_F32, capacity, &seq, &err) != G4_OK)
+        return engine_raise(&err);
+    return engine_sequence_wrap(self, seq);
+}
+
+/* "T" and "S" stay letters: they depend on the run. */
+static PyObject *site_dims(const g4_config *config, g4_site site, int layer)
+{
+    const char *letters = g4_site_dims(site);
+    int64_t shape[G4_MAX_DIMS];
+    int n_dims = g4_site_shape(config, site, layer, 0, 0, shape);
+    PyObject *dims = PyTuple_New(n_dims);
+    for (int i = 0; dims && i < n_dims; i++) {
+        bool symbolic = letters[i] == 'T' || letters[i] == 'S';
+        PyObject *size = symbolic ? PyUnicode_FromStringAndSize(&letters[i], 1) : PyLong_FromLongLong(shape[i]);
+        if (!size) {
+            Py_CLEAR(dims);
+            break;
+        }
+        PyTuple_SET_ITEM(dims, i, size);
+    }
+    return dims;
+}
+
+static int append_site(PyObject *list, const g4_config *config, g4_site site, int layer)
+{
+    char name[128];
+    const char *template = g4_site_name(site), *hole = strstr(template, "{}");
+    if (hole)
+        snprintf(name, sizeof name, "%.*s%d%s", (int)(hole - template), template, layer, hole + 2);
+    else
+        snprintf(name, sizeof name, "%s", template);
+    PyObject *dims = site_dims(config, site, layer);
+    PyObject *row = dims ? Py_BuildValue("(siiN)", name, (int)site, layer, dims) : NULL;
+    int failed = row ? PyList_Append(list, row) : -1;
+    Py_XDECREF(row);
+    return failed;
+}
+
+/* Sites up to PLE_CONTEXT come before the layers, those from FINAL_SCALE on after them. */
+static PyObject *model_sites(PyObject *object, PyObject *unused)
+{
+    model_object *self = (model_object *)object;
+    (void)unused;
+    if (!ready(self))
+        return NULL;
+    const g4_config *config = g4_model_config(self->model);
+    PyObject *list = PyList_New(0);
+    int failed = list ? 0 : -1;
+    for (int s = 0; s < G4_SITE_PLE_IN && !failed; s++)
+        if (g4_site_exists(config, (g4_site)s, 0))
+            failed = append_site(list, config, (g4_site)s, 0);
+    for (int layer = 0; layer < config->n_layers; layer++)
+        for (int s = G4_SITE_PLE_IN; s < G4_SITE_FINAL_SCALE && !failed; s++)
+            if (g4_site_exists(config, (g4_site)s, layer))
+                failed = append_site(list, config, (g4_site)s, layer);
+    for (int s = G4_SITE_FINAL_SCALE; s < G4_N_SITES && !failed; s++)
+        if (g4_site_exists(config, (g4_site)s, 0))
+            failed = append_site(list, config, (g4_site)s, 0);
+    if (failed)
+        Py_CLEAR(list);
+    return list;
+}
+
+static PyObject *get_threads(PyObject *self, void *unused)
+{
+    (void)unused;
+    return ready((model_object *)self) ? PyLong_FromLong(g4_model_threads(((model_object *)self)->model)) : NULL;
+}
+
+static PyObject *get_precision(PyObject *self, void *unused)
+{
+    (void)unused;
+    if (!ready((model_object *)self))
+        return NULL;
+    return PyUnicode_FromString(g4_model_is_fast(((model_object *)self)->model) ? "fast" : "exact");
+}
+
+static PyObject *get_isa(PyObject *self, void *unused)
+{
+    (void)unused;
+    return ready((model_object *)self) ? PyUnicode_FromString(g4_model_isa(((model_object *)self)->model)) : NULL;
+}
+
+static PyObject *get_weight_bytes(PyObject *self, void *unused)
+{
+    (void)unused;
+    return ready((model_object *)self) ? PyLong_FromSize_t(g4_model_weight_bytes(((model_object *)self)->model)) : NULL;
+}
+
+static PyGetSetDef model_getset[] = {
+    {"threads", get_threads, NULL, "Threads of the pool, the caller included.", NULL},
+    {"precision", get_precision, NULL, "\"exact\" or \"fast\".", NULL},
+    {"isa", get_isa, NULL, "Instruction set in use.", NULL},
+    {"weight_bytes", get_weight_bytes, NULL, "Bytes of all tensors in use.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMethodDef model_methods[] = {
+    {"new_sequence", (PyCFunction)(void (*)(void))model_new_sequence, METH_VARARGS | METH_KEYWORDS, "An empty sequence."},
+    {"sites", model_sites, METH_NOARGS, "Every site of this model: (name, site id, layer, dims)."},
+    {"step", (PyCFunction)(void (*)(void))engine_model_step, METH_VARARGS | METH_KEYWORDS, "One ragged forward pass."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot model_slots[] = {
+    {Py_tp_doc, "Weights bound to a configuration. Model(config, tensors, *, threads=0, precision=\"exact\")"},
+    {Py_tp_init, model_init},
+    {Py_tp_dealloc, model_dealloc},
+    {Py_tp_methods, model_methods},
+    {Py_tp_getset, model_getset},
+    {0, NULL},
+};
+
+PyType_Spec engine_model_spec = {"gemma4._engine.Model", sizeof(model_object), 0, Py_TPFLAGS_DEFAULT, model_slots};

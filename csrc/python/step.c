@@ -1,0 +1,304 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Model.step: runs and taps out of Python tuples. Integer arrays are copied, so that no other thread can change them
+ * while the engine computes without the GIL; float arrays are used where they lie and kept alive. */
+#include "python/engine.h"
+
+/* The thread state that the step gave up: callbacks take it back for as long as they run. */
+typedef struct {
+    PyThreadState *state;
+} gil;
+
+typedef struct {
+    gil *gil;
+    PyObject *callable;
+    int type; /* NPY_FLOAT32 or NPY_INT32 */
+} edit_context;
+
+typedef struct {
+    model_object *model;
+    PyObject *run_tuple, *tap_tuple; /* own every array in use */
+    g4_run *runs;
+    g4_tap *taps;
+    edit_context *edits;
+    int n_runs, n_taps;
+    gil gil;
+} step_args;
+
+/* ---- callbacks ------------------------------------------------------------------------------------------------------ */
+
+static int poll_signals(void *context)
+{
+    gil *g = context;
+    PyEval_RestoreThread(g->state);
+    int failed = PyErr_CheckSignals();
+    g->state = PyEval_SaveThread();
+    return failed;
+}
+
+static int copy_back(PyObject *result, PyArrayObject *given, const edit_context *edit, void *data, size_t n_bytes)
+{
+    if (result == Py_None) {
+        memcpy(data, PyArray_DATA(given), n_bytes);
+        return 0;
+    }
+    PyArrayObject *array =
+        (PyArrayObject *)PyArray_FROM_OTF(result, edit->type, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+    if (!array)
+        return -1;
+    int failed = PyArray_NDIM(array) != PyArray_NDIM(given) ||
+                 !PyArray_CompareLists(PyArray_DIMS(array), PyArray_DIMS(given), PyArray_NDIM(given));
+    if (failed)
+        PyErr_Format(PyExc_ValueError, "an edit returned an array of shape %R, the site has %R",
+                     PyObject_GetAttrString((PyObject *)array, "shape"), PyObject_GetAttrString((PyObject *)given, "shape"));
+    else
+        memcpy(data, PyArray_DATA(array), n_bytes);
+    Py_DECREF(array);
+    return failed ? -1 : 0;
+}
+
+/* The callable gets an array of its own, so it may keep it: scratch memory is never shown. */
+static int call_edit(const edit_context *edit, void *data, const int64_t *shape, int n_dims)
+{
+    npy_intp dims[G4_MAX_DIMS];
+    for (int i = 0; i < n_dims; i++)
+        dims[i] = (npy_intp)shape[i];
+    PyArrayObject *array = (PyArrayObject *)PyArray_SimpleNew(n_dims, dims, edit->type);
+    if (!array)
+        return -1;
+    size_t n_bytes = (size_t)PyArray_NBYTES(array);
+    memcpy(PyArray_DATA(array), data, n_bytes);
+    PyObject *result = PyObject_CallOneArg(edit->callable, (PyObject *)array);
+    int failed = result ? copy_back(result, array, edit, data, n_bytes) : -1;
+    Py_XDECREF(result);
+    Py_DECREF(array);
+    return failed;
+}
+
+static g4_status run_edit(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err)
+{
+    edit_context *edit = context;
+    PyEval_RestoreThread(edit->gil->state);
+    int failed = call_edit(edit, data, shape, n_dims);
+    edit->gil->state = PyEval_SaveThread();
+    return failed ? g4_fail(err, G4_ECANCELLED, "an edit raised") : G4_OK;
+}
+
+/* ---- arguments ------------------------------------------------------------------------------------------------------ */
+
+/* Checks that `object` is a C-contiguous array of that type and those axes (-1: any size). */
+static PyArrayObject *check_array(PyObject *object, int type, int n_dims, const npy_intp *dims, const char *what)
+{
+    PyArrayObject *array = (PyArrayObject *)object;
+    bool good = PyArray_Check(object) && PyArray_TYPE(array) == type && PyArray_IS_C_CONTIGUOUS(array) &&
+                PyArray_ISALIGNED(array) && PyArray_ISNOTSWAPPED(array) && PyArray_NDIM(array) == n_dims;
+    for (int i = 0; good && i < n_dims; i++)
+        good = dims[i] < 0 || PyArray_DIM(array, i) == dims[i];
+    if (good)
+        return array;
+    PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous %s array of %d axes, got %R%s", what,
+                 type == NPY_FLOAT32 ? "float32" : "int32", n_dims, (PyObject *)Py_TYPE(object),
+                 PyArray_Check(object) ? " of another dtype or shape" : "");
+    return NULL;
+}
+
+/* A copy of a one-dimensional int32 array; None gives NULL and -1. */
+static int copy_ints(PyObject *object, const char *what, int32_t **copy, int *n)
+{
+    const npy_intp any[] = {-1};
+    *copy = NULL, *n = -1;
+    if (object == Py_None)
+        return 0;
+    PyArrayObject *array = check_array(object, NPY_INT32, 1, any, what);
+    if (!array)
+        return -1;
+    if (PyArray_SIZE(array) > 1 << 30) {
+        PyErr_Format(PyExc_ValueError, "%s: too long", what);
+        return -1;
+    }
+    *n = (int)PyArray_SIZE(array);
+    *copy = PyMem_Malloc(((size_t)*n + 1) * sizeof **copy);
+    if (!*copy) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    memcpy(*copy, PyArray_DATA(array), (size_t)*n * sizeof **copy);
+    return 0;
+}
+
+static int read_run(step_args *s, PyObject *tuple, g4_run *run)
+{
+    PyObject *sequence, *tokens, *embeddings, *rows, *logits;
+    const g4_config *config = g4_model_config(s->model->model);
+    int n_tokens, n_logits;
+    int32_t *ints;
+    if (!PyTuple_Check(tuple)) {
+        PyErr_SetString(PyExc_TypeError, "a run is a tuple (sequence, tokens, embeddings, logits_rows, logits)");
+        return -1;
+    }
+    if (!PyArg_ParseTuple(tuple, "O!OOOO;a run is (sequence, tokens, embeddings, logits_rows, logits)",
+                          engine_sequence_type((PyObject *)s->model), &sequence, &tokens, &embeddings, &rows, &logits))
+        return -1;
+    run->seq = ((sequence_object *)sequence)->seq;
+    if (!run->seq) {
+        g4_error err;
+        g4_fail(&err, G4_ESTATE, "this sequence is closed: make a new one with new_sequence()");
+        engine_raise(&err);
+        return -1;
+    }
+    if (copy_ints(tokens, "tokens", &ints, &n_tokens))
+        return -1;
+    run->tokens = ints;
+    run->n_rows = n_tokens;
+    if (embeddings != Py_None) {
+        const npy_intp dims[] = {n_tokens, config->d_model};
+        PyArrayObject *array = check_array(embeddings, NPY_FLOAT32, 2, dims, "embeddings");
+        if (!array)
+            return -1;
+        run->embeddings = PyArray_DATA(array);
+        run->n_rows = (int)PyArray_DIM(array, 0);
+    }
+    if (copy_ints(rows, "logits_rows", &ints, &n_logits))
+        return -1;
+    run->logits_rows = ints;
+    run->n_logits = n_logits > 0 ? n_logits : 0;
+    if (run->n_logits) {
+        const npy_intp dims[] = {n_logits, config->d_vocab};
+        PyArrayObject *array = check_array(logits, NPY_FLOAT32, 2, dims, "logits");
+        if (!array || PyArray_FailUnlessWriteable(array, "logits"))
+            return -1;
+        run->logits = PyArray_DATA(array);
+    }
+    return 0;
+}
+
+/* Whether dest has the site's shape, with any number of rows where the site has positions. */
+static int read_destination(step_args *s, g4_tap *tap, PyObject *object)
+{
+    const g4_config *config = g4_model_config(s->model->model);
+    const g4_run *run = &s->runs[tap->run];
+    int64_t shape[G4_MAX_DIMS];
+    npy_intp dims[G4_MAX_DIMS];
+    int n_keys = g4_sequence_length(run->seq) + run->n_rows;
+    int n_dims = g4_site_shape(config, tap->site, tap->layer, run->n_rows, n_keys, shape);
+    const char *letters = g4_site_dims(tap->site);
+    int row_axis = -1;
+    for (int i = 0; i < n_dims; i++) {
+        dims[i] = (npy_intp)shape[i];
+        if (letters[i] == 'T')
+            row_axis = i;
+    }
+    if (row_axis >= 0 && tap->rows)
+        dims[row_axis] = -1;
+    PyArrayObject *array = check_array(object, g4_site_is_int32(tap->site) ? NPY_INT32 : NPY_FLOAT32, n_dims, dims,
+                                       g4_site_name(tap->site));
+    if (!array || PyArray_FailUnlessWriteable(array, "a capture"))
+        return -1;
+    tap->dest = PyArray_DATA(array);
+    tap->n_dest_rows = row_axis >= 0 ? (int)PyArray_DIM(array, row_axis) : 0;
+    return 0;
+}
+
+static int read_tap(step_args *s, PyObject *tuple, g4_tap *tap, edit_context *edit)
+{
+    PyObject *target, *rows;
+    int site, n_rows;
+    int32_t *ints;
+    if (!PyTuple_Check(tuple) ||
+        !PyArg_ParseTuple(tuple, "iiiOO;a tap is (site, layer, run, array or callable, rows)", &site, &tap->layer, &tap->run,
+                          &target, &rows)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "a tap is a tuple (site, layer, run, array or callable, rows)");
+        return -1;
+    }
+    const g4_config *config = g4_model_config(s->model->model);
+    if (site < 0 || site >= G4_N_SITES || !g4_site_exists(config, (g4_site)site, tap->layer)) {
+        PyErr_Format(PyExc_ValueError, "no site %d in layer %d", site, tap->layer);
+        return -1;
+    }
+    if (tap->run < 0 || tap->run >= s->n_runs) {
+        PyErr_Format(PyExc_ValueError, "a tap names run %d of %d", tap->run, s->n_runs);
+        return -1;
+    }
+    tap->site = (g4_site)site;
+    if (PyCallable_Check(target)) {
+        *edit = (edit_context){&s->gil, target, g4_site_is_int32(tap->site) ? NPY_INT32 : NPY_FLOAT32};
+        tap->edit = run_edit;
+        tap->context = edit;
+        return 0;
+    }
+    if (copy_ints(rows, "a tap's rows", &ints, &n_rows))
+        return -1;
+    tap->rows = ints;
+    if (ints && n_rows != s->runs[tap->run].n_rows) {
+        PyErr_Format(PyExc_ValueError, "a tap's rows: %d given for a run of %d positions", n_rows, s->runs[tap->run].n_rows);
+        return -1;
+    }
+    return read_destination(s, tap, target);
+}
+
+static int read_args(step_args *s, PyObject *runs, PyObject *taps)
+{
+    s->run_tuple = PySequence_Tuple(runs);
+    s->tap_tuple = s->run_tuple ? taps ? PySequence_Tuple(taps) : PyTuple_New(0) : NULL;
+    if (!s->tap_tuple)
+        return -1;
+    size_t n_runs = (size_t)PyTuple_GET_SIZE(s->run_tuple), n_taps = (size_t)PyTuple_GET_SIZE(s->tap_tuple);
+    s->runs = PyMem_Calloc(n_runs + 1, sizeof *s->runs);
+    s->taps = PyMem_Calloc(n_taps + 1, sizeof *s->taps);
+    s->edits = PyMem_Calloc(n_taps + 1, sizeof *s->edits);
+    if (!s->runs || !s->taps || !s->edits || n_runs > 1 << 20 || n_taps > 1 << 24) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (size_t i = 0; i < n_runs; i++) {
+        s->n_runs = (int)i + 1;
+        if (read_run(s, PyTuple_GET_ITEM(s->run_tuple, (Py_ssize_t)i), &s->runs[i]))
+            return -1;
+    }
+    for (size_t i = 0; i < n_taps; i++) {
+        s->n_taps = (int)i + 1;
+        if (read_tap(s, PyTuple_GET_ITEM(s->tap_tuple, (Py_ssize_t)i), &s->taps[i], &s->edits[i]))
+            return -1;
+    }
+    return 0;
+}
+
+static void release_args(step_args *s)
+{
+    for (int i = 0; i < s->n_runs; i++) {
+        PyMem_Free((void *)s->runs[i].tokens);
+        PyMem_Free((void *)s->runs[i].logits_rows);
+    }
+    for (int i = 0; i < s->n_taps; i++)
+        PyMem_Free((void *)s->taps[i].rows);
+    PyMem_Free(s->runs);
+    PyMem_Free(s->taps);
+    PyMem_Free(s->edits);
+    Py_XDECREF(s->run_tuple);
+    Py_XDECREF(s->tap_tuple);
+}
+
+PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"runs", "taps", "stop_at_layer", "max_chunk", NULL};
+    step_args s = {.model = (model_object *)self};
+    g4_step_options options = {.stop_at_layer = -1, .poll = poll_signals, .poll_context = &s.gil};
+    PyObject *runs, *taps = NULL;
+    g4_error err = {0};
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$ii", names, &runs, &taps, &options.stop_at_layer, &options.max_chunk))
+        return NULL;
+    if (!s.model->model)
+        return PyErr_Format(PyExc_RuntimeError, "this model was never initialised");
+    g4_status status = G4_EVALUE;
+    if (read_args(&s, runs, taps) == 0) {
+        s.gil.state = PyEval_SaveThread();
+        status = g4_step(s.model->model, s.runs, s.n_runs, s.taps, s.n_taps, &options, &err);
+        PyEval_RestoreThread(s.gil.state);
+        if (status != G4_OK)
+            engine_raise(&err);
+    }
+    release_args(&s);
+    if (status != G4_OK)
+        return NULL;
+    Py_RETURN_NONE;
+}

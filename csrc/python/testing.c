@@ -1,0 +1,230 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* _engine.testing: the kernels of every instruction set, one by one, for the sweeps in tests/. Rows may be strided and
+ * start anywhere (that is part of what is swept); the last axis must be contiguous. */
+#include "kernels/kernels.h"
+#include "python/engine.h"
+
+static const g4_kernels *table_of(const char *isa_name)
+{
+    g4_isa isa = g4_isa_parse(isa_name);
+    const g4_kernels *kernels = isa < G4_N_ISAS ? g4_kernels_for(isa) : NULL;
+    if (!kernels)
+        PyErr_Format(PyExc_ValueError, "no instruction set \"%s\" here", isa_name);
+    return kernels;
+}
+
+static int type_of(g4_dtype dtype)
+{
+    return dtype == G4_F32 ? NPY_FLOAT32 : NPY_UINT16;
+}
+
+static bool is_rows(PyArrayObject *array, int type, int n_dims)
+{
+    bool good = PyArray_TYPE(array) == type && PyArray_NDIM(array) == n_dims && PyArray_ISALIGNED(array) &&
+                (PyArray_DIM(array, n_dims - 1) < 2 || PyArray_STRIDE(array, n_dims - 1) == PyArray_ITEMSIZE(array));
+    if (!good)
+        PyErr_SetString(PyExc_ValueError, "expected an array of that dtype whose last axis is contiguous");
+    return good;
+}
+
+static size_t stride_of(PyArrayObject *array)
+{
+    return (size_t)(PyArray_STRIDE(array, 0) / PyArray_ITEMSIZE(array));
+}
+
+/* matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n] */
+static PyObject *test_matmul(PyObject *self, PyObject *args)
+{
+    const char *isa, *dtype_name;
+    PyArrayObject *x, *w;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "ssO!O!", &isa, &dtype_name, &PyArray_Type, &x, &PyArray_Type, &w))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    g4_dtype dtype = g4_dtype_parse(dtype_name);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 2) || !is_rows(w, type_of(dtype), 2))
+        return NULL;
+    if (dtype == G4_N_DTYPES || PyArray_DIM(x, 1) != PyArray_DIM(w, 1))
+        return PyErr_Format(PyExc_ValueError, "unknown dtype, or inner sizes differ");
+    npy_intp dims[] = {PyArray_DIM(x, 0), PyArray_DIM(w, 0)};
+    PyObject *out = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
+    if (out)
+        g4_matmul_for(kernels, dtype)(PyArray_DATA(x), stride_of(x), (int)dims[0], PyArray_DATA(w), stride_of(w),
+                                      (int)dims[1], (int)PyArray_DIM(x, 1), PyArray_DATA((PyArrayObject *)out),
+                                      (size_t)dims[1]);
+    return out;
+}
+
+/* weighted_sum(isa, dtype, p [m, n], v [n, d], acc [m, d]) -> acc + p v */
+static PyObject *test_weighted_sum(PyObject *self, PyObject *args)
+{
+    const char *isa, *dtype_name;
+    PyArrayObject *p, *v, *acc;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "ssO!O!O!", &isa, &dtype_name, &PyArray_Type, &p, &PyArray_Type, &v, &PyArray_Type, &acc))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    g4_dtype dtype = g4_dtype_parse(dtype_name);
+    if (!kernels || !is_rows(p, NPY_FLOAT32, 2) || !is_rows(v, type_of(dtype), 2) || !is_rows(acc, NPY_FLOAT32, 2))
+        return NULL;
+    if (dtype == G4_N_DTYPES || PyArray_DIM(p, 1) != PyArray_DIM(v, 0) || PyArray_DIM(acc, 0) != PyArray_DIM(p, 0) ||
+        PyArray_DIM(acc, 1) != PyArray_DIM(v, 1))
+        return PyErr_Format(PyExc_ValueError, "unknown dtype, or sizes differ");
+    PyArrayObject *out = (PyArrayObject *)PyArray_NewCopy(acc, NPY_CORDER);
+    if (out)
+        g4_weighted_sum_for(kernels, dtype)(PyArray_DATA(p), stride_of(p), (int)PyArray_DIM(p, 0), PyArray_DATA(v),
+                                            stride_of(v), (int)PyArray_DIM(p, 1), (int)PyArray_DIM(v, 1), PyArray_DATA(out),
+                                            (size_t)PyArray_DIM(v, 1));
+    return (PyObject *)out;
+}
+
+/* The row kernels of one signature each; y may be NULL. Returns false for an unknown name. */
+static bool apply_row(const g4_kernels *k, const char *name, float *out, const float *y, float s, int n)
+{
+    if (strcmp(name, "scale_mul") == 0)
+        k->scale_mul(out, out, s, y, n);
+    else if (strcmp(name, "add") == 0 && y)
+        k->add(out, out, y, n);
+    else if (strcmp(name, "mul") == 0 && y)
+        k->mul(out, out, y, n);
+    else if (strcmp(name, "axpy") == 0 && y)
+        k->axpy(out, s, y, n);
+    else if (strcmp(name, "gelu") == 0)
+        k->gelu(out, out, n);
+    else if (strcmp(name, "softmax") == 0)
+        k->softmax(out, n);
+    else if (strcmp(name, "softcap") == 0)
+        k->softcap(out, s, n);
+    else if (strcmp(name, "rope") == 0 && y) /* y: n/2 cosines, then n/2 sines */
+        k->rope(out, y, y + n / 2, n / 2);
+    else
+        return false;
+    return true;
+}
+
+/* row(isa, name, x [n], y [n] or None, s) -> [n]; name: scale_mul, add, mul, axpy, gelu, softmax, softcap, rope. The
+ * result is computed at x's own misalignment. */
+static PyObject *test_row(PyObject *self, PyObject *args)
+{
+    const char *isa, *name;
+    PyArrayObject *x;
+    PyObject *y_object = Py_None;
+    float s = 0;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "ssO!|Of", &isa, &name, &PyArray_Type, &x, &y_object, &s))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 1))
+        return NULL;
+    const float *y = NULL;
+    if (y_object != Py_None) {
+        if (!PyArray_Check(y_object) || !is_rows((PyArrayObject *)y_object, NPY_FLOAT32, 1))
+            return NULL;
+        if (PyArray_SIZE((PyArrayObject *)y_object) != PyArray_SIZE(x))
+            return PyErr_Format(PyExc_ValueError, "x and y differ in size");
+        y = PyArray_DATA((PyArrayObject *)y_object);
+    }
+    npy_intp n = PyArray_SIZE(x), padded = n + 16;
+    PyArrayObject *base = (PyArrayObject *)PyArray_SimpleNew(1, &padded, NPY_FLOAT32);
+    if (!base)
+        return NULL;
+    float *out = (float *)PyArray_DATA(base) + (uintptr_t)PyArray_DATA(x) / sizeof(float) % 16;
+    memcpy(out, PyArray_DATA(x), (size_t)n * sizeof *out);
+    if (!apply_row(kernels, name, out, y, s, (int)n)) {
+        Py_DECREF(base);
+        return PyErr_Format(PyExc_ValueError, "no row kernel \"%s\"", name);
+    }
+    PyObject *view = PyArray_SimpleNewFromData(1, &n, NPY_FLOAT32, out);
+    if (!view || PyArray_SetBaseObject((PyArrayObject *)view, (PyObject *)base) < 0) {
+        Py_XDECREF(view);
+        return NULL;
+    }
+    return view;
+}
+
+/* sum_squares(isa, x [n]) -> float */
+static PyObject *test_sum_squares(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &x))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 1))
+        return NULL;
+    return PyFloat_FromDouble((double)kernels->sum_squares(PyArray_DATA(x), (int)PyArray_SIZE(x)));
+}
+
+/* widen(isa, dtype, x [n]) -> float32 [n] */
+static PyObject *test_widen(PyObject *self, PyObject *args)
+{
+    const char *isa, *dtype_name;
+    PyArrayObject *x;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "ssO!", &isa, &dtype_name, &PyArray_Type, &x))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    g4_dtype dtype = g4_dtype_parse(dtype_name);
+    if (!kernels || dtype == G4_N_DTYPES || !is_rows(x, type_of(dtype), 1))
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "unknown dtype");
+    PyObject *out = PyArray_SimpleNew(1, PyArray_DIMS(x), NPY_FLOAT32);
+    if (out)
+        g4_widen_for(kernels, dtype)(PyArray_DATA((PyArrayObject *)out), PyArray_DATA(x), (int)PyArray_SIZE(x));
+    return out;
+}
+
+/* narrow_bf16(isa, x float32 [n]) -> uint16 [n] */
+static PyObject *test_narrow_bf16(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &x))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 1))
+        return NULL;
+    PyObject *out = PyArray_SimpleNew(1, PyArray_DIMS(x), NPY_UINT16);
+    if (out)
+        kernels->narrow_bf16(PyArray_DATA((PyArrayObject *)out), PyArray_DATA(x), (int)PyArray_SIZE(x));
+    return out;
+}
+
+/* names() -> every kernel of kernels.inc */
+static PyObject *test_names(PyObject *self, PyObject *unused)
+{
+    (void)self, (void)unused;
+    static const char *const names[] = {
+#define G4_KERNEL(result, name, args) #name,
+#include "kernels/kernels.inc"
+#undef G4_KERNEL
+    };
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < sizeof names / sizeof *names; i++) {
+        PyObject *name = PyUnicode_FromString(names[i]);
+        if (!name || PyList_Append(list, name))
+            Py_CLEAR(list);
+        Py_XDECREF(name);
+    }
+    return list;
+}
+
+static PyMethodDef testing_methods[] = {
+    {"names", test_names, METH_NOARGS, "Names of all kernels."},
+    {"matmul", test_matmul, METH_VARARGS, "matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n]"},
+    {"weighted_sum", test_weighted_sum, METH_VARARGS, "weighted_sum(isa, dtype, p [m, n], v [n, d], acc [m, d]) -> [m, d]"},
+    {"row", test_row, METH_VARARGS, "row(isa, name, x [n], y [n] or None, s) -> [n]"},
+    {"sum_squares", test_sum_squares, METH_VARARGS, "sum_squares(isa, x [n]) -> float"},
+    {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n]) -> float32 [n]"},
+    {"narrow_bf16", test_narrow_bf16, METH_VARARGS, "narrow_bf16(isa, x [n]) -> uint16 [n]"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef testing_definition = {
+    PyModuleDef_HEAD_INIT, "gemma4._engine.testing", "Kernels, one by one.", 0, testing_methods, NULL, NULL, NULL, NULL};
+
+PyObject *engine_testing_module(void)
+{
+    return PyModule_Create(&testing_definition);
+}

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C engine (csrc/). Typed by hand; csrc/python/ implements it.
+
+Nothing here parses files or knows names of checkpoints beyond Hugging Face's text-model tensor names; the package
+around it (gemma4/load) does. Every call releases the GIL while it computes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence as Seq
+from typing import Any, TypeAlias, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32: TypeAlias = NDArray[np.float32]
+I32: TypeAlias = NDArray[np.int32]
+
+class LayerConfig(TypedDict):
+    window: int  # keys a query may see, itself included; 0 = all (a global layer)
+    head_dim: int
+    n_kv_heads: int
+    d_mlp: int
+    kv_source: int  # the layer whose keys and values this one attends to: its own index, or an earlier layer's
+    k_eq_v: bool  # values are the normed k_proj output; there is no v_proj
+    moe: bool
+    rope: int  # index into Config["rope_inv_freq"]
+
+class Config(TypedDict):
+    d_model: int
+    n_heads: int
+    d_vocab: int
+    d_ple: int  # width of a per-layer embedding; 0 = the model has none
+    d_vocab_ple: int
+    rms_norm_eps: float
+    logit_softcap: float  # 0 = none
+    embed_scale: float
+    context_length: int
+    n_experts: int
+    top_k_experts: int
+    d_expert: int
+    rope_inv_freq: list[F32]  # each [head_dim / 2]
+    layers: list[LayerConfig]
+
+# name without the checkpoint's prefix ("embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "lm_head.weight" if
+# untied) -> (dtype "F32" | "F16" | "BF16", shape, buffer, byte offset in the buffer)
+Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
+
+# sequence · token ids int32 [T] (or None) · embeddings float32 [T, d_model] (or None; already scaled; the per-layer table
+# row is the pad token's, 0) · positions within the run that want logits int32 [n] ascending (or None)
+# · where the logits go float32 [n, d_vocab] (or None)
+Run: TypeAlias = tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None]
+
+# Copy a site out: site id · layer (0 for model-wide sites) · run index · array · rows.
+#   array  C-contiguous float32 (int32 for expert ids) with the site's dims; "T" = number of rows kept, "S" = sequence
+#          length after the step. Rows the step never reaches are left as they are: pass zeros.
+#   rows   int32 [T]: where in `array` each position of the run goes, -1 = not kept; None = all, in order.
+#          ("SKh" sites ignore it.)
+# Edit a site: site id · layer · run index · callable · None. It gets a fresh array with the site's dims and returns None
+# (no change, or edited in place) or an array of the same shape. A run with an edit is never split into chunks, and none of its
+# positions is skipped in shared-KV layers.
+Tap: TypeAlias = tuple[int, int, int, NDArray[Any] | Callable[[NDArray[Any]], Any], I32 | None]
+
+class Model:
+    def __init__(self, config: Config, tensors: Tensors, *, threads: int = 0, precision: str = "exact") -> None:
+        """Check names, shapes and dtypes and keep views of the weights (they are not copied).
+
+        threads: 0 = the CPUs this process may run on. precision: "exact" or "fast".
+        Raises FormatError (missing tensor, wrong shape or dtype: got, expected), ValueError (config out of range).
+        """
+    threads: int  # read-only
+    precision: str  # read-only
+    isa: str  # read-only: "scalar", "avx2", "avx512"
+    weight_bytes: int
+    def new_sequence(self, *, kv_dtype: str = "f32", capacity: int = 0) -> Sequence:
+        """An empty timeline. kv_dtype "f32" or "bf16"; capacity in positions, 0 = the model's context."""
+    def sites(self) -> list[tuple[str, int, int, tuple[str | int, ...]]]:
+        """Every site this model has, in forward order: name, site id, layer, dims ("T", "S" or a size)."""
+    def step(self, runs: Seq[Run], taps: Seq[Tap] = (), *, stop_at_layer: int = -1, max_chunk: int = 0) -> None:
+        """One ragged forward pass over any number of runs (sequences must differ).
+
+        Long runs are cut into chunks of at most max_chunk rows in all (0 = 512); with precision "exact" the numbers do
+        not depend on it. On success every sequence is longer by its run. With stop_at_layer = n only layers 0..n-1 run,
+        nothing is appended to the sequences, and logits must be None.
+        Raises ValueError (token id out of range, empty run, bad rows), CapacityError (context overflow),
+        StateError (closed sequence, or one in use by another thread), KeyboardInterrupt (within 100 ms of Ctrl-C;
+        sequences keep whole chunks only: see `Sequence.length`), and whatever an edit raises.
+        """
+
+class Sequence:
+    length: int  # positions in the cache (read-only, as are the others)
+    capacity: int
+    kv_dtype: str
+    closed: bool
+    min_truncate: int  # the smallest length > 0 that truncate() can still go back to (sliding layers forget)
+    nbytes: int
+    def fork(self) -> Sequence:
+        """An independent copy (copy-on-write, per layer)."""
+    def truncate(self, length: int) -> None:
+        """Forget positions >= length. 0 empties. Raises StateError below min_truncate."""
+    def close(self) -> None: ...
+    def state(self) -> dict[str, Any]:
+        """{"length": int, "kv_dtype": str, "layers": {layer: (first position, k, v)}}; k, v are copies [n, K, h]
+        (float32, or bf16 bits as uint16)."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Into an empty sequence of the same model and kv_dtype. Raises ValueError on any mismatch."""
+
+def cpu_info() -> dict[str, Any]:
+    """{"isa": active level, "available": [...], "threads": default count, "blas": config string or ""}"""
+
+# testing: kernel entry points for tests/, one per row of csrc/kernels/kernels.inc
+testing: Any
