@@ -9,6 +9,7 @@ from cost import Cost
 from peers import Round
 
 OURS = "gemma4"
+YARDSTICKS = "yardsticks"
 # metric -> title, unit, divisor, is more better?
 METRICS: dict[str, tuple[str, str, float, bool]] = {
     "prefill_tps": ("prefill", "tokens/s", 1, True),
@@ -28,6 +29,8 @@ def summarize(rounds: dict[str, list[Round]]) -> Summary:
     """
     summary: Summary = {}
     for engine, engine_rounds in rounds.items():
+        if engine == YARDSTICKS:
+            continue
         summary[engine] = {}
         for metric in METRICS:
             samples = [x for one in engine_rounds for x in one.get(metric, [])]
@@ -47,13 +50,14 @@ def _ratio(ours: list[Round], theirs: list[Round], metric: str) -> float | None:
     return median(quotients) if METRICS[metric][3] else 1 / median(quotients)
 
 
-def shares(summary: Summary, cost: Cost, yardsticks: dict[str, float]) -> dict[str, float]:
-    """Our decode as a share of the measured memory bandwidth, our prefill as a share of the measured sgemm rate."""
-    ours = summary[OURS]
-    return {
-        "decode_of_bandwidth": ours["decode_tps"]["median"] * cost.bytes_per_token / yardsticks["read_bytes_per_s"],
-        "prefill_of_sgemm": ours["prefill_tps"]["median"] / cost.context * cost.prefill_flops / yardsticks["flops"],
-    }
+def shares(rounds: dict[str, list[Round]], cost: Cost) -> dict[str, float]:
+    """Our decode as a share of the memory bandwidth and our prefill as a share of the sgemm rate, both measured in the
+    same round; the median over rounds."""
+    decode, prefill = [], []
+    for ours, machine in zip(rounds[OURS], rounds[YARDSTICKS], strict=True):
+        decode.append(median(ours["decode_tps"]) * cost.bytes_per_token / machine["read_bytes_per_s"][0])
+        prefill.append(median(ours["prefill_tps"]) / cost.context * cost.prefill_flops / machine["flops"][0])
+    return {"decode_of_bandwidth": median(decode), "prefill_of_sgemm": median(prefill)}
 
 
 def goals(summary: Summary, cost: Cost) -> list[tuple[str, str, str, bool]]:

@@ -58,17 +58,7 @@ def peers(args: argparse.Namespace) -> list[Peer]:
     return found
 
 
-def measure(engines: list[Peer], settings: Settings, n_rounds: int) -> dict[str, list[Round]]:
-    rounds: dict[str, list[Round]] = {engine.name: [] for engine in engines}
-    for i in range(n_rounds):
-        for engine in engines:
-            print(f"round {i + 1}/{n_rounds}: {engine.name} (load average {os.getloadavg()[0]:.1f})", file=sys.stderr)
-            warm(engine.files)
-            rounds[engine.name].append(engine.run(settings))
-    return rounds
-
-
-def yardsticks(threads: int) -> dict[str, float]:
+def yardsticks(threads: int) -> Round:
     """Measured here and now: bytes read per second, and float32 operations per second of OpenBLAS's sgemm."""
     environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads)}
     code = "import machine; print(machine.peak_flops())"
@@ -80,25 +70,33 @@ def yardsticks(threads: int) -> dict[str, float]:
         env=environment,
         cwd=Path(__file__).parent,
     )
-    return {"read_bytes_per_s": machine.read_bandwidth(threads), "flops": float(out.stdout)}
+    return {"read_bytes_per_s": [machine.read_bandwidth(threads)], "flops": [float(out.stdout)]}
+
+
+def measure(engines: list[Peer], settings: Settings, n_rounds: int) -> dict[str, list[Round]]:
+    """engine -> its rounds; under YARDSTICKS, what the machine could do at the start of each round."""
+    rounds: dict[str, list[Round]] = {name: [] for name in (report.YARDSTICKS, *(engine.name for engine in engines))}
+    for i in range(n_rounds):
+        rounds[report.YARDSTICKS].append(yardsticks(settings.threads))
+        for engine in engines:
+            print(f"round {i + 1}/{n_rounds}: {engine.name} (load average {os.getloadavg()[0]:.1f})", file=sys.stderr)
+            warm(engine.files)
+            rounds[engine.name].append(engine.run(settings))
+    return rounds
 
 
 def main() -> None:
     args = arguments()
     settings = Settings(args.threads, args.prompt, args.decode, args.capture, args.repeats)
-    before = yardsticks(args.threads)
     rounds = measure(peers(args), settings, args.rounds)
-    after = yardsticks(args.threads)
-    best = {name: max(before[name], after[name]) for name in before}
     work = cost.of_model(args.model, args.prompt)
     summary = report.summarize(rounds)
     result: dict[str, Any] = {
         "machine": machine.record(),
-        "yardsticks": best,
         "model": {"name": args.model.name} | asdict(work),
         "settings": asdict(settings) | {"precision": args.precision, "rounds": args.rounds},
         "summary": summary,
-        "shares": report.shares(summary, work, best),
+        "shares": report.shares(rounds, work),
         "rounds": rounds,
     }
     report.show(result, work)
