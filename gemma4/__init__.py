@@ -7,18 +7,15 @@ logits, cache = model.run_with_cache("Once upon a time", names="blocks.*.hook_re
 for piece in model.stream("Once upon a time"): print(piece, end="")
 """
 
-try:  # TEMPORARY until the engine builds
-    from gemma4._engine import cpu_info
-    from gemma4.errors import CapacityError, FormatError, Gemma4Error, SiteError, StateError
-    from gemma4.generate import Generation, TextStream
-    from gemma4.info import ModelInfo
-    from gemma4.interp.cache import ActivationCache
-    from gemma4.interp.hooks import HookPoint, NaNWarning
-    from gemma4.load import shipped_models
-    from gemma4.model import Model, load
-    from gemma4.sequence import Sequence
-except ImportError:
-    pass
+from gemma4._engine import cpu_info
+from gemma4.errors import CapacityError, FormatError, Gemma4Error, SiteError, StateError
+from gemma4.generate import Generation, TextStream
+from gemma4.info import ModelInfo
+from gemma4.interp.cache import ActivationCache
+from gemma4.interp.hooks import HookPoint, NaNWarning
+from gemma4.load import shipped_models
+from gemma4.model import Model, load
+from gemma4.sequence import Sequence
 
 __version__ = "0.1.0"
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gemma4
 import numpy as np
 import pytest
 from small_models import E_LIKE, MOE_LIKE, write_checkpoint
+
+import gemma4
 
 
 @pytest.fixture(scope="session")

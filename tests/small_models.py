@@ -9,9 +9,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
+
 from gemma4.load.config import parse_config
 from gemma4.load.names import text_tensors
-from safetensors.numpy import save_file
 
 S, F = "sliding_attention", "full_attention"
 

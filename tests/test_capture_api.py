@@ -6,7 +6,9 @@ That the values are those of the reference implementation is for tests/reference
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,11 +302,13 @@ def test_hook_sees_site_and_positions(random_e, prompt):
     assert seen == [("blocks.1.hook_attn_out", 1, 0, 4, [4, 5], (2, 48))]
 
 
-def test_hooks_on_logits_see_the_positions_asked_for(random_e, prompt):
+@pytest.mark.parametrize("name", ["hook_logits", "ln_final.hook_out", "blocks.5.hook_mlp_out"])
+def test_hooks_see_every_position_whatever_logits_are_asked_for(random_e, prompt, name):
     seen = []
-    hook = ("hook_logits", lambda array, site: seen.append((site.positions.tolist(), array.shape)))
-    random_e.run_with_hooks(prompt, [hook], logits=[2, 9])
-    assert seen == [([2, 9], (2, 320))]
+    hook = (name, lambda array, site: seen.append((site.positions.tolist(), len(array))))
+    logits = random_e.run_with_hooks(prompt, [hook], logits=[2, 9])
+    assert seen == [(list(range(12)), 12)]
+    np.testing.assert_array_equal(logits, random_e.forward(prompt)[[2, 9]])
 
 
 def test_hooks_nest_in_order(random_e, prompt):
@@ -382,3 +386,10 @@ def test_nan_is_blamed_on_the_edit_that_made_it(random_dir, prompt):
     with pytest.warns(NaNWarning):
         model.run_with_hooks(prompt, hooks)
     assert model.nan_log.sites == ["blocks.1.hook_mlp_out"]
+
+
+def test_every_site_is_documented():
+    root = Path(__file__).parents[1]
+    names = re.findall(r'^G4_SITE\([A-Z0-9_]+,\s*"([^"]+)"', (root / "csrc/model/sites.inc").read_text(), re.M)
+    documented = set(re.findall(r"`([\w.]+)`", (root / "docs/sites.md").read_text()))
+    assert len(names) > 60 and not {name.replace("{}", "L") for name in names} - documented

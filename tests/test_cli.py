@@ -98,7 +98,7 @@ def test_wrong_usage_is_exit_2(capsys):
 
 
 def test_module_and_help():
-    done = subprocess.run([sys.executable, "-m", "gemma4", "--help"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-m", "gemma4", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     for command in ("demo", "generate", "chat", "info"):
         assert command in done.stdout

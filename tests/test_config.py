@@ -44,23 +44,61 @@ def text_config(d_model, period, repeats, heads, kv, mlp, window, **more):
 
 RELEASED = {
     "E2B": text_config(
-        1536, 5, 7, 8, 1, 6144, 512, hidden_size_per_layer_input=256, num_kv_shared_layers=20, use_double_wide_mlp=True,
-        max_position_embeddings=131072, use_bidirectional_attention=None,
+        1536,
+        5,
+        7,
+        8,
+        1,
+        6144,
+        512,
+        hidden_size_per_layer_input=256,
+        num_kv_shared_layers=20,
+        use_double_wide_mlp=True,
+        max_position_embeddings=131072,
+        use_bidirectional_attention=None,
     ),
     "E4B": text_config(
-        2560, 6, 7, 8, 2, 10240, 512, hidden_size_per_layer_input=256, num_kv_shared_layers=18,
-        max_position_embeddings=131072, use_bidirectional_attention=None,
+        2560,
+        6,
+        7,
+        8,
+        2,
+        10240,
+        512,
+        hidden_size_per_layer_input=256,
+        num_kv_shared_layers=18,
+        max_position_embeddings=131072,
+        use_bidirectional_attention=None,
     ),
     "12B": text_config(
-        3840, 6, 8, 16, 8, 15360, 1024, attention_k_eq_v=True, num_global_key_value_heads=1,
+        3840,
+        6,
+        8,
+        16,
+        8,
+        15360,
+        1024,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
         model_type="gemma4_unified_text",
     ),
     "26B": text_config(
-        2816, 6, 5, 16, 8, 2112, 1024, attention_k_eq_v=True, num_global_key_value_heads=2, enable_moe_block=True,
-        num_experts=128, top_k_experts=8, moe_intermediate_size=704,
+        2816,
+        6,
+        5,
+        16,
+        8,
+        2112,
+        1024,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=2,
+        enable_moe_block=True,
+        num_experts=128,
+        top_k_experts=8,
+        moe_intermediate_size=704,
     ),
     "31B": text_config(5376, 6, 10, 32, 16, 21504, 1024, attention_k_eq_v=True, num_global_key_value_heads=4),
-}  # fmt: skip
+}
 OUTER = {"12B": "gemma4_unified"}
 SMALL = text_config(64, 6, 1, 4, 2, 96, 16, vocab_size=128, head_dim=8, global_head_dim=16)
 
@@ -144,16 +182,24 @@ def test_last_layer_is_global():
 
 @pytest.mark.parametrize(
     ("head_dim", "global_head_dim", "theta", "partial", "factor"),
-    [(256, 512, 1e6, 0.25, 1.0), (8, 16, 1e6, 0.25, 1.0), (16, 24, 5e4, 0.4, 2.0), (64, 64, 1e4, 1.0, 8.0), (2, 2, 1e4, 0, 1)],
-)  # fmt: skip
+    [
+        (256, 512, 1e6, 0.25, 1.0),
+        (8, 16, 1e6, 0.25, 1.0),
+        (16, 24, 5e4, 0.4, 2.0),
+        (64, 64, 1e4, 1.0, 8.0),
+        (2, 2, 1e4, 0, 1),
+    ],
+)
 def test_rope_frequencies(head_dim, global_head_dim, theta, partial, factor):
     """As the reference's buffers. torch's vectorised float32 pow is up to 0.52 ulp off, ours rounds to nearest."""
     pytest.importorskip("torch")
     from transformers import Gemma4TextConfig
     from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 
-    rope = {F: {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": partial, "factor": factor},
-            S: {"rope_type": "default", "rope_theta": 10000.0}}  # fmt: skip
+    rope = {
+        F: {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": partial, "factor": factor},
+        S: {"rope_type": "default", "rope_theta": 10000.0},
+    }
     raw = SMALL | {"head_dim": head_dim, "global_head_dim": global_head_dim, "rope_parameters": rope}
     engine = parse_config(copy.deepcopy(raw)).engine()
     raw.pop("model_type")
@@ -194,38 +240,82 @@ HUGE = 10**30
 BAD_VALUES = [
     (name, value)
     for name in (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "global_head_dim",
-        "intermediate_size", "sliding_window", "vocab_size", "max_position_embeddings",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "global_head_dim",
+        "intermediate_size",
+        "sliding_window",
+        "vocab_size",
+        "max_position_embeddings",
     )
     for value in (0, -1, HUGE, 10**5000, 1.0, "8", None, True, [8], {}, float("nan"))
-]  # fmt: skip
+]
 BAD_VALUES += [
-    ("hidden_size_per_layer_input", -1), ("hidden_size_per_layer_input", HUGE), ("hidden_size_per_layer_input", "4"),
-    ("rms_norm_eps", 0), ("rms_norm_eps", -1e-6), ("rms_norm_eps", float("nan")), ("rms_norm_eps", "1e-6"),
-    ("rms_norm_eps", None), ("rms_norm_eps", float("inf")), ("rms_norm_eps", HUGE),
-    ("final_logit_softcapping", 0), ("final_logit_softcapping", -30.0), ("final_logit_softcapping", float("inf")),
-    ("final_logit_softcapping", "30"), ("final_logit_softcapping", 10**400),
-    ("layer_types", "full_attention"), ("layer_types", []), ("layer_types", [F] * 5), ("layer_types", {"0": F}),
-    ("layer_types", [F, S, "chunked_attention", S, S, F]), ("layer_types", [None] * 6), ("layer_types", [[F]] * 6),
-    ("num_key_value_heads", 3), ("head_dim", 7), ("global_head_dim", 9),
-    ("num_kv_shared_layers", -1), ("num_kv_shared_layers", 6), ("num_kv_shared_layers", 7),
-    ("num_kv_shared_layers", 1), ("num_kv_shared_layers", "2"),
-    ("attention_k_eq_v", 1), ("attention_k_eq_v", "yes"), ("attention_bias", "no"), ("tie_word_embeddings", None),
-    ("use_double_wide_mlp", 2), ("enable_moe_block", "true"),
-    ("rope_parameters", []), ("rope_parameters", {}), ("rope_parameters", {F: None, S: None}),
+    ("hidden_size_per_layer_input", -1),
+    ("hidden_size_per_layer_input", HUGE),
+    ("hidden_size_per_layer_input", "4"),
+    ("rms_norm_eps", 0),
+    ("rms_norm_eps", -1e-6),
+    ("rms_norm_eps", float("nan")),
+    ("rms_norm_eps", "1e-6"),
+    ("rms_norm_eps", None),
+    ("rms_norm_eps", float("inf")),
+    ("rms_norm_eps", HUGE),
+    ("final_logit_softcapping", 0),
+    ("final_logit_softcapping", -30.0),
+    ("final_logit_softcapping", float("inf")),
+    ("final_logit_softcapping", "30"),
+    ("final_logit_softcapping", 10**400),
+    ("layer_types", "full_attention"),
+    ("layer_types", []),
+    ("layer_types", [F] * 5),
+    ("layer_types", {"0": F}),
+    ("layer_types", [F, S, "chunked_attention", S, S, F]),
+    ("layer_types", [None] * 6),
+    ("layer_types", [[F]] * 6),
+    ("num_key_value_heads", 3),
+    ("head_dim", 7),
+    ("global_head_dim", 9),
+    ("num_kv_shared_layers", -1),
+    ("num_kv_shared_layers", 6),
+    ("num_kv_shared_layers", 7),
+    ("num_kv_shared_layers", 1),
+    ("num_kv_shared_layers", "2"),
+    ("attention_k_eq_v", 1),
+    ("attention_k_eq_v", "yes"),
+    ("attention_bias", "no"),
+    ("tie_word_embeddings", None),
+    ("use_double_wide_mlp", 2),
+    ("enable_moe_block", "true"),
+    ("rope_parameters", []),
+    ("rope_parameters", {}),
+    ("rope_parameters", {F: None, S: None}),
     ("rope_parameters", ROPE | {F: {"rope_type": "default"}}),
     ("rope_parameters", ROPE | {F: {"rope_type": "default", "rope_theta": 0}}),
     ("rope_parameters", ROPE | {F: {"rope_type": "default", "rope_theta": float("nan")}}),
     ("rope_parameters", ROPE | {F: {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 1.5}}),
     ("rope_parameters", ROPE | {F: {"rope_type": "proportional", "rope_theta": 1e4, "factor": 0}}),
-    ("per_layer_config", []), ("per_layer_config", {"6": {"head_dim": 8}}), ("per_layer_config", {"-1": {"head_dim": 8}}),
-    ("per_layer_config", {"x": {"head_dim": 8}}), ("per_layer_config", {"9" * 5000: {"head_dim": 8}}),
-    ("per_layer_config", {"1": {"head_dim": 8}, "01": {"head_dim": 8}}), ("per_layer_config", {"5": 16}),
-    ("per_layer_config", {"5": {"head_dim": 0}}), ("per_layer_config", {"5": {"head_dim": None}}),
-    ("per_layer_config", {"5": {"num_key_value_heads": 3}}), ("per_layer_config", {"0": {"head_dim": 16}}),
-    ("use_bidirectional_attention", "both"), ("use_bidirectional_attention", True),
-    ("eos_token_id", -1), ("eos_token_id", ["1"]), ("eos_token_id", list(range(65))), ("bos_token_id", HUGE),
-]  # fmt: skip
+    ("per_layer_config", []),
+    ("per_layer_config", {"6": {"head_dim": 8}}),
+    ("per_layer_config", {"-1": {"head_dim": 8}}),
+    ("per_layer_config", {"x": {"head_dim": 8}}),
+    ("per_layer_config", {"9" * 5000: {"head_dim": 8}}),
+    ("per_layer_config", {"1": {"head_dim": 8}, "01": {"head_dim": 8}}),
+    ("per_layer_config", {"5": 16}),
+    ("per_layer_config", {"5": {"head_dim": 0}}),
+    ("per_layer_config", {"5": {"head_dim": None}}),
+    ("per_layer_config", {"5": {"num_key_value_heads": 3}}),
+    ("per_layer_config", {"0": {"head_dim": 16}}),
+    ("use_bidirectional_attention", "both"),
+    ("use_bidirectional_attention", True),
+    ("eos_token_id", -1),
+    ("eos_token_id", ["1"]),
+    ("eos_token_id", list(range(65))),
+    ("bos_token_id", HUGE),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_VALUES, ids=lambda v: str(v)[:40] if not isinstance(v, int) else "int")
@@ -238,10 +328,16 @@ def test_bad_values_are_format_errors_that_name_the_field(name, value):
 @pytest.mark.parametrize(
     "values",
     [
-        {"num_experts": None}, {"num_experts": 0}, {"top_k_experts": 5}, {"top_k_experts": 0}, {"top_k_experts": None},
-        {"moe_intermediate_size": None}, {"moe_intermediate_size": -8}, {"num_experts": 4.0},
+        {"num_experts": None},
+        {"num_experts": 0},
+        {"top_k_experts": 5},
+        {"top_k_experts": 0},
+        {"top_k_experts": None},
+        {"moe_intermediate_size": None},
+        {"moe_intermediate_size": -8},
+        {"num_experts": 4.0},
     ],
-)  # fmt: skip
+)
 def test_bad_experts(values):
     moe = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8}
     assert parse_config(change(**moe)).n_experts == 4
@@ -249,8 +345,18 @@ def test_bad_experts(values):
         parse_config(change(**moe | values))
 
 
-@pytest.mark.parametrize("raw", [None, [], "gemma4", {}, {"model_type": None}, {"model_type": "gemma4"},
-                                 {"model_type": "gemma4", "text_config": []}])  # fmt: skip
+@pytest.mark.parametrize(
+    "raw",
+    [
+        None,
+        [],
+        "gemma4",
+        {},
+        {"model_type": None},
+        {"model_type": "gemma4"},
+        {"model_type": "gemma4", "text_config": []},
+    ],
+)
 def test_not_a_config(raw):
     with pytest.raises(FormatError):
         parse_config(raw)
@@ -281,7 +387,27 @@ def test_unsupported_is_named(raw, words):
 def test_random_damage_raises_only_our_errors():
     """2,000 random edits of valid configs: each parses or raises FormatError / NotImplementedError, nothing else."""
     rng = random.Random(0)
-    junk = [None, True, 0, 1, -1, 2, 7, HUGE, 0.5, float("nan"), -math.inf, "", "x", [], [0], [[]], {}, {"a": 1}, "0" * 99]
+    junk = [
+        None,
+        True,
+        0,
+        1,
+        -1,
+        2,
+        7,
+        HUGE,
+        0.5,
+        float("nan"),
+        -math.inf,
+        "",
+        "x",
+        [],
+        [0],
+        [[]],
+        {},
+        {"a": 1},
+        "0" * 99,
+    ]
     parsed = 0
     for _ in range(2000):
         raw = copy.deepcopy(rng.choice([SMALL, multimodal("E2B"), RELEASED["26B"], RELEASED["12B"]]))
