@@ -34,6 +34,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _MAX_TEMPLATE, _MAX_OUTPUT, _MAX_PRODUCT, _MAX_DEPTH = 1 << 20, 1 << 26, 1 << 20, 64
 _TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names a message's thoughts go by; the first is passed on
+_TEMPLATE_ERRORS = (  # whatever a template can do wrong
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 _SEAM = "\ue0f4"  # private-use character that marks a cut through a control token
 
 
@@ -102,8 +105,8 @@ class ChatTemplate:
                 out.append(text)
                 size += len(text)
                 if size > _MAX_OUTPUT:
-                    raise ValueError(f"the chat template wrote more than {_MAX_OUTPUT} characters")
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+                    raise jinja2.TemplateError(f"it wrote more than {_MAX_OUTPUT} characters")
+        except _TEMPLATE_ERRORS as error:
             raise ValueError(f"the chat template failed: {str(error)[:500]}") from error
         return "".join(out)
 
@@ -249,9 +252,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("%-formatting is not allowed in chat templates; use ~")
         return super().call_binop(context, operator, left, right)
 
+    def wrap_str_format(self, value: Any) -> Any:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None and re.search(r"\d{4}|:[^}]*\{", value.__self__):
+            raise SecurityError("a field width in the chat template is too large or computed")
+        return wrapped
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        # Padding and formatting methods make a gigabyte out of a number; no chat format needs them.
-        banned = ("format", "format_map", "ljust", "rjust", "center", "zfill", "expandtabs")
+        # Padding makes a gigabyte out of a number; no chat format needs it.
+        banned = ("ljust", "rjust", "center", "zfill", "expandtabs")
         return super().is_safe_attribute(obj, attr, value) and not (isinstance(obj, str) and attr in banned)
 
 

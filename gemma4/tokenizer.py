@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import codecs
+import ctypes
 import re
+import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,9 +59,11 @@ class Tokenizer:
         if not file.is_file():
             raise FileNotFoundError(f"there is no tokenizer at {file}; the model can be run on token ids without one")
         try:
-            return cls(_Backend.from_file(str(file)))
+            tokenizer = cls(_Backend.from_file(str(file)))
         except Exception as error:  # the library raises plain Exception for anything wrong with the file
             raise FormatError(f"{file} is not a tokenizer this package can read: {str(error)[:300]}") from error
+        _return_free_memory()
+        return tokenizer
 
     def encode(self, text: str, *, bos: bool = True, parse_special: bool = True) -> I32:
         """int32 [pos]. With `bos` the result starts with <bos> exactly once, also where the text already does.
@@ -142,6 +146,14 @@ class DecodeStream:
         text = self._bytes.decode(b"", final=True)
         self._bytes.reset()
         return text
+
+
+def _return_free_memory() -> None:
+    """Give back the heap that parsing left free: 195 of 320 MB for Gemma 4's tokenizer, which glibc would keep."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _as_ids(ids: Any) -> list[int]:

@@ -152,12 +152,12 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     name = os.fspath(name_or_path)
     if name in shipped_models():
         return PRETRAINED / name
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix.lower() == ".gguf":
         raise NotImplementedError(f"{name}: GGUF files cannot be read yet; give a Hugging Face directory (safetensors)")
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, false for names that no file system takes
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise FileNotFoundError(f"{name} is a file; give the directory that holds config.json and the .safetensors")
     cached = _cached_snapshot(name)
     if cached is not None:
