@@ -226,6 +226,8 @@ static int read_tap(step_args *s, PyObject *tuple, g4_tap *tap, edit_context *ed
         tap->context = edit;
         return 0;
     }
+    if (!strchr(g4_site_dims(tap->site), 'T')) /* keys and values in use: all of them */
+        rows = Py_None;
     if (copy_ints(rows, "a tap's rows", &ints, &n_rows))
         return -1;
     tap->rows = ints;
