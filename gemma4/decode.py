@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.inputs import PromptLike, check_context, is_messages, prompt_ids
+from gemma4.inputs import PromptLike, check_fits, is_messages, prompt_ids
 from gemma4.interp.cache import ActivationCache, join_caches
 from gemma4.interp.hooks import active_hooks, bind_hooks
 from gemma4.sampling import Sample, Sampler, StopCriteria
@@ -77,13 +77,13 @@ class Generation:
 class Track:
     """One prompt on its way."""
 
-    ids: list[int]  # prompt and generated
+    buffer: NDArray[np.int32]  # prompt, generated, room for more
+    n_ids: int
     n_prompt: int
     sequence: Sequence
     sampler: Sampler
     stops: StopCriteria
     text: ContinuationText | TurnText
-    room: int  # tokens that may still be generated
     finish: str = ""
     pieces: list[Piece] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -92,9 +92,14 @@ class Track:
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """int32 [pos]: prompt and generated."""
+        return self.buffer[: self.n_ids]
+
     def pending(self) -> Prompt:
         """What the cache does not hold yet: the prompt, later one token."""
-        return Prompt(self.sequence, np.array(self.ids[self.sequence.length :], dtype=np.int32))
+        return Prompt(self.sequence, self.ids[self.sequence.length :])
 
     def accept(self, output: Output, seconds: float) -> list[Piece]:
         """Sample from a step's logits; returns the text that became certain."""
@@ -105,10 +110,10 @@ class Track:
         if output.cache is not None:
             self.caches.append(output.cache)
         assert output.logits is not None
-        sample = self.sampler.sample(output.logits[-1], np.array(self.ids, dtype=np.int32), self.n_prompt)
+        sample = self.sampler.sample(output.logits[-1], self.ids, self.n_prompt)
         self.samples.append(sample)
-        self.ids.append(sample.token)
-        self.room -= 1
+        self.buffer[self.n_ids] = sample.token
+        self.n_ids += 1
         pieces = self._text_of(sample.token)
         self.pieces += pieces
         return pieces
@@ -118,7 +123,7 @@ class Track:
             self.finish = "stop"
             return self._released(self.text.flush(), last=True)
         pieces = self._released(self.text.push(token), last=False)
-        if not self.finish and self.room == 0:
+        if not self.finish and self.n_ids == len(self.buffer):
             self.finish = "length"
             pieces += self._released(self.text.flush(), last=True)
         return pieces
@@ -145,7 +150,7 @@ class Track:
         finish = "tool_calls" if turn and turn.tool_calls and self.finish == "stop" else self.finish
         return Generation(
             text="".join(piece for piece in self.pieces if piece.channel == "text"),
-            tokens=np.array(self.ids[self.n_prompt :], dtype=np.int32),
+            tokens=self.ids[self.n_prompt :].copy(),
             finish_reason=finish,
             prompt_tokens=self.n_prompt,
             timings=Timings(self.n_prompt - self.reused, self.prefill_s, max(n - 1, 0), self.decode_s),
@@ -161,8 +166,10 @@ class Run:
 
     def __init__(self, model: Model, prompts: list[PromptLike], opts: Options) -> None:
         self.model, self.opts = model, opts
+        if opts.sequence is not None:
+            opts.sequence.check_usable_by(model)
         ids = [prompt_ids(model, prompt, tools=opts.tools, think=opts.think) for prompt in prompts]
-        check_context(model, max(len(row) for row in ids))
+        check_fits(max(len(row) for row in ids), model.context_length)
         self.want = Want(
             logits="last",
             capture=None if opts.capture is None else model.sites.select(opts.capture),
@@ -173,15 +180,21 @@ class Run:
 
     def _track(self, index: int, prompt: PromptLike, ids: NDArray[np.int32]) -> Track:
         model, opts = self.model, self.opts
-        room = min(opts.max_tokens, model.engine_config["context_length"] - len(ids) + 1)
-        sequence = opts.sequence or model.new_sequence(capacity=len(ids) + room - 1)
-        shown = opts.show_thinking
+        if opts.sequence is None:
+            room = min(opts.max_tokens, model.context_length - len(ids) + 1)  # the last token needs no place
+            sequence = model.new_sequence(capacity=len(ids) + room - 1)
+        else:
+            sequence = opts.sequence
+            check_fits(len(ids), sequence.capacity, "the sequence's capacity")
+            room = min(opts.max_tokens, sequence.capacity - len(ids) + 1)
         text = (
-            TurnText(model.tokenizer, ids, shown, _tool_names(opts)) if is_messages(prompt) else ContinuationText(model)
+            TurnText(model.tokenizer, ids, opts.show_thinking, _tool_names(opts))
+            if is_messages(prompt)
+            else ContinuationText(model)
         )
         sampler, stops = Sampler(opts.sampling(model), stream=index), opts.stops(model)
-        room = min(room, sequence.capacity - len(ids) + 1)
-        track = Track(ids.tolist(), len(ids), sequence, sampler, stops, text, room)
+        buffer = np.append(ids, np.zeros(room, dtype=np.int32))
+        track = Track(buffer, len(ids), len(ids), sequence, sampler, stops, text)
         track.reused = sequence.rewind_to(ids) if opts.sequence is not None else 0
         return track
 

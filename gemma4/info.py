@@ -75,7 +75,7 @@ def describe(model: Model) -> ModelInfo:
         threads=model.engine.threads,
         precision=model.engine.precision,
         kv_dtype=model.kv_dtype,
-        context_length=model.engine_config["context_length"],
+        context_length=model.context_length,
         n_sites=len(model.sites),
         warnings=[f"an edit produced NaN at {site}" for site in model.nan_log.sites],
     )

@@ -75,9 +75,9 @@ def as_batch(model: Model, ids: TokensLike, sequence: Sequence | Seq[Sequence] |
     sequences = _given_sequences(model, sequence, len(prompts), many)
     if sequences is None:
         rows = [as_ids(model, prompt) for prompt in prompts]
-        check_context(model, max(len(row) for row in rows))
+        check_fits(max(len(row) for row in rows), model.context_length)
         return Batch([Prompt(model.new_sequence(capacity=len(row)), row) for row in rows], own=True), many
-    rows = [as_ids(model, prompt, bos=s.closed or s.length == 0) for prompt, s in zip(prompts, sequences, strict=True)]
+    rows = [as_ids(model, prompt, bos=s.length == 0) for prompt, s in zip(prompts, sequences, strict=True)]
     return Batch([Prompt(s, row) for s, row in zip(sequences, rows, strict=True)], own=False), many
 
 
@@ -92,16 +92,14 @@ def _given_sequences(
     if len({id(s) for s in sequences}) != n_prompts:
         raise ValueError("the same sequence appears twice in one batch; fork() it")
     for s in sequences:
-        if s._model is not model:
-            raise ValueError("the sequence belongs to another model")
+        s.check_usable_by(model)
     return sequences
 
 
-def check_context(model: Model, n_tokens: int) -> None:
-    """Raises CapacityError if a prompt does not fit the model's context, before anything is computed."""
-    context = model.engine_config["context_length"]
-    if n_tokens > context:
-        raise CapacityError(f"the prompt has {n_tokens} tokens; the model's context is {context}. Shorten the prompt.")
+def check_fits(n_tokens: int, capacity: int, of: str = "the model's context") -> None:
+    """Raises CapacityError if a prompt is longer than that, before anything is computed."""
+    if n_tokens > capacity:
+        raise CapacityError(f"the prompt has {n_tokens} tokens; {of} is {capacity}. Shorten the prompt.")
 
 
 def prompt_ids(

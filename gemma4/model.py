@@ -99,6 +99,11 @@ class Model:
         return self.engine_config["d_vocab"]
 
     @property
+    def context_length(self) -> int:
+        """The most positions a sequence of this model can hold."""
+        return self.engine_config["context_length"]
+
+    @property
     def n_token_ids(self) -> int:
         """Ids below this may be fed in: every embedding table has a row for them."""
         config = self.engine_config

@@ -68,6 +68,13 @@ class Sequence:
     def closed(self) -> bool:
         return self._engine.closed
 
+    def check_usable_by(self, model: Model) -> None:
+        """Raises StateError if closed, ValueError if it belongs to another model."""
+        if self.closed:
+            raise StateError("the sequence is closed; make a new one with Model.new_sequence()")
+        if self._model is not model:
+            raise ValueError("the sequence belongs to another model")
+
     def fork(self) -> Sequence:
         """An independent copy; memory is shared until one of the two writes."""
         return Sequence(self._model, self._engine.fork(), self._tokens)

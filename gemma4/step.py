@@ -60,7 +60,7 @@ def select_positions(spec: Positions, length: int, what: str = "pos") -> I32:
         return np.arange(0 if spec == "all" else length - 1, length, dtype=np.int32)
     if isinstance(spec, slice):
         return np.arange(length, dtype=np.int32)[spec]
-    wanted = np.atleast_1d(np.asarray(spec if isinstance(spec, (int, np.ndarray)) else list(spec)))
+    wanted = np.atleast_1d(np.asarray(list(spec) if isinstance(spec, Iterable) else spec))
     if wanted.dtype.kind not in "iu" and wanted.size:
         raise TypeError(f"{what} must hold whole numbers, got {wanted.dtype}")
     if wanted.size and (wanted.min() < -length or wanted.max() >= length):
@@ -78,11 +78,8 @@ class _Plan:
         self.captures = want.capture is not None
         self.kept = np.unique(select_positions(want.pos if self.captures else None, n_new))
         asked = select_positions(want.logits, n_new, "logits")
-        # a captured logits site is computed where its rows are kept, even if those logits are not returned
-        captures_logits = any(site.is_logits for site in want.capture or ())
-        self.rows = np.unique(np.append(asked, self.kept) if captures_logits else asked).astype(np.int32)
-        self.returned = np.searchsorted(self.rows, asked) if want.logits is not None else None
-        self.logits = np.empty((len(self.rows), model.d_vocab), dtype=np.float32) if len(self.rows) else None
+        self.rows, self.returned = np.unique(asked, return_inverse=True)  # the engine wants them ascending
+        self.logits = None if want.logits is None else np.empty((len(self.rows), model.d_vocab), dtype=np.float32)
         self.arrays = self._allocate(want.capture or [])
 
     def _allocate(self, sites: list[Site]) -> dict[str, NDArray[Any]]:
@@ -91,8 +88,10 @@ class _Plan:
         return {site.name: np.zeros(site.shape(rows, keys), dtype=site.dtype) for site in sites}
 
     def run(self) -> Run:
-        rows = self.rows if len(self.rows) else None
-        return (self.prompt.sequence._engine, self.prompt.ids, None, rows, self.logits)
+        sequence, ids = self.prompt.sequence._engine, self.prompt.ids
+        if not len(self.rows):
+            return sequence, ids, None, None, None
+        return sequence, ids, None, self.rows, self.logits
 
     def taps(self, model: Model, want: Want) -> list[Tap]:
         edits: list[Tap] = [
@@ -101,13 +100,13 @@ class _Plan:
         ]
         rows = self._row_map()
         copies: list[Tap] = [
-            (site.id, site.layer or 0, self.index, self.arrays[site.name], rows) for site in want.capture or ()
+            (site.id, site.layer or 0, self.index, self.arrays[site.name], rows if "T" in site.dims else None)
+            for site in want.capture or ()
         ]
         return edits + copies
 
     def _point(self, site: Site) -> HookPoint:
-        within = self.rows if site.is_logits else np.arange(len(self.prompt.ids))
-        return HookPoint(site.name, site.layer, self.index, self.before + within.astype(np.int64))
+        return HookPoint(site.name, site.layer, self.index, np.arange(self.before, self.before + len(self.prompt.ids)))
 
     def _row_map(self) -> I32 | None:
         if len(self.kept) == len(self.prompt.ids):
@@ -117,17 +116,13 @@ class _Plan:
         return rows
 
     def output(self, model: Model) -> Output:
-        logits = None if self.returned is None or self.logits is None else self.logits
-        if logits is not None and self.returned is not None and not _is_identity(self.returned, len(logits)):
-            logits = logits[self.returned]
+        logits = self.logits
+        if logits is not None and not np.array_equal(self.returned, np.arange(len(logits))):
+            logits = logits[self.returned]  # asked for in another order, or twice
         if not self.captures:
             return Output(logits, None)
         positions = self.before + self.kept.astype(np.int64)
         return Output(logits, ActivationCache(model, self.arrays, self.prompt.ids[self.kept], positions))
-
-
-def _is_identity(index: NDArray[Any], length: int) -> bool:
-    return len(index) == length and bool((index == np.arange(length)).all())
 
 
 def run_step(model: Model, prompts: list[Prompt], want: Want) -> list[Output]:

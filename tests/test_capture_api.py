@@ -179,7 +179,7 @@ def test_logit_attribution_sums_to_the_logit(random_e, prompt):
     differences = cache.logit_attrs(cache.decompose_resid(), 17, 33)
     np.testing.assert_allclose(differences.sum(axis=0), raw[:, 17] - raw[:, 33], rtol=0, atol=4e-5 * np.abs(raw).max())
     per_position = cache.logit_attrs(cache.decompose_resid(), np.roll(prompt, -1))
-    assert per_position[:, 3].sum() == pytest.approx(raw[3, prompt[4]], abs=1e-4 * np.abs(raw).max())
+    assert per_position[:, 3].sum() == pytest.approx(raw[3, prompt[4]], abs=1e-4 * float(np.abs(raw).max()))
 
 
 def test_accumulated_residual(random_e, prompt):

@@ -3,6 +3,7 @@
 
 A hook is a pair (names, fn). `fn(array, site)` gets the activation as a writable float32 array of its own and either
 edits it in place (and returns None) or returns a new array of the same shape; the forward pass goes on with that.
+It always sees every new position of its sequence at once, also where the pass would otherwise have skipped some.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class HookPoint:
     name:       the site, e.g. "blocks.3.hook_mlp_out"
     layer:      its block, None for a site of the whole model
     sequence:   index of the sequence in the batch (0 for a single prompt)
-    positions:  int64 [T], the sequence positions along the array's "T" axis (for the logits sites: those asked for)
+    positions:  int64 [T], the sequence positions along the array's "T" axis
     """
 
     name: str

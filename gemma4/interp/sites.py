@@ -112,11 +112,6 @@ class Site:
     def dtype(self) -> np.dtype[Any]:
         return np.dtype(np.int32 if self.stem == "moe.hook_expert_ids" else np.float32)
 
-    @property
-    def is_logits(self) -> bool:
-        """Computed only at the positions whose logits are asked for."""
-        return self.stem in ("hook_logits_raw", "hook_logits")
-
     def shape(self, rows: int, keys: int) -> tuple[int, ...]:
         """Sizes of every axis for `rows` kept positions and `keys` key positions."""
         sizes = {"T": rows, "S": keys}
