@@ -240,7 +240,16 @@ def test_random_advice_covers_the_table_only(tmp_path):
 
 def test_unknown_names(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    for name in ("no-such-model", "google/gemma-4-E2B-it", "a/../b", "a/b/c", "x" * 300, "~nobody-here/x", "a\0b", str(tmp_path / "absent")):
+    for name in (
+        "no-such-model",
+        "google/gemma-4-E2B-it",
+        "a/../b",
+        "a/b/c",
+        "x" * 300,
+        "~nobody-here/x",
+        "a\0b",
+        str(tmp_path / "absent"),
+    ):
         with pytest.raises(FileNotFoundError, match="shipped models") as caught:
             open_checkpoint(name)
         assert all(shipped in str(caught.value) for shipped in shipped_models())
