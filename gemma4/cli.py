@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gemma4", description="Gemma 4 on CPUs: run it and look inside.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = _command(commands, "demo", _demo, "stream a continuation, then show what happened inside")
-    demo.add_argument("prompt", nargs="?", help="default: a prompt that the shipped model knows how to go on with")
+    demo.add_argument("prompt", nargs="?", help="default: two that the shipped model knows how to go on with")
     demo.add_argument(
         "--output", type=Path, default=Path("gemma4-demo.png"), help="the heat map (default: %(default)s)"
     )
@@ -109,12 +109,12 @@ def _load(args: argparse.Namespace) -> Model:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from gemma4.demo import PROMPT, run_demo
+    from gemma4.demo import run_demo
 
     start = time.perf_counter()
     model = _load(args)
     seconds = time.perf_counter() - start
-    run_demo(model, args.prompt or PROMPT, console=_stdout(), output=args.output, load_s=seconds)
+    run_demo(model, args.prompt, console=_stdout(), output=args.output, load_s=seconds)
 
 
 def _stdout() -> Console:

@@ -8,38 +8,46 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from gemma4.generate import Generation
 from gemma4.info import count, peak_bytes, resident_bytes, size
+from gemma4.interp.cache import ActivationCache
 from gemma4.interp.lens import LENS_SITES, LogitLens, logit_lens
+from gemma4.interp.plots import shown
 from gemma4.model import Model
 
-PROMPT = "Once upon a time there was a little"
+STORY = "Once upon a time there was a little"
+# indirect object identification (Wang et al. 2022): the answer is the name that is not repeated
+RIDDLE = "When Mary and John went to the store, John gave a book to"
 _COMPONENTS = ("hook_attn_out", "hook_mlp_out", "hook_ple_out")
+_ADDED = (("|attn|", 6), ("|mlp|", 6), ("|ple|", 6))  # their columns: name, width
 
 
-def run_demo(model: Model, prompt: str, *, console: Console, output: Path, load_s: float, max_tokens: int = 48) -> None:
+def run_demo(
+    model: Model, prompt: str | None, *, console: Console, output: Path, load_s: float, max_tokens: int = 64
+) -> None:
     """Stream a continuation, then show what happened inside and save a heat map."""
-    effective = model.info().effective_parameters
     console.print(
         f"[bold]{model.checkpoint.path.name}[/]  {count(model.checkpoint.n_parameters)} parameters "
-        f"({count(effective)} effective), {model.n_layers} layers, loaded in {load_s * 1e3:.0f} ms; "
-        f"{model.engine.isa}, {model.engine.threads} threads"
+        f"({count(model.info().effective_parameters)} effective), {model.n_layers} layers, loaded in "
+        f"{load_s * 1e3:.0f} ms; {model.engine.isa}, {model.engine.threads} threads\n"
     )
-    show_speed(_stream(model, prompt, console, max_tokens), console)
-    ids = model.to_tokens(prompt)
+    show_speed(_stream(model, prompt or STORY, console, max_tokens), console)
+    inside = prompt or RIDDLE
+    ids = model.to_tokens(inside)
     sites = [*LENS_SITES, *(f"blocks.*.{name}" for name in _COMPONENTS if f"blocks.0.{name}" in model.sites)]
     _, cache = model.run_with_cache(ids, sites, logits=None)
     lens = logit_lens(model, cache)
-    console.print(_layer_table(model, cache, lens, prompt))
+    console.print(Text(f"\nInside, where the model reads the last word of {inside!r}:", style="bold"))
+    console.print(_layer_table(model, cache, lens))
     _save_plot(lens, model.to_str_tokens(ids), output, console)
 
 
 def _stream(model: Model, prompt: str, console: Console, max_tokens: int) -> Generation:
-    console.print()
     console.print(Text(prompt, style="dim"), end="")
     with model.stream(prompt, max_tokens=max_tokens, temperature=0.0) as stream:
         for piece in stream:
@@ -54,25 +62,23 @@ def show_speed(result: Generation, console: Console) -> None:
     console.print(
         f"prompt {result.prompt_tokens} tokens at {timings.prefill_rate:,.0f} tokens/s, "
         f"{len(result.tokens)} generated at {timings.decode_rate:,.0f} tokens/s; "
-        f"memory {size(resident_bytes())} (peak {size(peak_bytes())})",
+        f"memory {size(max(resident_bytes(), peak_bytes()))} at most",
         style="dim",
         highlight=False,
     )
 
 
-def _layer_table(model: Model, cache: object, lens: LogitLens, prompt: str) -> Table:
-    table = Table(title=f"inside, at the last token of {prompt!r}", title_justify="left", header_style="bold")
-    for name in (
-        "block",
-        "attention",
-        "|resid|",
-        "",
-        "|attn|",
-        "|mlp|",
-        "|ple|",
-        "logit lens: most likely next tokens",
+def _layer_table(model: Model, cache: ActivationCache, lens: LogitLens) -> Table:
+    table = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, least in (
+        ("block", 5),
+        ("attention", 18),
+        ("|resid|", 7),
+        ("", 10),
+        *_ADDED,
+        ("logit lens: next token if it ended here", 9),
     ):
-        table.add_column(name, justify="right" if name.startswith("|") else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name.startswith("|") else "left", no_wrap=True, min_width=least)
     top = float(lens.norms[:, -1].max())
     for row, label in enumerate(lens.labels):
         norm = float(lens.norms[row, -1])
@@ -80,7 +86,7 @@ def _layer_table(model: Model, cache: object, lens: LogitLens, prompt: str) -> T
             label,
             _kind(model, row - 1),
             f"{norm:.1f}",
-            "\u2588" * max(1, round(12 * norm / top)),
+            "\u2588" * max(1, round(10 * norm / top)),
             *(_norm(cache, row - 1, name) for name in _COMPONENTS),
             Text("  ").join(_words(lens, row)),
         )
@@ -95,14 +101,14 @@ def _kind(model: Model, layer: int) -> str:
     return kind if config["kv_source"] == layer else f"{kind}, keys of {config['kv_source']}"
 
 
-def _norm(cache: object, layer: int, name: str) -> str:
+def _norm(cache: ActivationCache, layer: int, name: str) -> str:
     site = f"blocks.{layer}.{name}"
-    return f"{np.linalg.norm(cache[site][-1]):.1f}" if site in cache else ""  # type: ignore[index, operator]
+    return f"{np.linalg.norm(cache[site][-1]):.1f}" if site in cache else ""
 
 
 def _words(lens: LogitLens, row: int) -> list[Text]:
     pairs = zip(lens.tokens[row][-1], lens.probs[row, -1], strict=True)
-    return [Text(f"{token!r} {p:.2f}", style="bold green" if p > 0.5 else "") for token, p in list(pairs)[:3]]
+    return [Text(f"{shown(token)} {p:.2f}", style="bold green" if p > 0.5 else "") for token, p in list(pairs)[:3]]
 
 
 def _save_plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) -> None:

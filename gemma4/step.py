@@ -68,6 +68,13 @@ def select_positions(spec: Positions, length: int, what: str = "pos") -> I32:
     return np.where(wanted < 0, wanted + length, wanted).astype(np.int32)
 
 
+def _ascending(rows: I32) -> tuple[I32, NDArray[np.intp] | None]:
+    """Sorted rows without repetition, as the engine wants them, and how to get back what was asked (None: as it is)."""
+    if len(rows) < 2 or (rows[1:] > rows[:-1]).all():
+        return rows, None
+    return np.unique(rows, return_inverse=True)
+
+
 class _Plan:
     """The engine's view of one prompt, and the arrays it will fill."""
 
@@ -76,9 +83,8 @@ class _Plan:
         n_new = len(prompt.ids)
         self.before = prompt.sequence.length
         self.captures = want.capture is not None
-        self.kept = np.unique(select_positions(want.pos if self.captures else None, n_new))
-        asked = select_positions(want.logits, n_new, "logits")
-        self.rows, self.returned = np.unique(asked, return_inverse=True)  # the engine wants them ascending
+        self.kept, _ = _ascending(select_positions(want.pos if self.captures else None, n_new))
+        self.rows, self.order = _ascending(select_positions(want.logits, n_new, "logits"))
         self.logits = None if want.logits is None else np.empty((len(self.rows), model.d_vocab), dtype=np.float32)
         self.arrays = self._allocate(want.capture or [])
 
@@ -116,9 +122,7 @@ class _Plan:
         return rows
 
     def output(self, model: Model) -> Output:
-        logits = self.logits
-        if logits is not None and not np.array_equal(self.returned, np.arange(len(logits))):
-            logits = logits[self.returned]  # asked for in another order, or twice
+        logits = self.logits if self.logits is None or self.order is None else self.logits[self.order]
         if not self.captures:
             return Output(logits, None)
         positions = self.before + self.kept.astype(np.int64)

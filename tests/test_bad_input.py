@@ -336,16 +336,39 @@ def test_ctrl_c_in_prefill(tmp_path):
     assert float(latency.split()[1]) < 1.0
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_in_the_command_line(tmp_path):
-    directory = write_checkpoint(tmp_path / "slow", SLOW)
-    shutil.copy(Path(gemma4.load("tiny-e").checkpoint.tokenizer_path or ""), directory)
+@pytest.fixture
+def slow_with_text(tmp_path) -> Path:
+    """The slow model with tiny-e's tokenizer and chat template."""
+    tiny = gemma4.load("tiny-e")
+    directory = write_checkpoint(tmp_path / "slow", SLOW | {"vocab_size": tiny.d_vocab})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny.checkpoint.path / name, directory)
+    return directory
+
+
+def start_cli(*arguments: str) -> subprocess.Popen:
     code = "import sys; from gemma4.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-P", "-c", code, "generate", "--model", str(directory), "--max-tokens", "30000", "a"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
+    command = [sys.executable, "-P", "-c", code, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_in_the_command_line(slow_with_text):
+    process = start_cli("generate", "--model", str(slow_with_text), "--max-tokens", "30000", "a")
     process.stdout.read(1)  # generation is under way
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert err.decode().strip().endswith("gemma4: interrupted") and "Traceback" not in err.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_ctrl_c_in_chat_stops_the_answer_only(slow_with_text):
+    process = start_cli("chat", "--model", str(slow_with_text), "--max-tokens", "30000")
+    process.stdin.write(b"Hello\n")
+    process.stdin.flush()
+    process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(b"/info\n/exit\n", timeout=30)
+    assert process.returncode == 0, err.decode()
+    assert "(stopped)" in out.decode() and "parameters" in out.decode()

@@ -31,7 +31,7 @@ def residual_norms(lens: LogitLens, tokens: Sequence[str], ax: Axes | None = Non
 
 def lens_heatmap(lens: LogitLens, tokens: Sequence[str], ax: Axes | None = None) -> Figure:
     """Heat map of the logit lens: the top token in each cell, its probability as colour."""
-    words = [[shown(cell[0]) for cell in layer] for layer in lens.tokens]
+    words = [[_label(cell[0]) for cell in layer] for layer in lens.tokens]
     return _heat(lens.probs[:, :, 0], lens.labels, tokens, "logit lens, top token and p", ax, words, limits=(0, 1))
 
 
@@ -46,7 +46,7 @@ def attention_pattern(
         ax.imshow(pattern[head], vmin=0, vmax=1, cmap="Blues", aspect="auto")
         ax.set_title(f"head {head}")
         _name_positions(ax, tokens, pattern.shape[2])
-        ax.set_yticks(range(len(tokens)), [shown(t) for t in tokens], fontsize=7)
+        ax.set_yticks(range(len(tokens)), [_label(t) for t in tokens], fontsize=7)
     figure.tight_layout()
     return figure
 
@@ -62,9 +62,13 @@ def overview(lens: LogitLens, tokens: Sequence[str]) -> Figure:
 
 
 def shown(token: str) -> str:
-    """A token as an axis label: spaces and newlines visible, long ones cut; "$" must not start mathematics."""
-    text = token.replace(" ", "\u00b7").replace("\n", "\\n").replace("$", r"\$")
+    """A token as a short label: spaces and newlines visible, long ones cut."""
+    text = token.replace(" ", "\u00b7").replace("\n", "\\n")
     return text if len(text) <= 12 else text[:11] + "\u2026"
+
+
+def _label(token: str) -> str:
+    return shown(token).replace("$", r"\$")  # matplotlib reads mathematics between dollars
 
 
 def _heat(
@@ -94,7 +98,7 @@ def _heat(
 
 
 def _name_positions(ax: Axes, tokens: Sequence[str], n: int) -> None:
-    labels = [shown(t) for t in tokens] if len(tokens) == n else [str(i) for i in range(n)]
+    labels = [_label(t) for t in tokens] if len(tokens) == n else [str(i) for i in range(n)]
     ax.set_xticks(range(n), labels, rotation=60, ha="right", fontsize=7)
 
 
