@@ -8,6 +8,7 @@ eps, softcap) is drawn away from its neutral value, so that forgetting it fails 
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGe
 
 S, F = "sliding_attention", "full_attention"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OUTPUT_NORM = re.compile(r"layers\.\d+\.post_(attention|feedforward|per_layer_input)_(layer)?norm\.weight$")
 LONG = 70  # several windows of every variant
 
 
@@ -169,7 +171,7 @@ EVERYTHING = _text(
     layer_types=[S, F, S, F, S, F],
     num_kv_shared_layers=2,
     use_double_wide_mlp=True,
-    hidden_size_per_layer_input=5,
+    hidden_size_per_layer_input=11,
     enable_moe_block=True,
     num_experts=7,
     top_k_experts=1,
@@ -281,11 +283,13 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
     normal = torch.randn(shape, generator=generator)
     uniform = torch.rand(shape, generator=generator)
     if name.endswith("layer_scalar"):
-        return 0.4 + 0.8 * uniform
+        return 0.7 + 0.6 * uniform
     if name.endswith("per_expert_scale"):
         return 0.5 + uniform
     if name.endswith("k_norm.weight"):  # attention scale is 1: this keeps scores at a spread of about 2
         return (1 + 0.25 * normal) * 2 * shape[0] ** -0.5
+    if _OUTPUT_NORM.search(name):  # what a layer adds is smaller than the stream: rounding is not amplified without end
+        return 0.4 + 0.12 * normal
     if name.endswith("router.scale") or "norm" in name:
         return 1 + 0.3 * normal
     if name.endswith("router.proj.weight"):
