@@ -34,7 +34,8 @@ typedef struct {
     int d_model, n_layers, n_heads, d_vocab; /* D, L, H, V */
     int d_ple, d_vocab_ple;                  /* P (0: no per-layer embeddings), rows of their table */
     int n_experts, top_k_experts, d_expert;  /* E, k, M */
-    float rms_norm_eps, logit_softcap /* 0: none */, embed_scale;
+    float rms_norm_eps, logit_softcap; /* softcap 0: none */
+    float embed_scale, ple_scale;      /* factors of the two tables' rows */
     int context_length;
     int n_ropes;
     int rope_half[G4_MAX_ROPES];               /* h / 2 */

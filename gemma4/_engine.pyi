@@ -32,7 +32,8 @@ class Config(TypedDict):
     d_vocab_ple: int
     rms_norm_eps: float
     logit_softcap: float  # 0 = none
-    embed_scale: float
+    embed_scale: float  # what a row of the embedding table is multiplied by
+    ple_scale: float  # the same for the per-layer table
     context_length: int
     n_experts: int
     top_k_experts: int

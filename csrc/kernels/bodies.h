@@ -7,13 +7,14 @@
 
 #include "kernels/kernels.h"
 
-enum { BLOCK_M = 24, BLOCK_N = 32, BLOCK_K = 1024, PREFETCH_BYTES = 512 };
+enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, NEAR_ROWS = 8, FEW_ROWS = 4, PREFETCH_BYTES = 512 };
 
 #define x16_load_f32 x16_load
 #define ITSELF(x) (x)
 
 #include "kernels/body_math.h"
 #include "kernels/body_rows.h"
+#include "kernels/body_tile.h"
 
 #define WEIGHT f32
 #define weight float

@@ -15,9 +15,9 @@ typedef struct {
 } f32x16;
 
 static inline vec vec_zero(void) { return _mm256_setzero_ps(); }
-static inline vec vec_load_f32(const float *p) { return _mm256_loadu_ps(p); }
-static inline vec vec_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-static inline vec vec_load_bf16(const uint16_t *p)
+static inline vec vec_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline __m256 load_f16_8(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline __m256 load_bf16_8(const uint16_t *p)
 {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
@@ -28,8 +28,8 @@ static inline void vec_store(float *p, vec a) { _mm256_storeu_ps(p, a); }
 
 static inline f32x16 x16_set1(float a) { return BOTH(_mm256_set1_ps(a), _mm256_set1_ps(a)); }
 static inline f32x16 x16_load(const float *p) { return BOTH(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)); }
-static inline f32x16 x16_load_f16(const uint16_t *p) { return BOTH(vec_load_f16(p), vec_load_f16(p + 8)); }
-static inline f32x16 x16_load_bf16(const uint16_t *p) { return BOTH(vec_load_bf16(p), vec_load_bf16(p + 8)); }
+static inline f32x16 x16_load_f16(const uint16_t *p) { return BOTH(load_f16_8(p), load_f16_8(p + 8)); }
+static inline f32x16 x16_load_bf16(const uint16_t *p) { return BOTH(load_bf16_8(p), load_bf16_8(p + 8)); }
 
 static inline void x16_store(float *p, f32x16 a)
 {
@@ -90,6 +90,26 @@ static inline float x16_sum(f32x16 a)
     __m128 by_4 = _mm_add_ps(_mm256_castps256_ps128(by_8), _mm256_extractf128_ps(by_8, 1));
     __m128 by_2 = _mm_add_ps(by_4, _mm_movehl_ps(by_4, by_4));
     return _mm_cvtss_f32(_mm_add_ss(by_2, _mm_movehdup_ps(by_2)));
+}
+
+static inline __m128 sum_by_4(const float *lanes)
+{
+    __m256 by_8 = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8));
+    return _mm_add_ps(_mm256_castps256_ps128(by_8), _mm256_extractf128_ps(by_8, 1));
+}
+
+/* a0+a2, a1+a3, b0+b2, b1+b3 of two vectors of 4. */
+static inline __m128 sum_by_2(__m128 a, __m128 b)
+{
+    return _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+}
+
+/* Four sums of 16 lanes, sharing the last two halvings. */
+static inline void x16_sum4(const float *lanes, float *out)
+{
+    __m128 ab = sum_by_2(sum_by_4(lanes), sum_by_4(lanes + 16));
+    __m128 cd = sum_by_2(sum_by_4(lanes + 32), sum_by_4(lanes + 48));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
 }
 
 /* bits + 0x7fff + (bit 16 of bits), upper half; a NaN keeps its upper half with the quiet bit set. */

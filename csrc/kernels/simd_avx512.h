@@ -73,9 +73,27 @@ static inline void x16_store_bf16(uint16_t *p, f32x16 a)
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16)));
 }
 
+static inline __m128 sum_by_4(const float *lanes)
+{
+    __m256 by_8 = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8));
+    return _mm_add_ps(_mm256_castps256_ps128(by_8), _mm256_extractf128_ps(by_8, 1));
+}
+
+/* a0+a2, a1+a3, b0+b2, b1+b3 of two vectors of 4. */
+static inline __m128 sum_by_2(__m128 a, __m128 b)
+{
+    return _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
+}
+
+/* Four sums of 16 lanes, sharing the last two halvings. */
+static inline void x16_sum4(const float *lanes, float *out)
+{
+    __m128 ab = sum_by_2(sum_by_4(lanes), sum_by_4(lanes + 16));
+    __m128 cd = sum_by_2(sum_by_4(lanes + 32), sum_by_4(lanes + 48));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+}
+
 static inline vec vec_zero(void) { return _mm512_setzero_ps(); }
-static inline vec vec_load_f32(const float *p) { return x16_load(p); }
-static inline vec vec_load_f16(const uint16_t *p) { return x16_load_f16(p); }
-static inline vec vec_load_bf16(const uint16_t *p) { return x16_load_bf16(p); }
+static inline vec vec_load(const float *p) { return x16_load(p); }
 static inline vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline void vec_store(float *p, vec a) { _mm512_storeu_ps(p, a); }

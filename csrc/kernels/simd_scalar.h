@@ -74,9 +74,14 @@ static inline float x16_sum(f32x16 a)
     return a.lane[0];
 }
 
+/* Four such sums, of 16 lanes each. */
+static inline void x16_sum4(const float *lanes, float *out)
+{
+    for (int i = 0; i < 4; i++)
+        out[i] = x16_sum(x16_load(lanes + i * 16));
+}
+
 static inline vec vec_zero(void) { return x16_set1(0); }
-static inline vec vec_load_f32(const float *p) { return x16_load(p); }
-static inline vec vec_load_f16(const uint16_t *p) { return x16_load_f16(p); }
-static inline vec vec_load_bf16(const uint16_t *p) { return x16_load_bf16(p); }
+static inline vec vec_load(const float *p) { return x16_load(p); }
 static inline vec vec_fma(vec a, vec b, vec c) { return x16_fma(a, b, c); }
 static inline void vec_store(float *p, vec a) { x16_store(p, a); }

@@ -88,7 +88,7 @@ static g4_status embed_per_layer(g4_forward *f, const int32_t *tokens)
     const int width = c->n_layers * c->d_ple, n_slices = f->n_rows * c->n_layers;
     float *token;
     G4_ALLOC(&f->exec, token, (size_t)f->n_rows * (size_t)width);
-    G4_TRY(g4_gather_rows(&f->exec, &w->ple_table, tokens, f->n_rows, sqrtf((float)c->d_ple), token));
+    G4_TRY(g4_gather_rows(&f->exec, &w->ple_table, tokens, f->n_rows, c->ple_scale, token));
     TAP(PLE_TOKEN, 0, token);
     G4_TRY(g4_linear(&f->exec, f->resid, f->n_rows, &w->ple_context, f->ple));
     G4_TRY(g4_scale_rows(&f->exec, f->ple, 1.0f / sqrtf((float)c->d_model), NULL, f->n_rows, width, f->ple));

@@ -109,9 +109,9 @@ class TextConfig:
         """Index of the first layer that reads another layer's keys and values; `n_layers` if none does."""
         return next((i for i, source in enumerate(self.kv_source) if source != i), self.n_layers)
 
-    def embed_scale(self, embed_dtype: str) -> float:
-        """sqrt(d_model), rounded to the embedding table's dtype as the reference does ("F32", "F16" or "BF16")."""
-        return float(_SCALE_DTYPES[embed_dtype](np.float32(math.sqrt(self.d_model))))
+    def table_scale(self, width: int, dtype: str) -> float:
+        """sqrt(width), rounded to the embedding table's dtype as the reference does ("F32", "F16" or "BF16")."""
+        return float(_SCALE_DTYPES[dtype](np.float32(math.sqrt(width))))
 
     def engine(self, embed_dtype: str = "F32") -> Config:
         """The engine's config (gemma4/_engine.pyi). `embed_dtype` is the stored dtype of embed_tokens.weight."""
@@ -124,7 +124,8 @@ class TextConfig:
             "d_vocab_ple": self.d_vocab_ple,
             "rms_norm_eps": self.rms_norm_eps,
             "logit_softcap": self.logit_softcap,
-            "embed_scale": self.embed_scale(embed_dtype),
+            "embed_scale": self.table_scale(self.d_model, embed_dtype),
+            "ple_scale": self.table_scale(self.d_ple, embed_dtype),
             "context_length": self.context_length,
             "n_experts": self.n_experts,
             "top_k_experts": self.top_k_experts,
