@@ -1,0 +1,364 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The engine without Python: a small random model of every branch, and the invariances that must hold to the bit.
+ * Run plain, under sanitizers and under valgrind (CONTRIBUTING.md). Exit status 0: all passed. */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/buffer.h"
+#include "gemma4.h"
+#include "ops/moe.h"
+
+static int n_checks, n_failed;
+
+#define CHECK(condition)                                                    \
+    do {                                                                    \
+        n_checks++;                                                         \
+        if (!(condition)) {                                                 \
+            n_failed++;                                                     \
+            printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);  \
+        }                                                                   \
+    } while (0)
+
+/* ---- a random model ------------------------------------------------------------------------------------------------- */
+
+enum { D = 40, HEADS = 4, VOCAB = 61, LAYERS = 6, PLE = 8, EXPERTS = 5, MAX_TENSORS = 256, N_TOKENS = 37 };
+
+typedef struct {
+    g4_layer_config layers[LAYERS];
+    float inv_freq[2][16];
+    g4_config config;
+    g4_named_tensor tensors[MAX_TENSORS];
+    char names[MAX_TENSORS][80];
+    size_t n_tensors;
+    unsigned seed;
+} fixture;
+
+static float random_float(fixture *f)
+{
+    f->seed = f->seed * 1664525u + 1013904223u;
+    return (float)(f->seed >> 8) / (float)(1 << 24) - 0.5f;
+}
+
+static void add_tensor(fixture *f, const char *name, int n_dims, int64_t a, int64_t b, int64_t c)
+{
+    size_t n = (size_t)(a * b * c);
+    float *data = malloc(n * sizeof *data);
+    bool is_vector = n_dims == 1;
+    for (size_t i = 0; i < n; i++)
+        data[i] = is_vector ? 1 + 0.2f * random_float(f) : 0.4f * random_float(f);
+    char *stored_name = f->names[f->n_tensors];
+    snprintf(stored_name, sizeof f->names[0], "%s", name);
+    f->tensors[f->n_tensors++] = (g4_named_tensor){stored_name, G4_F32, n_dims, {a, b, c, 1}, data};
+}
+
+static void add_layer_tensor(fixture *f, int layer, const char *name, int n_dims, int64_t a, int64_t b, int64_t c)
+{
+    char full[80];
+    snprintf(full, sizeof full, "layers.%d.%s", layer, name);
+    add_tensor(f, full, n_dims, a, b, c);
+}
+
+static void add_layer(fixture *f, int i)
+{
+    const g4_layer_config *lc = &f->layers[i];
+    static const char *const norms[] = {"input_layernorm.weight", "post_attention_layernorm.weight",
+                                        "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight",
+                                        "post_per_layer_input_norm.weight", "pre_feedforward_layernorm_2.weight",
+                                        "post_feedforward_layernorm_1.weight", "post_feedforward_layernorm_2.weight",
+                                        "router.scale"};
+    for (size_t n = 0; n < sizeof norms / sizeof *norms; n++)
+        add_layer_tensor(f, i, norms[n], 1, D, 1, 1);
+    add_layer_tensor(f, i, "layer_scalar", 1, 1, 1, 1);
+    add_layer_tensor(f, i, "self_attn.q_norm.weight", 1, lc->head_dim, 1, 1);
+    add_layer_tensor(f, i, "self_attn.k_norm.weight", 1, lc->head_dim, 1, 1);
+    add_layer_tensor(f, i, "self_attn.q_proj.weight", 2, HEADS * lc->head_dim, D, 1);
+    add_layer_tensor(f, i, "self_attn.k_proj.weight", 2, lc->n_kv_heads * lc->head_dim, D, 1);
+    add_layer_tensor(f, i, "self_attn.v_proj.weight", 2, lc->n_kv_heads * lc->head_dim, D, 1);
+    add_layer_tensor(f, i, "self_attn.o_proj.weight", 2, D, HEADS * lc->head_dim, 1);
+    add_layer_tensor(f, i, "mlp.gate_proj.weight", 2, lc->d_mlp, D, 1);
+    add_layer_tensor(f, i, "mlp.up_proj.weight", 2, lc->d_mlp, D, 1);
+    add_layer_tensor(f, i, "mlp.down_proj.weight", 2, D, lc->d_mlp, 1);
+    add_layer_tensor(f, i, "per_layer_input_gate.weight", 2, PLE, D, 1);
+    add_layer_tensor(f, i, "per_layer_projection.weight", 2, D, PLE, 1);
+    add_layer_tensor(f, i, "router.proj.weight", 2, EXPERTS, D, 1);
+    add_layer_tensor(f, i, "router.per_expert_scale", 1, EXPERTS, 1, 1);
+    add_layer_tensor(f, i, "experts.gate_up_proj", 3, EXPERTS, 2 * 12, D);
+    add_layer_tensor(f, i, "experts.down_proj", 3, EXPERTS, D, 12);
+}
+
+/* Sliding and global layers, shared keys, K = V, experts, per-layer embeddings: all in one. */
+static void fixture_init(fixture *f)
+{
+    memset(f, 0, sizeof *f);
+    f->seed = 1;
+    for (int i = 0; i < LAYERS; i++) {
+        bool global = i % 3 == 2;
+        f->layers[i] = (g4_layer_config){.window = global ? 0 : 5,
+                                         .head_dim = global ? 24 : 12,
+                                         .n_kv_heads = global ? 1 : 2,
+                                         .d_mlp = i < 4 ? 30 : 60,
+                                         .kv_source = i < 4 ? i : i == 4 ? 3 : 2,
+                                         .k_eq_v = global,
+                                         .moe = i % 2 == 0,
+                                         .rope = global};
+    }
+    for (int r = 0; r < 2; r++)
+        for (int j = 0; j < (r ? 12 : 6); j++)
+            f->inv_freq[r][j] = r && j > 2 ? 0 : 1.0f / (float)(1 + j * j);
+    f->config = (g4_config){.d_model = D, .n_layers = LAYERS, .n_heads = HEADS, .d_vocab = VOCAB, .d_ple = PLE,
+                            .d_vocab_ple = VOCAB, .n_experts = EXPERTS, .top_k_experts = 2, .d_expert = 12,
+                            .rms_norm_eps = 1e-6f, .logit_softcap = 30, .embed_scale = 6.3f, .ple_scale = 2.8f,
+                            .context_length = 512, .n_ropes = 2, .rope_half = {6, 12},
+                            .rope_inv_freq = {f->inv_freq[0], f->inv_freq[1]}, .layers = f->layers};
+    add_tensor(f, "embed_tokens.weight", 2, VOCAB, D, 1);
+    add_tensor(f, "norm.weight", 1, D, 1, 1);
+    add_tensor(f, "embed_tokens_per_layer.weight", 2, VOCAB, LAYERS * PLE, 1);
+    add_tensor(f, "per_layer_model_projection.weight", 2, LAYERS * PLE, D, 1);
+    add_tensor(f, "per_layer_projection_norm.weight", 1, PLE, 1, 1);
+    for (int i = 0; i < LAYERS; i++)
+        add_layer(f, i);
+}
+
+static void fixture_free(fixture *f)
+{
+    for (size_t i = 0; i < f->n_tensors; i++)
+        free((void *)f->tensors[i].data);
+}
+
+static g4_model *new_model(fixture *f, int n_threads)
+{
+    g4_model_options options = {.n_threads = n_threads};
+    g4_model *model = NULL;
+    g4_error err = {0};
+    if (g4_model_new(&f->config, f->tensors, f->n_tensors, &options, &model, &err) != G4_OK)
+        printf("%s\n", err.message);
+    CHECK(model != NULL);
+    return model;
+}
+
+static g4_sequence *new_sequence(const g4_model *model)
+{
+    g4_sequence *seq = NULL;
+    g4_error err = {0};
+    CHECK(g4_sequence_new(model, G4_F32, 0, &seq, &err) == G4_OK);
+    return seq;
+}
+
+/* ---- steps ---------------------------------------------------------------------------------------------------------- */
+
+static int32_t tokens[N_TOKENS], all_rows[N_TOKENS];
+
+static g4_status forward(g4_model *model, g4_sequence *seq, int first, int n, float *logits, int max_chunk, g4_error *err)
+{
+    g4_run run = {.seq = seq, .n_rows = n, .tokens = tokens + first, .logits_rows = all_rows, .n_logits = n, .logits = logits};
+    g4_step_options options = {.stop_at_layer = -1, .max_chunk = max_chunk};
+    return g4_step(model, &run, 1, NULL, 0, &options, err);
+}
+
+static void whole_prompt(g4_model *model, int max_chunk, float *logits)
+{
+    g4_error err = {0};
+    g4_sequence *seq = new_sequence(model);
+    CHECK(forward(model, seq, 0, N_TOKENS, logits, max_chunk, &err) == G4_OK);
+    CHECK(g4_sequence_length(seq) == N_TOKENS);
+    g4_sequence_free(seq);
+}
+
+static bool same(const float *a, const float *b, int n_rows)
+{
+    return memcmp(a, b, (size_t)n_rows * VOCAB * sizeof *a) == 0;
+}
+
+static void test_chunks_and_threads(fixture *f, const float *expected)
+{
+    static float logits[N_TOKENS * VOCAB];
+    const int threads[] = {1, 2, 3, 7}, chunks[] = {1, 2, 5, 16, 0};
+    for (int t = 0; t < 4; t++) {
+        g4_model *model = new_model(f, threads[t]);
+        for (int c = 0; c < 5; c++) {
+            whole_prompt(model, chunks[c], logits);
+            CHECK(same(logits, expected, N_TOKENS));
+        }
+        g4_model_free(model);
+    }
+}
+
+static void test_token_by_token_fork_and_truncate(fixture *f, const float *expected)
+{
+    static float logits[VOCAB];
+    g4_error err = {0};
+    g4_model *model = new_model(f, 2);
+    g4_sequence *seq = new_sequence(model), *fork = NULL;
+    for (int i = 0; i < N_TOKENS; i++) {
+        CHECK(forward(model, seq, i, 1, logits, 0, &err) == G4_OK);
+        CHECK(same(logits, expected + i * VOCAB, 1));
+        if (i == 20)
+            CHECK(g4_sequence_fork(seq, &fork, &err) == G4_OK);
+    }
+    CHECK(forward(model, fork, 21, 1, logits, 0, &err) == G4_OK);
+    CHECK(same(logits, expected + 21 * VOCAB, 1));
+    CHECK(g4_sequence_truncate(seq, N_TOKENS - 3, &err) == G4_OK);
+    CHECK(forward(model, seq, N_TOKENS - 3, 1, logits, 0, &err) == G4_OK);
+    CHECK(same(logits, expected + (N_TOKENS - 3) * VOCAB, 1));
+    CHECK(g4_sequence_truncate(seq, N_TOKENS + 1, &err) == G4_EVALUE);
+    g4_sequence_free(fork);
+    g4_sequence_free(seq);
+    g4_model_free(model);
+}
+
+static g4_status zero_out(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err)
+{
+    size_t n = 1;
+    for (int i = 0; i < n_dims; i++)
+        n *= (size_t)shape[i];
+    memset(data, 0, n * sizeof(float));
+    ++*(int *)context;
+    (void)err;
+    return G4_OK;
+}
+
+static void test_taps(fixture *f, const float *expected)
+{
+    static float logits[N_TOKENS * VOCAB], resid[N_TOKENS * D], pattern[HEADS * N_TOKENS * N_TOKENS];
+    g4_error err = {0};
+    int n_edits = 0;
+    g4_model *model = new_model(f, 2);
+    g4_sequence *seq = new_sequence(model);
+    g4_run run = {seq, N_TOKENS, tokens, NULL, all_rows, N_TOKENS, logits};
+    g4_tap taps[] = {{.site = G4_SITE_RESID_POST, .layer = 5, .dest = resid, .n_dest_rows = N_TOKENS},
+                     {.site = G4_SITE_PATTERN, .layer = 4, .dest = pattern, .n_dest_rows = N_TOKENS}};
+    g4_step_options options = {.stop_at_layer = -1, .max_chunk = 9};
+    CHECK(g4_step(model, &run, 1, taps, 2, &options, &err) == G4_OK);
+    CHECK(same(logits, expected, N_TOKENS));
+    for (int row = 0; row < HEADS * N_TOKENS; row++) {
+        float sum = 0;
+        for (int j = 0; j < N_TOKENS; j++)
+            sum += pattern[row * N_TOKENS + j];
+        CHECK(sum > 0.999f && sum < 1.001f);
+    }
+    g4_sequence_free(seq);
+    run.seq = seq = new_sequence(model);
+    taps[0] = (g4_tap){.site = G4_SITE_MLP_OUT, .layer = 0, .edit = zero_out, .context = &n_edits};
+    CHECK(g4_step(model, &run, 1, taps, 1, &options, &err) == G4_OK);
+    CHECK(n_edits == 1 && !same(logits, expected, N_TOKENS));
+    g4_sequence_free(seq);
+    g4_model_free(model);
+}
+
+static int always(void *context)
+{
+    (void)context;
+    return 1;
+}
+
+static void test_errors(fixture *f)
+{
+    static float logits[N_TOKENS * VOCAB];
+    g4_error err = {0};
+    g4_model *model = new_model(f, 2), *broken = NULL;
+    g4_sequence *seq = new_sequence(model);
+    g4_run run = {seq, N_TOKENS, tokens, NULL, all_rows, N_TOKENS, logits};
+    g4_run twice[] = {run, run};
+    g4_step_options options = {.stop_at_layer = -1, .poll = always};
+    CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_ECANCELLED);
+    options.poll = NULL;
+    CHECK(g4_step(model, twice, 2, NULL, 0, &options, &err) == G4_ESTATE);
+    run.tokens = (const int32_t[]){VOCAB};
+    run.n_rows = run.n_logits = 1;
+    CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_EVALUE && strstr(err.message, "token id"));
+    run.n_rows = 0;
+    CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_EVALUE && strstr(err.message, "empty"));
+    CHECK(g4_sequence_length(seq) == 0);
+    while (g4_sequence_length(seq) + N_TOKENS <= 512)
+        CHECK(forward(model, seq, 0, N_TOKENS, logits, 0, &err) == G4_OK);
+    CHECK(forward(model, seq, 0, N_TOKENS, logits, 0, &err) == G4_ECAPACITY && strstr(err.message, "512"));
+    g4_sequence_free(seq);
+    g4_model_free(model);
+
+    g4_model_options model_options = {.n_threads = 1};
+    f->tensors[0].shape[0]++;
+    CHECK(g4_model_new(&f->config, f->tensors, f->n_tensors, &model_options, &broken, &err) == G4_EFORMAT);
+    f->tensors[0].shape[0]--;
+    CHECK(g4_model_new(&f->config, f->tensors + 1, f->n_tensors - 1, &model_options, &broken, &err) == G4_EFORMAT);
+    f->layers[1].n_kv_heads = 3;
+    CHECK(g4_model_new(&f->config, f->tensors, f->n_tensors, &model_options, &broken, &err) == G4_EVALUE);
+    f->layers[1].n_kv_heads = 2;
+}
+
+/* ---- several threads, one model --------------------------------------------------------------------------------- */
+
+typedef struct {
+    g4_model *model;
+    float logits[N_TOKENS * VOCAB];
+} thread_work;
+
+static void *thread_main(void *argument)
+{
+    thread_work *work = argument;
+    for (int i = 0; i < 3; i++)
+        whole_prompt(work->model, 4 + i, work->logits);
+    return NULL;
+}
+
+static void test_concurrent_steps(fixture *f, const float *expected)
+{
+    static thread_work work[3];
+    pthread_t threads[3];
+    g4_model *model = new_model(f, 2);
+    for (int i = 0; i < 3; i++) {
+        work[i].model = model;
+        pthread_create(&threads[i], NULL, thread_main, &work[i]);
+    }
+    for (int i = 0; i < 3; i++) {
+        pthread_join(threads[i], NULL);
+        CHECK(same(work[i].logits, expected, N_TOKENS));
+    }
+    g4_model_free(model);
+}
+
+static void test_moe_group(void)
+{
+    const int32_t ids[] = {2, 0, 1, 2, 0, 3};
+    int32_t order[6], first[5];
+    g4_moe_group(ids, 3, 2, 4, order, first);
+    CHECK(first[0] == 0 && first[1] == 2 && first[2] == 3 && first[3] == 5 && first[4] == 6);
+    CHECK(order[0] == 1 && order[1] == 4 && order[2] == 2 && order[3] == 0 && order[4] == 3 && order[5] == 5);
+}
+
+static void test_buffers(void)
+{
+    g4_buffer *buffer = g4_buffer_new(100);
+    CHECK(g4_buffer_is_unique(buffer) && (uintptr_t)g4_buffer_data(buffer) % 64 == 0);
+    g4_buffer *again = g4_buffer_ref(buffer);
+    CHECK(!g4_buffer_is_unique(buffer));
+    g4_buffer_unref(again);
+    CHECK(g4_buffer_is_unique(buffer));
+    g4_buffer_unref(buffer);
+    g4_buffer_unref(NULL);
+}
+
+int main(void)
+{
+    static fixture f;
+    static float expected[N_TOKENS * VOCAB];
+    for (int i = 0; i < N_TOKENS; i++) {
+        tokens[i] = (i * 17 + i * i) % VOCAB;
+        all_rows[i] = i;
+    }
+    fixture_init(&f);
+    g4_model *model = new_model(&f, 1);
+    whole_prompt(model, 0, expected);
+    g4_model_free(model);
+    test_chunks_and_threads(&f, expected);
+    test_token_by_token_fork_and_truncate(&f, expected);
+    test_taps(&f, expected);
+    test_errors(&f);
+    test_concurrent_steps(&f, expected);
+    test_moe_group();
+    test_buffers();
+    fixture_free(&f);
+    printf("%d passed, %d failed\n", n_checks - n_failed, n_failed);
+    return n_failed != 0;
+}
