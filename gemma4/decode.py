@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds and rates. The first token comes out of the prefill; decoding makes the others."""
+    """Seconds and rates, sampling included. The first token comes out of the prefill; decoding makes the others."""
 
     prefill_tokens: int  # prompt tokens that were run (a reused prefix is not)
     prefill_s: float
@@ -101,12 +101,8 @@ class Track:
         """What the cache does not hold yet: the prompt, later one token."""
         return Prompt(self.sequence, self.ids[self.sequence.length :])
 
-    def accept(self, output: Output, seconds: float) -> list[Piece]:
+    def accept(self, output: Output) -> list[Piece]:
         """Sample from a step's logits; returns the text that became certain."""
-        if self.samples:
-            self.decode_s += seconds
-        else:
-            self.prefill_s = seconds
         if output.cache is not None:
             self.caches.append(output.cache)
         assert output.logits is not None
@@ -117,6 +113,13 @@ class Track:
         pieces = self._text_of(sample.token)
         self.pieces += pieces
         return pieces
+
+    def spend(self, seconds: float) -> None:
+        """Note how long the last step and its sampling took."""
+        if len(self.samples) == 1:
+            self.prefill_s = seconds
+        else:
+            self.decode_s += seconds
 
     def _text_of(self, token: int) -> list[Piece]:
         if self.stops.is_stop_id(token):
@@ -204,8 +207,9 @@ class Run:
             while active := [track for track in self.tracks if not track.finish]:
                 start = time.perf_counter()
                 outputs = run_step(self.model, [track.pending() for track in active], self.want)
-                seconds = time.perf_counter() - start
-                fresh = {id(t): t.accept(out, seconds) for t, out in zip(active, outputs, strict=True)}
+                fresh = {id(track): track.accept(out) for track, out in zip(active, outputs, strict=True)}
+                for track in active:
+                    track.spend(time.perf_counter() - start)
                 yield [fresh.get(id(track), []) for track in self.tracks]
         finally:
             self.close()

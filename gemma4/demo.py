@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -114,13 +115,13 @@ def _words(lens: LogitLens, row: int) -> list[Text]:
 def _save_plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) -> None:
     from gemma4.interp import plots
 
+    if not os.access(output.parent, os.W_OK):  # a read-only place to start in is no reason to fail
+        output = Path(tempfile.gettempdir()) / output.name
     try:
-        figure = plots.overview(lens, tokens)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # the font lacks some of the world's scripts
+            plots.overview(lens, tokens).savefig(output, dpi=130)
     except ImportError as error:
         console.print(f"no heat map: {error}", style="yellow", markup=False)
         return
-    folder = output.parent
-    if not os.access(folder, os.W_OK):  # a read-only place to start in is no reason to fail
-        output = Path(tempfile.gettempdir()) / output.name
-    figure.savefig(output, dpi=130)
     console.print(f"heat map of every layer and position: {output.resolve()}", highlight=False, soft_wrap=True)

@@ -102,8 +102,6 @@ def generate(model: Model, prompt: PromptLike | Seq[PromptLike], **options: Any)
     prompts: list[Any] = list(prompt) if many else [prompt]
     if many and opts.sequence is not None:
         raise ValueError("sequence= goes with one prompt, not a list")
-    if not prompts:
-        return []
     run = Run(model, prompts, opts)
     for _ in run.steps():
         pass
