@@ -2,6 +2,7 @@
 /* The engine without Python: a small random model of every branch, and the invariances that must hold to the bit.
  * Run plain, under sanitizers and under valgrind (CONTRIBUTING.md). Exit status 0: all passed. */
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,7 +11,7 @@
 #include "gemma4.h"
 #include "ops/moe.h"
 
-static int n_checks, n_failed;
+static atomic_int n_checks, n_failed;
 
 #define CHECK(condition)                                                    \
     do {                                                                    \
