@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,75 @@ def test_truncate_and_redo(name: str, kv_dtype: str, loaded: Load) -> None:
         sequence.truncate(length)
         assert sequence.length == length
         assert same_bits(model.forward(ids[length:], sequence=sequence), expected[length:])
+
+
+def assert_every_way_back(model: gemma4.Model, sequence: gemma4.Sequence, ids: steps.Ids, step: int = 1) -> None:
+    """Back by `step`, and again, as far as it goes: what was promised is there, what is refused is refused."""
+    whole = steps.whole(model, ids, kv_dtype=sequence.kv_dtype).logits
+    for length in range(sequence.length, 0, -step):
+        if length < sequence.min_truncate:
+            with pytest.raises(gemma4.StateError):
+                sequence.truncate(length)
+            continue
+        sequence.truncate(length)
+        with sequence.fork() as fork:
+            assert same_bits(model.forward(ids[length:], sequence=fork), whole[length:]), length
+
+
+@EVERY
+@pytest.mark.parametrize("pieces", [[1] * (N - 9), [N - 9], [20, 12]], ids=["decoded", "prefilled", "in two"])
+def test_truncate_again_and_again(name: str, pieces: list[int], loaded: Load) -> None:
+    model, ids = loaded(name), prompt(name)
+    sequence = model.new_sequence()
+    for piece in np.split(ids[: N - 9], np.cumsum(pieces)[:-1]):
+        model.forward(piece, sequence=sequence, logits=None)
+    assert_every_way_back(model, sequence, ids, step=2)
+
+
+@EVERY
+def test_truncate_after_restoring(name: str, loaded: Load, tmp_path: Path) -> None:
+    model, ids = loaded(name), prompt(name)
+    sequence = model.new_sequence()
+    for t in range(N - 1):
+        model.forward(ids[t : t + 1], sequence=sequence, logits=None)
+    assert_every_way_back(model, model.restore(sequence.save(tmp_path / "s.npz")), ids, step=3)
+
+
+class Stop(Exception):
+    """Raised by a hook."""
+
+
+def stop(array: Any, site: Any) -> None:
+    raise Stop
+
+
+@EVERY
+def test_steps_that_do_not_count_leave_the_cache_as_it_was(name: str, loaded: Load) -> None:
+    """stop_at_layer, and a hook that raises in the last layer: nothing is appended, no way back is invented."""
+    model, ids, other = loaded(name), prompt(name), prompt(name, 23, 8)
+    site = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    for fails in (False, True):
+        sequence = model.new_sequence()
+        for t in range(N - 2):
+            model.forward(ids[t : t + 1], sequence=sequence, logits=None)
+        if fails:
+            with pytest.raises(Stop):
+                model.run_with_hooks(other, [(site, stop)], sequence=sequence)
+        else:
+            model.run_with_cache(other, names="*", stop_at_layer=model.n_layers, sequence=sequence)
+        assert sequence.length == N - 2
+        assert_every_way_back(model, sequence, ids)
+
+
+@EVERY
+def test_several_python_threads_share_a_model(name: str, loaded: Load) -> None:
+    model = loaded(name)
+    prompts = [prompt(name, 3 + 5 * seed, seed) for seed in range(8)]
+    expected = [steps.whole(model, ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for account, wanted in zip(pool.map(lambda ids: steps.whole(model, ids), prompts), expected, strict=True):
+                assert_same(account, wanted)
 
 
 @EVERY
