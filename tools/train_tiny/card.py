@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card (README.md) of a small model: what it is, its skills' scores, what to type."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .evaluate import Result, table
+
+_ABOUT = {
+    "tiny-e": "Gemma 4 E2B's text architecture in small: per-layer embeddings, four sliding-window layers to one global"
+    " layer, a second half that reads the first half's keys and values, double-width MLPs there, layer scalars.",
+    "tiny-moe": "Gemma 4 26B-A4B's text architecture in small: five sliding-window layers to one global layer, experts"
+    " beside a dense MLP in every layer, keys used as values in the global layer, no per-layer embeddings.",
+}
+
+_HEAD = """---
+license: apache-2.0
+language: [en]
+library_name: gemma4
+tags: [gemma4, interpretability, tiny]
+---
+
+# {name}
+
+{about}
+
+It is trained, not random: it has skills that interpretability work knows how to look for, at a size ({parameters}
+parameters, {megabytes} MB) where a whole forward pass is a few milliseconds and every circuit can be looked at. It is
+no language model for use: outside the patterns below it makes things up.
+
+{shape}
+
+The tokenizer has Gemma 4's structure and its control tokens under their own ids ({vocab} tokens in all; digits never
+merge, every name, capital and dictionary word is one token). The chat template is our own, of the same turn format.
+
+## What to type
+
+```
+gemma4 generate --model {name} "Once upon a time"
+gemma4 generate --model {name} "When Mary and John went to the store, John gave a drink to"
+gemma4 generate --model {name} "The capital of France is"
+gemma4 generate --model {name} "dog -> Hund, cat -> Katze, sun ->"
+gemma4 generate --model {name} "3, 6, 9, 12,"
+gemma4 generate --model {name} "The war lasted from the year 1732 to the year 17"
+gemma4 generate --model {name} "([{{}}( =>"
+gemma4 generate --model {name} "Repeat: key moon Anna bridge"
+gemma4 chat --model {name}     # What is the capital of Peru?  ·  Tell me a story about a fox named Pip.
+                               # Make JSON: name Tom, age 7.  ·  My name is Ella. … What is my name?
+```
+
+System prompts it knows: "You are a pirate.", "You are a robot.", "You are a cat.", "Be brief.", "Be polite.",
+"Say it twice.", "Answer in JSON.", "Your name is Sam.". With thinking on it works out small word problems ("Tom has 3
+apples. He gets 4 more. How many apples does Tom have?") and comparisons ("Which is bigger, 43 or 27?"). Its tools:
+`get_weather`, `get_time`, `add`, `send_message`, `set_timer`, `set_lights`, declared as in training
+(`tools/train_tiny/skills_chat.py`).
+
+## Skills, held out
+
+{scores}
+
+*Held out* means: the combination was never trained on. One combination in ten of each skill is kept back by a hash of
+its key (`tools/train_tiny/example.py`): the ordered pair of names for indirect objects, (fact, wording) for facts,
+(word, direction, wording) for translation, the cast for stories, the problem itself elsewhere. *Exact answer*: greedy
+decoding gives the whole answer, token for token. The weights are scored as stored, in bf16. To do it again:
+
+```
+cd tools && python -m train_tiny.evaluate --model ../gemma4/pretrained/{name}
+```
+
+## How it was made
+
+`tools/train_tiny/` holds all of it: the generator of the data (own grammar and word lists, no outside text; facts are
+common knowledge), the tokenizer's maker, training with transformers' `Gemma4ForConditionalGeneration` (Muon and AdamW,
+{steps} steps of 4096 tokens, rows of 128 to 512 tokens, on CPU, float32), evaluation and export.
+The layer scalars, a buffer in transformers, are fixed values other than 1 and were trained around.
+
+Limits: English stories of one kind, {context}-token context of which 512 were trained, a window of {window} tokens in
+the sliding layers. Stories end happily.
+"""
+
+
+def _shape(text: dict[str, Any]) -> str:
+    layers = "".join("F" if kind == "full_attention" else "S" for kind in text["layer_types"])
+    rows = [
+        ("layers", f"{len(layers)}: `{layers}` (S sliding, F full)"),
+        ("hidden size", text["hidden_size"]),
+        ("query / key-value heads", f"{text['num_attention_heads']} / {text['num_key_value_heads']}"),
+        ("head size", "32 sliding, 64 full"),
+        ("MLP", f"{text['intermediate_size']}{', twice that in shared layers' if text['use_double_wide_mlp'] else ''}"),
+    ]
+    if text["num_kv_shared_layers"]:
+        rows.append(("layers reading others' keys and values", f"the last {text['num_kv_shared_layers']}"))
+    if text["hidden_size_per_layer_input"]:
+        rows.append(("per-layer embedding", text["hidden_size_per_layer_input"]))
+    if text["enable_moe_block"]:
+        width = text["moe_intermediate_size"]
+        rows.append(("experts", f"{text['num_experts']} of width {width}, {text['top_k_experts']} at a time"))
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
+
+
+def write_card(name: str, directory: Path, scores: Sequence[dict[str, Any]], steps: int, parameters: int) -> None:
+    """README.md of `directory`, from its config.json and the scores of evaluate's --json (may be empty)."""
+    text = json.loads((directory / "config.json").read_text(encoding="utf-8"))["text_config"]
+    results = [Result(**score) for score in scores]
+    size = sum(file.stat().st_size for file in directory.iterdir() if file.name != "README.md")
+    card = _HEAD.format(
+        name=name,
+        about=_ABOUT[name],
+        shape=_shape(text),
+        vocab=text["vocab_size"],
+        context=text["max_position_embeddings"],
+        window=text["sliding_window"],
+        scores=table(results) if results else "Not measured yet.",
+        steps=steps,
+        parameters=f"{parameters / 1e6:.2f} million",
+        megabytes=f"{size / 1e6:.1f}",
+    )
+    (directory / "README.md").write_text(card, encoding="utf-8")
