@@ -77,6 +77,7 @@ class Generation:
 class Track:
     """One prompt on its way."""
 
+    index: int  # in the batch
     buffer: NDArray[np.int32]  # prompt, generated, room for more
     n_ids: int
     n_prompt: int
@@ -99,7 +100,7 @@ class Track:
 
     def pending(self) -> Prompt:
         """What the cache does not hold yet: the prompt, later one token."""
-        return Prompt(self.sequence, self.ids[self.sequence.length :])
+        return Prompt(self.sequence, self.ids[self.sequence.length :], self.index)
 
     def accept(self, output: Output) -> list[Piece]:
         """Sample from a step's logits; returns the text that became certain."""
@@ -197,7 +198,7 @@ class Run:
         )
         sampler, stops = Sampler(opts.sampling(model), stream=index), opts.stops(model)
         buffer = np.append(ids, np.zeros(room, dtype=np.int32))
-        track = Track(buffer, len(ids), len(ids), sequence, sampler, stops, text)
+        track = Track(index, buffer, len(ids), len(ids), sequence, sampler, stops, text)
         track.reused = sequence.rewind_to(ids) if opts.sequence is not None else 0
         return track
 

@@ -76,9 +76,10 @@ def as_batch(model: Model, ids: TokensLike, sequence: Sequence | Seq[Sequence] |
     if sequences is None:
         rows = [as_ids(model, prompt) for prompt in prompts]
         check_fits(max(len(row) for row in rows), model.context_length)
-        return Batch([Prompt(model.new_sequence(capacity=len(row)), row) for row in rows], own=True), many
+        sequences = [model.new_sequence(capacity=len(row)) for row in rows]
+        return Batch(list(map(Prompt, sequences, rows, range(len(rows)))), own=True), many
     rows = [as_ids(model, prompt, bos=s.length == 0) for prompt, s in zip(prompts, sequences, strict=True)]
-    return Batch([Prompt(s, row) for s, row in zip(sequences, rows, strict=True)], own=False), many
+    return Batch(list(map(Prompt, sequences, rows, range(len(rows)))), own=False), many
 
 
 def _given_sequences(

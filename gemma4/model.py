@@ -117,6 +117,16 @@ class Model:
         how = f"{self.engine.precision}, {self.engine.isa}"
         return f"<gemma4.Model {self.checkpoint.path.name}: {self.n_layers} layers, {how}>"
 
+    def close(self) -> None:
+        """Let go of the files; any later run raises StateError. Arrays handed out before stay valid."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def weight(self, name: str) -> F32:
         """A text-model tensor as float32 (a copy), without the checkpoint's prefix: "layers.0.mlp.up_proj.weight"."""
         return self._view(name).astype(np.float32)

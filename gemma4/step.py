@@ -30,6 +30,7 @@ class Prompt(NamedTuple):
 
     sequence: Sequence
     ids: I32  # int32 [T], T >= 1
+    number: int = 0  # in the user's batch, for hooks; some of its prompts may have finished
 
 
 class Output(NamedTuple):
@@ -59,7 +60,7 @@ def select_positions(spec: Positions, length: int, what: str = "pos") -> I32:
             raise ValueError(f'{what} must be "all", "last", positions or None, got {spec!r}')
         return np.arange(0 if spec == "all" else length - 1, length, dtype=np.int32)
     if isinstance(spec, slice):
-        return np.arange(length, dtype=np.int32)[spec]
+        return np.arange(*spec.indices(length), dtype=np.int32)
     wanted = np.atleast_1d(np.asarray(list(spec) if isinstance(spec, Iterable) else spec))
     if wanted.dtype.kind not in "iu" and wanted.size:
         raise TypeError(f"{what} must hold whole numbers, got {wanted.dtype}")
@@ -78,8 +79,8 @@ def _ascending(rows: I32) -> tuple[I32, NDArray[np.intp] | None]:
 class _Plan:
     """The engine's view of one prompt, and the arrays it will fill."""
 
-    def __init__(self, model: Model, index: int, prompt: Prompt, want: Want) -> None:
-        self.prompt, self.index = prompt, index
+    def __init__(self, model: Model, run_index: int, prompt: Prompt, want: Want) -> None:
+        self.prompt, self.run_index = prompt, run_index
         n_new = len(prompt.ids)
         self.before = prompt.sequence.length
         self.captures = want.capture is not None
@@ -101,18 +102,19 @@ class _Plan:
 
     def taps(self, model: Model, want: Want) -> list[Tap]:
         edits: list[Tap] = [
-            (site.id, site.layer or 0, self.index, make_edit(site, fns, self._point(site), model.nan_log), None)
+            (site.id, site.layer or 0, self.run_index, make_edit(site, fns, self._point(site), model.nan_log), None)
             for site, fns in want.hooks
         ]
         rows = self._row_map()
         copies: list[Tap] = [
-            (site.id, site.layer or 0, self.index, self.arrays[site.name], rows if "T" in site.dims else None)
+            (site.id, site.layer or 0, self.run_index, self.arrays[site.name], rows if "T" in site.dims else None)
             for site in want.capture or ()
         ]
         return edits + copies
 
     def _point(self, site: Site) -> HookPoint:
-        return HookPoint(site.name, site.layer, self.index, np.arange(self.before, self.before + len(self.prompt.ids)))
+        positions = np.arange(self.before, self.before + len(self.prompt.ids))
+        return HookPoint(site.name, site.layer, self.prompt.number, positions)
 
     def _row_map(self) -> I32 | None:
         if len(self.kept) == len(self.prompt.ids):
@@ -136,7 +138,7 @@ def run_step(model: Model, prompts: list[Prompt], want: Want) -> list[Output]:
     """
     _check_capacity(prompts)
     model.checkpoint.check()
-    plans = [_Plan(model, index, prompt, want) for index, prompt in enumerate(prompts)]
+    plans = [_Plan(model, run_index, prompt, want) for run_index, prompt in enumerate(prompts)]
     taps = [tap for plan in plans for tap in plan.taps(model, want)]
     stop = -1 if want.stop_at_layer is None else want.stop_at_layer
     try:
@@ -157,7 +159,7 @@ def _record(plans: list[_Plan]) -> None:
 
 
 def _check_capacity(prompts: list[Prompt]) -> None:
-    for sequence, ids in prompts:
+    for sequence, ids, _ in prompts:
         if not sequence.closed and sequence.length + len(ids) > sequence.capacity:
             raise CapacityError(
                 f"{len(ids)} new tokens after {sequence.length} in the cache make {sequence.length + len(ids)}; "

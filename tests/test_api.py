@@ -196,6 +196,14 @@ def test_outputs_outlive_the_model(random_dir, prompt):
     assert float(table.astype(np.float32).sum()) == total
 
 
+def test_closed_model(random_dir, prompt):
+    with gemma4.load(random_dir) as model:
+        logits = model.forward(prompt)
+    with pytest.raises(StateError, match="closed"):
+        model.forward(prompt)
+    assert np.isfinite(logits).all()
+
+
 def test_info(random_e, random_moe):
     text = str(random_e.info())
     for expected in (

@@ -116,6 +116,17 @@ def test_hooks_act_while_generating(random_e, prompt):
     assert stream.result.tokens.tolist() == [50, 50, 50]  # the hooks of where the stream was made
 
 
+def test_hooks_know_the_prompt_when_others_have_finished(random_e, prompt):
+    first = greedy_by_hand(random_e, prompt, 1)[0]
+    seen = []
+    hook = ("blocks.0.hook_resid_pre", lambda array, site: seen.append((site.sequence, site.start)))
+    other = prompt[:3]
+    assert greedy_by_hand(random_e, other, 1)[0] != first
+    options = {"max_tokens": 2, "temperature": 0, "stop_ids": [first], "hooks": [hook]}
+    random_e.generate([prompt, other], **options)
+    assert seen == [(0, 0), (1, 0), (1, 3)]
+
+
 def test_context_end_is_length(random_e):
     ids = np.full(250, 5, dtype=np.int32)
     out = random_e.generate(ids, max_tokens=100, temperature=0, stop_ids=())
