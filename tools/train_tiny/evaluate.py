@@ -147,13 +147,10 @@ def generators(tokenizer: Tokenizer) -> dict[str, Generator]:
 def held_out(skill: str, tokenizer: Tokenizer, count: int, seed: int = 1) -> list[Example]:
     """`count` distinct examples of a skill that training never saw (fewer if there are not so many)."""
     generator = generators(tokenizer)[skill]
-    named = generator.func if isinstance(generator, partial) else generator
-    draw = lambda rng: generator(rng)  # noqa: E731  a partial has no __name__
-    draw.__name__ = getattr(named, "__name__", skill)
     rng = random.Random(f"test/{seed}/{skill}")
     found: dict[str, Example] = {}
     for _ in range(count * 20):
-        example = sample(draw, rng, held_out=True)
+        example = sample(generator, rng, held_out=True)
         found.setdefault(example.key, example)
         if len(found) == count:
             break

@@ -44,4 +44,4 @@ def sample(generator: Generator, rng: random.Random, *, held_out: bool) -> Examp
         example = generator(rng)
         if is_held_out(example.skill, example.key) == held_out:
             return example
-    raise RuntimeError(f"{generator.__name__}: no {'held-out' if held_out else 'training'} example in 10000 draws")
+    raise RuntimeError(f"{generator}: no {'held-out' if held_out else 'training'} example in 10000 draws")
