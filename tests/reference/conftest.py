@@ -66,11 +66,11 @@ def reference(checkpoint: Callable[[str], Checkpoint]) -> Callable[[str, int], R
 
 @pytest.fixture(scope="session")
 def loaded(checkpoint: Callable[[str], Checkpoint]) -> Callable[..., gemma4.Model]:
-    """loaded(name, threads=2) -> our model of that variant, exact."""
+    """loaded(name, threads=1) -> our model of that variant, exact."""
     import gemma4
 
     @functools.cache
-    def get(name: str, threads: int = 2) -> gemma4.Model:
+    def get(name: str, threads: int = 1) -> gemma4.Model:
         return gemma4.load(checkpoint(name).directory, precision="exact", threads=threads)
 
     return get

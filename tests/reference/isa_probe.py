@@ -15,7 +15,7 @@ def main(ids: list[int], directories: list[str]) -> None:
     steps = _load_steps()
     found = {"isa": gemma4.cpu_info()["isa"]}
     for directory in directories:
-        model = gemma4.load(directory, precision="exact", threads=2)
+        model = gemma4.load(directory, precision="exact", threads=1)
         for kv_dtype in ("f32", "bf16"):
             account = steps.whole(model, np.array(ids, np.int32), kv_dtype=kv_dtype, max_chunk=17)
             found[f"{directory} {kv_dtype}"] = steps.digests([account])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -24,10 +23,12 @@ from .conftest import Checkpoint
 
 Load = Callable[..., gemma4.Model]
 N = 41  # several windows of every variant below
-NAMES = ["e2b", "e4b", "moe26b", "dense31b", "odd-e", "odd-moe", "everything", "window1", "e2b-bf16", "odd-moe-f16"]
+NAMES = ["e2b", "moe26b", "dense31b", "odd-e", "odd-moe-f16", "everything", "window1", "e2b-bf16"]
 KV = ["f32", "bf16"]
 EVERY = pytest.mark.parametrize("name", NAMES)
-EVERY_KV = pytest.mark.parametrize("kv_dtype", KV)
+EVERY_KV = pytest.mark.parametrize(
+    ("name", "kv_dtype"), [*((name, "f32") for name in NAMES), ("e2b", "bf16"), ("moe26b", "bf16"), ("odd-e", "bf16")]
+)
 
 
 def prompt(name: str, n: int = N, seed: int = 0) -> steps.Ids:
@@ -39,7 +40,6 @@ def assert_same(ours: steps.Account, expected: steps.Account) -> None:
     assert same_bits(ours.logits, expected.logits)
 
 
-@EVERY
 @EVERY_KV
 def test_any_chunking(name: str, kv_dtype: str, loaded: Load) -> None:
     model, ids = loaded(name), prompt(name)
@@ -55,7 +55,6 @@ def test_prompt_longer_than_the_default_chunk(loaded: Load) -> None:
     assert_same(steps.whole(model, ids, max_chunk=97), expected)
 
 
-@EVERY
 @EVERY_KV
 def test_token_by_token(name: str, kv_dtype: str, loaded: Load) -> None:
     model, ids = loaded(name), prompt(name)
@@ -76,19 +75,17 @@ def late_differences(
     return first_bit_differences(ours, {n: steps.in_window(model, n, a, first) for n, a in wanted.items()})
 
 
-@EVERY
 @EVERY_KV
 def test_batched_in_any_order(name: str, kv_dtype: str, loaded: Load) -> None:
     model = loaded(name)
-    prompts = [prompt(name, n, seed) for n, seed in ((N, 0), (1, 1), (9, 2))]
+    prompts = [prompt(name, n, seed) for seed, n in enumerate((N, 1, 9))]
     expected = [steps.whole(model, ids, kv_dtype=kv_dtype) for ids in prompts]
-    for order in itertools.permutations(range(3)):
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
         runs = [(model.engine.new_sequence(kv_dtype=kv_dtype), prompts[i]) for i in order]
         for i, account in zip(order, steps.run(model, runs, max_chunk=13), strict=True):
             assert_same(account, expected[i])
 
 
-@EVERY
 @EVERY_KV
 def test_prefill_and_decode_mixed(name: str, kv_dtype: str, loaded: Load) -> None:
     """In one step: one new prompt, one continued prompt, two sequences at their last token."""
@@ -107,7 +104,6 @@ def test_prefill_and_decode_mixed(name: str, kv_dtype: str, loaded: Load) -> Non
         assert late_differences(model, account, whole, cut, len(ids)) == []
 
 
-@EVERY
 @EVERY_KV
 def test_restored_forked_and_truncated(name: str, kv_dtype: str, loaded: Load, tmp_path: Path) -> None:
     model, ids, cut = loaded(name), prompt(name), N - 6
@@ -128,7 +124,6 @@ def test_restored_forked_and_truncated(name: str, kv_dtype: str, loaded: Load, t
     assert rest(first)
 
 
-@EVERY
 @EVERY_KV
 def test_truncate_and_redo(name: str, kv_dtype: str, loaded: Load) -> None:
     """Back by every amount that the sliding layers still allow, over other tokens, and redone."""
@@ -229,7 +224,7 @@ def test_forks_do_not_touch_each_other(name: str, loaded: Load) -> None:
 
 
 @EVERY
-@pytest.mark.parametrize("threads", [1, 3, 5])
+@pytest.mark.parametrize("threads", [2, 3, 5])
 def test_any_thread_count(name: str, threads: int, loaded: Load) -> None:
     ids = prompt(name)
     model = loaded(name, threads)
@@ -287,7 +282,6 @@ def test_edits_that_change_nothing(name: str, loaded: Load) -> None:
     assert same_bits(model.run_with_hooks(ids, [("*", lambda array, site: array.copy())]), expected.logits)
 
 
-@EVERY
 @EVERY_KV
 def test_logits_of_wanted_positions_only(name: str, kv_dtype: str, loaded: Load) -> None:
     """What nobody asks for is skipped, in the head and in layers that share keys; what is asked for is the same."""
