@@ -328,3 +328,31 @@ def test_what_the_cache_holds_does_not_depend_on_the_way_there(name: str, loaded
                 common = min(len(array), len(other))
                 assert common >= min(N, model.engine_config["layers"][layer]["window"] or N) - 1
                 assert same_bits(np.ascontiguousarray(array[-common:]), np.ascontiguousarray(other[-common:]))
+
+
+@pytest.mark.parametrize("name", ["moe26b", "dense31b", "window1"])
+def test_given_embeddings_are_the_tokens(name: str, loaded: Load) -> None:
+    """Soft tokens: a run of embeddings instead of ids, alone and after ids."""
+    model, ids = loaded(name), prompt(name)
+    expected = steps.whole(model, ids)
+    embeddings = expected.sites["hook_embed"]
+    for cut in (0, 17):
+        sequence = model.engine.new_sequence()
+        if cut:
+            model.engine.step([(sequence, ids[:cut], None, None, None)])
+        logits = np.zeros((N - cut, model.d_vocab), np.float32)
+        rows = np.arange(N - cut, dtype=np.int32)
+        model.engine.step([(sequence, None, embeddings[cut:], rows, logits)], max_chunk=7)
+        assert same_bits(logits, expected.logits[cut:])
+
+
+def test_a_context_of_many_blocks(loaded: Load) -> None:
+    """More keys than one attention task holds scores for: the last 100 positions at once, in pieces, one by one."""
+    n = 24_000
+    model, ids = loaded("far"), prompt("far", n)
+    together = model.forward(ids, logits=range(n - 100, n))
+    sequence = model.new_sequence()
+    model.forward(ids[:-100], sequence=sequence, logits=None)
+    for first, last in ((0, 60), (60, 99), (99, 100)):
+        logits = model.forward(ids[n - 100 + first : n - 100 + last], sequence=sequence)
+        assert same_bits(logits, together[first:last])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 import gemma4
 
@@ -51,6 +52,23 @@ def test_continues_a_cached_sequence_as_the_whole_prompt(name: str, reference: G
         assert kept[max(0, cut - window + 1) :].all()
         late[site] = np.where(kept[:, None, None], late[site], 0)
     assert first_failures(cache, late) == []
+
+
+@pytest.mark.parametrize("name", ["e2b-seed1", "dense31b"])
+def test_given_embeddings(name: str, reference: Get, loaded: Load) -> None:
+    """Soft tokens: their per-layer table row is the pad token's, the projection is of what is given."""
+    found, model, n = reference(name, 13), loaded(name), 13
+    text = text_model(found.checkpoint.model)
+    given = 2 * torch.from_numpy(found.sites["hook_embed"])[None]
+    options = {}
+    if text.hidden_size_per_layer_input:
+        options["per_layer_inputs"] = text.get_per_layer_inputs(torch.zeros(1, n, dtype=torch.long), None)
+    with torch.no_grad():
+        out = found.checkpoint.model(inputs_embeds=given, use_cache=False, output_attentions=True, **options)
+    logits = np.zeros((n, model.d_vocab), np.float32)
+    run = (model.engine.new_sequence(), None, given[0].numpy(), np.arange(n, dtype=np.int32), logits)
+    model.engine.step([run])
+    assert difference(logits, out.logits[0].numpy()) is None
 
 
 def _late(site: str, array: np.ndarray, cut: int, n: int) -> np.ndarray:

@@ -199,6 +199,17 @@ LONG_PROMPT = _text(
     sliding_window=64,
     layer_types=[S, F],
 )
+FAR = _text(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=16,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    global_head_dim=8,
+    max_position_embeddings=32_768,
+    layer_types=[S, F],
+)
 
 _FEW = (1, 2, 13, LONG)
 VARIANTS: list[Variant] = [
@@ -243,6 +254,7 @@ VARIANTS: list[Variant] = [
         LONG_PROMPT,
         lengths=(600,),
     ),
+    Variant("far", FAR, lengths=_FEW),  # a context that test_exactness fills
     Variant("e2b-bf16", E2B, dtype="bfloat16", multimodal=True, lengths=_FEW),
     Variant("moe26b-bf16", MOE, dtype="bfloat16", lengths=_FEW),
     Variant("e2b-f16", E2B, dtype="float16", lengths=_FEW),
