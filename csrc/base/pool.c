@@ -4,7 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -18,6 +18,11 @@ typedef struct {
     int worker;
 } member;
 
+/* The run in progress and the next task to take, in one word, so that a member that wakes late claims a task of the run
+ * that is on, or none: run (16 bits) · number of tasks (24) · next task (24). */
+enum { TASK_BITS = 24, MAX_TASKS = 1 << 23 };
+static const uint64_t TASK_MASK = ((uint64_t)1 << TASK_BITS) - 1;
+
 struct g4_pool {
     int n_threads;
     pid_t owner; /* the process that started the threads: a fork's child has none */
@@ -27,13 +32,12 @@ struct g4_pool {
     pthread_mutex_t lock;     /* guards sleeping and `stopping` */
     pthread_cond_t wake;
     bool stopping;
-    atomic_uint generation; /* a new value starts a run */
-    atomic_int n_busy;      /* members that have not finished this run */
+    atomic_uint generation; /* a new value wakes the members */
 
+    _Atomic(uint64_t) ticket;
+    atomic_int n_unfinished; /* tasks of this run; fn and context stay as they are until it is 0 */
     g4_task_fn fn;
     void *context;
-    int n_tasks;
-    atomic_int next_task;
     atomic_bool cancelled;
 };
 
@@ -60,14 +64,18 @@ static unsigned await_run(g4_pool *pool, unsigned seen)
     return generation;
 }
 
-static void work(g4_pool *pool, int worker)
+/* Claims a task and does it (or, in a cancelled run, drops it). False: none is left. The run waits for tasks, not for
+ * members: one that the system keeps off its CPU holds nobody up. */
+static bool do_task(g4_pool *pool, int worker)
 {
-    while (!atomic_load_explicit(&pool->cancelled, memory_order_relaxed)) {
-        int task = atomic_fetch_add_explicit(&pool->next_task, 1, memory_order_relaxed);
-        if (task >= pool->n_tasks)
-            return;
+    uint64_t ticket = atomic_fetch_add_explicit(&pool->ticket, 1, memory_order_acquire);
+    int task = (int)(ticket & TASK_MASK), n_tasks = (int)((ticket >> TASK_BITS) & TASK_MASK);
+    if (task >= n_tasks)
+        return false;
+    if (!atomic_load_explicit(&pool->cancelled, memory_order_relaxed))
         pool->fn(pool->context, task, worker);
-    }
+    atomic_fetch_sub_explicit(&pool->n_unfinished, 1, memory_order_release);
+    return true;
 }
 
 static void *member_main(void *argument)
@@ -79,8 +87,8 @@ static void *member_main(void *argument)
         seen = await_run(pool, seen);
         if (pool->stopping)
             return NULL;
-        work(pool, self->worker);
-        atomic_fetch_sub_explicit(&pool->n_busy, 1, memory_order_release);
+        while (do_task(pool, self->worker))
+            continue;
     }
 }
 
@@ -99,7 +107,8 @@ static void start_threads(g4_pool *pool)
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->wake, NULL);
     atomic_init(&pool->generation, 0);
-    atomic_init(&pool->n_busy, 0);
+    atomic_init(&pool->ticket, 0);
+    atomic_init(&pool->n_unfinished, 0);
     pool->stopping = false;
     pool->owner = getpid();
     for (int i = 1; i < pool->n_threads; i++) {
@@ -145,50 +154,52 @@ int g4_pool_size(const g4_pool *pool)
     return pool->n_threads;
 }
 
-/* The caller's share of the work, asking after each task whether to go on. */
-static void work_and_poll(g4_pool *pool, g4_poll_fn poll, void *poll_context)
+static void await_tasks(g4_pool *pool)
 {
-    while (!atomic_load_explicit(&pool->cancelled, memory_order_relaxed)) {
-        int task = atomic_fetch_add_explicit(&pool->next_task, 1, memory_order_relaxed);
-        if (task >= pool->n_tasks)
-            return;
-        pool->fn(pool->context, task, 0);
-        if (poll && poll(poll_context))
-            atomic_store_explicit(&pool->cancelled, true, memory_order_relaxed);
-    }
-}
-
-static void await_members(g4_pool *pool)
-{
-    for (int spins = 0; atomic_load_explicit(&pool->n_busy, memory_order_acquire) > 0; spins++) {
-        if (spins < 1 << 16)
+    for (int spins = 0; atomic_load_explicit(&pool->n_unfinished, memory_order_acquire) > 0; spins++) {
+        if (spins < 1 << 14)
             pause_cpu();
         else
             sched_yield();
     }
 }
 
-g4_status g4_pool_run(g4_pool *pool, int n_tasks, g4_task_fn fn, void *context, g4_poll_fn poll, void *poll_context)
+static g4_status run_locked(g4_pool *pool, int n_tasks, g4_task_fn fn, void *context, g4_poll_fn poll, void *poll_context)
 {
-    if (n_tasks <= 0)
-        return G4_OK;
-    if (pool->owner != getpid())
-        start_threads(pool);
-    pthread_mutex_lock(&pool->run_lock);
     pool->fn = fn;
     pool->context = context;
-    pool->n_tasks = n_tasks;
-    atomic_store_explicit(&pool->next_task, 0, memory_order_relaxed);
     atomic_store_explicit(&pool->cancelled, false, memory_order_relaxed);
-    bool alone = n_tasks == 1 || pool->n_threads == 1;
-    if (!alone) {
-        atomic_store_explicit(&pool->n_busy, pool->n_threads - 1, memory_order_relaxed);
-        announce(pool);
+    atomic_store_explicit(&pool->n_unfinished, n_tasks, memory_order_relaxed);
+    uint64_t run = (atomic_load_explicit(&pool->ticket, memory_order_relaxed) >> 2 * TASK_BITS) + 1;
+    atomic_store_explicit(&pool->ticket, run << 2 * TASK_BITS | (uint64_t)n_tasks << TASK_BITS, memory_order_release);
+    announce(pool);
+    while (do_task(pool, 0))
+        if (poll && poll(poll_context))
+            atomic_store_explicit(&pool->cancelled, true, memory_order_relaxed);
+    await_tasks(pool);
+    return atomic_load_explicit(&pool->cancelled, memory_order_relaxed) ? G4_ECANCELLED : G4_OK;
+}
+
+/* Without the other threads: for one task, or for tasks too small to wake anybody. */
+static g4_status run_alone(int n_tasks, g4_task_fn fn, void *context, g4_poll_fn poll, void *poll_context)
+{
+    for (int task = 0; task < n_tasks; task++) {
+        fn(context, task, 0);
+        if (poll && poll(poll_context))
+            return G4_ECANCELLED;
     }
-    work_and_poll(pool, poll, poll_context);
-    if (!alone)
-        await_members(pool);
-    bool cancelled = atomic_load_explicit(&pool->cancelled, memory_order_relaxed);
+    return G4_OK;
+}
+
+g4_status g4_pool_run(g4_pool *pool, int n_tasks, bool small, g4_task_fn fn, void *context, g4_poll_fn poll,
+                      void *poll_context)
+{
+    if (pool->owner != getpid())
+        start_threads(pool);
+    if (small || n_tasks <= 1 || n_tasks > MAX_TASKS || pool->n_threads == 1)
+        return run_alone(n_tasks, fn, context, poll, poll_context);
+    pthread_mutex_lock(&pool->run_lock);
+    g4_status status = run_locked(pool, n_tasks, fn, context, poll, poll_context);
     pthread_mutex_unlock(&pool->run_lock);
-    return cancelled ? G4_ECANCELLED : G4_OK;
+    return status;
 }

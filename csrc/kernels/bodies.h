@@ -7,7 +7,7 @@
 
 #include "kernels/kernels.h"
 
-enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, NEAR_ROWS = 8, FEW_ROWS = 4, PREFETCH_BYTES = 512 };
+enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES = 512 };
 
 #define x16_load_f32 x16_load
 #define ITSELF(x) (x)

@@ -4,8 +4,8 @@
  *   weight        the element type
  *   WEIGHT_TO_F32 its scalar conversion
  *
- * matmul reads the file's own row-major rows: no second copy of the weights is kept. A block of 32 weight rows x 512
- * inputs is widened into 64 KB of scratch once for up to 72 rows of x, and the tiles of body_tile.h run over it.
+ * matmul reads the file's own row-major rows: no second copy of the weights is kept. 32 weight rows x 512 inputs at a
+ * time are widened into 64 KB of scratch for up to 72 rows of x, and the tiles of body_tile.h run over that.
  */
 #define CONCAT_(a, b) a##b
 #define CONCAT(a, b) CONCAT_(a, b)
@@ -56,14 +56,15 @@ static void NAME(matmul_few_)(const float *x, size_t x_stride, int m, const weig
                             out + (size_t)i * out_stride + j);
 }
 
-static void NAME(add_tail_)(const float *x, size_t x_stride, int m, const weight *w, size_t w_stride, int n, int rest,
-                            float *acc)
+static void NAME(pack_weights_)(const weight *w, size_t w_stride, int n, int k, float *packed)
 {
-    for (int j = 0; j < n; j++) {
-        f32x16 ws = NAME(load_some_)(w + (size_t)j * w_stride, rest);
-        for (int i = 0; i < m; i++) {
-            float *sum = acc + (i * BLOCK_N + j) * 16;
-            x16_store(sum, x16_fma(x16_load_some(x + (size_t)i * x_stride, rest), ws, x16_load(sum)));
+    const int n_blocks = (k + 15) / 16, n_whole = k / 16;
+    const size_t half_stride = HALF_STRIDE(TILE_N, n_blocks);
+    for (int j = 0; j < (n + TILE_N - 1) / TILE_N * TILE_N; j++) {
+        const weight *row = w + (size_t)(j < n ? j : 0) * w_stride; /* rows that fill up a tile: any, nobody reads them */
+        for (int b = 0; b < n_blocks; b++) {
+            f32x16 block = b < n_whole ? CONCAT(x16_load_, WEIGHT)(row + b * 16) : NAME(load_some_)(row + b * 16, k - b * 16);
+            x16_store_halves(PACKED(packed, TILE_N, n_blocks, j, b), half_stride, block);
         }
     }
 }
@@ -72,26 +73,21 @@ static void NAME(matmul_)(const float *x, size_t x_stride, int m, const void *we
                           float *out, size_t out_stride)
 {
     const weight *w = weights;
-    const int k16 = k / 16 * 16;
-    if (m <= FEW_ROWS || k16 == 0) {
+    if (m <= FEW_ROWS) {
         NAME(matmul_few_)(x, x_stride, m, w, w_stride, n, k, out, out_stride);
         return;
     }
-    _Alignas(64) float acc[BLOCK_M * BLOCK_N * 16], panel[BLOCK_N * BLOCK_K];
+    _Alignas(64) float acc[BLOCK_M * BLOCK_N * 16], x_tiles[BLOCK_M * BLOCK_K], w_tiles[BLOCK_N * BLOCK_K];
     for (int j = 0; j < n; j += BLOCK_N) {
         const int block_n = n - j < BLOCK_N ? n - j : BLOCK_N;
-        const weight *wj = w + (size_t)j * w_stride;
         for (int i = 0; i < m; i += BLOCK_M) {
             const int block_m = m - i < BLOCK_M ? m - i : BLOCK_M;
-            const float *xi = x + (size_t)i * x_stride;
-            for (int l = 0; l < k16; l += BLOCK_K) {
-                const int length = k16 - l < BLOCK_K ? k16 - l : BLOCK_K;
-                for (int r = 0; r < block_n; r++)
-                    NAME(widen_)(panel + r * BLOCK_K, wj + (size_t)r * w_stride + l, length);
-                tile_block(xi + l, x_stride, block_m, panel, block_n, length, acc, l == 0);
+            for (int l = 0; l < k; l += BLOCK_K) {
+                const int length = k - l < BLOCK_K ? k - l : BLOCK_K;
+                pack_x(x + (size_t)i * x_stride + l, x_stride, block_m, length, x_tiles);
+                NAME(pack_weights_)(w + (size_t)j * w_stride + l, w_stride, block_n, length, w_tiles);
+                tile_block(x_tiles, block_m, w_tiles, block_n, (length + 15) / 16, acc, l == 0);
             }
-            if (k16 < k)
-                NAME(add_tail_)(xi + k16, x_stride, block_m, wj + k16, w_stride, block_n, k - k16, acc);
             sum_block(acc, block_m, block_n, out + (size_t)i * out_stride + j, out_stride);
         }
     }

@@ -1,71 +1,82 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The tile that prefill spends its time in: TILE_M x TILE_N dot products in registers, all operands float32.
  *
- * Each dot product has 16 lanes; where a register holds 8, a tile runs over the lower halves of the blocks of 16 inputs
- * and then over the upper ones: the same 16 lanes, a full-size tile. Between blocks of 512 inputs the lanes wait in
- * memory, so blocking never changes the order of additions.
+ * A dot product has 16 lanes. Where a register holds 8, a tile runs over the lower halves of the blocks of 16 inputs and
+ * then over the upper ones: the same 16 lanes, a full-size tile. Between chunks of 512 inputs the lanes wait in memory,
+ * so blocking never changes the order of additions.
  *
- * Sizes: 8 weight rows x 512 inputs x 4 bytes = 16 KB stay in the first-level cache while rows of x (3 x 2 KB) pass by;
- * 72 x 32 accumulators of 64 bytes (147 KB) and the widened panel (64 KB) stay in the second.
+ * Both operands are first copied into the order in which the tile reads them: rows of x often lie a multiple of 4 KB
+ * apart (24 KB at F = 6144), where they would evict each other from the caches' few ways. The copies cost 3 % each.
+ * Sizes: 72 rows of x (147 KB), 32 of w (64 KB) and their accumulators (147 KB) stay in the second-level cache.
  */
+enum { N_HALVES = 16 / VEC_LANES, TILE_LANES = TILE_M * TILE_N * 16 };
 
-/* acc[i][j] (16 lanes at acc + (i * BLOCK_N + j) * 16) += x_i * w_j over n inputs, n a multiple of 16. */
-static inline __attribute__((always_inline)) void tile(const int tile_m, const int tile_n, const float *x, size_t x_stride,
-                                                       const float *w, int n, float *acc, bool first)
+/* sum[half][i][j] += x_i * w_j over n_blocks of 16 inputs. x [half][block][TILE_M][VEC_LANES], w likewise with TILE_N. */
+static void tile(const float *x, const float *w, int n_blocks, float *acc, bool first)
 {
-    for (int half = 0; half < 16; half += VEC_LANES) {
+    for (int half = 0; half < N_HALVES; half++) {
         vec sum[TILE_M][TILE_N], xs[TILE_M];
-        for (int i = 0; i < tile_m; i++)
-            for (int j = 0; j < tile_n; j++)
-                sum[i][j] = first ? vec_zero() : vec_load(acc + (i * BLOCK_N + j) * 16 + half);
-        for (int l = half; l < n; l += 16) {
-            for (int i = 0; i < tile_m; i++)
-                xs[i] = vec_load(x + (size_t)i * x_stride + l);
-            for (int j = 0; j < tile_n; j++) {
-                vec ws = vec_load(w + j * BLOCK_K + l);
-                for (int i = 0; i < tile_m; i++)
+        for (int i = 0; i < TILE_M; i++)
+            for (int j = 0; j < TILE_N; j++)
+                sum[i][j] = first ? vec_zero() : vec_load(acc + (i * TILE_N + j) * VEC_LANES);
+        for (int b = 0; b < n_blocks; b++) {
+            for (int i = 0; i < TILE_M; i++)
+                xs[i] = vec_load(x + i * VEC_LANES);
+            for (int j = 0; j < TILE_N; j++) {
+                vec ws = vec_load(w + j * VEC_LANES);
+                for (int i = 0; i < TILE_M; i++)
                     sum[i][j] = vec_fma(xs[i], ws, sum[i][j]);
             }
+            x += TILE_M * VEC_LANES;
+            w += TILE_N * VEC_LANES;
         }
-        for (int i = 0; i < tile_m; i++)
-            for (int j = 0; j < tile_n; j++)
-                vec_store(acc + (i * BLOCK_N + j) * 16 + half, sum[i][j]);
+        for (int i = 0; i < TILE_M; i++)
+            for (int j = 0; j < TILE_N; j++)
+                vec_store(acc + (i * TILE_N + j) * VEC_LANES, sum[i][j]);
+        acc += TILE_M * TILE_N * VEC_LANES;
     }
 }
 
-/* n weight rows for tile_m rows of x. */
-static inline __attribute__((always_inline)) void tile_row(const int tile_m, const float *x, size_t x_stride, const float *w,
-                                                           int n, int length, float *acc, bool first)
-{
-    int j = 0;
-    for (; j + TILE_N <= n; j += TILE_N)
-        tile(tile_m, TILE_N, x, x_stride, w + j * BLOCK_K, length, acc + j * 16, first);
-    for (; j < n; j++)
-        tile(tile_m, 1, x, x_stride, w + j * BLOCK_K, length, acc + j * 16, first);
-}
+/* Where block b of row r goes in a packed tile of tile_rows rows; its upper half lies half_stride further. */
+#define PACKED(tiles, tile_rows, n_blocks, r, b)                                                       \
+    ((tiles) + (size_t)((r) / (tile_rows)) * (size_t)((tile_rows) * (n_blocks) * 16) +                 \
+     (size_t)((b) * (tile_rows) + (r) % (tile_rows)) * VEC_LANES)
+#define HALF_STRIDE(tile_rows, n_blocks) ((size_t)((n_blocks) * (tile_rows)) * VEC_LANES)
 
-static void tile_block(const float *x, size_t x_stride, int m, const float *panel, int n, int length, float *acc, bool first)
+/* Rows of x, k inputs of each, the last block padded with zeros; rows that fill up the last tile are zero. */
+static void pack_x(const float *x, size_t x_stride, int m, int k, float *packed)
 {
-    for (int j = 0; j < n; j += NEAR_ROWS) {
-        const int near_n = n - j < NEAR_ROWS ? n - j : NEAR_ROWS;
-        const float *w = panel + j * BLOCK_K;
-        float *acc_j = acc + j * 16;
-        int i = 0;
-        for (; i + TILE_M <= m; i += TILE_M)
-            tile_row(TILE_M, x + (size_t)i * x_stride, x_stride, w, near_n, length, acc_j + i * BLOCK_N * 16, first);
-        for (; i < m; i++)
-            tile_row(1, x + (size_t)i * x_stride, x_stride, w, near_n, length, acc_j + i * BLOCK_N * 16, first);
+    const int n_blocks = (k + 15) / 16, n_whole = k / 16;
+    const size_t half_stride = HALF_STRIDE(TILE_M, n_blocks);
+    for (int i = 0; i < (m + TILE_M - 1) / TILE_M * TILE_M; i++) {
+        const float *row = x + (size_t)i * x_stride;
+        for (int b = 0; b < n_blocks; b++) {
+            f32x16 block = i >= m       ? x16_set1(0)
+                           : b < n_whole ? x16_load(row + b * 16)
+                                         : x16_load_some(row + b * 16, k - b * 16);
+            x16_store_halves(PACKED(packed, TILE_M, n_blocks, i, b), half_stride, block);
+        }
     }
 }
 
+static void tile_block(const float *x, int m, const float *w, int n, int n_blocks, float *acc, bool first)
+{
+    const size_t x_tile = (size_t)(TILE_M * n_blocks * 16), w_tile = (size_t)(TILE_N * n_blocks * 16);
+    for (int j = 0; j < (n + TILE_N - 1) / TILE_N; j++)
+        for (int i = 0; i < (m + TILE_M - 1) / TILE_M; i++)
+            tile(x + (size_t)i * x_tile, w + (size_t)j * w_tile, n_blocks,
+                 acc + (j * (BLOCK_M / TILE_M) + i) * TILE_LANES, first);
+}
+
+/* The sums of all lanes into out [m, n]. */
 static void sum_block(const float *acc, int m, int n, float *out, size_t out_stride)
 {
-    for (int i = 0; i < m; i++) {
-        const float *lanes = acc + i * BLOCK_N * 16;
-        int j = 0;
-        for (; j + 4 <= n; j += 4)
-            x16_sum4(lanes + j * 16, out + (size_t)i * out_stride + j);
-        for (; j < n; j++)
-            out[(size_t)i * out_stride + (size_t)j] = x16_sum(x16_load(lanes + j * 16));
-    }
+    _Static_assert(TILE_N == 4, "x16_sum4 takes a tile's row");
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j += TILE_N) {
+            const float *lanes = acc + ((j / TILE_N) * (BLOCK_M / TILE_M) + i / TILE_M) * TILE_LANES;
+            float sums[TILE_N];
+            x16_sum4(lanes + i % TILE_M * TILE_N * VEC_LANES, TILE_M * TILE_N * VEC_LANES, sums);
+            memcpy(out + (size_t)i * out_stride + j, sums, (size_t)(n - j < TILE_N ? n - j : TILE_N) * sizeof *sums);
+        }
 }

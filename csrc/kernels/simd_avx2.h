@@ -92,9 +92,9 @@ static inline float x16_sum(f32x16 a)
     return _mm_cvtss_f32(_mm_add_ss(by_2, _mm_movehdup_ps(by_2)));
 }
 
-static inline __m128 sum_by_4(const float *lanes)
+static inline __m128 sum_by_4(const float *lower, const float *upper)
 {
-    __m256 by_8 = _mm256_add_ps(_mm256_loadu_ps(lanes), _mm256_loadu_ps(lanes + 8));
+    __m256 by_8 = _mm256_add_ps(_mm256_loadu_ps(lower), _mm256_loadu_ps(upper));
     return _mm_add_ps(_mm256_castps256_ps128(by_8), _mm256_extractf128_ps(by_8, 1));
 }
 
@@ -104,12 +104,18 @@ static inline __m128 sum_by_2(__m128 a, __m128 b)
     return _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
 }
 
-/* Four sums of 16 lanes, sharing the last two halvings. */
-static inline void x16_sum4(const float *lanes, float *out)
+static inline void x16_sum4(const float *lanes, size_t half_stride, float *out)
 {
-    __m128 ab = sum_by_2(sum_by_4(lanes), sum_by_4(lanes + 16));
-    __m128 cd = sum_by_2(sum_by_4(lanes + 32), sum_by_4(lanes + 48));
+    const float *upper = lanes + half_stride;
+    __m128 ab = sum_by_2(sum_by_4(lanes, upper), sum_by_4(lanes + 8, upper + 8));
+    __m128 cd = sum_by_2(sum_by_4(lanes + 16, upper + 16), sum_by_4(lanes + 24, upper + 24));
     _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+}
+
+static inline void x16_store_halves(float *p, size_t half_stride, f32x16 a)
+{
+    _mm256_storeu_ps(p, a.lo);
+    _mm256_storeu_ps(p + half_stride, a.hi);
 }
 
 /* bits + 0x7fff + (bit 16 of bits), upper half; a NaN keeps its upper half with the quiet bit set. */

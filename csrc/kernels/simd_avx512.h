@@ -85,12 +85,18 @@ static inline __m128 sum_by_2(__m128 a, __m128 b)
     return _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
 }
 
-/* Four sums of 16 lanes, sharing the last two halvings. */
-static inline void x16_sum4(const float *lanes, float *out)
+static inline void x16_sum4(const float *lanes, size_t half_stride, float *out)
 {
     __m128 ab = sum_by_2(sum_by_4(lanes), sum_by_4(lanes + 16));
     __m128 cd = sum_by_2(sum_by_4(lanes + 32), sum_by_4(lanes + 48));
+    (void)half_stride;
     _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+}
+
+static inline void x16_store_halves(float *p, size_t half_stride, f32x16 a)
+{
+    (void)half_stride;
+    _mm512_storeu_ps(p, a);
 }
 
 static inline vec vec_zero(void) { return _mm512_setzero_ps(); }

@@ -74,11 +74,19 @@ static inline float x16_sum(f32x16 a)
     return a.lane[0];
 }
 
-/* Four such sums, of 16 lanes each. */
-static inline void x16_sum4(const float *lanes, float *out)
+/* Four such sums, of a tile's row: 4 vectors of VEC_LANES, their upper lanes half_stride further. */
+static inline void x16_sum4(const float *lanes, size_t half_stride, float *out)
 {
+    (void)half_stride;
     for (int i = 0; i < 4; i++)
         out[i] = x16_sum(x16_load(lanes + i * 16));
+}
+
+/* Lanes 0..VEC_LANES-1 at p, the upper ones half_stride further. */
+static inline void x16_store_halves(float *p, size_t half_stride, f32x16 a)
+{
+    (void)half_stride;
+    x16_store(p, a);
 }
 
 static inline vec vec_zero(void) { return x16_set1(0); }

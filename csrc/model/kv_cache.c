@@ -19,11 +19,6 @@ static size_t slot_bytes(const g4_sequence *seq, int layer)
     return slot_elements(&seq->model->config, layer) * g4_dtype_size(seq->dtype);
 }
 
-static int first_stored(const g4_sequence *seq, const g4_kv_layer *kv)
-{
-    return seq->length > kv->n_slots ? seq->length - kv->n_slots : 0;
-}
-
 /* Slots a layer needs before n_rows more rows are written. A sliding layer also keeps one window of slack, so that a
  * sequence can be cut back by that much and go on. */
 static int slots_needed(const g4_sequence *seq, int layer, int n_rows)
@@ -52,10 +47,8 @@ static int grown_slots(const g4_sequence *seq, int layer, int current, int neede
 static void copy_slots(const g4_sequence *seq, const g4_kv_layer *from, g4_kv_layer *to, int layer)
 {
     size_t n_bytes = slot_bytes(seq, layer);
-    int first = first_stored(seq, from);
-    if (first < first_stored(seq, to))
-        first = first_stored(seq, to);
-    for (int p = first; p < seq->length; p++) {
+    to->first = from->first > seq->length - to->n_slots ? from->first : seq->length - to->n_slots;
+    for (int p = to->first; p < seq->length; p++) {
         size_t source = (size_t)(p % from->n_slots) * n_bytes, target = (size_t)(p % to->n_slots) * n_bytes;
         memcpy((char *)g4_buffer_data(to->k) + target, (const char *)g4_buffer_data(from->k) + source, n_bytes);
         memcpy((char *)g4_buffer_data(to->v) + target, (const char *)g4_buffer_data(from->v) + source, n_bytes);
@@ -114,8 +107,10 @@ g4_status g4_kv_reserve(g4_sequence *seq, int n_rows, g4_error *err)
 
 void g4_kv_store(g4_sequence *seq, const g4_kernels *kernels, int layer, int position, const float *k, const float *v)
 {
-    const g4_kv_layer *kv = &seq->layers[layer];
+    g4_kv_layer *kv = &seq->layers[layer];
     size_t n = slot_elements(&seq->model->config, layer);
+    if (kv->first < position + 1 - kv->n_slots)
+        kv->first = position + 1 - kv->n_slots;
     size_t offset = (size_t)(position % kv->n_slots) * n * g4_dtype_size(seq->dtype);
     char *k_slot = (char *)g4_buffer_data(kv->k) + offset, *v_slot = (char *)g4_buffer_data(kv->v) + offset;
     if (seq->dtype == G4_BF16) {
@@ -134,7 +129,8 @@ g4_kv_view g4_kv_view_of(const g4_sequence *seq, int layer)
                         .v = g4_buffer_data(kv->v),
                         .dtype = seq->dtype,
                         .stride = slot_elements(&seq->model->config, layer),
-                        .n_slots = kv->n_slots};
+                        .n_slots = kv->n_slots,
+                        .first = kv->first};
 }
 
 /* ---- sequences -------------------------------------------------------------------------------------------------- */
@@ -211,9 +207,9 @@ int g4_sequence_min_truncate(const g4_sequence *seq)
     int least = 0;
     for (int layer = 0; layer < config->n_layers; layer++) {
         const g4_kv_layer *kv = &seq->layers[layer];
-        if (!kv->k || first_stored(seq, kv) == 0)
+        if (kv->first == 0)
             continue;
-        int length = first_stored(seq, kv) + config->layers[layer].window - 1;
+        int length = kv->first + config->layers[layer].window - 1;
         least = length > least ? length : least;
     }
     return least;
@@ -234,6 +230,8 @@ static g4_status truncate(g4_sequence *seq, int length, g4_error *err)
                        "and %d to %d. Fork the sequence before the point to come back to",
                        length, g4_sequence_min_truncate(seq), seq->length);
     seq->length = length;
+    for (int layer = 0; length == 0 && layer < seq->model->config.n_layers; layer++)
+        seq->layers[layer].first = 0;
     return G4_OK;
 }
 
@@ -255,7 +253,7 @@ g4_status g4_sequence_fork(g4_sequence *seq, g4_sequence **fork, g4_error *err)
         (*fork)->length = seq->length;
         for (int layer = 0; layer < seq->model->config.n_layers; layer++) {
             const g4_kv_layer *kv = &seq->layers[layer];
-            (*fork)->layers[layer] = (g4_kv_layer){g4_buffer_ref(kv->k), g4_buffer_ref(kv->v), kv->n_slots};
+            (*fork)->layers[layer] = (g4_kv_layer){g4_buffer_ref(kv->k), g4_buffer_ref(kv->v), kv->n_slots, kv->first};
         }
     }
     g4_sequence_release(seq);
@@ -264,16 +262,15 @@ g4_status g4_sequence_fork(g4_sequence *seq, g4_sequence **fork, g4_error *err)
 
 int g4_sequence_first_cached(const g4_sequence *seq, int layer)
 {
-    return first_stored(seq, &seq->layers[layer]);
+    return seq->layers[layer].first;
 }
 
 void g4_sequence_export(const g4_sequence *seq, int layer, void *k, void *v)
 {
     const g4_kv_layer *kv = &seq->layers[layer];
     size_t n_bytes = slot_bytes(seq, layer);
-    int first = first_stored(seq, kv);
-    for (int p = first; p < seq->length; p++) {
-        size_t source = (size_t)(p % kv->n_slots) * n_bytes, target = (size_t)(p - first) * n_bytes;
+    for (int p = kv->first; p < seq->length; p++) {
+        size_t source = (size_t)(p % kv->n_slots) * n_bytes, target = (size_t)(p - kv->first) * n_bytes;
         memcpy((char *)k + target, (const char *)g4_buffer_data(kv->k) + source, n_bytes);
         memcpy((char *)v + target, (const char *)g4_buffer_data(kv->v) + source, n_bytes);
     }
@@ -292,6 +289,7 @@ g4_status g4_sequence_import(g4_sequence *seq, int layer, int first, int length,
     int n_slots = length - first < MIN_SLOTS ? MIN_SLOTS : length - first;
     G4_TRY(replace_layer(seq, layer, n_slots, err));
     size_t n_bytes = slot_bytes(seq, layer);
+    seq->layers[layer].first = first;
     for (int p = first; p < length; p++) {
         size_t source = (size_t)(p - first) * n_bytes, target = (size_t)(p % n_slots) * n_bytes;
         memcpy((char *)g4_buffer_data(seq->layers[layer].k) + target, (const char *)k + source, n_bytes);

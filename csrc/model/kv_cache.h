@@ -5,8 +5,8 @@
  * sequence. A sliding layer is a ring that holds the window of the oldest query still to come plus the rows of one step,
  * so a step may write all its rows before it attends. Position p of either lies in slot p % n_slots.
  *
- * Invariants: every position in [max(0, length - n_slots), length) is stored; a buffer shared with a fork is never
- * written (copy-on-write).
+ * Invariants: every position in [first, length) is stored, and in a sliding layer first <= length - (window - 1) or 0;
+ * a buffer shared with a fork is never written (copy-on-write).
  */
 #ifndef GEMMA4_MODEL_KV_CACHE_H
 #define GEMMA4_MODEL_KV_CACHE_H
@@ -21,6 +21,7 @@
 typedef struct {
     g4_buffer *k, *v; /* [n_slots, K, h]; NULL while empty, and in layers that share */
     int n_slots;
+    int first; /* positions before it were overwritten, be it by steps that were cut back or cancelled since */
 } g4_kv_layer;
 
 struct g4_sequence {

@@ -64,7 +64,7 @@ static g4_status unroll_cache(g4_forward *f, int layer, const g4_attention *run,
     for (int p = 0; p < run->n_keys; p++) {
         float *row = *out + (size_t)p * width;
         const char *slot = (const char *)cached + (size_t)(p % run->kv.n_slots) * run->kv.stride * element;
-        if (p < run->n_keys - run->kv.n_slots)
+        if (p < run->kv.first)
             memset(row, 0, width * sizeof *row);
         else
             g4_widen_for(f->exec.kernels, run->kv.dtype)(row, slot, (int)width);
@@ -82,7 +82,7 @@ static g4_status tap_keys_used(g4_forward *f, int layer, const g4_segment *segme
     G4_TRY(unroll_cache(f, layer, run, run->kv.v, &v));
     G4_TRY(g4_tap_keys(f, G4_SITE_K_USED, layer, segment, k, run->n_keys));
     G4_TRY(g4_tap_keys(f, G4_SITE_V_USED, layer, segment, v, run->n_keys));
-    run->kv = (g4_kv_view){k, v, G4_F32, kv_width(f, layer), run->n_keys};
+    run->kv = (g4_kv_view){k, v, G4_F32, kv_width(f, layer), run->n_keys, run->kv.first};
     return G4_OK;
 }
 

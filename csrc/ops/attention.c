@@ -144,12 +144,14 @@ g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
     attend_task t = {.exec = exec, .runs = runs, .n_runs = n_runs};
     plan *plans;
     int n_tasks = 0;
+    double work = 0;
     G4_ALLOC(exec, plans, (size_t)n_runs);
     for (int r = 0; r < n_runs; r++) {
         plan *p = &plans[r];
         *p = make_plan(&runs[r], g4_pool_size(exec->pool));
         p->first_task = n_tasks;
         n_tasks += p->n_blocks * p->n_head_groups;
+        work += 2.0 * runs[r].n_rows * runs[r].n_heads * runs[r].head_dim * p->max_span;
         size_t n_scores = (size_t)p->queries * (size_t)p->heads * (size_t)p->max_span;
         size_t n_queries = (size_t)p->queries * (size_t)p->heads * (size_t)runs[r].head_dim;
         t.max_scores = n_scores > t.max_scores ? n_scores : t.max_scores;
@@ -158,7 +160,7 @@ g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
     t.plans = plans;
     t.scratch_stride = (t.max_scores + t.max_queries + 15) / 16 * 16;
     G4_ALLOC(exec, t.scratch, (size_t)g4_pool_size(exec->pool) * t.scratch_stride);
-    g4_status status = g4_exec_run(exec, n_tasks, run_attend_task, &t);
+    g4_status status = g4_exec_run(exec, n_tasks, work, run_attend_task, &t);
     g4_arena_restore(exec->arena, mark);
     return status;
 }
@@ -201,7 +203,7 @@ static void score_rows(const g4_exec *exec, void *context, int first, int end)
 g4_status g4_attention_scores(g4_exec *exec, const g4_attention *run, float *scores)
 {
     steps s = {.a = run, .array = scores};
-    return g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * 64, score_rows, &s);
+    return g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * (size_t)run->head_dim / 8, score_rows, &s);
 }
 
 /* The shortest range of a row outside which every value is `blank`; the whole row if it is all blank. */
@@ -253,7 +255,7 @@ static void mix_rows(const g4_exec *exec, void *context, int first, int end)
                 memset(z, 0, (size_t)a->head_dim * sizeof *z);
                 continue;
             }
-            if (from < a->n_keys - a->kv.n_slots)
+            if (from < a->kv.first)
                 atomic_store(&s->forgotten, from);
             else
                 mix_values(exec->kernels, a, h / (a->n_heads / a->n_kv_heads), row + from, 0, 1, from, to, z);
@@ -265,12 +267,12 @@ g4_status g4_attention_mix(g4_exec *exec, const g4_attention *run, const float *
 {
     steps s = {.a = run, .array = (float *)pattern};
     atomic_init(&s.forgotten, -1);
-    G4_TRY(g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * 64, mix_rows, &s));
+    G4_TRY(g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * (size_t)run->head_dim / 8, mix_rows, &s));
     int position = atomic_load(&s.forgotten);
     if (position >= 0)
         return g4_fail(exec->err, G4_EVALUE,
                        "an edit gives attention weight to position %d, but this sliding layer's cache holds positions "
                        "%d to %d only: run the whole prompt in one call without a cached sequence",
-                       position, run->n_keys - run->kv.n_slots, run->n_keys - 1);
+                       position, run->kv.first, run->n_keys - 1);
     return G4_OK;
 }

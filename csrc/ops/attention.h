@@ -9,12 +9,12 @@
 
 #include "ops/exec.h"
 
-/* Keys and values of positions: position p lies in slot p % n_slots, K heads of h values each. */
+/* Keys and values of positions from `first` on: position p lies in slot p % n_slots, K heads of h values each. */
 typedef struct {
     const void *k, *v;
     g4_dtype dtype;
     size_t stride; /* elements from slot to slot */
-    int n_slots;
+    int n_slots, first;
 } g4_kv_view;
 
 typedef struct {

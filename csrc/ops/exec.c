@@ -3,7 +3,13 @@
 
 #include <time.h>
 
-enum { POLL_MS = 20, SERIAL_ELEMENTS = 1 << 14 };
+enum { POLL_MS = 20 };
+
+/* Handing work to another thread and waiting for it takes some 5 microseconds, in which one core does this much. */
+static const double SMALL_WORK = 1 << 17;
+
+/* A row operation costs about as much per element as so many multiply-adds. */
+enum { WORK_PER_ELEMENT = 8 };
 
 static double now_ms(void)
 {
@@ -24,9 +30,9 @@ int g4_exec_poll(void *context)
     return exec->poll(exec->poll_context);
 }
 
-g4_status g4_exec_run(g4_exec *exec, int n_tasks, g4_task_fn fn, void *context)
+g4_status g4_exec_run(g4_exec *exec, int n_tasks, double work, g4_task_fn fn, void *context)
 {
-    if (g4_pool_run(exec->pool, n_tasks, fn, context, g4_exec_poll, exec) != G4_OK)
+    if (g4_pool_run(exec->pool, n_tasks, work < SMALL_WORK, fn, context, g4_exec_poll, exec) != G4_OK)
         return g4_fail(exec->err, G4_ECANCELLED, "cancelled");
     return G4_OK;
 }
@@ -51,14 +57,15 @@ g4_status g4_exec_rows(g4_exec *exec, int n_rows, size_t row_size, g4_rows_fn fn
 {
     if (n_rows <= 0)
         return G4_OK;
-    if (n_rows == 1 || (size_t)n_rows * row_size <= SERIAL_ELEMENTS) {
+    const double work = (double)n_rows * (double)row_size * WORK_PER_ELEMENT;
+    if (n_rows == 1 || work < SMALL_WORK) {
         fn(exec, context, 0, n_rows);
         return G4_OK;
     }
     int n_slices = 4 * g4_pool_size(exec->pool);
     int slice = (n_rows + n_slices - 1) / n_slices;
     rows_task t = {exec, fn, context, n_rows, slice};
-    return g4_exec_run(exec, (n_rows + slice - 1) / slice, run_slice, &t);
+    return g4_exec_run(exec, (n_rows + slice - 1) / slice, work, run_slice, &t);
 }
 
 void *g4_exec_alloc(g4_exec *exec, size_t n, size_t element_size)

@@ -25,8 +25,9 @@ typedef struct {
 /* Nonzero once the user's poll said stop. Cheap enough for every task. */
 int g4_exec_poll(void *exec);
 
-/* Runs tasks on the pool; a cancelled run fills *err. */
-g4_status g4_exec_run(g4_exec *exec, int n_tasks, g4_task_fn fn, void *context);
+/* Runs tasks on the pool; a cancelled run fills *err. work: multiply-adds (or as much) in all; too few stay with the
+ * caller. */
+g4_status g4_exec_run(g4_exec *exec, int n_tasks, double work, g4_task_fn fn, void *context);
 
 /* fn over [0, n_rows) in slices; on the caller alone where the whole is too little work to share out. */
 typedef void (*g4_rows_fn)(const g4_exec *exec, void *context, int first, int end);

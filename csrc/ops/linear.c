@@ -69,19 +69,21 @@ g4_status g4_linear_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     linear_task t = {.exec = exec, .jobs = jobs, .n_jobs = n_jobs};
     int *first_task;
     size_t max_k = 0;
+    double work = 0;
     G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
     first_task[0] = 0;
     for (int j = 0; j < n_jobs; j++) {
         int rows = rows_per_task(exec, &jobs[j]);
         int n_tasks = jobs[j].m ? ((int)jobs[j].w.n_rows + rows - 1) / rows : 0;
         first_task[j + 1] = first_task[j] + n_tasks;
+        work += (double)jobs[j].m * (double)jobs[j].w.n_rows * (double)jobs[j].w.n_cols;
         if (uses_blas(exec, &jobs[j]) && jobs[j].w.n_cols > max_k)
             max_k = jobs[j].w.n_cols;
     }
     t.first_task = first_task;
     if (max_k)
         G4_ALLOC(exec, t.panels, (size_t)g4_pool_size(exec->pool) * 4 * PANEL * max_k);
-    g4_status status = g4_exec_run(exec, first_task[n_jobs], run_task, &t);
+    g4_status status = g4_exec_run(exec, first_task[n_jobs], work, run_task, &t);
     g4_arena_restore(exec->arena, mark);
     return status;
 }
