@@ -21,7 +21,7 @@ test: ## every test (make test ARGS="-k sampling -x")
 lint: ## ruff, pyright, clang-format, layers: changes nothing
 	$(PYTHON) -m ruff check $(PY_DIRS)
 	$(PYTHON) -m ruff format --check $(PY_DIRS)
-	$(PYTHON) -m pyright
+	$(PYTHON) -m pyright --pythonpath "$$(command -v $(PYTHON))"
 	$(C_FILES) | xargs -0 clang-format --dry-run --Werror
 	$(PYTHON) tools/check_layers.py
 
