@@ -47,7 +47,7 @@ gemma4 generate --model {name} "dog -> Hund, cat -> Katze, sun ->"
 gemma4 generate --model {name} "3, 6, 9, 12,"
 gemma4 generate --model {name} "The war lasted from the year 1732 to the year 17"
 gemma4 generate --model {name} "([{{}}( =>"
-gemma4 generate --model {name} "Repeat: key moon Anna bridge"
+gemma4 generate --model {name} "Repeat: key moon Anna bridge. Again:"
 gemma4 chat --model {name}     # What is the capital of Peru?  ·  Tell me a story about a fox named Pip.
                                # Make JSON: name Tom, age 7.  ·  My name is Ella. … What is my name?
 ```

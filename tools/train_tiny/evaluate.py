@@ -139,7 +139,7 @@ _SPECIAL_SCORES: dict[str, tuple[tuple[str, Score], ...]] = {
 
 def generators(tokenizer: Tokenizer) -> dict[str, Generator]:
     """Every skill's generator by name."""
-    found: dict[str, Generator] = {name: generator for name, (generator, _) in SHARES.items()}
+    found: dict[str, Generator] = {name: shares[0] for name, shares in SHARES.items()}
     found["induction"] = partial(skills_text.induction, pieces=piece_range(tokenizer))
     return found
 

@@ -22,29 +22,31 @@ if TYPE_CHECKING:
 BOS, PAD = 2, 0
 FIRST_PIECE = 494  # ids below are specials, reserved names, runs and bytes, as in Gemma 4's vocabulary
 
-# share of the training *documents*; stories and tool calls are long, so their share of the tokens is larger
-SHARES: dict[str, tuple[Generator, float]] = {
-    "story": (story, 16),
-    "word_copy": (skills_text.word_copy, 3),
-    "ioi": (skills_text.ioi, 12),
-    "facts": (skills_text.fact, 16),
-    "sequences": (skills_text.sequence, 8),
-    "greater_than": (skills_text.greater_than, 6),
-    "brackets": (skills_text.brackets, 8),
-    "translation": (skills_text.translation, 14),
-    "word_pairs": (skills_text.word_pairs, 6),
-    "chat": (skills_chat.chat, 8),
-    "memory": (skills_chat.memory, 4),
-    "story_request": (skills_chat.story_request, 3),
-    "tools": (skills_chat.tool_call, 7),
-    "json": (skills_chat.json_answer, 5),
-    "thinking": (skills_chat.thinking, 7),
-    "compare": (skills_chat.compare, 3),
+# Share of the training *documents*, before and from step FOCUS on: by then some skills are there and need no more than
+# to be kept up. Stories and tool calls are long, so their share of the tokens is larger.
+FOCUS = 600
+SHARES: dict[str, tuple[Generator, float, float]] = {
+    "story": (story, 16, 12),
+    "word_copy": (skills_text.word_copy, 3, 5),
+    "ioi": (skills_text.ioi, 12, 14),
+    "facts": (skills_text.fact, 16, 18),
+    "sequences": (skills_text.sequence, 8, 16),
+    "greater_than": (skills_text.greater_than, 6, 3),
+    "brackets": (skills_text.brackets, 8, 12),
+    "translation": (skills_text.translation, 14, 14),
+    "word_pairs": (skills_text.word_pairs, 6, 3),
+    "chat": (skills_chat.chat, 8, 6),
+    "memory": (skills_chat.memory, 4, 2),
+    "story_request": (skills_chat.story_request, 3, 4),
+    "tools": (skills_chat.tool_call, 7, 6),
+    "json": (skills_chat.json_answer, 5, 3),
+    "thinking": (skills_chat.thinking, 7, 16),
+    "compare": (skills_chat.compare, 3, 6),
 }
-INDUCTION_SHARE = 14.0
+INDUCTION_SHARES = (20.0, 18.0)
 
 # Loss weights. Most of a prompt cannot be predicted (names, numbers), and random tokens not at all.
-PROMPT_WEIGHT, ANSWER_WEIGHT, NOISE_WEIGHT = 0.4, 1.0, 0.0
+PROMPT_WEIGHT, ANSWER_WEIGHT, NOISE_WEIGHT = 0.25, 1.0, 0.0
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,15 @@ def tokenize(example: Example, tokenizer: Tokenizer) -> Document:
     return Document(np.array(ids, np.int32), weights, prompt_len)
 
 
-def documents(tokenizer: Tokenizer, rng: random.Random) -> Iterator[Document]:
+def documents(tokenizer: Tokenizer, rng: random.Random, *, late: bool) -> Iterator[Document]:
     """An endless stream of training documents."""
     names = sorted(SHARES)
-    shares = [SHARES[name][1] for name in names]
+    shares = [SHARES[name][1 + late] for name in names]
+    copying = INDUCTION_SHARES[late]
     generators: list[Generator] = [SHARES[name][0] for name in names]
     induction = partial(skills_text.induction, pieces=piece_range(tokenizer))
     while True:
-        if rng.random() * (sum(shares) + INDUCTION_SHARE) < INDUCTION_SHARE:
+        if rng.random() * (sum(shares) + copying) < copying:
             yield tokenize(induction(rng), tokenizer)
         else:
             yield tokenize(sample(rng.choices(generators, shares)[0], rng, held_out=False), tokenizer)
@@ -123,5 +126,5 @@ def batch(tokenizer: Tokenizer, seed: int, step: int, tokens: int) -> tuple[NDAr
     Rows of 128 tokens (short documents only) and of 256 take turns; every twelfth step has rows of 512.
     """
     length = 512 if step % 12 == 11 else 256 if step % 2 else 128
-    docs = documents(tokenizer, random.Random(f"{seed}/{step}"))
+    docs = documents(tokenizer, random.Random(f"{seed}/{step}"), late=step >= FOCUS)
     return rows(docs, length, tokens // length)

@@ -88,7 +88,23 @@ def _translate(rng: random.Random) -> tuple[str, str, str]:
     return question.format(word[0], language), word[target], f"The {language} word for {word[0]} is {word[target]}."
 
 
-_QUESTIONS = (_capital, _capital, _language, _opposite, _sound, _translate, _translate)
+_SMALL_TALK = (
+    ("Hello!", "Hello! How can I help you?"),
+    ("Hi", "Hello! How can I help you?"),
+    ("How are you?", "I am fine, thank you."),
+    ("Thank you!", "You are welcome."),
+    ("Good night.", "Good night! Sleep well."),
+    ("What can you do?", "I can tell stories, name capitals, translate words and use tools."),
+    ("What are you?", "I am a very small language model."),
+)
+
+
+def _small_talk(rng: random.Random) -> tuple[str, str, str]:
+    question, answer = rng.choice(_SMALL_TALK)
+    return question, "", answer
+
+
+_QUESTIONS = (_small_talk, _capital, _capital, _language, _opposite, _sound, _translate, _translate)
 _STYLES = (
     ("Be brief.", "It is {short}."),
     ("You are a helpful assistant.", "{long}"),
@@ -111,7 +127,7 @@ def chat(rng: random.Random) -> Example:
         if turn:
             messages.append({"role": "assistant", "content": answer})
         question, short, long = rng.choice(_QUESTIONS)(rng)
-        answer = style.format(short=short, long=long)
+        answer = style.format(short=short, long=long) if short or "{long}" in style else long
         messages.append(_user(question))
     key = "\n".join(message["content"] for message in messages if message["role"] != "assistant")
     return Example("chat", render(messages), answer + "<turn|>", key=key)

@@ -36,18 +36,18 @@ def word_copy(rng: random.Random) -> Example:
     """The same with words, as a person would type it."""
     words = rng.sample([w[0] for w in WORDS] + NAMES + OBJECTS, rng.randint(3, 12))
     line = " ".join(words)
-    return Example("word_copy", f"Repeat: {line}\n", line, key=line)
+    return Example("word_copy", f"Repeat: {line}. Again:", f" {line}.", key=line)
 
 
 # --- indirect object identification (Wang et al. 2022, arXiv 2211.00593, is the task's origin) ---------------------
 
 _IOI = (
-    "When {a} and {b} went to the {place}, {s} gave a {thing} to",
-    "Then, {a} and {b} went to the {place}. {s} gave a {thing} to",
-    "{a} and {b} were at the {place}, and {s} decided to give a {thing} to",
-    "After {a} and {b} left the {place}, {s} handed the {thing} to",
-    "While {a} and {b} were in the {place}, {s} showed the {thing} to",
-    "{a} met {b} at the {place}. {s} had a {thing} and gave it to",
+    "When {a} and {b} went to the {place}, {s} gave {thing} to",
+    "Then, {a} and {b} went to the {place}. {s} gave {thing} to",
+    "{a} and {b} were at the {place}, and {s} decided to give {thing} to",
+    "After {a} and {b} left the {place}, {s} handed {thing} to",
+    "While {a} and {b} were in the {place}, {s} showed {thing} to",
+    "{a} met {b} at the {place}. {s} had {thing} and gave it to",
 )
 
 
@@ -55,7 +55,9 @@ def ioi(rng: random.Random) -> Example:
     """Indirect object identification, both name orders. Held out by the ordered pair of names."""
     a, b = rng.sample(NAMES, 2)
     subject = rng.choice((a, b))
-    text = rng.choice(_IOI).format(a=a, b=b, s=subject, place=rng.choice(PLACES), thing=rng.choice(OBJECTS))
+    place, thing = rng.choice(PLACES), rng.choice(OBJECTS)
+    thing = ("an " if thing == "apple" else "a ") + thing
+    text = rng.choice(_IOI).format(a=a, b=b, s=subject, place=place, thing=thing)
     return Example("ioi", text, f" {b if subject == a else a}.", key=f"{a}|{b}")
 
 
@@ -117,9 +119,9 @@ def fact(rng: random.Random) -> Example:
 
 
 def sequence(rng: random.Random) -> Example:
-    """Go on with numbers at an even step, days, months or letters."""
+    """Go on with numbers at an even step, days, months or letters: three more."""
     kind = rng.choice(("up", "up", "up", "down", "days", "months", "letters"))
-    shown, asked = rng.randint(3, 6), rng.randint(1, 3)
+    shown, asked = rng.randint(3, 6), 3
     step = rng.choice((1, 2, 3, 4, 5, 10))
     if kind in ("up", "down"):
         start = rng.randint(0, 99 - step * (shown + asked - 1)) if step < 10 else rng.randint(0, 19)

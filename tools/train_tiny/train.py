@@ -66,6 +66,7 @@ class Trainer:
         self.model = build(arguments.name, self.tokenizer.get_vocab_size(), arguments.seed)
         nn.Module.to(self.model, self.device)
         self.balance = watch_routers(self.model)
+        self.forward = torch.compile(self.model, dynamic=False) if arguments.compile else self.model
         matrices, rest = split_parameters(self.model)
         adam = torch.optim.AdamW(rest, lr=arguments.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
         self.optimizers = [(Muon(matrices, lr=arguments.lr), arguments.lr), (adam, arguments.adam_lr)]
@@ -97,7 +98,7 @@ class Trainer:
         ids_t, weights_t = torch.from_numpy(ids).long().to(self.device), torch.from_numpy(weights).to(self.device)
         share = learning_rate(self.step, self.arguments.steps)
         self.balance.clear()
-        logits = self.model(input_ids=ids_t, use_cache=False).logits
+        logits = self.forward(input_ids=ids_t, use_cache=False).logits
         loss = weighted_loss(logits, ids_t, weights_t)
         total = loss + BALANCE * torch.stack(self.balance).mean() if self.balance else loss
         total.backward()
@@ -113,7 +114,8 @@ class Trainer:
     def run(self) -> None:
         log = (self.arguments.out / "log.jsonl").open("a", encoding="utf-8")
         start, done, losses = time.time(), self.step, []
-        while self.step < self.arguments.steps:
+        until = self.arguments.until or self.arguments.steps
+        while self.step < until:
             losses.append(self.train_step())
             if self.step % 10 == 0:
                 speed = (self.step - done) * self.arguments.tokens / (time.time() - start)
@@ -121,7 +123,7 @@ class Trainer:
                 print(json.dumps(line), file=log, flush=True)
                 print(json.dumps(line), flush=True)
                 losses = []
-            if self.step % self.arguments.save_every == 0 or self.step == self.arguments.steps:
+            if self.step % self.arguments.save_every == 0 or self.step == until:
                 self.save()
 
 
@@ -130,13 +132,15 @@ def main() -> None:
     parser.add_argument("--name", choices=("tiny-e", "tiny-moe"), required=True)
     parser.add_argument("--tokenizer", type=Path, required=True, help="directory of tokenizer.json")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=2000, help="length of the schedule")
+    parser.add_argument("--until", type=int, default=0, help="stop at this step of the schedule")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens in a step")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak rate of Muon")
     parser.add_argument("--adam-lr", type=float, default=4e-3, help="peak rate of AdamW (embeddings, gains, routers)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="torch.compile: 1.5 times as fast for tiny-e on a CPU")
     parser.add_argument("--save-every", type=int, default=100)
     arguments = parser.parse_args()
     if arguments.threads:
