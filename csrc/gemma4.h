@@ -37,6 +37,7 @@ typedef struct {
     float rms_norm_eps, logit_softcap; /* softcap 0: none */
     float embed_scale, ple_scale;      /* factors of the two tables' rows */
     int context_length;
+    bool ple_on_disk; /* the per-layer table lies in a file mapping: let go of its pages once rows were read */
     int n_ropes;
     int rope_half[G4_MAX_ROPES];               /* h / 2 */
     const float *rope_inv_freq[G4_MAX_ROPES];  /* [h / 2], copied by g4_model_new */

@@ -34,6 +34,8 @@ class Config(TypedDict):
     logit_softcap: float  # 0 = none
     embed_scale: float  # what a row of the embedding table is multiplied by
     ple_scale: float  # the same for the per-layer table
+    # embed_tokens_per_layer lies in the mapping of a *file*: its pages are let go of (madvise) after rows were read
+    ple_on_disk: bool
     context_length: int
     n_experts: int
     top_k_experts: int

@@ -126,6 +126,7 @@ class TextConfig:
             "logit_softcap": self.logit_softcap,
             "embed_scale": self.table_scale(self.d_model, embed_dtype),
             "ple_scale": self.table_scale(self.d_ple, embed_dtype),
+            "ple_on_disk": False,
             "context_length": self.context_length,
             "n_experts": self.n_experts,
             "top_k_experts": self.top_k_experts,

@@ -28,7 +28,7 @@ EngineTensor = tuple[str, tuple[int, ...], Any, int]  # dtype, shape, buffer, by
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 _ENGINE_DTYPES = ("F32", "F16", "BF16")
 _MAX_JSON = 64 << 20
-_RANDOM_FROM = 64 << 20  # bytes: a per-layer table below this may as well be read ahead
+_RANDOM_FROM = 64 << 20  # bytes: a per-layer table below this may as well stay in memory
 
 
 class Checkpoint:
@@ -50,6 +50,7 @@ class Checkpoint:
         self.tensors: Mapping[str, NDArray[Any]] = TensorMap(files)
         self._embed_dtype, self.engine_tensors, self.ignored = _engine_tensors(config, files)
         self.engine_config = config.engine(self._embed_dtype)
+        self.engine_config["ple_on_disk"] = _keep_on_disk(config, files)
         self.generation_config = _optional_json(path / "generation_config.json")
         tokenizer = path / "tokenizer.json"
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
@@ -269,7 +270,6 @@ def _engine_tensors(
             raise FormatError(_missing(full, stored, config))
         out[name] = _engine_tensor(file, file.tensors[full], shape)
         used.add(full)
-    _advise(config, stored.get(prefix + PLE_TABLE), prefix + PLE_TABLE)
     return out["embed_tokens.weight"][0], out, tuple(name for name in stored if name not in used)
 
 
@@ -290,9 +290,14 @@ def _missing(full: str, stored: Mapping[str, Any], config: TextConfig) -> str:
     return f"no file holds the tensor {full}, which a {config.model_type} of {config.n_layers} layers needs{hint}"
 
 
-def _advise(config: TextConfig, file: SafetensorsFile | None, name: str) -> None:
-    if config.d_ple and file is not None and file.tensors[name].nbytes >= _RANDOM_FROM:
-        file.advise_random(name)
+def _keep_on_disk(config: TextConfig, files: list[SafetensorsFile]) -> bool:
+    """Whether the per-layer table is so large that its rows should be read one by one, and stay on disk otherwise."""
+    for file in files if config.d_ple else []:
+        for name, info in file.tensors.items():
+            if name.endswith(PLE_TABLE) and info.nbytes >= _RANDOM_FROM:
+                file.advise_random(name)
+                return True
+    return False
 
 
 __all__ = ["Checkpoint", "Progress", "open_checkpoint", "read_json", "resolve", "shipped_models"]

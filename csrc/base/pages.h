@@ -1,0 +1,11 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef GEMMA4_BASE_PAGES_H
+#define GEMMA4_BASE_PAGES_H
+
+#include <stddef.h>
+
+/* Lets go of a file mapping's pages: they leave this process's resident set, stay in the system's page cache, and come
+ * back when they are read. For mappings of files only (anonymous memory would be lost). */
+void g4_pages_release(const void *data, size_t n_bytes);
+
+#endif
