@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model must read and compute, from its config and its files' headers: the denominators of "share of peak".
 
-Counted is the work the architecture asks for when only the last position's logits are wanted: a KV-sharing layer runs
-for that position alone, and a per-layer-embedding table is read row by row.
+Counted is what this engine computes for a prompt of which only the last position's logits are wanted. Below the last
+layer that makes keys: every position; in that layer: keys and values of every position, the rest for one; above it: one
+position. Per-layer embeddings are projected for every position, and their table is read row by row.
 """
 
 import json
@@ -99,15 +100,17 @@ class Layer:
         return 2 * self.keys(context) * self.n_kv_heads * self.head_dim * itemsize
 
 
-def _layer_elements(tensors: dict[str, Tensor], index: int, expert_share: float) -> tuple[int, int]:
-    """Matrix elements that one position multiplies by, and bytes it reads, in one layer."""
-    elements = n_bytes = 0
+def _layer_elements(tensors: dict[str, Tensor], index: int, expert_share: float) -> tuple[int, int, int]:
+    """One layer's matrix elements that a position multiplies by, those of them that make keys and values, and bytes."""
+    elements = kv = n_bytes = 0
     for name, tensor in tensors.items():
         if name.startswith(f"layers.{index}."):
             share = expert_share if ".experts." in name else 1.0
-            elements += int(tensor.n_elements * share) if tensor.is_matrix else 0
+            n = int(tensor.n_elements * share) if tensor.is_matrix else 0
+            elements += n
+            kv += n if re.search(r"self_attn\.[kv]_proj", name) else 0
             n_bytes += int(tensor.n_bytes * share)
-    return elements, n_bytes
+    return elements, kv, n_bytes
 
 
 def live_tensors(tensors: dict[str, Tensor], layers: list[Layer]) -> dict[str, Tensor]:
@@ -124,14 +127,14 @@ def of_model(model: Path, context: int) -> Cost:
     experts = (config.get("top_k_experts") or 1) / (config.get("num_experts") or 1)
     head = tensors.get("lm_head.weight", tensors["embed_tokens.weight"])
     projection = tensors.get("per_layer_model_projection.weight")
-    flops = 2 * head.n_elements
+    flops = 2 * head.n_elements + (2 * context * projection.n_elements if projection else 0)
     per_token = head.n_bytes + (projection.n_bytes if projection else 0)
+    last_with_keys = max(i for i, layer in enumerate(layers) if not layer.shares_kv)
     for i, layer in enumerate(layers):
-        n_rows = 1 if layer.shares_kv else context
-        elements, n_bytes = _layer_elements(tensors, i, experts)
-        if projection:
-            elements += projection.n_elements // len(layers)
-        flops += 2 * n_rows * elements + layer.attention_flops(context, n_rows)
+        elements, kv, n_bytes = _layer_elements(tensors, i, experts)
+        n_rows = context if i < last_with_keys else 1
+        n_kv_rows = context if i <= last_with_keys else 1
+        flops += 2 * n_rows * (elements - kv) + 2 * n_kv_rows * kv + layer.attention_flops(context, n_rows)
         per_token += n_bytes
     resident = sum(tensor.n_bytes for name, tensor in tensors.items() if name != PLE_TABLE)
     kv = sum(layer.kv_bytes(context) for layer in layers if not layer.shares_kv)

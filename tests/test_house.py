@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import subprocess
 import sys
@@ -198,20 +199,41 @@ def benchmark_modules():
         sys.path.pop(0)
 
 
-def test_benchmark_cost_counts_the_work(benchmark_modules, maker, tmp_path):
-    """One token, by hand: every matrix but the tables once, the head once, attention over itself."""
+@pytest.fixture(scope="module")
+def small_e2b(maker, tmp_path_factory) -> tuple[Path, dict, dict]:
+    """An E2B of 10 layers on disk, the last five sharing keys; its config and its matrices' sizes."""
     small = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "vocab_size_per_layer_input": 128}
     config = maker.text_config("e2b-mini", **small)
-    maker.write_checkpoint(tmp_path, config)
-    cost = benchmark_modules["cost"].of_model(tmp_path, 1)
-    shapes = maker.tensor_shapes(config, "")
-    ple = shapes.pop("embed_tokens_per_layer.weight")
-    matrices = sum(a * b for a, b in (s for s in shapes.values() if len(s) == 2))
+    directory = tmp_path_factory.mktemp("e2b")
+    maker.write_checkpoint(directory, config)
+    return directory, config, {name: math.prod(shape) for name, shape in maker.tensor_shapes(config, "").items()}
+
+
+def test_benchmark_cost_of_one_position(benchmark_modules, small_e2b):
+    """Every matrix but the tables once, the head once, attention over itself."""
+    directory, config, sizes = small_e2b
+    cost = benchmark_modules["cost"].of_model(directory, 1)
+    ple = sizes["embed_tokens_per_layer.weight"]
+    vectors = [name for name in sizes if "norm" in name or "scalar" in name]
     heads = sum(8 * (512 if kind == "full_attention" else 256) for kind in config["layer_types"])
-    assert cost.prefill_flops == 2 * matrices + 4 * heads
-    total = sum(int(maker.np.prod(shape)) * 2 for shape in shapes.values())
-    assert cost.bytes_resident == total
-    assert (tmp_path / "model.safetensors").stat().st_size > total + ple[0] * ple[1] * 2
+    assert cost.prefill_flops == 2 * (sum(sizes.values()) - ple - sum(sizes[name] for name in vectors)) + 4 * heads
+    assert cost.bytes_resident == 2 * (sum(sizes.values()) - ple)
+    assert (directory / "model.safetensors").stat().st_size > 2 * sum(sizes.values())
+
+
+def test_benchmark_cost_of_one_more_position(benchmark_modules, small_e2b):
+    """It passes through layers 0 to 3 whole and leaves keys and values in layer 4, the last that makes any."""
+    directory, _, sizes = small_e2b
+    of_model = benchmark_modules["cost"].of_model
+    passed = {
+        n: size for n, size in sizes.items() if n.startswith(tuple(f"layers.{i}." for i in range(4))) and size > 512
+    }
+    kept = sum(sizes[f"layers.4.self_attn.{kind}_proj.weight"] for kind in "kv")
+    projection = sizes["per_layer_model_projection.weight"]
+    # keys seen: two by the new position in layers 0 to 3; one more by the only position that runs in layers 4 to 9
+    pairs = 4 * 2 * 256 + (4 * 256 + 2 * 512)
+    more = of_model(directory, 2).prefill_flops - of_model(directory, 1).prefill_flops
+    assert more == 2 * (sum(passed.values()) + kept + projection) + 4 * 8 * pairs
 
 
 def test_benchmark_ratios_pair_the_rounds(benchmark_modules):
