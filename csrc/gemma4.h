@@ -34,14 +34,14 @@ typedef struct {
     int d_model, n_layers, n_heads, d_vocab; /* D, L, H, V */
     int d_ple, d_vocab_ple;                  /* P (0: no per-layer embeddings), rows of their table */
     int n_experts, top_k_experts, d_expert;  /* E, k, M */
-    float rms_norm_eps, logit_softcap; /* softcap 0: none */
-    float embed_scale, ple_scale;      /* factors of the two tables' rows */
+    float rms_norm_eps, logit_softcap;       /* softcap 0: none */
+    float embed_scale, ple_scale;            /* factors of the two tables' rows */
     int context_length;
     bool ple_on_disk; /* the per-layer table lies in a file mapping: let go of its pages once rows were read */
     int n_ropes;
-    int rope_half[G4_MAX_ROPES];               /* h / 2 */
-    const float *rope_inv_freq[G4_MAX_ROPES];  /* [h / 2], copied by g4_model_new */
-    const g4_layer_config *layers;             /* [n_layers], copied by g4_model_new */
+    int rope_half[G4_MAX_ROPES];              /* h / 2 */
+    const float *rope_inv_freq[G4_MAX_ROPES]; /* [h / 2], copied by g4_model_new */
+    const g4_layer_config *layers;            /* [n_layers], copied by g4_model_new */
 } g4_config;
 
 /* A named tensor of the checkpoint, where it lies. The bytes must outlive the model. */
@@ -138,8 +138,8 @@ typedef struct {
 } g4_run;
 
 typedef struct {
-    int stop_at_layer; /* -1: all; n: layers [0, n) only, and the sequences do not grow */
-    int max_chunk;     /* rows at once; 0: 512 */
+    int stop_at_layer;          /* -1: all; n: layers [0, n) only, and the sequences do not grow */
+    int max_chunk;              /* rows at once; 0: 512 */
     int (*poll)(void *context); /* asked about every 20 ms; nonzero stops the step between chunks' parts */
     void *poll_context;
 } g4_step_options;

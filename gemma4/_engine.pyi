@@ -5,7 +5,8 @@ Nothing here parses files or knows names of checkpoints beyond Hugging Face's te
 around it (gemma4/load) does. Every call releases the GIL while it computes.
 """
 
-from collections.abc import Callable, Mapping, Sequence as Seq
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
@@ -47,8 +48,8 @@ class Config(TypedDict):
 # untied) -> (dtype "F32" | "F16" | "BF16", shape, buffer, byte offset in the buffer)
 Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
 
-# sequence · token ids int32 [T] (or None) · embeddings float32 [T, d_model] (or None; already scaled; the per-layer table
-# row is the pad token's, 0) · positions within the run that want logits int32 [n] ascending (or None)
+# sequence · token ids int32 [T] (or None) · embeddings float32 [T, d_model] (or None; already scaled; the per-layer
+# table's row is the pad token's, 0) · positions within the run that want logits int32 [n] ascending (or None)
 # · where the logits go float32 [n, d_vocab] (or None)
 Run: TypeAlias = tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None]
 
@@ -57,9 +58,9 @@ Run: TypeAlias = tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None]
 #          length after the step. Rows the step never reaches are left as they are: pass zeros.
 #   rows   int32 [T]: where in `array` each position of the run goes, -1 = not kept; None = all, in order.
 #          ("SKh" sites ignore it.)
-# Edit a site: site id · layer · run index · callable · None. It gets a fresh array with the site's dims and returns None
-# (no change, or edited in place) or an array of the same shape. A run with an edit is never split into chunks, and none of its
-# positions is skipped in shared-KV layers.
+# Edit a site: site id · layer · run index · callable · None. It gets a fresh array with the site's dims and returns
+# None (no change, or edited in place) or an array of the same shape. A run with an edit is never split into chunks, and
+# none of its positions is skipped in shared-KV layers.
 Tap: TypeAlias = tuple[int, int, int, NDArray[Any] | Callable[[NDArray[Any]], Any], I32 | None]
 
 class Model:

@@ -164,7 +164,8 @@ static void await_tasks(g4_pool *pool)
     }
 }
 
-static g4_status run_locked(g4_pool *pool, int n_tasks, g4_task_fn fn, void *context, g4_poll_fn poll, void *poll_context)
+static g4_status run_locked(g4_pool *pool, int n_tasks, g4_task_fn fn, void *context, g4_poll_fn poll,
+                            void *poll_context)
 {
     pool->fn = fn;
     pool->context = context;

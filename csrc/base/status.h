@@ -25,11 +25,11 @@ g4_status g4_fail(g4_error *err, g4_status status, const char *format, ...) __at
 /* "out of memory", with how much was asked for. */
 g4_status g4_fail_nomem(g4_error *err, unsigned long long n_bytes);
 
-#define G4_TRY(call)                     \
-    do {                                 \
-        g4_status try_status_ = (call);  \
-        if (try_status_ != G4_OK)        \
-            return try_status_;          \
+#define G4_TRY(call)                    \
+    do {                                \
+        g4_status try_status_ = (call); \
+        if (try_status_ != G4_OK)       \
+            return try_status_;         \
     } while (0)
 
 #endif

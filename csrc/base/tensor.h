@@ -12,7 +12,7 @@
 #include "base/dtype.h"
 
 typedef struct {
-    const void *data;  /* need not be aligned to anything but its element */
+    const void *data; /* need not be aligned to anything but its element */
     g4_dtype dtype;
     size_t n_rows;     /* outputs of a linear map */
     size_t n_cols;     /* inputs of a linear map */

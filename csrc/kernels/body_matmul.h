@@ -52,8 +52,9 @@ static void NAME(matmul_few_)(const float *x, size_t x_stride, int m, const weig
 {
     for (int j = 0; j < n; j += TILE_N)
         for (int i = 0; i < m; i++)
-            NAME(dot_rows_)(x + (size_t)i * x_stride, w + (size_t)j * w_stride, w_stride, n - j < TILE_N ? n - j : TILE_N, k,
-                            out + (size_t)i * out_stride + j);
+            NAME(dot_rows_)
+            (x + (size_t)i * x_stride, w + (size_t)j * w_stride, w_stride, n - j < TILE_N ? n - j : TILE_N, k,
+             out + (size_t)i * out_stride + j);
 }
 
 static void NAME(pack_weights_)(const weight *w, size_t w_stride, int n, int k, float *packed)
@@ -61,9 +62,11 @@ static void NAME(pack_weights_)(const weight *w, size_t w_stride, int n, int k, 
     const int n_blocks = (k + 15) / 16, n_whole = k / 16;
     const size_t half_stride = HALF_STRIDE(TILE_N, n_blocks);
     for (int j = 0; j < (n + TILE_N - 1) / TILE_N * TILE_N; j++) {
-        const weight *row = w + (size_t)(j < n ? j : 0) * w_stride; /* rows that fill up a tile: any, nobody reads them */
+        const weight *row =
+            w + (size_t)(j < n ? j : 0) * w_stride; /* rows that fill up a tile: any, nobody reads them */
         for (int b = 0; b < n_blocks; b++) {
-            f32x16 block = b < n_whole ? CONCAT(x16_load_, WEIGHT)(row + b * 16) : NAME(load_some_)(row + b * 16, k - b * 16);
+            f32x16 block =
+                b < n_whole ? CONCAT(x16_load_, WEIGHT)(row + b * 16) : NAME(load_some_)(row + b * 16, k - b * 16);
             x16_store_halves(PACKED(packed, TILE_N, n_blocks, j, b), half_stride, block);
         }
     }
@@ -95,8 +98,8 @@ static void NAME(matmul_)(const float *x, size_t x_stride, int m, const void *we
 
 /* 16 columns of m <= 4 accumulators over the keys, in registers. */
 static inline __attribute__((always_inline)) void NAME(columns_)(const int m, const float *p, size_t p_stride,
-                                                                 const weight *v, size_t v_stride, int n_keys, float *acc,
-                                                                 size_t acc_stride)
+                                                                 const weight *v, size_t v_stride, int n_keys,
+                                                                 float *acc, size_t acc_stride)
 {
     f32x16 sum[4];
     for (int i = 0; i < m; i++)
@@ -130,15 +133,16 @@ static void NAME(weighted_sum_)(const float *p, size_t p_stride, int m, const vo
                     NAME(columns_)(2, pi, p_stride, vj + c, v_stride, keys, acc_i + c, acc_stride);
                 else
                     for (int r = 0; r < rows; r++)
-                        NAME(columns_)(1, pi + (size_t)r * p_stride, 0, vj + c, v_stride, keys,
-                                       acc_i + (size_t)r * acc_stride + c, 0);
+                        NAME(columns_)
+                        (1, pi + (size_t)r * p_stride, 0, vj + c, v_stride, keys, acc_i + (size_t)r * acc_stride + c,
+                         0);
             }
             for (int r = 0; r < rows; r++)
                 for (int c = d16; c < d; c++)
                     for (int q = 0; q < keys; q++)
-                        acc_i[(size_t)r * acc_stride + (size_t)c] =
-                            fmaf(pi[(size_t)r * p_stride + (size_t)q], WEIGHT_TO_F32(vj[(size_t)q * v_stride + (size_t)c]),
-                                 acc_i[(size_t)r * acc_stride + (size_t)c]);
+                        acc_i[(size_t)r * acc_stride + (size_t)c] = fmaf(
+                            pi[(size_t)r * p_stride + (size_t)q], WEIGHT_TO_F32(vj[(size_t)q * v_stride + (size_t)c]),
+                            acc_i[(size_t)r * acc_stride + (size_t)c]);
         }
     }
 }

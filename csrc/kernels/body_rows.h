@@ -17,16 +17,16 @@ static float sum_squares(const float *x, int n)
 }
 
 /* The loop that every lanewise kernel shares: `STEP(load, store)` written once, run on whole and on partial blocks. */
-#define LANEWISE_KERNEL(n, STEP)                                        \
-    do {                                                                \
-        int i = 0;                                                      \
-        for (; i + 16 <= (n); i += 16) {                                \
-            STEP(x16_load, x16_store)                                   \
-        }                                                               \
-        if (i < (n)) {                                                  \
-            const int rest = (n) - i;                                   \
-            STEP(LOAD_REST, STORE_REST)                                 \
-        }                                                               \
+#define LANEWISE_KERNEL(n, STEP)         \
+    do {                                 \
+        int i = 0;                       \
+        for (; i + 16 <= (n); i += 16) { \
+            STEP(x16_load, x16_store)    \
+        }                                \
+        if (i < (n)) {                   \
+            const int rest = (n) - i;    \
+            STEP(LOAD_REST, STORE_REST)  \
+        }                                \
     } while (0)
 #define LOAD_REST(p) x16_load_some((p), rest)
 #define STORE_REST(p, a) x16_store_some((p), (a), rest)
@@ -118,20 +118,17 @@ static void softmax(float *x, int n)
 static void rope(float *x, const float *cosine, const float *sine, int half)
 {
     float *y = x + half;
-#define STEP(load, store)                                                              \
-    {                                                                                  \
+#define STEP(load, store)                                                                  \
+    {                                                                                      \
         f32x16 a = load(x + i), b = load(y + i), c = load(cosine + i), s = load(sine + i); \
-        store(x + i, x16_sub(x16_mul(a, c), x16_mul(b, s)));                           \
-        store(y + i, x16_add(x16_mul(b, c), x16_mul(a, s)));                           \
+        store(x + i, x16_sub(x16_mul(a, c), x16_mul(b, s)));                               \
+        store(y + i, x16_add(x16_mul(b, c), x16_mul(a, s)));                               \
     }
     LANEWISE_KERNEL(half, STEP);
 #undef STEP
 }
 
-static void widen_f32(float *out, const void *in, int n)
-{
-    memcpy(out, in, (size_t)n * sizeof *out);
-}
+static void widen_f32(float *out, const void *in, int n) { memcpy(out, in, (size_t)n * sizeof *out); }
 
 static void widen_f16(float *out, const void *in, int n)
 {

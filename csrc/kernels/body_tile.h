@@ -38,8 +38,8 @@ static void tile(const float *x, const float *w, int n_blocks, float *acc, bool 
 }
 
 /* Where block b of row r goes in a packed tile of tile_rows rows; its upper half lies half_stride further. */
-#define PACKED(tiles, tile_rows, n_blocks, r, b)                                                       \
-    ((tiles) + (size_t)((r) / (tile_rows)) * (size_t)((tile_rows) * (n_blocks) * 16) +                 \
+#define PACKED(tiles, tile_rows, n_blocks, r, b)                                       \
+    ((tiles) + (size_t)((r) / (tile_rows)) * (size_t)((tile_rows) * (n_blocks) * 16) + \
      (size_t)((b) * (tile_rows) + (r) % (tile_rows)) * VEC_LANES)
 #define HALF_STRIDE(tile_rows, n_blocks) ((size_t)((n_blocks) * (tile_rows)) * VEC_LANES)
 
@@ -51,7 +51,7 @@ static void pack_x(const float *x, size_t x_stride, int m, int k, float *packed)
     for (int i = 0; i < (m + TILE_M - 1) / TILE_M * TILE_M; i++) {
         const float *row = x + (size_t)i * x_stride;
         for (int b = 0; b < n_blocks; b++) {
-            f32x16 block = i >= m       ? x16_set1(0)
+            f32x16 block = i >= m        ? x16_set1(0)
                            : b < n_whole ? x16_load(row + b * 16)
                                          : x16_load_some(row + b * 16, k - b * 16);
             x16_store_halves(PACKED(packed, TILE_M, n_blocks, i, b), half_stride, block);

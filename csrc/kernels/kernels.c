@@ -16,10 +16,7 @@ static const g4_kernels *const tables[G4_N_ISAS] = {
 #endif
 };
 
-const g4_kernels *g4_kernels_for(g4_isa isa)
-{
-    return isa <= g4_cpu_best_isa() ? tables[isa] : NULL;
-}
+const g4_kernels *g4_kernels_for(g4_isa isa) { return isa <= g4_cpu_best_isa() ? tables[isa] : NULL; }
 
 g4_status g4_kernels_select(const g4_kernels **kernels, g4_error *err)
 {
@@ -30,7 +27,8 @@ g4_status g4_kernels_select(const g4_kernels **kernels, g4_error *err)
         if (wanted == G4_N_ISAS)
             return g4_fail(err, G4_EVALUE, "GEMMA4_ISA=%s: expected scalar, avx2 or avx512", mask);
         if (wanted > isa)
-            return g4_fail(err, G4_EUNSUPPORTED, "GEMMA4_ISA=%s: this processor has at most %s", mask, g4_isa_name(isa));
+            return g4_fail(err, G4_EUNSUPPORTED, "GEMMA4_ISA=%s: this processor has at most %s", mask,
+                           g4_isa_name(isa));
         isa = wanted;
     }
     *kernels = tables[isa];

@@ -99,10 +99,7 @@ static inline __m128 sum_by_4(const float *lower, const float *upper)
 }
 
 /* a0+a2, a1+a3, b0+b2, b1+b3 of two vectors of 4. */
-static inline __m128 sum_by_2(__m128 a, __m128 b)
-{
-    return _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
-}
+static inline __m128 sum_by_2(__m128 a, __m128 b) { return _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a)); }
 
 static inline void x16_sum4(const float *lanes, size_t half_stride, float *out)
 {

@@ -34,10 +34,7 @@ static inline f32x16 x16_round(f32x16 a)
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
-static inline f32x16 x16_floor(f32x16 a)
-{
-    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}
+static inline f32x16 x16_floor(f32x16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 
 static inline f32x16 x16_if_less(f32x16 a, f32x16 b, f32x16 yes, f32x16 no)
 {
@@ -80,10 +77,7 @@ static inline __m128 sum_by_4(const float *lanes)
 }
 
 /* a0+a2, a1+a3, b0+b2, b1+b3 of two vectors of 4. */
-static inline __m128 sum_by_2(__m128 a, __m128 b)
-{
-    return _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a));
-}
+static inline __m128 sum_by_2(__m128 a, __m128 b) { return _mm_add_ps(_mm_movelh_ps(a, b), _mm_movehl_ps(b, a)); }
 
 static inline void x16_sum4(const float *lanes, size_t half_stride, float *out)
 {

@@ -18,12 +18,12 @@ typedef struct {
 typedef f32x16 vec;
 
 #define FOR_LANES for (int l = 0; l < 16; l++)
-#define LANEWISE(expression)          \
-    do {                              \
-        f32x16 result_;               \
-        FOR_LANES                     \
-            result_.lane[l] = (expression); \
-        return result_;               \
+#define LANEWISE(expression)            \
+    do {                                \
+        f32x16 result_;                 \
+        FOR_LANES                       \
+        result_.lane[l] = (expression); \
+        return result_;                 \
     } while (0)
 
 static inline f32x16 x16_set1(float a) { LANEWISE(a); }

@@ -150,7 +150,8 @@ g4_status g4_sequence_new(const g4_model *model, g4_dtype kv_dtype, int capacity
         free(layers);
         return g4_fail_nomem(err, sizeof *seq);
     }
-    *seq = (g4_sequence){.model = model, .dtype = kv_dtype, .capacity = capacity ? capacity : context, .layers = layers};
+    *seq =
+        (g4_sequence){.model = model, .dtype = kv_dtype, .capacity = capacity ? capacity : context, .layers = layers};
     atomic_flag_clear(&seq->busy);
     *result = seq;
     return G4_OK;
@@ -276,12 +277,13 @@ void g4_sequence_export(const g4_sequence *seq, int layer, void *k, void *v)
     }
 }
 
-g4_status g4_sequence_import(g4_sequence *seq, int layer, int first, int length, const void *k, const void *v, g4_error *err)
+g4_status g4_sequence_import(g4_sequence *seq, int layer, int first, int length, const void *k, const void *v,
+                             g4_error *err)
 {
     int window = seq->model->config.layers[layer].window;
     if (length < 0 || length > seq->capacity || first < 0 || first > length)
-        return g4_fail(err, G4_EVALUE, "layer %d: positions %d to %d do not fit a sequence of capacity %d", layer, first,
-                       length, seq->capacity);
+        return g4_fail(err, G4_EVALUE, "layer %d: positions %d to %d do not fit a sequence of capacity %d", layer,
+                       first, length, seq->capacity);
     if (first > 0 && (!window || length - first < window - 1))
         return g4_fail(err, G4_EVALUE, "layer %d: positions before %d are missing", layer, first);
     if (length == 0)

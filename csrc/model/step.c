@@ -19,8 +19,8 @@ typedef struct {
     const g4_step_options *options;
     g4_arena *arena;
     g4_error *err;
-    int *start; /* [n_runs] lengths before the step */
-    int *done;  /* [n_runs] rows finished */
+    int *start;  /* [n_runs] lengths before the step */
+    int *done;   /* [n_runs] rows finished */
     bool *whole; /* [n_runs] never cut: an edit sees all rows of the run at once */
 } step;
 
@@ -36,8 +36,8 @@ static g4_status check_tokens(const g4_model *model, const g4_run *run, int r, g
     int n = c->d_ple && c->d_vocab_ple < c->d_vocab ? c->d_vocab_ple : c->d_vocab;
     for (int i = 0; i < run->n_rows; i++)
         if (run->tokens[i] < 0 || run->tokens[i] >= n)
-            return g4_fail(err, G4_EVALUE, "token id %d at position %d of run %d: expected 0 to %d", run->tokens[i], i, r,
-                           n - 1);
+            return g4_fail(err, G4_EVALUE, "token id %d at position %d of run %d: expected 0 to %d", run->tokens[i], i,
+                           r, n - 1);
     return G4_OK;
 }
 
@@ -135,7 +135,8 @@ static g4_status alloc_rows(g4_forward *f, const step *s, int32_t **tokens, cons
     return G4_OK;
 }
 
-static void fill_segment(g4_forward *f, const step *s, int r, int first_row, int n, int32_t *tokens, const float **embeddings)
+static void fill_segment(g4_forward *f, const step *s, int r, int first_row, int n, int32_t *tokens,
+                         const float **embeddings)
 {
     const g4_run *run = &s->runs[r];
     const int position = s->start[r] + s->done[r];
@@ -245,9 +246,10 @@ static g4_status acquire_all(const step *s)
             continue;
         while (r-- > 0)
             g4_sequence_release(s->runs[r].seq);
-        return g4_fail(s->err, G4_ESTATE,
-                       "a sequence is in use by another call, or given twice in one step: a sequence serves one run at a "
-                       "time; fork it for another");
+        return g4_fail(
+            s->err, G4_ESTATE,
+            "a sequence is in use by another call, or given twice in one step: a sequence serves one run at a "
+            "time; fork it for another");
     }
     return G4_OK;
 }
@@ -255,7 +257,8 @@ static g4_status acquire_all(const step *s)
 g4_status g4_step(g4_model *model, const g4_run *runs, int n_runs, const g4_tap *taps, int n_taps,
                   const g4_step_options *options, g4_error *err)
 {
-    step s = {.model = model, .runs = runs, .n_runs = n_runs, .taps = taps, .n_taps = n_taps, .options = options, .err = err};
+    step s = {
+        .model = model, .runs = runs, .n_runs = n_runs, .taps = taps, .n_taps = n_taps, .options = options, .err = err};
     s.arena = g4_model_take_scratch(model);
     if (!s.arena)
         return g4_fail_nomem(err, sizeof(void *));

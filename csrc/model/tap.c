@@ -47,7 +47,8 @@ static size_t row_bytes(const g4_forward *f, g4_site site, int layer)
     return n_bytes;
 }
 
-static void copy_rows(const g4_forward *f, const g4_tap *tap, const g4_segment *segment, const char *data, size_t n_bytes)
+static void copy_rows(const g4_forward *f, const g4_tap *tap, const g4_segment *segment, const char *data,
+                      size_t n_bytes)
 {
     for (int i = 0; i < segment->n_rows; i++) {
         int row = dest_row(tap, f->row_in_run[segment->first_row + i]);
@@ -78,7 +79,8 @@ g4_status g4_tap_rows(g4_forward *f, g4_site site, int layer, void *data)
 }
 
 /* [H, T, n_keys] of a chunk into [H, rows kept, keys of the whole sequence]; later keys are masked to these queries. */
-static void copy_attention(const g4_forward *f, const g4_tap *tap, const g4_segment *segment, const float *data, int n_keys)
+static void copy_attention(const g4_forward *f, const g4_tap *tap, const g4_segment *segment, const float *data,
+                           int n_keys)
 {
     const int n_all = f->run_start[tap->run] + f->runs[tap->run].n_rows;
     const float masked = tap->site == G4_SITE_ATTN_SCORES ? -INFINITY : 0;
@@ -118,7 +120,8 @@ g4_status g4_tap_keys(g4_forward *f, g4_site site, int layer, const g4_segment *
         } else {
             size_t n_bytes = (size_t)shape[1] * (size_t)shape[2] * sizeof(float);
             size_t first = (size_t)first_visible(f, layer, segment);
-            memcpy((char *)tap->dest + first * n_bytes, (char *)data + first * n_bytes, ((size_t)n_keys - first) * n_bytes);
+            memcpy((char *)tap->dest + first * n_bytes, (char *)data + first * n_bytes,
+                   ((size_t)n_keys - first) * n_bytes);
         }
     }
     return G4_OK;

@@ -92,7 +92,8 @@ static g4_status embed_per_layer(g4_forward *f, const int32_t *tokens)
     G4_TRY(g4_gather_rows(&f->exec, &w->ple_table, tokens, f->n_rows, c->ple_scale, token));
     /* the system maps up to 360 KB around each 18 KB row that is read (E2B, Linux 6.18: 180 MB for 512 tokens) */
     if (c->ple_on_disk)
-        g4_pages_release(w->ple_table.data, w->ple_table.n_rows * w->ple_table.n_cols * g4_dtype_size(w->ple_table.dtype));
+        g4_pages_release(w->ple_table.data,
+                         w->ple_table.n_rows * w->ple_table.n_cols * g4_dtype_size(w->ple_table.dtype));
     TAP(PLE_TOKEN, 0, token);
     G4_TRY(g4_linear(&f->exec, f->resid, f->n_rows, &w->ple_context, f->ple));
     G4_TRY(g4_scale_rows(&f->exec, f->ple, 1.0f / sqrtf((float)c->d_model), NULL, f->n_rows, width, f->ple));
@@ -143,7 +144,8 @@ static g4_status dense_mlp(g4_forward *f, int layer, const float *x, float *out)
     float *gate, *up;
     G4_ALLOC(&f->exec, gate, (size_t)f->n_rows * (size_t)width);
     G4_ALLOC(&f->exec, up, (size_t)f->n_rows * (size_t)width);
-    g4_linear_job jobs[] = {{x, d, f->n_rows, w->gate, gate, (size_t)width}, {x, d, f->n_rows, w->up, up, (size_t)width}};
+    g4_linear_job jobs[] = {{x, d, f->n_rows, w->gate, gate, (size_t)width},
+                            {x, d, f->n_rows, w->up, up, (size_t)width}};
     G4_TRY(g4_linear_jobs(&f->exec, jobs, 2));
     TAP(MLP_PRE, layer, gate);
     TAP(MLP_PRE_LINEAR, layer, up);
@@ -177,7 +179,8 @@ static g4_status feed_forward(g4_forward *f, int layer, float *out)
     G4_TRY(dense_mlp(f, layer, x, out));
     if (f->config->layers[layer].moe)
         G4_TRY(add_experts(f, layer, out));
-    G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN2_POST_SCALE, G4_SITE_LN2_POST_NORMALIZED}, w->ln2_post, out, out));
+    G4_TRY(
+        g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN2_POST_SCALE, G4_SITE_LN2_POST_NORMALIZED}, w->ln2_post, out, out));
     return g4_tap_rows(f, G4_SITE_MLP_OUT, layer, out);
 }
 
@@ -272,8 +275,8 @@ static g4_status logits_block(g4_forward *f, const float *x, int first, int n)
         const g4_segment *segment = &f->segments[s];
         for (int row = segment->first_row; row < segment->first_row + segment->n_rows; row++)
             if (row >= first && row < first + n && f->logits_slot[row] >= 0)
-                memcpy(f->runs[segment->run].logits + (size_t)f->logits_slot[row] * v, logits + (size_t)(row - first) * v,
-                       v * sizeof *logits);
+                memcpy(f->runs[segment->run].logits + (size_t)f->logits_slot[row] * v,
+                       logits + (size_t)(row - first) * v, v * sizeof *logits);
     }
     return G4_OK;
 }

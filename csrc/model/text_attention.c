@@ -14,10 +14,11 @@ static size_t kv_width(const g4_forward *f, int layer)
 }
 
 /* Norm over the head size of every head, then the site. gain NULL: without. */
-static g4_status head_norm(g4_forward *f, int layer, g4_site site, const float *x, const float *gain, int n_heads, float *out)
+static g4_status head_norm(g4_forward *f, int layer, g4_site site, const float *x, const float *gain, int n_heads,
+                           float *out)
 {
-    G4_TRY(g4_rms_norm(&f->exec, x, gain, f->n_rows * n_heads, f->config->layers[layer].head_dim, f->config->rms_norm_eps,
-                       out));
+    G4_TRY(g4_rms_norm(&f->exec, x, gain, f->n_rows * n_heads, f->config->layers[layer].head_dim,
+                       f->config->rms_norm_eps, out));
     return g4_tap_rows(f, site, layer, out);
 }
 
@@ -138,8 +139,11 @@ static g4_status project_out(g4_forward *f, int layer, const float *z, float *ou
     G4_ALLOC(&f->exec, result, (size_t)f->n_rows * (size_t)n_heads * (size_t)d);
     G4_ALLOC(&f->exec, jobs, (size_t)n_heads);
     for (int i = 0; i < n_heads; i++)
-        jobs[i] = (g4_linear_job){z + (size_t)i * (size_t)h, w->n_cols, f->n_rows,
-                                  g4_matrix_cols(w, (size_t)i * (size_t)h, (size_t)h), result + (size_t)i * (size_t)d,
+        jobs[i] = (g4_linear_job){z + (size_t)i * (size_t)h,
+                                  w->n_cols,
+                                  f->n_rows,
+                                  g4_matrix_cols(w, (size_t)i * (size_t)h, (size_t)h),
+                                  result + (size_t)i * (size_t)d,
                                   (size_t)n_heads * (size_t)d};
     G4_TRY(g4_linear_jobs(&f->exec, jobs, n_heads));
     /* Reading the shares must not change the sum, editing them must: the sum is theirs only if it was edited. */
@@ -189,7 +193,7 @@ g4_status g4_text_attention(g4_forward *f, int layer, float *attn_out)
     G4_ALLOC(&f->exec, projected, (size_t)f->n_rows * (size_t)f->config->d_model);
     G4_TRY(project_out(f, layer, z, projected));
     G4_TRY(g4_tap_rows(f, G4_SITE_ATTN_PROJ, layer, projected));
-    G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN1_POST_SCALE, G4_SITE_LN1_POST_NORMALIZED}, w->ln1_post, projected,
-                   attn_out));
+    G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN1_POST_SCALE, G4_SITE_LN1_POST_NORMALIZED}, w->ln1_post,
+                   projected, attn_out));
     return g4_tap_rows(f, G4_SITE_ATTN_OUT, layer, attn_out);
 }

@@ -10,11 +10,11 @@
 
 /* Which (row, slot) pairs each expert computes. Arrays in expert order have one row per pair. */
 typedef struct {
-    int n_pairs;         /* T * k */
-    int32_t *ids;        /* [T, k] */
-    float *weights;      /* [T, k] */
-    int32_t *order;      /* [T * k] the pair at each place of the expert order */
-    int32_t *first;      /* [E + 1] where each expert's places begin */
+    int n_pairs;    /* T * k */
+    int32_t *ids;   /* [T, k] */
+    float *weights; /* [T, k] */
+    int32_t *order; /* [T * k] the pair at each place of the expert order */
+    int32_t *first; /* [E + 1] where each expert's places begin */
 } dispatch;
 
 static g4_status route(g4_forward *f, int layer, dispatch *d)
@@ -36,8 +36,8 @@ static g4_status route(g4_forward *f, int layer, dispatch *d)
     G4_TRY(g4_tap_rows(f, G4_SITE_EXPERT_WEIGHTS, layer, d->weights));
     for (int i = 0; i < d->n_pairs; i++)
         if (d->ids[i] < 0 || d->ids[i] >= c->n_experts)
-            return g4_fail(f->exec.err, G4_EVALUE, "blocks.%d.moe.hook_expert_ids: an edit chose expert %d of %d", layer,
-                           d->ids[i], c->n_experts);
+            return g4_fail(f->exec.err, G4_EVALUE, "blocks.%d.moe.hook_expert_ids: an edit chose expert %d of %d",
+                           layer, d->ids[i], c->n_experts);
     g4_moe_group(d->ids, f->n_rows, c->top_k_experts, c->n_experts, d->order, d->first);
     return G4_OK;
 }
@@ -73,9 +73,9 @@ static int expert_jobs(const g4_forward *f, const dispatch *d, const g4_matrix *
         int n = d->first[e + 1] - d->first[e];
         size_t at = (size_t)d->first[e];
         if (n)
-            jobs[n_jobs++] =
-                (g4_linear_job){x + at * w->n_cols, w->n_cols, n,
-                                g4_matrix_rows(w, (size_t)e * rows_each + offset, n_out), out + at * n_out, n_out};
+            jobs[n_jobs++] = (g4_linear_job){
+                x + at * w->n_cols, w->n_cols, n, g4_matrix_rows(w, (size_t)e * rows_each + offset, n_out),
+                out + at * n_out,   n_out};
     }
     return n_jobs;
 }
@@ -148,8 +148,8 @@ g4_status g4_text_moe(g4_forward *f, int layer, float *moe_out)
     G4_TRY(run_experts(f, layer, &d, x_sorted, y_sorted));
     permute(&d, y_sorted, pairs, n_model, true);
     for (int pair = 0; pair < d.n_pairs; pair++)
-        f->exec.kernels->scale_mul(pairs + (size_t)pair * n_model, pairs + (size_t)pair * n_model, d.weights[pair], NULL,
-                                   d_model);
+        f->exec.kernels->scale_mul(pairs + (size_t)pair * n_model, pairs + (size_t)pair * n_model, d.weights[pair],
+                                   NULL, d_model);
     G4_TRY(g4_tap_rows(f, G4_SITE_EXPERT_OUT, layer, pairs));
     sum_slots(f, pairs, x);
     G4_TRY(g4_tap_rows(f, G4_SITE_MOE_OUT, layer, x));

@@ -88,7 +88,8 @@ static int64_t letter_size(const g4_config *c, const g4_layer_config *layer, cha
     }
 }
 
-static int expected_shape(const g4_config *c, const g4_layer_config *layer, const char *axes, int64_t shape[G4_MAX_DIMS])
+static int expected_shape(const g4_config *c, const g4_layer_config *layer, const char *axes,
+                          int64_t shape[G4_MAX_DIMS])
 {
     int n = 0;
     shape[0] = 1;
@@ -225,8 +226,8 @@ static g4_status bind_all(binder *b, g4_weights *weights)
     return G4_OK;
 }
 
-g4_status g4_weights_bind(g4_weights *weights, const g4_config *config, const g4_named_tensor *tensors, size_t n_tensors,
-                          g4_arena *arena, g4_error *err)
+g4_status g4_weights_bind(g4_weights *weights, const g4_config *config, const g4_named_tensor *tensors,
+                          size_t n_tensors, g4_arena *arena, g4_error *err)
 {
     binder b = {.config = config, .n_tensors = n_tensors, .arena = arena, .err = err};
     b.sorted = malloc((n_tensors + 1) * sizeof *b.sorted);

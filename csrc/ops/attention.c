@@ -6,8 +6,8 @@
 #include <string.h>
 
 enum {
-    BLOCK_ROWS = 48,               /* queries x heads of a task: enough that each key is loaded for many of them */
-    MAX_SCORES = 1 << 20,          /* scores a task may hold (4 MB), unless one query's heads need more */
+    BLOCK_ROWS = 48,      /* queries x heads of a task: enough that each key is loaded for many of them */
+    MAX_SCORES = 1 << 20, /* scores a task may hold (4 MB), unless one query's heads need more */
 };
 
 static int first_key(const g4_attention *a, int position)
@@ -18,7 +18,8 @@ static int first_key(const g4_attention *a, int position)
 static const void *kv_row(const g4_attention *a, const void *base, int position, int kv_head)
 {
     size_t slot = (size_t)(position % a->kv.n_slots);
-    return (const char *)base + (slot * a->kv.stride + (size_t)kv_head * (size_t)a->head_dim) * g4_dtype_size(a->kv.dtype);
+    return (const char *)base +
+           (slot * a->kv.stride + (size_t)kv_head * (size_t)a->head_dim) * g4_dtype_size(a->kv.dtype);
 }
 
 /* Positions [first, first + n) that lie in consecutive slots, n <= end - first. */
@@ -34,15 +35,15 @@ static void score_keys(const g4_kernels *kernels, const g4_attention *a, int kv_
 {
     for (int j = first; j < end;) {
         int length = contiguous(a, j, end);
-        g4_matmul_for(kernels, a->kv.dtype)(q, (size_t)a->head_dim, n, kv_row(a, a->kv.k, j, kv_head), a->kv.stride, length,
-                                            a->head_dim, scores + (j - first), stride);
+        g4_matmul_for(kernels, a->kv.dtype)(q, (size_t)a->head_dim, n, kv_row(a, a->kv.k, j, kv_head), a->kv.stride,
+                                            length, a->head_dim, scores + (j - first), stride);
         j += length;
     }
 }
 
 /* z_i = sum over j in [first, end) of weights[i][j - first] * v_j, for n rows that see the same keys. */
-static void mix_values(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *weights, size_t stride,
-                       int n, int first, int end, float *z)
+static void mix_values(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *weights,
+                       size_t stride, int n, int first, int end, float *z)
 {
     memset(z, 0, (size_t)n * (size_t)a->head_dim * sizeof *z);
     for (int j = first; j < end;) {
@@ -102,7 +103,8 @@ static void gather_queries(const g4_attention *a, const plan *p, int first_row, 
                width * sizeof *q);
 }
 
-static void attend_block(const attend_task *t, const g4_attention *a, const plan *p, int block, int head_group, float *scratch)
+static void attend_block(const attend_task *t, const g4_attention *a, const plan *p, int block, int head_group,
+                         float *scratch)
 {
     const g4_kernels *kernels = t->exec->kernels;
     const int first_row = block * p->queries, first_head = head_group * p->heads;
@@ -169,7 +171,7 @@ g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
 
 typedef struct {
     const g4_attention *a;
-    float *array; /* [H, T, n_keys] */
+    float *array;         /* [H, T, n_keys] */
     atomic_int forgotten; /* a position that got weight but is not in the cache, or -1 */
 } steps;
 
@@ -203,7 +205,8 @@ static void score_rows(const g4_exec *exec, void *context, int first, int end)
 g4_status g4_attention_scores(g4_exec *exec, const g4_attention *run, float *scores)
 {
     steps s = {.a = run, .array = scores};
-    return g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * (size_t)run->head_dim / 8, score_rows, &s);
+    return g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * (size_t)run->head_dim / 8,
+                        score_rows, &s);
 }
 
 /* The shortest range of a row outside which every value is `blank`; the whole row if it is all blank. */
@@ -267,7 +270,8 @@ g4_status g4_attention_mix(g4_exec *exec, const g4_attention *run, const float *
 {
     steps s = {.a = run, .array = (float *)pattern};
     atomic_init(&s.forgotten, -1);
-    G4_TRY(g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * (size_t)run->head_dim / 8, mix_rows, &s));
+    G4_TRY(g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * (size_t)run->head_dim / 8,
+                        mix_rows, &s));
     int position = atomic_load(&s.forgotten);
     if (position >= 0)
         return g4_fail(exec->err, G4_EVALUE,

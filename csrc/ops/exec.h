@@ -15,7 +15,7 @@ typedef struct {
     const g4_kernels *kernels;
     g4_pool *pool;
     g4_arena *arena;
-    bool fast; /* may change the order of additions (OpenBLAS) */
+    bool fast;       /* may change the order of additions (OpenBLAS) */
     g4_poll_fn poll; /* the user's; may be slow, so it is asked every 20 ms only */
     void *poll_context;
     double last_poll_ms;
@@ -36,11 +36,11 @@ g4_status g4_exec_rows(g4_exec *exec, int n_rows, size_t row_size, g4_rows_fn fn
 /* Scratch of n elements of that size; NULL and *err filled if there is no memory. */
 void *g4_exec_alloc(g4_exec *exec, size_t n, size_t element_size);
 
-#define G4_ALLOC(exec, pointer, n)                                      \
-    do {                                                                \
-        (pointer) = g4_exec_alloc((exec), (n), sizeof *(pointer));      \
-        if (!(pointer))                                                 \
-            return G4_ENOMEM;                                           \
+#define G4_ALLOC(exec, pointer, n)                                 \
+    do {                                                           \
+        (pointer) = g4_exec_alloc((exec), (n), sizeof *(pointer)); \
+        if (!(pointer))                                            \
+            return G4_ENOMEM;                                      \
     } while (0)
 
 #endif

@@ -4,8 +4,8 @@
 #include "ops/blas.h"
 
 enum {
-    PANEL = 32,          /* weight rows per task: the kernels' block */
-    BLAS_MIN_ROWS = 48,  /* below this sgemm does not earn the widening of the weights */
+    PANEL = 32,                 /* weight rows per task: the kernels' block */
+    BLAS_MIN_ROWS = 48,         /* below this sgemm does not earn the widening of the weights */
     BLAS_PANEL_FLOATS = 1 << 17 /* a widened panel stays in the second-level cache */
 };
 
@@ -45,8 +45,8 @@ static void run_panel(const linear_task *t, const g4_linear_job *job, int first,
     }
     float *panel = t->panels + (size_t)worker * (size_t)(4 * PANEL) * (size_t)k;
     for (int j = 0; j < n; j++)
-        g4_widen_for(kernels, job->w.dtype)(panel + (size_t)j * (size_t)k,
-                                            g4_matrix_row(&job->w, (size_t)(first + j)), k);
+        g4_widen_for(kernels, job->w.dtype)(panel + (size_t)j * (size_t)k, g4_matrix_row(&job->w, (size_t)(first + j)),
+                                            k);
     g4_blas_matmul(job->x, job->x_stride, job->m, panel, (size_t)k, n, k, job->out + first, job->out_stride);
 }
 

@@ -3,7 +3,8 @@
 
 #include <string.h>
 
-static void route_row(const float *probs, int n_experts, int k, const float *per_expert_scale, int32_t *ids, float *weights)
+static void route_row(const float *probs, int n_experts, int k, const float *per_expert_scale, int32_t *ids,
+                      float *weights)
 {
     float sum = 0;
     for (int slot = 0; slot < k; slot++) {

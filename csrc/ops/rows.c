@@ -156,7 +156,8 @@ static void gather_rows(const g4_exec *exec, void *context, int first, int end)
     }
 }
 
-g4_status g4_gather_rows(g4_exec *exec, const g4_matrix *table, const int32_t *ids, int n_rows, float factor, float *out)
+g4_status g4_gather_rows(g4_exec *exec, const g4_matrix *table, const int32_t *ids, int n_rows, float factor,
+                         float *out)
 {
     operands o = {.out = out, .table = table, .ids = ids, .factor = factor, .n = (int)table->n_cols};
     return g4_exec_rows(exec, n_rows, table->n_cols, gather_rows, &o);
@@ -198,7 +199,8 @@ static void rope_rows(const g4_exec *exec, void *context, int first, int end)
                                 ROW(o->b, i), o->n);
 }
 
-g4_status g4_rope_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads, int half)
+g4_status g4_rope_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads,
+                       int half)
 {
     operands o = {.out = x, .a = cosine, .b = sine, .n = half, .n_heads = n_heads};
     return g4_exec_rows(exec, n_rows, (size_t)n_heads * (size_t)half * 2, rope_rows, &o);

@@ -21,12 +21,14 @@ g4_status g4_softmax_rows(g4_exec *exec, float *x, int n_rows, int n);
 g4_status g4_softcap_rows(g4_exec *exec, float *x, float cap, int n_rows, int n);
 
 /* out_i = factor * table[ids[i]], widened. Rows are gathered one by one: a table on disk is touched nowhere else. */
-g4_status g4_gather_rows(g4_exec *exec, const g4_matrix *table, const int32_t *ids, int n_rows, float factor, float *out);
+g4_status g4_gather_rows(g4_exec *exec, const g4_matrix *table, const int32_t *ids, int n_rows, float factor,
+                         float *out);
 
 /* cosine, sine [n_rows, half] of positions[i] * inv_freq[j], the angle rounded to float32 as the reference has it. */
 g4_status g4_rope_table(g4_exec *exec, const int32_t *positions, int n_rows, const float *inv_freq, int half,
                         float *cosine, float *sine);
 /* Rotates each of the n_heads heads of 2 * half values in every row of x. */
-g4_status g4_rope_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads, int half);
+g4_status g4_rope_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads,
+                       int half);
 
 #endif

@@ -111,8 +111,7 @@ int engine_config_read(PyObject *dict, config_holder *holder)
         read_int(dict, "n_experts", &c->n_experts) || read_int(dict, "top_k_experts", &c->top_k_experts) ||
         read_int(dict, "d_expert", &c->d_expert) || read_float(dict, "rms_norm_eps", &c->rms_norm_eps) ||
         read_float(dict, "logit_softcap", &c->logit_softcap) || read_float(dict, "embed_scale", &c->embed_scale) ||
-        read_float(dict, "ple_scale", &c->ple_scale) ||
-        read_bool(dict, "ple_on_disk", &c->ple_on_disk) ||
+        read_float(dict, "ple_scale", &c->ple_scale) || read_bool(dict, "ple_on_disk", &c->ple_on_disk) ||
         read_layers(dict, holder) || read_ropes(dict, holder)) {
         engine_config_release(holder);
         return -1;

@@ -15,15 +15,13 @@
 #include "gemma4.h"
 
 typedef struct {
-    PyObject_HEAD
-    g4_model *model;
+    PyObject_HEAD g4_model *model;
     Py_buffer *buffers; /* keep the weights' bytes where they are */
     size_t n_buffers;
 } model_object;
 
 typedef struct {
-    PyObject_HEAD
-    model_object *owner;
+    PyObject_HEAD model_object *owner;
     g4_sequence *seq; /* NULL: closed */
 } sequence_object;
 

@@ -50,8 +50,8 @@ static int read_tensor(PyObject *name, PyObject *value, g4_named_tensor *tensor,
         tensor->data = (const char *)view->buf + offset;
     if (!fits || (uintptr_t)tensor->data % g4_dtype_size(tensor->dtype)) {
         g4_error err;
-        g4_fail(&err, G4_EFORMAT, "tensor %s at byte %zd does not lie (aligned) within its file of %zd bytes", tensor->name,
-                offset, view->len);
+        g4_fail(&err, G4_EFORMAT, "tensor %s at byte %zd does not lie (aligned) within its file of %zd bytes",
+                tensor->name, offset, view->len);
         engine_raise(&err);
         PyBuffer_Release(view);
         return -1;
@@ -102,10 +102,8 @@ static int build(model_object *self, PyObject *config, PyObject *items, const g4
         return -1;
     }
     g4_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = g4_model_new(&holder.config, tensors, self->n_buffers, options, &self->model, &err);
-    Py_END_ALLOW_THREADS
-    engine_config_release(&holder);
+    Py_BEGIN_ALLOW_THREADS status = g4_model_new(&holder.config, tensors, self->n_buffers, options, &self->model, &err);
+    Py_END_ALLOW_THREADS engine_config_release(&holder);
     PyMem_Free(tensors);
     if (status != G4_OK)
         engine_raise(&err);
@@ -145,8 +143,7 @@ static void model_dealloc(PyObject *object)
     model_object *self = (model_object *)object;
     PyTypeObject *type = Py_TYPE(object);
     if (self->model) {
-        Py_BEGIN_ALLOW_THREADS
-        g4_model_free(self->model);
+        Py_BEGIN_ALLOW_THREADS g4_model_free(self->model);
         Py_END_ALLOW_THREADS
     }
     release_buffers(self);
@@ -273,7 +270,8 @@ static PyGetSetDef model_getset[] = {
 };
 
 static PyMethodDef model_methods[] = {
-    {"new_sequence", (PyCFunction)(void (*)(void))model_new_sequence, METH_VARARGS | METH_KEYWORDS, "An empty sequence."},
+    {"new_sequence", (PyCFunction)(void (*)(void))model_new_sequence, METH_VARARGS | METH_KEYWORDS,
+     "An empty sequence."},
     {"sites", model_sites, METH_NOARGS, "Every site of this model: (name, site id, layer, dims)."},
     {"step", (PyCFunction)(void (*)(void))engine_model_step, METH_VARARGS | METH_KEYWORDS, "One ragged forward pass."},
     {NULL, NULL, 0, NULL},

@@ -60,9 +60,15 @@ static PyMethodDef module_methods[] = {
 
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
 
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "gemma4._engine", "The C engine. See gemma4/_engine.pyi.", 0, module_methods, module_slots, NULL,
-    NULL, NULL};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                        "gemma4._engine",
+                                        "The C engine. See gemma4/_engine.pyi.",
+                                        0,
+                                        module_methods,
+                                        module_slots,
+                                        NULL,
+                                        NULL,
+                                        NULL};
 
 PyMODINIT_FUNC PyInit__engine(void)
 {

@@ -136,14 +136,15 @@ static PyObject *sequence_state(PyObject *object, PyObject *unused)
         return NULL;
     PyObject *layers = export_layers(self);
     const char *dtype = g4_sequence_dtype(self->seq) == G4_F32 ? "f32" : "bf16";
-    PyObject *state =
-        layers ? Py_BuildValue("{s:i,s:s,s:N}", "length", g4_sequence_length(self->seq), "kv_dtype", dtype, "layers", layers)
-               : NULL;
+    PyObject *state = layers ? Py_BuildValue("{s:i,s:s,s:N}", "length", g4_sequence_length(self->seq), "kv_dtype",
+                                             dtype, "layers", layers)
+                             : NULL;
     g4_sequence_release(self->seq);
     return state;
 }
 
-static PyArrayObject *state_array(const g4_sequence *seq, PyObject *object, const g4_layer_config *layer, int n, int index)
+static PyArrayObject *state_array(const g4_sequence *seq, PyObject *object, const g4_layer_config *layer, int n,
+                                  int index)
 {
     PyArrayObject *array = (PyArrayObject *)object;
     if (!PyArray_Check(object) || PyArray_TYPE(array) != numpy_type(seq) || !PyArray_IS_C_CONTIGUOUS(array) ||
@@ -169,7 +170,8 @@ static int import_layer(g4_sequence *seq, const g4_layer_config *layer, int inde
         PyArrayObject *k_array = PyErr_Occurred() ? NULL : state_array(seq, k, layer, length - first, index);
         PyArrayObject *v_array = k_array ? state_array(seq, v, layer, length - first, index) : NULL;
         if (v_array) {
-            failed = g4_sequence_import(seq, index, first, length, PyArray_DATA(k_array), PyArray_DATA(v_array), &err) != G4_OK;
+            failed = g4_sequence_import(seq, index, first, length, PyArray_DATA(k_array), PyArray_DATA(v_array),
+                                        &err) != G4_OK;
             if (failed)
                 engine_raise(&err);
         }

@@ -49,7 +49,8 @@ static int copy_back(PyObject *result, PyArrayObject *given, const edit_context 
                  !PyArray_CompareLists(PyArray_DIMS(array), PyArray_DIMS(given), PyArray_NDIM(given));
     if (failed)
         PyErr_Format(PyExc_ValueError, "an edit returned an array of shape %R, the site has %R",
-                     PyObject_GetAttrString((PyObject *)array, "shape"), PyObject_GetAttrString((PyObject *)given, "shape"));
+                     PyObject_GetAttrString((PyObject *)array, "shape"),
+                     PyObject_GetAttrString((PyObject *)given, "shape"));
     else
         memcpy(data, PyArray_DATA(array), n_bytes);
     Py_DECREF(array);
@@ -203,9 +204,8 @@ static int read_tap(step_args *s, PyObject *tuple, g4_tap *tap, edit_context *ed
     PyObject *target, *rows;
     int site, n_rows;
     int32_t *ints;
-    if (!PyTuple_Check(tuple) ||
-        !PyArg_ParseTuple(tuple, "iiiOO;a tap is (site, layer, run, array or callable, rows)", &site, &tap->layer, &tap->run,
-                          &target, &rows)) {
+    if (!PyTuple_Check(tuple) || !PyArg_ParseTuple(tuple, "iiiOO;a tap is (site, layer, run, array or callable, rows)",
+                                                   &site, &tap->layer, &tap->run, &target, &rows)) {
         if (!PyErr_Occurred())
             PyErr_SetString(PyExc_TypeError, "a tap is a tuple (site, layer, run, array or callable, rows)");
         return -1;
@@ -232,7 +232,8 @@ static int read_tap(step_args *s, PyObject *tuple, g4_tap *tap, edit_context *ed
         return -1;
     tap->rows = ints;
     if (ints && n_rows != s->runs[tap->run].n_rows) {
-        PyErr_Format(PyExc_ValueError, "a tap's rows: %d given for a run of %d positions", n_rows, s->runs[tap->run].n_rows);
+        PyErr_Format(PyExc_ValueError, "a tap's rows: %d given for a run of %d positions", n_rows,
+                     s->runs[tap->run].n_rows);
         return -1;
     }
     return read_destination(s, tap, target);
@@ -287,7 +288,8 @@ PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs)
     g4_step_options options = {.stop_at_layer = -1, .poll = poll_signals, .poll_context = &s.gil};
     PyObject *runs, *taps = NULL;
     g4_error err = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$ii", names, &runs, &taps, &options.stop_at_layer, &options.max_chunk))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$ii", names, &runs, &taps, &options.stop_at_layer,
+                                     &options.max_chunk))
         return NULL;
     if (!s.model->model)
         return PyErr_Format(PyExc_RuntimeError, "this model was never initialised");

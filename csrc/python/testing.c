@@ -61,7 +61,8 @@ static PyObject *test_weighted_sum(PyObject *self, PyObject *args)
     const char *isa, *dtype_name;
     PyArrayObject *p, *v, *acc;
     (void)self;
-    if (!PyArg_ParseTuple(args, "ssO!O!O!", &isa, &dtype_name, &PyArray_Type, &p, &PyArray_Type, &v, &PyArray_Type, &acc))
+    if (!PyArg_ParseTuple(args, "ssO!O!O!", &isa, &dtype_name, &PyArray_Type, &p, &PyArray_Type, &v, &PyArray_Type,
+                          &acc))
         return NULL;
     const g4_kernels *kernels = table_of(isa);
     g4_dtype dtype = g4_dtype_parse(dtype_name);
@@ -73,8 +74,8 @@ static PyObject *test_weighted_sum(PyObject *self, PyObject *args)
     PyArrayObject *out = (PyArrayObject *)PyArray_NewCopy(acc, NPY_CORDER);
     if (out)
         g4_weighted_sum_for(kernels, dtype)(PyArray_DATA(p), stride_of(p), (int)PyArray_DIM(p, 0), PyArray_DATA(v),
-                                            stride_of(v), (int)PyArray_DIM(p, 1), (int)PyArray_DIM(v, 1), PyArray_DATA(out),
-                                            (size_t)PyArray_DIM(v, 1));
+                                            stride_of(v), (int)PyArray_DIM(p, 1), (int)PyArray_DIM(v, 1),
+                                            PyArray_DATA(out), (size_t)PyArray_DIM(v, 1));
     return (PyObject *)out;
 }
 
@@ -213,7 +214,8 @@ static PyObject *test_names(PyObject *self, PyObject *unused)
 static PyMethodDef testing_methods[] = {
     {"names", test_names, METH_NOARGS, "Names of all kernels."},
     {"matmul", test_matmul, METH_VARARGS, "matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n]"},
-    {"weighted_sum", test_weighted_sum, METH_VARARGS, "weighted_sum(isa, dtype, p [m, n], v [n, d], acc [m, d]) -> [m, d]"},
+    {"weighted_sum", test_weighted_sum, METH_VARARGS,
+     "weighted_sum(isa, dtype, p [m, n], v [n, d], acc [m, d]) -> [m, d]"},
     {"row", test_row, METH_VARARGS, "row(isa, name, x [n], y [n] or None, s) -> [n]"},
     {"sum_squares", test_sum_squares, METH_VARARGS, "sum_squares(isa, x [n]) -> float"},
     {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n]) -> float32 [n]"},
@@ -221,8 +223,15 @@ static PyMethodDef testing_methods[] = {
     {NULL, NULL, 0, NULL},
 };
 
-static struct PyModuleDef testing_definition = {
-    PyModuleDef_HEAD_INIT, "gemma4._engine.testing", "Kernels, one by one.", 0, testing_methods, NULL, NULL, NULL, NULL};
+static struct PyModuleDef testing_definition = {PyModuleDef_HEAD_INIT,
+                                                "gemma4._engine.testing",
+                                                "Kernels, one by one.",
+                                                0,
+                                                testing_methods,
+                                                NULL,
+                                                NULL,
+                                                NULL,
+                                                NULL};
 
 PyObject *engine_testing_module(void)
 {

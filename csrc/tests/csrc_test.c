@@ -13,13 +13,13 @@
 
 static atomic_int n_checks, n_failed;
 
-#define CHECK(condition)                                                    \
-    do {                                                                    \
-        n_checks++;                                                         \
-        if (!(condition)) {                                                 \
-            n_failed++;                                                     \
-            printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);  \
-        }                                                                   \
+#define CHECK(condition)                                                   \
+    do {                                                                   \
+        n_checks++;                                                        \
+        if (!(condition)) {                                                \
+            n_failed++;                                                    \
+            printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+        }                                                                  \
     } while (0)
 
 /* ---- a random model ------------------------------------------------------------------------------------------------- */
@@ -64,10 +64,14 @@ static void add_layer_tensor(fixture *f, int layer, const char *name, int n_dims
 static void add_layer(fixture *f, int i)
 {
     const g4_layer_config *lc = &f->layers[i];
-    static const char *const norms[] = {"input_layernorm.weight", "post_attention_layernorm.weight",
-                                        "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight",
-                                        "post_per_layer_input_norm.weight", "pre_feedforward_layernorm_2.weight",
-                                        "post_feedforward_layernorm_1.weight", "post_feedforward_layernorm_2.weight",
+    static const char *const norms[] = {"input_layernorm.weight",
+                                        "post_attention_layernorm.weight",
+                                        "pre_feedforward_layernorm.weight",
+                                        "post_feedforward_layernorm.weight",
+                                        "post_per_layer_input_norm.weight",
+                                        "pre_feedforward_layernorm_2.weight",
+                                        "post_feedforward_layernorm_1.weight",
+                                        "post_feedforward_layernorm_2.weight",
                                         "router.scale"};
     for (size_t n = 0; n < sizeof norms / sizeof *norms; n++)
         add_layer_tensor(f, i, norms[n], 1, D, 1, 1);
@@ -100,7 +104,9 @@ static void fixture_init(fixture *f)
                                          .head_dim = global ? 24 : 12,
                                          .n_kv_heads = global ? 1 : 2,
                                          .d_mlp = i < 4 ? 30 : 60,
-                                         .kv_source = i < 4 ? i : i == 4 ? 3 : 2,
+                                         .kv_source = i < 4    ? i
+                                                      : i == 4 ? 3
+                                                               : 2,
                                          .k_eq_v = global,
                                          .moe = i % 2 == 0,
                                          .rope = global};
@@ -108,11 +114,24 @@ static void fixture_init(fixture *f)
     for (int r = 0; r < 2; r++)
         for (int j = 0; j < (r ? 12 : 6); j++)
             f->inv_freq[r][j] = r && j > 2 ? 0 : 1.0f / (float)(1 + j * j);
-    f->config = (g4_config){.d_model = D, .n_layers = LAYERS, .n_heads = HEADS, .d_vocab = VOCAB, .d_ple = PLE,
-                            .d_vocab_ple = VOCAB, .n_experts = EXPERTS, .top_k_experts = 2, .d_expert = 12,
-                            .rms_norm_eps = 1e-6f, .logit_softcap = 30, .embed_scale = 6.3f, .ple_scale = 2.8f,
-                            .context_length = 512, .n_ropes = 2, .rope_half = {6, 12},
-                            .rope_inv_freq = {f->inv_freq[0], f->inv_freq[1]}, .layers = f->layers};
+    f->config = (g4_config){.d_model = D,
+                            .n_layers = LAYERS,
+                            .n_heads = HEADS,
+                            .d_vocab = VOCAB,
+                            .d_ple = PLE,
+                            .d_vocab_ple = VOCAB,
+                            .n_experts = EXPERTS,
+                            .top_k_experts = 2,
+                            .d_expert = 12,
+                            .rms_norm_eps = 1e-6f,
+                            .logit_softcap = 30,
+                            .embed_scale = 6.3f,
+                            .ple_scale = 2.8f,
+                            .context_length = 512,
+                            .n_ropes = 2,
+                            .rope_half = {6, 12},
+                            .rope_inv_freq = {f->inv_freq[0], f->inv_freq[1]},
+                            .layers = f->layers};
     add_tensor(f, "embed_tokens.weight", 2, VOCAB, D, 1);
     add_tensor(f, "norm.weight", 1, D, 1, 1);
     add_tensor(f, "embed_tokens_per_layer.weight", 2, VOCAB, LAYERS * PLE, 1);
@@ -151,9 +170,11 @@ static g4_sequence *new_sequence(const g4_model *model)
 
 static int32_t tokens[N_TOKENS], all_rows[N_TOKENS];
 
-static g4_status forward(g4_model *model, g4_sequence *seq, int first, int n, float *logits, int max_chunk, g4_error *err)
+static g4_status forward(g4_model *model, g4_sequence *seq, int first, int n, float *logits, int max_chunk,
+                         g4_error *err)
 {
-    g4_run run = {.seq = seq, .n_rows = n, .tokens = tokens + first, .logits_rows = all_rows, .n_logits = n, .logits = logits};
+    g4_run run = {
+        .seq = seq, .n_rows = n, .tokens = tokens + first, .logits_rows = all_rows, .n_logits = n, .logits = logits};
     g4_step_options options = {.stop_at_layer = -1, .max_chunk = max_chunk};
     return g4_step(model, &run, 1, NULL, 0, &options, err);
 }
