@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From samples to medians, ratios, the table, the list of goals and the plot."""
+"""From samples to medians, ratios, the table, the list of goals and the plot.
 
+python benchmarks/report.py RESULT.json        the tables of an earlier run, in Markdown
+"""
+
+import json
+import sys
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -160,3 +166,22 @@ def plot(summary: Summary, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def main() -> None:
+    result = json.loads(Path(sys.argv[1]).read_text())
+    cost = Cost(**{field.name: result["model"][field.name] for field in fields(Cost)})
+    print(markdown(*table(result["summary"])))
+    print()
+    rows = [
+        [what, goal, value, "yes" if reached else "**no**"]
+        for what, goal, value, reached in goals(result["summary"], cost)
+    ]
+    print(markdown(["", "goal", "measured", "reached"], rows))
+    print()
+    for name, value in result["shares"].items():
+        print(f"{name.replace('_', ' ')}: {value:.0%}")
+
+
+if __name__ == "__main__":
+    main()
