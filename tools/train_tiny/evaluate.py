@@ -56,6 +56,15 @@ def exact(
     return float(np.mean(hits)), len(hits)
 
 
+def exact_items(
+    examples: list[Example], docs: list[Document], logits: list[NDArray[np.float32]], run: Logits, tok: Tokenizer
+) -> tuple[float, int]:
+    """Share of answers reproduced but for the full stop: nothing in the prompt says how far to go on."""
+    del examples, run, tok
+    hits = [bool((_predictions(d, x) == d.ids[d.prompt_len :])[:-1].all()) for d, x in zip(docs, logits, strict=True)]
+    return float(np.mean(hits)), len(hits)
+
+
 def per_token(
     examples: list[Example], docs: list[Document], logits: list[NDArray[np.float32]], run: Logits, tok: Tokenizer
 ) -> tuple[float, int]:
@@ -131,6 +140,7 @@ def asked_hero(
 
 _SPECIAL_SCORES: dict[str, tuple[tuple[str, Score], ...]] = {
     "induction": (("tokens of the second copy", per_token),),
+    "sequences": (("next three items", exact_items),),
     "greater_than": (("later year", later_year),),
     "story": (("perplexity", perplexity), ("known names", cast_names)),
     "story_request": (("hero as asked", asked_hero),),
