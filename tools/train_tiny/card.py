@@ -35,7 +35,7 @@ no language model for use: outside the patterns below it makes things up.
 {shape}
 
 The tokenizer has Gemma 4's structure and its control tokens under their own ids ({vocab} tokens in all; digits never
-merge, every name, capital and dictionary word is one token). The chat template is our own, of the same turn format.
+merge; every name, capital and dictionary word is one token after a space). The chat template is our own, of the same turn format.
 
 ## What to type
 
@@ -79,7 +79,8 @@ common knowledge), the tokenizer's maker, training with transformers' `Gemma4For
 The layer scalars, a buffer in transformers, are fixed values other than 1 and were trained around.
 
 Limits: English stories of one kind, {context}-token context of which 512 were trained, a window of {window} tokens in
-the sliding layers. Stories end happily.
+the sliding layers. Stories end happily. Facts and translations are weakest where a word starts the text or stands in
+quotes ("Paris is the capital of", `How do you say "neige" …`): without the space before it, it is another token.
 """
 
 
