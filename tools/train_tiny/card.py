@@ -35,7 +35,8 @@ no language model for use: outside the patterns below it makes things up.
 {shape}
 
 The tokenizer has Gemma 4's structure and its control tokens under their own ids ({vocab} tokens in all; digits never
-merge; every name, capital and dictionary word is one token after a space). The chat template is our own, of the same turn format.
+merge; every name, capital and dictionary word is one token after a space). The chat template is our own, of the same
+turn format.
 
 ## What to type
 

@@ -88,7 +88,7 @@ def tokenize(example: Example, tokenizer: Tokenizer) -> Document:
 def documents(tokenizer: Tokenizer, rng: random.Random, *, late: bool) -> Iterator[Document]:
     """An endless stream of training documents."""
     names = sorted(SHARES)
-    shares = [SHARES[name][1 + late] for name in names]
+    shares = [after if late else before for _, before, after in (SHARES[name] for name in names)]
     copying = INDUCTION_SHARES[late]
     generators: list[Generator] = [SHARES[name][0] for name in names]
     induction = partial(skills_text.induction, pieces=piece_range(tokenizer))
