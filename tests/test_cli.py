@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,8 @@ def test_demo(tmp_path, capsys):
     output = tmp_path / "demo.png"
     assert main(["demo", "--output", str(output)]) == 0
     text = capsys.readouterr().out
-    assert "tokens/s" in text and "MiB" in text
+    assert "tokens/s" in text
+    assert re.search(r"memory [\d.]+ [MG]iB", " ".join(text.split()))
     for column in ("block", "|resid|", "logit lens"):
         assert column in text
     assert output.read_bytes().startswith(b"\x89PNG") and str(output) in text.replace("\n", "")
