@@ -50,11 +50,12 @@ static void NAME(dot_rows_)(const float *x, const weight *w, size_t w_stride, in
 static void NAME(matmul_few_)(const float *x, size_t x_stride, int m, const weight *w, size_t w_stride, int n, int k,
                               float *out, size_t out_stride)
 {
-    for (int j = 0; j < n; j += TILE_N)
+    for (int j = 0; j < n; j += TILE_N) {
+        const weight *wj = w + (size_t)j * w_stride;
+        const int rows = n - j < TILE_N ? n - j : TILE_N;
         for (int i = 0; i < m; i++)
-            NAME(dot_rows_)
-            (x + (size_t)i * x_stride, w + (size_t)j * w_stride, w_stride, n - j < TILE_N ? n - j : TILE_N, k,
-             out + (size_t)i * out_stride + j);
+            NAME(dot_rows_)(x + (size_t)i * x_stride, wj, w_stride, rows, k, out + (size_t)i * out_stride + j);
+    }
 }
 
 static void NAME(pack_weights_)(const weight *w, size_t w_stride, int n, int k, float *packed)
@@ -113,11 +114,33 @@ static inline __attribute__((always_inline)) void NAME(columns_)(const int m, co
         x16_store(acc + (size_t)i * acc_stride, sum[i]);
 }
 
+/* All d columns of m <= 4 rows over a block of keys. */
+static void NAME(mix_rows_)(int m, const float *p, size_t p_stride, const weight *v, size_t v_stride, int n_keys, int d,
+                            float *acc, size_t acc_stride)
+{
+    const int d16 = d / 16 * 16;
+    for (int c = 0; c < d16; c += 16) {
+        if (m == 4)
+            NAME(columns_)(4, p, p_stride, v + c, v_stride, n_keys, acc + c, acc_stride);
+        else if (m == 3)
+            NAME(columns_)(3, p, p_stride, v + c, v_stride, n_keys, acc + c, acc_stride);
+        else if (m == 2)
+            NAME(columns_)(2, p, p_stride, v + c, v_stride, n_keys, acc + c, acc_stride);
+        else
+            NAME(columns_)(1, p, p_stride, v + c, v_stride, n_keys, acc + c, acc_stride);
+    }
+    for (int i = 0; i < m; i++)
+        for (int c = d16; c < d; c++) {
+            float *sum = acc + (size_t)i * acc_stride + (size_t)c;
+            for (int j = 0; j < n_keys; j++)
+                *sum = fmaf(p[(size_t)i * p_stride + j], WEIGHT_TO_F32(v[(size_t)j * v_stride + c]), *sum);
+        }
+}
+
 static void NAME(weighted_sum_)(const float *p, size_t p_stride, int m, const void *values, size_t v_stride, int n_keys,
                                 int d, float *acc, size_t acc_stride)
 {
     const weight *v = values;
-    const int d16 = d / 16 * 16;
     /* 64 keys x 256 values of float32 are 64 KB: a block of v stays in the second-level cache for all rows. */
     for (int j = 0; j < n_keys; j += 64) {
         const int keys = n_keys - j < 64 ? n_keys - j : 64;
@@ -125,24 +148,7 @@ static void NAME(weighted_sum_)(const float *p, size_t p_stride, int m, const vo
         for (int i = 0; i < m; i += 4) {
             const int rows = m - i < 4 ? m - i : 4;
             const float *pi = p + (size_t)i * p_stride + j;
-            float *acc_i = acc + (size_t)i * acc_stride;
-            for (int c = 0; c < d16; c += 16) {
-                if (rows == 4)
-                    NAME(columns_)(4, pi, p_stride, vj + c, v_stride, keys, acc_i + c, acc_stride);
-                else if (rows == 2)
-                    NAME(columns_)(2, pi, p_stride, vj + c, v_stride, keys, acc_i + c, acc_stride);
-                else
-                    for (int r = 0; r < rows; r++)
-                        NAME(columns_)
-                        (1, pi + (size_t)r * p_stride, 0, vj + c, v_stride, keys, acc_i + (size_t)r * acc_stride + c,
-                         0);
-            }
-            for (int r = 0; r < rows; r++)
-                for (int c = d16; c < d; c++)
-                    for (int q = 0; q < keys; q++)
-                        acc_i[(size_t)r * acc_stride + (size_t)c] = fmaf(
-                            pi[(size_t)r * p_stride + (size_t)q], WEIGHT_TO_F32(vj[(size_t)q * v_stride + (size_t)c]),
-                            acc_i[(size_t)r * acc_stride + (size_t)c]);
+            NAME(mix_rows_)(rows, pi, p_stride, vj, v_stride, keys, d, acc + (size_t)i * acc_stride, acc_stride);
         }
     }
 }
