@@ -47,12 +47,16 @@ static int copy_back(PyObject *result, PyArrayObject *given, const edit_context 
         return -1;
     int failed = PyArray_NDIM(array) != PyArray_NDIM(given) ||
                  !PyArray_CompareLists(PyArray_DIMS(array), PyArray_DIMS(given), PyArray_NDIM(given));
-    if (failed)
-        PyErr_Format(PyExc_ValueError, "an edit returned an array of shape %R, the site has %R",
-                     PyObject_GetAttrString((PyObject *)array, "shape"),
-                     PyObject_GetAttrString((PyObject *)given, "shape"));
-    else
+    if (failed) {
+        PyObject *got = PyObject_GetAttrString((PyObject *)array, "shape");
+        PyObject *expected = PyObject_GetAttrString((PyObject *)given, "shape");
+        if (got && expected)
+            PyErr_Format(PyExc_ValueError, "an edit returned an array of shape %R, the site has %R", got, expected);
+        Py_XDECREF(got);
+        Py_XDECREF(expected);
+    } else {
         memcpy(data, PyArray_DATA(array), n_bytes);
+    }
     Py_DECREF(array);
     return failed ? -1 : 0;
 }
