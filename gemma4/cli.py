@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
-    parser.add_argument("--model", default="tiny-e", metavar="DIR", help="Hugging Face directory or shipped model")
+    parser.add_argument(
+        "--model", default="tiny-e", metavar="MODEL", help="Hugging Face directory, .gguf file or shipped model"
+    )
     parser.add_argument("--threads", type=int, default=0, help="0 = the CPUs this process may use")
     parser.add_argument("--kv-dtype", choices=("f32", "bf16"), default="f32", help="keys and values (default: f32)")
     return parser

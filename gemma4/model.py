@@ -11,30 +11,28 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine, info
-from gemma4.errors import StateError
 from gemma4.inputs import TokensLike, as_batch
 from gemma4.interp.hooks import Hook, NaNLog, activated, active_hooks, bind_hooks
 from gemma4.interp.sites import Names, SiteTable
 from gemma4.load import Checkpoint, TextConfig, open_checkpoint
+from gemma4.load.checkpoint import EngineTensor
+from gemma4.load.dtypes import is_quantised, stored_rows
 from gemma4.sequence import Sequence, restore
 from gemma4.step import Output, Positions, Want, run_step
-from gemma4.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from gemma4.chat import ChatTemplate
     from gemma4.generate import TextStream
+    from gemma4.tokenizer import Tokenizer
 
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
 Precision: TypeAlias = Literal["exact", "fast"]
 KVDtype: TypeAlias = Literal["f32", "bf16"]
-
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def load(
@@ -45,11 +43,13 @@ def load(
     kv_dtype: KVDtype = "f32",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Model:
-    """Open a checkpoint: a shipped model's name ("tiny-e", "tiny-moe") or a Hugging Face directory.
+    """Open a checkpoint: a shipped model's name ("tiny-e", "tiny-moe"), a Hugging Face directory, or a .gguf file (any
+    part of a split one; tokenizer and chat template come from its metadata).
 
     The files are mapped, not read: this takes a moment for any size. threads: 0 = the CPUs this process may use.
-    precision: "exact" (default: the same bits for any thread count, batch and chunking) or "fast". kv_dtype: how new
-    sequences keep keys and values. progress(files done, files in all, file name) is called while shards are opened.
+    precision: "exact" (the same bits for any thread count, batch and chunking), "fast" (whatever is quickest), or None:
+    "fast" if a weight is quantised, else "exact". kv_dtype: how new sequences keep keys and values. progress(files
+    done, files in all, file name) is called while the files of a checkpoint in parts are opened.
 
     Raises FileNotFoundError, FormatError (damaged, missing or misshapen files), NotImplementedError (an architecture
     that this engine does not run; the message lists those it does).
@@ -72,7 +72,7 @@ class Model:
             checkpoint.engine_config,  # type: ignore[arg-type]
             checkpoint.engine_tensors,
             threads=threads,
-            precision=precision or "exact",
+            precision=precision or ("fast" if checkpoint.quantised else "exact"),
         )
         self.kv_dtype = kv_dtype
         self.sites = SiteTable(self.engine.sites(), self.engine_config["layers"])
@@ -129,23 +129,33 @@ class Model:
 
     def weight(self, name: str) -> F32:
         """A text-model tensor as float32 (a copy), without the checkpoint's prefix: "layers.0.mlp.up_proj.weight"."""
-        return self._view(name).astype(np.float32)
+        return self._rows(name, slice(None))
 
     def layer_scalar(self, layer: int) -> float:
         """The number that block `layer` multiplies the residual stream by at its end."""
-        return float(self._view(f"layers.{layer}.layer_scalar")[0])
+        return float(self._rows(f"layers.{layer}.layer_scalar", slice(0, 1))[0])
 
     def unembed(self, ids: NDArray[np.integer[Any]] | slice) -> F32:
         """Rows of the output head, float32 [n, d_model]: logit before the softcap = row . ln_final.hook_out."""
         tied = "lm_head.weight" not in self.checkpoint.engine_tensors
-        return self._view("embed_tokens.weight" if tied else "lm_head.weight")[ids].astype(np.float32)
+        return self._rows("embed_tokens.weight" if tied else "lm_head.weight", ids)
+
+    def _rows(self, name: str, ids: Any) -> F32:
+        """A tensor, or some of its rows, unpacked to float32; only those rows are read."""
+        dtype, shape, _, _ = self._stored(name)
+        rows = self._view(name)[ids]
+        if not is_quantised(dtype):
+            return rows.astype(np.float32)
+        unpacked = (*rows.shape[:-1], shape[-1])
+        return _engine.dequantize(dtype, unpacked, np.ascontiguousarray(rows), 0)
 
     def _view(self, name: str) -> NDArray[Any]:
+        return stored_rows(*self._stored(name))
+
+    def _stored(self, name: str) -> EngineTensor:
         if name not in self.checkpoint.engine_tensors:
             raise KeyError(f"no tensor {name!r} in the text model")
-        dtype, shape, buffer, offset = self.checkpoint.engine_tensors[name]
-        count = int(np.prod(shape, dtype=np.int64))
-        return np.frombuffer(buffer, dtype=_DTYPES[dtype], count=count, offset=offset).reshape(shape)
+        return self.checkpoint.engine_tensors[name]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -163,17 +173,12 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Loaded at first use. Raises StateError if the checkpoint has none; token ids work without."""
-        path = self.checkpoint.tokenizer_path
-        if path is None:
-            raise StateError(f"{self.checkpoint.path} has no tokenizer.json: pass token ids, or add the file")
-        return Tokenizer.load(path)
+        return self.checkpoint.load_tokenizer()
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
         """The checkpoint's own chat template, None if it has none."""
-        from gemma4.chat import ChatTemplate
-
-        return ChatTemplate.load(self.checkpoint.path)
+        return self.checkpoint.load_chat_template()
 
     def to_tokens(self, text: str, bos: bool = True) -> I32:
         """int32 [pos]: token ids of `text`, BOS first exactly once (bos=False: none added)."""

@@ -8,7 +8,7 @@ import ctypes
 import re
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gemma4.errors import FormatError
 I32 = NDArray[np.int32]
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Tokens that steer the chat format. Some converted files list a few of them as ordinary added tokens.
-_CONTROL = re.compile(r"<\|.+>|<.+\|>")
+CONTROL = re.compile(r"<\|.+>|<.+\|>")
 
 
 class Tokenizer:
@@ -37,7 +37,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
-        control = {i: token for i, token in added.items() if token.special or _CONTROL.fullmatch(token.content)}
+        control = {i: token for i, token in added.items() if token.special or CONTROL.fullmatch(token.content)}
         plain = [token for token in control.values() if not token.special]
         for token in plain:
             token.special = True
@@ -58,10 +58,19 @@ class Tokenizer:
             file = file / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"there is no tokenizer at {file}; the model can be run on token ids without one")
+        return cls._made(lambda: _Backend.from_file(str(file)), str(file))
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "text") -> Tokenizer:
+        """From the text of a tokenizer.json; `where` names it in messages. Raises FormatError."""
+        return cls._made(lambda: _Backend.from_str(text), where)
+
+    @classmethod
+    def _made(cls, backend: Callable[[], _Backend], where: str) -> Tokenizer:
         try:
-            tokenizer = cls(_Backend.from_file(str(file)))
+            tokenizer = cls(backend())
         except Exception as error:  # the library raises plain Exception for anything wrong with the file
-            raise FormatError(f"{file} is not a tokenizer this package can read: {str(error)[:300]}") from error
+            raise FormatError(f"{where} is not a tokenizer this package can read: {str(error)[:300]}") from error
         _return_free_memory()
         return tokenizer
 

@@ -37,10 +37,10 @@ _ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 # Ceilings some 8 to 60 times above the largest released model: far enough to never be in the way, low enough that no
 # product of two of them overflows 63 bits and no config can ask for an absurd allocation.
-_MAX_WIDTH, _MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_DIM = 1 << 17, 1024, 1024, 4096
-_MAX_MLP, _MAX_VOCAB, _MAX_CONTEXT, _MAX_EXPERTS = 1 << 20, 1 << 24, 1 << 24, 4096
+MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 1 << 17, 1024, 1024, 4096
+MAX_MLP, MAX_VOCAB, MAX_CONTEXT, MAX_EXPERTS = 1 << 20, 1 << 24, 1 << 24, 4096
 
-_SCALE_DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_SCALE_DTYPES: dict[str, Any] = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}  # all others: float32
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,15 @@ class TextConfig:
         return next((i for i, source in enumerate(self.kv_source) if source != i), self.n_layers)
 
     def table_scale(self, width: int, dtype: str) -> float:
-        """sqrt(width), rounded to the embedding table's dtype as the reference does ("F32", "F16" or "BF16")."""
-        return float(_SCALE_DTYPES[dtype](np.float32(math.sqrt(width))))
+        """sqrt(width), rounded to the embedding table's dtype as the reference does.
 
-    def engine(self, embed_dtype: str = "F32") -> Config:
-        """The engine's config (gemma4/_engine.pyi). `embed_dtype` is the stored dtype of embed_tokens.weight."""
+        A quantised table unpacks to float32, and llama.cpp multiplies it by a float32 square root.
+        """
+        return float(_SCALE_DTYPES.get(dtype, np.float32)(np.float32(math.sqrt(width))))
+
+    def engine(self, embed_dtype: str = "F32", ple_dtype: str | None = None) -> Config:
+        """The engine's config (gemma4/_engine.pyi). `embed_dtype` and `ple_dtype` are the stored dtypes of
+        embed_tokens.weight and embed_tokens_per_layer.weight (None: the same)."""
         types = sorted(set(self.layer_types))
         return {
             "d_model": self.d_model,
@@ -125,7 +129,7 @@ class TextConfig:
             "rms_norm_eps": self.rms_norm_eps,
             "logit_softcap": self.logit_softcap,
             "embed_scale": self.table_scale(self.d_model, embed_dtype),
-            "ple_scale": self.table_scale(self.d_ple, embed_dtype),
+            "ple_scale": self.table_scale(self.d_ple, ple_dtype or embed_dtype),
             "ple_on_disk": False,
             "context_length": self.context_length,
             "n_experts": self.n_experts,
@@ -192,31 +196,31 @@ def _text_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
     unified = model_type.startswith("gemma4_unified")
     defaults = _UNIFIED_DEFAULTS if unified else _TEXT_DEFAULTS
     _refuse_options(f, defaults)
-    n_layers = f.integer("num_hidden_layers", 30, 1, _MAX_LAYERS)
-    n_heads = f.integer("num_attention_heads", 8, 1, _MAX_HEADS)
+    n_layers = f.integer("num_hidden_layers", 30, 1, MAX_LAYERS)
+    n_heads = f.integer("num_attention_heads", 8, 1, MAX_HEADS)
     types = _layer_types(f, n_layers)
     head_dim, n_kv_heads = _attention_shapes(f, types, n_heads)
-    sources = _kv_sources(f, types)
+    sources = kv_sources(f, "num_kv_shared_layers", types)
     softcap = f.optional_number("final_logit_softcapping", None, 1e-6, 1e6)
     n_experts, top_k, d_expert = (0, 0, 0) if unified else _experts(f)
-    d_ple = 0 if unified else f.integer("hidden_size_per_layer_input", defaults["d_ple"], 0, _MAX_WIDTH)
-    d_vocab = f.integer("vocab_size", 262_144, 1, _MAX_VOCAB)
+    d_ple = 0 if unified else f.integer("hidden_size_per_layer_input", defaults["d_ple"], 0, MAX_WIDTH)
+    d_vocab = f.integer("vocab_size", 262_144, 1, MAX_VOCAB)
     return TextConfig(
         model_type=model_type,
-        d_model=f.integer("hidden_size", 2304, 1, _MAX_WIDTH),
+        d_model=f.integer("hidden_size", 2304, 1, MAX_WIDTH),
         n_heads=n_heads,
         d_vocab=d_vocab,
         d_ple=d_ple,
-        d_vocab_ple=f.integer("vocab_size_per_layer_input", 262_144, 1, _MAX_VOCAB) if d_ple else 0,
+        d_vocab_ple=f.integer("vocab_size_per_layer_input", 262_144, 1, MAX_VOCAB) if d_ple else 0,
         rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, 1.0),
         logit_softcap=0.0 if softcap is None else softcap,
-        context_length=f.integer("max_position_embeddings", defaults["context"], 1, _MAX_CONTEXT),
+        context_length=f.integer("max_position_embeddings", defaults["context"], 1, MAX_CONTEXT),
         n_experts=n_experts,
         top_k_experts=top_k,
         d_expert=d_expert,
         # The class that owns the head decides: the outer config where there is one.
         tied=outer.boolean("tie_word_embeddings", f.boolean("tie_word_embeddings", True)),
-        sliding_window=f.integer("sliding_window", defaults["window"], 1, _MAX_CONTEXT),
+        sliding_window=f.integer("sliding_window", defaults["window"], 1, MAX_CONTEXT),
         layer_types=types,
         head_dim=head_dim,
         n_kv_heads=n_kv_heads,
@@ -225,9 +229,9 @@ def _text_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
         k_eq_v=_k_eq_v(f, types),
         rope=_ropes(f, types),
         bidirectional=f.get("use_bidirectional_attention", defaults["bidirectional"]),
-        bos_token_id=f.optional_integer("bos_token_id", 2, 0, _MAX_VOCAB),
-        eos_token_ids=outer.integers("eos_token_id", f.integers("eos_token_id", (1,), 0, _MAX_VOCAB), 0, _MAX_VOCAB),
-        pad_token_id=f.optional_integer("pad_token_id", 0, 0, _MAX_VOCAB),
+        bos_token_id=f.optional_integer("bos_token_id", 2, 0, MAX_VOCAB),
+        eos_token_ids=outer.integers("eos_token_id", f.integers("eos_token_id", (1,), 0, MAX_VOCAB), 0, MAX_VOCAB),
+        pad_token_id=f.optional_integer("pad_token_id", 0, 0, MAX_VOCAB),
     )
 
 
@@ -261,8 +265,8 @@ def _layer_types(f: Fields, n_layers: int) -> tuple[str, ...]:
 def _attention_shapes(f: Fields, types: tuple[str, ...], n_heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Per layer: head size and number of key/value heads, from either spelling of what global layers override."""
     base = {
-        "head_dim": f.integer("head_dim", 256, 2, _MAX_HEAD_DIM),
-        "num_key_value_heads": f.integer("num_key_value_heads", 4, 1, _MAX_HEADS),
+        "head_dim": f.integer("head_dim", 256, 2, MAX_HEAD_DIM),
+        "num_key_value_heads": f.integer("num_key_value_heads", 4, 1, MAX_HEADS),
     }
     overrides = _per_layer_overrides(f, types) if "per_layer_config" in f else _global_overrides(f, types)
     layers = [base | overrides.get(i, {}) for i in range(len(types))]
@@ -281,8 +285,8 @@ def _attention_shapes(f: Fields, types: tuple[str, ...], n_heads: int) -> tuple[
 
 def _global_overrides(f: Fields, types: tuple[str, ...]) -> dict[int, dict[str, int]]:
     """The released spelling: global_head_dim and, if K = V, num_global_key_value_heads."""
-    override = {"head_dim": f.integer("global_head_dim", 512, 2, _MAX_HEAD_DIM)}
-    kv_heads = f.optional_integer("num_global_key_value_heads", None, 1, _MAX_HEADS)
+    override = {"head_dim": f.integer("global_head_dim", 512, 2, MAX_HEAD_DIM)}
+    kv_heads = f.optional_integer("num_global_key_value_heads", None, 1, MAX_HEADS)
     if kv_heads is not None and f.boolean("attention_k_eq_v", False):
         override["num_key_value_heads"] = kv_heads
     return {i: override for i, kind in enumerate(types) if kind == FULL}
@@ -308,7 +312,7 @@ def _per_layer_overrides(f: Fields, types: tuple[str, ...]) -> dict[int, dict[st
 
 
 def _one_override(f: Fields, where: str, override: dict[str, Any]) -> dict[str, int]:
-    limits = {"head_dim": _MAX_HEAD_DIM, "num_key_value_heads": _MAX_HEADS}
+    limits = {"head_dim": MAX_HEAD_DIM, "num_key_value_heads": MAX_HEADS}
     fields = Fields(override, f"config.json: {where}")
     for name, value in override.items():
         same = name in f and type(f.get(name, None)) is type(value) and f.get(name, None) == value
@@ -317,18 +321,18 @@ def _one_override(f: Fields, where: str, override: dict[str, Any]) -> dict[str, 
     return {name: fields.integer(name, None, 1, limit) for name, limit in limits.items() if name in fields}
 
 
-def _kv_sources(f: Fields, types: tuple[str, ...]) -> tuple[int, ...]:
-    """The last `num_kv_shared_layers` layers read the keys and values of the last earlier layer of their type."""
+def kv_sources(f: Fields, name: str, types: tuple[str, ...]) -> tuple[int, ...]:
+    """The last f[name] layers (default 0) read the keys and values of the last earlier layer of their type."""
     n = len(types)
-    first_shared = n - f.integer("num_kv_shared_layers", 0, 0, n)
+    first_shared = n - f.integer(name, 0, 0, n)
     donors = {kind: i for i, kind in enumerate(types[:first_shared])}
     for kind in sorted(set(types[first_shared:]) - set(donors)):
-        f.fail("num_kv_shared_layers", n - first_shared, f"few enough that a {kind} layer remains to share from")
+        f.fail(name, n - first_shared, f"few enough that a {kind} layer remains to share from")
     return tuple(i if i < first_shared else donors[kind] for i, kind in enumerate(types))
 
 
 def _mlp_widths(f: Fields, sources: tuple[int, ...]) -> tuple[int, ...]:
-    width = f.integer("intermediate_size", 9216, 1, _MAX_MLP)
+    width = f.integer("intermediate_size", 9216, 1, MAX_MLP)
     wide = 2 if f.boolean("use_double_wide_mlp", False) else 1  # only layers that share keys and values are wide
     return tuple(width * (wide if source != i else 1) for i, source in enumerate(sources))
 
@@ -341,8 +345,8 @@ def _k_eq_v(f: Fields, types: tuple[str, ...]) -> tuple[bool, ...]:
 def _experts(f: Fields) -> tuple[int, int, int]:
     if not f.boolean("enable_moe_block", False):
         return 0, 0, 0
-    n = f.integer("num_experts", None, 1, _MAX_EXPERTS)
-    return n, f.integer("top_k_experts", None, 1, n), f.integer("moe_intermediate_size", None, 1, _MAX_MLP)
+    n = f.integer("num_experts", None, 1, MAX_EXPERTS)
+    return n, f.integer("top_k_experts", None, 1, n), f.integer("moe_intermediate_size", None, 1, MAX_MLP)
 
 
 def _ropes(f: Fields, types: tuple[str, ...]) -> dict[str, Rope]:

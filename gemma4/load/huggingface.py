@@ -7,121 +7,55 @@ Nothing is downloaded and no weight is copied: the engine gets views of the mapp
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any
-
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from gemma4.errors import FormatError, StateError
+from gemma4.load.checkpoint import Checkpoint, Progress, check_shape, no_double_tensors
 from gemma4.load.config import TextConfig, parse_config
-from gemma4.load.names import PLE_TABLE, text_prefix, text_tensors
-from gemma4.load.safetensors import SafetensorsFile, TensorInfo
+from gemma4.load.names import text_prefix, text_tensors
+from gemma4.load.safetensors import SafetensorsFile
 
-Progress = Callable[[int, int, str], None]  # files opened, files in all, name of the file
-EngineTensor = tuple[str, tuple[int, ...], Any, int]  # dtype, shape, buffer, byte offset
+if TYPE_CHECKING:
+    from gemma4.chat import ChatTemplate
+    from gemma4.tokenizer import Tokenizer
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
-_ENGINE_DTYPES = ("F32", "F16", "BF16")
 _MAX_JSON = 64 << 20
-_RANDOM_FROM = 64 << 20  # bytes: a per-layer table below this may as well stay in memory
 
 
-class Checkpoint:
-    """An opened checkpoint. Made by `open_checkpoint`; a context manager; `close()` lets go of the files.
-
-    path              the directory
-    config            TextConfig of the text decoder; `engine_config` is its form for `_engine.Model`
-    engine_tensors    name without prefix -> (dtype, shape, buffer, offset), exactly what `_engine.Model` needs
-    tensors           every tensor of the files under its stored name, towers included: read-only zero-copy arrays
-    ignored           stored names that no part of the text decoder uses (dead k/v of shared layers, towers, copies)
-    hf_config, generation_config   the JSON files as read ({} if there is no generation_config.json)
-    tokenizer_path    tokenizer.json, or None
-    """
+class HuggingFaceCheckpoint(Checkpoint):
+    """A directory with config.json, .safetensors files and, if there, tokenizer, template and generation config."""
 
     def __init__(self, path: Path, raw: dict[str, Any], config: TextConfig, files: list[SafetensorsFile]) -> None:
-        self.path, self.hf_config, self.config = path, raw, config
-        self._files = files
-        self._closed = False
-        self.tensors: Mapping[str, NDArray[Any]] = TensorMap(files)
-        self._embed_dtype, self.engine_tensors, self.ignored = _engine_tensors(config, files)
-        self.engine_config = config.engine(self._embed_dtype)
-        self.engine_config["ple_on_disk"] = _keep_on_disk(config, files)
+        super().__init__(path, config, files, _sources(config, files))
+        self.hf_config = raw
         self.generation_config = _optional_json(path / "generation_config.json")
         tokenizer = path / "tokenizer.json"
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
 
-    @property
-    def total_bytes(self) -> int:
-        """Size of the weight files."""
-        return sum(file.nbytes for file in self._files)
+    def load_tokenizer(self) -> Tokenizer:
+        from gemma4.tokenizer import Tokenizer
 
-    @property
-    def n_parameters(self) -> int:
-        """Numbers the text decoder uses (a tied head counts once)."""
-        return sum(math.prod(shape) for _, shape, _, _ in self.engine_tensors.values())
+        if self.tokenizer_path is None:
+            raise StateError(f"{self.path} has no tokenizer.json: pass token ids, or add the file")
+        return Tokenizer.load(self.tokenizer_path)
 
-    @property
-    def dtypes(self) -> dict[str, int]:
-        """Stored dtype -> numbers of the text decoder in it."""
-        out: dict[str, int] = {}
-        for dtype, shape, _, _ in self.engine_tensors.values():
-            out[dtype] = out.get(dtype, 0) + math.prod(shape)
-        return out
+    def load_chat_template(self) -> ChatTemplate | None:
+        from gemma4.chat import ChatTemplate
 
-    def check(self) -> None:
-        """Raise FormatError if a weight file shrank or changed since it was opened, StateError if closed.
-
-        Call it before the engine reads the weights: a read past the end of a truncated map is fatal to the process.
-        """
-        if self._closed:
-            raise StateError(f"the checkpoint {self.path} is closed; open it again")
-        for file in self._files:
-            file.check()
-
-    def close(self) -> None:
-        """Let go of the files. Arrays and engine models made from them stay valid until they go."""
-        self._closed = True
-        for file in self._files:
-            file.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"<Checkpoint {self.path} {self.config.model_type}, {self.n_parameters:,} text parameters>"
+        return ChatTemplate.load(self.path)
 
 
-class TensorMap(Mapping[str, "NDArray[Any]"]):
-    """Stored name -> read-only array over the mapped file, made on access."""
+def open_directory(path: Path, *, progress: Progress | None = None) -> HuggingFaceCheckpoint:
+    """Open a Hugging Face directory.
 
-    def __init__(self, files: list[SafetensorsFile]) -> None:
-        self._owner = {name: file for file in files for name in file.tensors}
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return self._owner[name].array(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._owner)
-
-    def __len__(self) -> int:
-        return len(self._owner)
-
-
-def open_checkpoint(name_or_path: str | os.PathLike[str], *, progress: Progress | None = None) -> Checkpoint:
-    """Open a shipped model by name, a Hugging Face directory, or a hub id that is already in the local cache.
-
-    Raises FileNotFoundError (nothing there, or a shard is missing: named), FormatError (a file is not what it should
-    be), NotImplementedError (an architecture, dtype or file format this engine does not read).
+    Raises FileNotFoundError (a file is missing: named), FormatError (a file is not what it should be),
+    NotImplementedError (an architecture or dtype this engine does not read).
     """
-    path = resolve(name_or_path)
     raw = read_json(path / "config.json")
     config = parse_config(raw)
     files: list[SafetensorsFile] = []
@@ -131,8 +65,8 @@ def open_checkpoint(name_or_path: str | os.PathLike[str], *, progress: Progress 
             if progress:
                 progress(done, len(names), name)
             files.append(_open_shard(path, name, expected))
-        _no_double_tensors(files)
-        checkpoint = Checkpoint(path, raw, config, files)
+        no_double_tensors(files)
+        checkpoint = HuggingFaceCheckpoint(path, raw, config, files)
     except BaseException:
         for file in files:
             file.close()
@@ -148,18 +82,17 @@ def shipped_models() -> list[str]:
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
-    """The directory of a model: a shipped name first (write "./name" for a directory), then a directory, then the
-    newest snapshot of a hub id in the local Hugging Face cache. Raises FileNotFoundError, NotImplementedError."""
+    """Where a model is: a shipped name first (write "./name" for a directory), then a directory or a GGUF file, then
+    the newest snapshot of a hub id in the local Hugging Face cache. Raises FileNotFoundError."""
     name = os.fspath(name_or_path)
     if name in shipped_models():
         return PRETRAINED / name
     path = Path(os.path.expanduser(name))
-    if path.suffix.lower() == ".gguf":
-        raise NotImplementedError(f"{name}: GGUF files cannot be read yet; give a Hugging Face directory (safetensors)")
-    if os.path.isdir(path):  # unlike Path.is_dir, false for names that no file system takes
+    if os.path.isdir(path) or _is_gguf(path):  # unlike Path.is_dir, false for names that no file system takes
         return path
     if os.path.isfile(path):
-        raise FileNotFoundError(f"{name} is a file; give the directory that holds config.json and the .safetensors")
+        wanted = "the directory that holds config.json and the .safetensors, or a .gguf file"
+        raise FileNotFoundError(f"{name} is a file; give {wanted}")
     cached = _cached_snapshot(name)
     if cached is not None:
         return cached
@@ -167,6 +100,16 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
         f"no model {name!r:.200}: not a directory, not in the local Hugging Face cache (nothing is downloaded), and "
         f"not one of the shipped models ({', '.join(shipped_models()) or 'none in this installation'})"
     )
+
+
+def _is_gguf(path: Path) -> bool:
+    """By its name, or by its first bytes: some stores keep the files under a digest."""
+    if not os.path.isfile(path) or path.suffix.lower() == ".safetensors":
+        return False
+    if path.suffix.lower() == ".gguf":
+        return True
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _cached_snapshot(name: str) -> Path | None:
@@ -224,6 +167,8 @@ def _shard_names(path: Path) -> dict[str, list[str]]:
 
 def _other_weights(path: Path) -> str:
     found = sorted(p.name for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+    if any(name.endswith(".gguf") for name in found):
+        return f"; give the .gguf file itself: {', '.join(found[:5])}"
     if not found:
         return "; there are no weights in it"
     return f"; it has {', '.join(found[:5])}. Pickled weights (.bin, .pt) are never read: convert them to safetensors"
@@ -246,58 +191,22 @@ def _open_shard(path: Path, name: str, expected: list[str]) -> SafetensorsFile:
     return file
 
 
-def _no_double_tensors(files: list[SafetensorsFile]) -> None:
-    owner: dict[str, Path] = {}
-    for file in files:
-        for name in file.tensors:
-            if name in owner:
-                raise FormatError(f"tensor {name!r:.120} is in both {owner[name].name} and {file.path.name}")
-            owner[name] = file.path
-
-
-def _engine_tensors(
-    config: TextConfig, files: list[SafetensorsFile]
-) -> tuple[str, dict[str, EngineTensor], tuple[str, ...]]:
-    """The embedding's dtype, the tensors the text decoder needs, and the stored names it does not use."""
+def _sources(config: TextConfig, files: list[SafetensorsFile]) -> dict[str, str]:
+    """Engine name -> stored name, of the tensors the text decoder needs, their shapes checked."""
     stored = {name: file for file in files for name in file.tensors}
     prefix, head = text_prefix(stored)
-    out: dict[str, EngineTensor] = {}
-    used: set[str] = set()
+    out: dict[str, str] = {}
     for name, shape in text_tensors(config).items():
         full = head if name == "lm_head.weight" else prefix + name
         file = stored.get(full)
         if file is None:
             raise FormatError(_missing(full, stored, config))
-        out[name] = _engine_tensor(file, file.tensors[full], shape)
-        used.add(full)
-    return out["embed_tokens.weight"][0], out, tuple(name for name in stored if name not in used)
-
-
-def _engine_tensor(file: SafetensorsFile, info: TensorInfo, shape: tuple[int, ...]) -> EngineTensor:
-    if info.dtype not in _ENGINE_DTYPES:
-        raise NotImplementedError(
-            f"{file.path.name}: {info.name} is {info.dtype}; the engine reads {', '.join(_ENGINE_DTYPES)}"
-        )
-    if info.shape != shape:
-        found = f"{info.name} has shape {list(info.shape)}"
-        raise FormatError(f"{file.path.name}: {found}, the config asks for {list(shape)}")
-    return info.dtype, info.shape, file.buffer, info.offset
+        check_shape(file, full, shape)
+        out[name] = full
+    return out
 
 
 def _missing(full: str, stored: Mapping[str, Any], config: TextConfig) -> str:
     similar = [name for name in stored if name.startswith(full.removesuffix("weight"))]
     hint = f"; there is {similar[0]!r:.120} instead (a quantised checkpoint?)" if similar else ""
     return f"no file holds the tensor {full}, which a {config.model_type} of {config.n_layers} layers needs{hint}"
-
-
-def _keep_on_disk(config: TextConfig, files: list[SafetensorsFile]) -> bool:
-    """Whether the per-layer table is so large that its rows should be read one by one, and stay on disk otherwise."""
-    for file in files if config.d_ple else []:
-        for name, info in file.tensors.items():
-            if name.endswith(PLE_TABLE) and info.nbytes >= _RANDOM_FROM:
-                file.advise_random(name)
-                return True
-    return False
-
-
-__all__ = ["Checkpoint", "Progress", "open_checkpoint", "read_json", "resolve", "shipped_models"]

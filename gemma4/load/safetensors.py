@@ -9,21 +9,16 @@ say and the spans tile the data, without holes or overlaps, to its last byte.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import mmap
-import os
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.errors import FormatError, StateError
+from gemma4.errors import FormatError
+from gemma4.load.mapped import MappedFile, TensorInfo
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the official reader
 _MAX_RANK, _MAX_NAME = 8, 1024
@@ -51,17 +46,6 @@ DTYPES: dict[str, tuple[int, Any]] = {
     "F6_E3M2": (6, None),
     "F4": (4, None),
 }
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: `offset` in bytes from the start of the file, `nbytes` long."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 def parse_header(head: bytes, file_size: int, where: str = "file") -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -149,33 +133,23 @@ def _check_tiling(infos: list[TensorInfo], data_start: int, file_size: int, wher
         raise FormatError(f"{where} {kind}: {file_size} bytes, the header describes {end}; copy the file again")
 
 
-class SafetensorsFile:
+class SafetensorsFile(MappedFile):
     """One memory-mapped file. `tensors` maps each name to its TensorInfo; `buffer` is the whole file, read-only.
 
     Raises FileNotFoundError/OSError (cannot be opened) and FormatError (not a well-formed file).
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        if sys.byteorder != "little":
-            raise NotImplementedError("safetensors data is little-endian and used in place; this machine is big-endian")
-        self.path = Path(path)
-        with open(self.path, "rb") as file:
-            self._stat = os.fstat(file.fileno())
-            head = _read_header(file, self._stat.st_size, str(self.path))
-            self.tensors, self.metadata = parse_header(head, self._stat.st_size, str(self.path))
-            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._fd = os.open(self.path, os.O_RDONLY)
-        self._check_same(os.fstat(self._fd), "while it was being opened")
+    kind = "safetensors"
+    least = 8
 
-    @property
-    def buffer(self) -> mmap.mmap:
-        if self._map is None:
-            raise StateError(f"{self.path} is closed")
-        return self._map
-
-    @property
-    def nbytes(self) -> int:
-        return self._stat.st_size
+    def _parse(self) -> None:
+        where = str(self.path)
+        length = int.from_bytes(self.buffer[:8], "little")
+        if length > MAX_HEADER:
+            raise FormatError(f"{where}: the header claims {length} bytes, over {MAX_HEADER}; not a safetensors file?")
+        if length > self.nbytes - 8:
+            raise FormatError(f"{where} is truncated: the header claims {length} bytes, {self.nbytes - 8} follow")
+        self.tensors, self.metadata = parse_header(self.buffer[8 : 8 + length], self.nbytes, where)
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as a read-only view of the map: its dtype (bf16 as ml_dtypes.bfloat16) and shape.
@@ -192,60 +166,3 @@ class SafetensorsFile:
             empty.flags.writeable = False
             return empty
         return np.frombuffer(self.buffer, dtype, count, info.offset).reshape(info.shape)
-
-    def advise_random(self, name: str) -> None:
-        """Tell the system that this tensor is read row by row in no order, so that it reads no neighbours in."""
-        info = self.tensors[name]
-        if not hasattr(mmap, "MADV_RANDOM"):
-            return
-        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        stop = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if stop > start:
-            self.buffer.madvise(mmap.MADV_RANDOM, start, stop - start)
-
-    def check(self) -> None:
-        """Raise FormatError if the file has shrunk, been overwritten or replaced since it was opened (reading the map
-        past a file's end would kill the process), StateError if it is closed. Two system calls."""
-        if self._map is None:
-            raise StateError(f"{self.path} is closed")
-        self._check_same(os.fstat(self._fd), "since it was loaded")
-        try:
-            now = os.stat(self.path)
-        except OSError:
-            return  # deleted or moved: the map keeps the old file alive
-        if (now.st_dev, now.st_ino) != (self._stat.st_dev, self._stat.st_ino):
-            raise FormatError(f"{self.path} was replaced by another file since it was loaded; load the model again")
-
-    def _check_same(self, now: os.stat_result, when: str) -> None:
-        if now.st_size != self._stat.st_size:
-            size = f"from {self._stat.st_size} to {now.st_size} bytes"
-            raise FormatError(f"{self.path} changed size {when}, {size}; load the model again")
-        if now.st_mtime_ns != self._stat.st_mtime_ns:
-            raise FormatError(f"{self.path} was written to {when}; load the model again")
-
-    def close(self) -> None:
-        """Let go of the file. Arrays still held keep the map alive until they go."""
-        if self._map is None:
-            return
-        os.close(self._fd)
-        mapped, self._map = self._map, None
-        with contextlib.suppress(BufferError):  # views are out: the map is unmapped when the last one goes
-            mapped.close()
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", None) is not None:
-            self.close()
-
-
-def _read_header(file: Any, size: int, where: str) -> bytes:
-    if size < 8:
-        raise FormatError(f"{where} is not a safetensors file: {size} bytes, at least 8 are needed")
-    length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER:
-        raise FormatError(f"{where}: the header claims {length} bytes, over {MAX_HEADER}; not a safetensors file?")
-    if length > size - 8:
-        raise FormatError(f"{where} is truncated: the header claims {length} bytes, {size - 8} follow")
-    head = file.read(length)
-    if len(head) != length:
-        raise FormatError(f"{where} is truncated inside its header")
-    return head

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every kind of checkpoint offers, whichever files it is made of."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from gemma4.errors import FormatError, StateError
+from gemma4.load.config import TextConfig
+from gemma4.load.dtypes import ENGINE_DTYPES, is_quantised
+from gemma4.load.mapped import MappedFile, TensorInfo
+from gemma4.load.names import PLE_TABLE
+
+if TYPE_CHECKING:
+    from gemma4.chat import ChatTemplate
+    from gemma4.tokenizer import Tokenizer
+
+Progress = Callable[[int, int, str], None]  # files opened, files in all, name of the file
+EngineTensor = tuple[str, tuple[int, ...], Any, int]  # dtype, shape, buffer, byte offset
+
+_RANDOM_FROM = 64 << 20  # bytes: a per-layer table below this may as well stay in memory
+
+
+class Checkpoint(ABC):
+    """An opened checkpoint. Made by `open_checkpoint`; a context manager; `close()` lets go of the files.
+
+    path              the directory or file it was opened from
+    config            TextConfig of the text decoder; `engine_config` is its form for `_engine.Model`
+    engine_tensors    name without prefix -> (dtype, shape, buffer, offset), exactly what `_engine.Model` needs
+    tensors           every tensor of the files under its stored name, towers included: read-only zero-copy arrays
+                      (quantised ones as uint8 [..., bytes per row])
+    ignored           stored names that no part of the text decoder uses (dead k/v of shared layers, towers, copies)
+    hf_config         the configuration as stored: config.json, or a GGUF file's metadata
+    generation_config defaults for generating, under transformers' names; {} if the checkpoint has none
+    tokenizer_path    the file that holds the tokenizer, None if there is none
+    """
+
+    path: Path
+    config: TextConfig
+    engine_tensors: dict[str, EngineTensor]
+    ignored: tuple[str, ...]
+    hf_config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tokenizer_path: Path | None
+
+    def __init__(self, path: Path, config: TextConfig, files: Sequence[MappedFile], source: Mapping[str, str]) -> None:
+        """source: engine name -> stored name of every tensor that the engine needs."""
+        self.path, self.config = path, config
+        self._files = tuple(files)
+        self._closed = False
+        self._owner = {name: file for file in files for name in file.tensors}
+        self.tensors: Mapping[str, NDArray[Any]] = TensorMap(self._owner)
+        self.engine_tensors = {}
+        for name, stored in source.items():
+            file = self._owner[stored]
+            info = file.tensors[stored]
+            _check_dtype(file, info)
+            self.engine_tensors[name] = (info.dtype, info.shape, file.buffer, info.offset)
+        used = set(source.values())
+        self.ignored = tuple(name for name in self._owner if name not in used)
+        dtypes = {name: self.engine_tensors[name][0] for name in ("embed_tokens.weight", PLE_TABLE) if name in source}
+        self.engine_config = config.engine(dtypes["embed_tokens.weight"], dtypes.get(PLE_TABLE, "F32"))
+        self.engine_config["ple_on_disk"] = self._keep_on_disk(source.get(PLE_TABLE))
+
+    def _keep_on_disk(self, table: str | None) -> bool:
+        """Whether the per-layer table is so large that its rows should be read one by one, and stay on disk else."""
+        if table is None or self._owner[table].tensors[table].nbytes < _RANDOM_FROM:
+            return False
+        self._owner[table].advise_random(table)
+        return True
+
+    @abstractmethod
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer, made anew. Raises StateError if the checkpoint has none, FormatError if it is damaged."""
+
+    @abstractmethod
+    def load_chat_template(self) -> ChatTemplate | None:
+        """The chat template, None if there is none. Raises FormatError if it is damaged."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(file.nbytes for file in self._files)
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers the text decoder uses (a tied head counts once)."""
+        return sum(math.prod(shape) for _, shape, _, _ in self.engine_tensors.values())
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Stored dtype -> numbers of the text decoder in it."""
+        out: dict[str, int] = {}
+        for dtype, shape, _, _ in self.engine_tensors.values():
+            out[dtype] = out.get(dtype, 0) + math.prod(shape)
+        return out
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any tensor of the text decoder is stored in blocks that have to be unpacked."""
+        return any(is_quantised(dtype) for dtype, *_ in self.engine_tensors.values())
+
+    def check(self) -> None:
+        """Raise FormatError if a weight file shrank or changed since it was opened, StateError if closed.
+
+        Call it before the engine reads the weights: a read past the end of a truncated map is fatal to the process.
+        """
+        if self._closed:
+            raise StateError(f"the checkpoint {self.path} is closed; open it again")
+        for file in self._files:
+            file.check()
+
+    def close(self) -> None:
+        """Let go of the files. Arrays and engine models made from them stay valid until they go."""
+        self._closed = True
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.path} {self.config.model_type}, {self.n_parameters:,} text parameters>"
+
+
+class TensorMap(Mapping[str, "NDArray[Any]"]):
+    """Stored name -> read-only array over the mapped file, made on access."""
+
+    def __init__(self, owner: Mapping[str, MappedFile]) -> None:
+        self._owner = owner
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return self._owner[name].array(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+
+def no_double_tensors(files: Sequence[MappedFile]) -> None:
+    """Raise FormatError if a name is in two of the files."""
+    owner: dict[str, Path] = {}
+    for file in files:
+        for name in file.tensors:
+            if name in owner:
+                raise FormatError(f"tensor {name!r:.120} is in both {owner[name].name} and {file.path.name}")
+            owner[name] = file.path
+
+
+def check_shape(file: MappedFile, name: str, shape: tuple[int, ...]) -> None:
+    """Raise FormatError if a stored tensor has not the shape that the configuration asks for."""
+    found = file.tensors[name].shape
+    if found != shape:
+        raise FormatError(f"{file.path.name}: {name} has shape {list(found)}, the config asks for {list(shape)}")
+
+
+def _check_dtype(file: MappedFile, info: TensorInfo) -> None:
+    if info.dtype not in ENGINE_DTYPES:
+        known = ", ".join(ENGINE_DTYPES)
+        raise NotImplementedError(f"{file.path.name}: {info.name} is {info.dtype}; the engine reads {known}")

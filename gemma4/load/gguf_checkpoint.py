@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GGUF file, whole or split, as a `Checkpoint` the engine can run from."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma4.errors import FormatError, StateError
+from gemma4.load import cache, gguf_tokenizer
+from gemma4.load.checkpoint import Checkpoint, Progress, check_shape, no_double_tensors
+from gemma4.load.config import TextConfig
+from gemma4.load.gguf import GgufArray, GgufFile
+from gemma4.load.gguf_config import ROPE_FREQS, parse_metadata, stored_name, wanted_tensors
+
+if TYPE_CHECKING:
+    from gemma4.chat import ChatTemplate
+    from gemma4.tokenizer import Tokenizer
+
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
+_SHOWN = 4096  # elements of an array that hf_config shows
+_ONE = struct.pack("<f", 1.0)
+_ENDS = ("<turn|>", "<|tool_response>")  # end a turn in Gemma 4's chat format; files name <eos> alone
+_TOKEN_KEYS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+
+
+class GgufCheckpoint(Checkpoint):
+    """One or more GGUF files; the first holds the metadata. `hf_config` leaves out arrays of over 4096 elements."""
+
+    def __init__(self, path: Path, files: list[GgufFile]) -> None:
+        self._metadata = files[0].metadata
+        self.hf_config = {key: _shown(value) for key, value in self._metadata.items()}
+        self.generation_config = _generation_config(self._metadata)
+        self.tokenizer_path = files[0].path if gguf_tokenizer.has_tokenizer(self._metadata) else None
+        config = _config(self.hf_config, self.generation_config, files)
+        super().__init__(path, config, files, _sources(config, files))
+        for layer in range(config.n_layers):  # absent in files of models that have none
+            self.engine_tensors.setdefault(f"layers.{layer}.layer_scalar", ("F32", (1,), _ONE, 0))
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Made from the metadata, which takes seconds for a full vocabulary; the result is kept in the user's cache."""
+        from gemma4.tokenizer import Tokenizer
+
+        if self.tokenizer_path is None:
+            raise StateError(f"{self.path} holds no tokenizer: pass token ids")
+        name = f"tokenizer-{gguf_tokenizer.digest(self._metadata)}.json"
+        cached = cache.read(name)
+        if cached is not None:
+            try:
+                return Tokenizer.load(cached)
+            except (FormatError, OSError):
+                pass  # damaged: made again below
+        text = gguf_tokenizer.tokenizer_json(self._metadata, str(self.tokenizer_path))
+        tokenizer = Tokenizer.from_json(text, str(self.tokenizer_path))
+        cache.write(name, text)
+        return tokenizer
+
+    def load_chat_template(self) -> ChatTemplate | None:
+        from gemma4.chat import ChatTemplate
+
+        source = self._metadata.get("tokenizer.chat_template")
+        if source is None:
+            return None
+        if not isinstance(source, str):
+            raise FormatError(f"{self.path}: tokenizer.chat_template is no string")
+        return ChatTemplate(source, self._special_tokens)
+
+    @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        tokens = self._metadata.get("tokenizer.ggml.tokens")
+        ids = {name: self._metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKEN_KEYS.items()}
+        if not isinstance(tokens, GgufArray):
+            return {}
+        texts = {name: tokens.item(i) for name, i in ids.items() if isinstance(i, int)}
+        return {name: text for name, text in texts.items() if text is not None}
+
+
+def open_gguf(path: Path, *, progress: Progress | None = None) -> GgufCheckpoint:
+    """Open a GGUF file, or all parts of a split one by the name of any.
+
+    Raises FileNotFoundError (a part is missing: named), FormatError, NotImplementedError (see `open_checkpoint`).
+    """
+    first = GgufFile(path)
+    files = [first]
+    try:
+        paths = _parts(first)
+        if len(paths) > 1:
+            first.close()
+            files = []
+            for done, part in enumerate(paths):
+                if progress:
+                    progress(done, len(paths), part.name)
+                files.append(_open_part(part, done, len(paths)))
+            _check_parts(files)
+        checkpoint = GgufCheckpoint(path, files)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+    if progress:
+        progress(len(paths), len(paths), "")
+    return checkpoint
+
+
+def _parts(file: GgufFile) -> list[Path]:
+    """The paths of all parts, in order."""
+    count = file.metadata.get("split.count", 1)
+    if not isinstance(count, int) or not 0 <= count <= 99_999:
+        raise FormatError(f"{file.path}: split.count is {count!r:.60}, expected a number of files")
+    if count <= 1:
+        return [file.path]
+    name = _PART.fullmatch(file.path.name)
+    if name is None or int(name[3]) != count:
+        wanted = f"-00001-of-{count:05d}.gguf"
+        raise FormatError(f"{file.path} is one of {count} parts, whose names must end in {wanted} and so on")
+    return [file.path.with_name(f"{name[1]}-{i + 1:05d}-of-{count:05d}{file.path.suffix}") for i in range(count)]
+
+
+def _open_part(path: Path, number: int, count: int) -> GgufFile:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.name} is missing from {path.parent}: part {number + 1} of {count}; copy it there"
+        )
+    file = GgufFile(path)
+    found = file.metadata.get("split.no"), file.metadata.get("split.count")
+    if found != (number, count):
+        file.close()
+        raise FormatError(f"{path} says it is part {found[0]} of {found[1]}, expected {number} of {count} (from 0)")
+    return file
+
+
+def _check_parts(files: list[GgufFile]) -> None:
+    no_double_tensors(files)
+    total = sum(len(file.tensors) for file in files)
+    wanted = files[0].metadata.get("split.tensors.count", total)
+    if total != wanted:
+        raise FormatError(f"{files[0].path}: the parts hold {total} tensors, split.tensors.count is {wanted!r:.60}")
+
+
+def _shown(value: Any) -> Any:
+    """A value as plain Python; a long array as a word on it."""
+    if not isinstance(value, GgufArray):
+        return value
+    return value.values() if value.count <= _SHOWN else f"an array of {value.count}"
+
+
+def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Stop tokens and sampling, under the names of a generation_config.json."""
+    out: dict[str, Any] = {}
+    for name, key in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
+        value = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if value is not None:
+            out[name] = value
+    ends = _end_ids(metadata)
+    if ends:
+        out["eos_token_id"] = ends
+    sampling = {name: metadata[f"general.sampling.{key}"] for key, name in _SAMPLING.items()
+                if f"general.sampling.{key}" in metadata}  # fmt: skip
+    return out | sampling | ({"do_sample": True} if sampling else {})
+
+
+def _end_ids(metadata: Mapping[str, Any]) -> list[int]:
+    keys = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
+    ids = [metadata[key] for key in keys if key in metadata]
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, GgufArray):
+        ids += [i for i in map(tokens.index, _ENDS) if i is not None]
+    bad = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 1 << 31]
+    if bad:
+        raise FormatError(f"tokenizer.ggml.eos_token_id and its like hold {bad[0]!r:.60}, expected a token id")
+    return list(dict.fromkeys(ids))
+
+
+def _config(plain: Mapping[str, Any], generation: Mapping[str, Any], files: list[GgufFile]) -> TextConfig:
+    owner = {name: file for file in files for name in file.tensors}
+    tensors = {name: file.tensors[name] for name, file in owner.items()}
+    freqs = owner[ROPE_FREQS].array(ROPE_FREQS) if ROPE_FREQS in owner else None
+    return parse_metadata(plain, tensors, freqs, generation.get("eos_token_id", ()), str(files[0].path))
+
+
+def _sources(config: TextConfig, files: list[GgufFile]) -> dict[str, str]:
+    """Engine name -> stored name, shapes checked."""
+    owner = {name: file for file in files for name in file.tensors}
+    out: dict[str, str] = {}
+    for name, shape in wanted_tensors(config, owner):
+        stored = stored_name(name)
+        file = owner.get(stored)
+        if file is None:
+            raise FormatError(
+                f"{files[0].path}: the tensor {stored} is missing, which its {config.n_layers} layers need"
+            )
+        check_shape(file, stored, shape)
+        out[name] = stored
+    return out

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vocabulary in a GGUF file's metadata -> a tokenizer.json as Hugging Face would have it.
+
+The keys are tokenizer.ggml.{model, tokens, token_type, merges, scores}. Gemma 4's is a byte-fallback BPE whose spaces
+are written "▁"; files call it "gemma4", or "llama" (as SentencePiece vocabularies are called).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gemma4.errors import FormatError
+from gemma4.load.gguf import GgufArray
+from gemma4.tokenizer import CONTROL
+
+PREFIX = "tokenizer.ggml."
+_MODELS = ("gemma4", "llama")
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
+_NAMED = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+_ARRAYS = ("tokens", "token_type", "merges", "scores")
+_VERSION = b"1"  # of what `tokenizer_json` writes
+
+
+def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
+    return f"{PREFIX}tokens" in metadata
+
+
+def digest(metadata: Mapping[str, Any]) -> str:
+    """64 hex digits of everything that `tokenizer_json` reads, without reading it as text."""
+    out = hashlib.sha256(_VERSION + str(metadata.get(f"{PREFIX}model")).encode())
+    for name in _ARRAYS:
+        array = metadata.get(PREFIX + name)
+        out.update(f"\0{name}\0{array.count if isinstance(array, GgufArray) else None}\0".encode())
+        if isinstance(array, GgufArray):
+            out.update(array.raw())
+    return out.hexdigest()
+
+
+def tokenizer_json(metadata: Mapping[str, Any], where: str) -> str:
+    """The text of the tokenizer.json. Raises FormatError (arrays that are missing, of other types or lengths, or
+    merges of pieces that are no tokens), NotImplementedError (another kind of tokenizer)."""
+    model = metadata.get(f"{PREFIX}model")
+    if model not in _MODELS:
+        raise NotImplementedError(f"{where}: {PREFIX}model is {model!r:.80}; supported: {', '.join(_MODELS)}")
+    tokens = _strings(metadata, "tokens", where)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise FormatError(f"{where}: {len(tokens) - len(vocab)} tokens of the vocabulary are there twice")
+    kinds = _numbers(metadata, "token_type", len(tokens), where)
+    scores = _numbers(metadata, "scores", len(tokens), where)
+    if f"{PREFIX}merges" in metadata:
+        merges = _merges(_strings(metadata, "merges", where), vocab, where)
+    else:
+        merges = _merges_from_scores(vocab, scores, where)
+    unknown = next((tokens[i] for i, kind in enumerate(kinds) if kind == _UNKNOWN), None)
+    return json.dumps(_document(vocab, merges, _added(tokens, kinds), unknown), ensure_ascii=False)
+
+
+def _array(metadata: Mapping[str, Any], name: str, strings: bool, where: str) -> GgufArray:
+    array = metadata.get(PREFIX + name)
+    if not isinstance(array, GgufArray) or array.is_strings != strings:
+        wanted = "strings" if strings else "numbers"
+        raise FormatError(f"{where}: {PREFIX}{name} is {'missing' if array is None else 'no array of ' + wanted}")
+    return array
+
+
+def _strings(metadata: Mapping[str, Any], name: str, where: str) -> list[str]:
+    return _array(metadata, name, True, where).values()
+
+
+def _numbers(metadata: Mapping[str, Any], name: str, count: int, where: str) -> list[Any]:
+    """One number per token; none at all if the file has none."""
+    if PREFIX + name not in metadata:
+        return []
+    array = _array(metadata, name, False, where)
+    if len(array) != count:
+        raise FormatError(f"{where}: {PREFIX}{name} has {len(array)} entries for {count} tokens")
+    return array.numbers().tolist()
+
+
+def _merges(lines: list[str], vocab: Mapping[str, int], where: str) -> list[tuple[str, str]]:
+    """ "left right" each; a piece may begin with a space, but no token of this kind of vocabulary holds one."""
+    out = []
+    for i, line in enumerate(lines):
+        left, _, right = line.partition(" ")
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise FormatError(f"{where}: merge {i} is {line!r:.80}, which are not two tokens that make a third")
+        out.append((left, right))
+    return out
+
+
+def _merges_from_scores(vocab: Mapping[str, int], scores: list[float], where: str) -> list[tuple[str, str]]:
+    """A SentencePiece vocabulary's merges: every way to make a token out of two, the best-scored tokens first."""
+    if len(set(scores)) < 2:
+        raise FormatError(f"{where}: the vocabulary has neither merges nor scores that tell them")
+    found: list[tuple[float, int, int, str, str]] = []
+    for token in vocab:
+        for at in range(1, len(token)):
+            left, right = token[:at], token[at:]
+            if left in vocab and right in vocab:
+                found.append((-scores[vocab[token]], vocab[left], vocab[right], left, right))
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _added(tokens: list[str], kinds: list[int]) -> list[dict[str, Any]]:
+    """Tokens that are found in the text before anything is merged: those that the file says are, and those of the
+    chat format by their spelling, as files made from an incomplete tokenizer_config.json call them ordinary."""
+    kinds = kinds or [0] * len(tokens)
+    return [
+        {
+            "id": i,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind != _USER_DEFINED,  # `gemma4.tokenizer.Tokenizer` knows the chat format's among them
+        }
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) or token in _NAMED or CONTROL.fullmatch(token)
+    ]
+
+
+def _document(
+    vocab: dict[str, int], merges: list[tuple[str, str]], added: list[dict[str, Any]], unknown: str | None
+) -> dict[str, Any]:
+    if unknown is None and "<unk>" in vocab:
+        unknown = "<unk>"
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unknown,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": merges,
+    }
+    spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": model,
+    }

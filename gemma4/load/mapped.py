@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A read-only memory map of a whole file that notices when the file changes under it."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import sys
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from gemma4.errors import FormatError, StateError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `offset` in bytes from the start of the file, `nbytes` long; `shape` in NumPy's order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class MappedFile(ABC):
+    """One mapped file of a format that subclasses know: `_parse`, called once it is mapped, fills `tensors`.
+
+    `kind` and `least` (bytes of the smallest such file) are for the message on files that are too short.
+    Raises FileNotFoundError/OSError (cannot be opened), FormatError (too short, or whatever `_parse` finds).
+    """
+
+    kind = "data"
+    least = 1
+    tensors: dict[str, TensorInfo]
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if sys.byteorder != "little":
+            raise NotImplementedError(
+                f"{self.kind} data is little-endian and used in place; this machine is big-endian"
+            )
+        self.path = Path(path)
+        self._map: mmap.mmap | None = None
+        self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        try:
+            self._stat = os.fstat(self._fd)
+            if self.nbytes < self.least:
+                need = f"{self.nbytes} bytes, at least {self.least} are needed"
+                raise FormatError(f"{self.path} is not a {self.kind} file: {need}")
+            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+            self._parse()
+            self._check_same(os.fstat(self._fd), "while it was being opened")
+        except BaseException:
+            self.close()
+            raise
+
+    @abstractmethod
+    def _parse(self) -> None: ...
+
+    @abstractmethod
+    def array(self, name: str) -> NDArray[Any]:
+        """The tensor as a read-only view of the map."""
+
+    @property
+    def buffer(self) -> mmap.mmap:
+        """The whole file, read-only. Raises StateError if it is closed."""
+        if self._map is None:
+            raise StateError(f"{self.path} is closed")
+        return self._map
+
+    @property
+    def nbytes(self) -> int:
+        return self._stat.st_size
+
+    def advise_random(self, name: str) -> None:
+        """Tell the system that this tensor is read row by row in no order, so that it reads no neighbours in."""
+        info = self.tensors[name]
+        if not hasattr(mmap, "MADV_RANDOM"):
+            return
+        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start:
+            self.buffer.madvise(mmap.MADV_RANDOM, start, stop - start)
+
+    def check(self) -> None:
+        """Raise FormatError if the file has shrunk, been overwritten or replaced since it was opened (reading the map
+        past a file's end would kill the process), StateError if it is closed. Two system calls."""
+        if self._map is None:
+            raise StateError(f"{self.path} is closed")
+        self._check_same(os.fstat(self._fd), "since it was loaded")
+        try:
+            now = os.stat(self.path)
+        except OSError:
+            return  # deleted or moved: the map keeps the old file alive
+        if (now.st_dev, now.st_ino) != (self._stat.st_dev, self._stat.st_ino):
+            raise FormatError(f"{self.path} was replaced by another file since it was loaded; load the model again")
+
+    def _check_same(self, now: os.stat_result, when: str) -> None:
+        if now.st_size != self._stat.st_size:
+            size = f"from {self._stat.st_size} to {now.st_size} bytes"
+            raise FormatError(f"{self.path} changed size {when}, {size}; load the model again")
+        if now.st_mtime_ns != self._stat.st_mtime_ns:
+            raise FormatError(f"{self.path} was written to {when}; load the model again")
+
+    def close(self) -> None:
+        """Let go of the file. Arrays still held keep the map alive until they go."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        mapped, self._map = self._map, None
+        if mapped is not None:
+            with contextlib.suppress(BufferError):  # views are out: the map is unmapped when the last one goes
+                mapped.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
