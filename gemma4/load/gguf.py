@@ -10,7 +10,6 @@ Arrays stay where they are until they are asked for (a vocabulary is 800,000 str
 from __future__ import annotations
 
 import math
-import mmap
 import struct
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -61,10 +60,13 @@ _NUMPY: dict[str, np.dtype[Any]] = {
 
 
 class GgufArray:
-    """An array value, still in the file: `count` elements in bytes `start` to `end`."""
+    """An array value, still in the file: `count` elements in bytes `start` to `end`.
 
-    def __init__(self, buffer: mmap.mmap, kind: int, count: int, start: int, end: int, where: str) -> None:
-        self._buffer, self._kind, self._where = buffer, kind, where
+    Every method raises StateError if the file was closed.
+    """
+
+    def __init__(self, file: MappedFile, kind: int, count: int, start: int, end: int, what: str) -> None:
+        self._file, self._kind, self._what = file, kind, what
         self.count, self.start, self.end = count, start, end
 
     def __len__(self) -> int:
@@ -82,26 +84,25 @@ class GgufArray:
         try:
             return [raw[start:stop].decode() for start, stop in _spans(raw, self.count)]
         except UnicodeDecodeError as error:
-            raise FormatError(f"{self._where}: a string in it is not valid UTF-8: {error}") from None
+            raise FormatError(f"{self._file.path}: a string in {self._what} is not valid UTF-8: {error}") from None
 
     def numbers(self) -> NDArray[Any]:
         """A copy of a numeric array."""
-        return np.frombuffer(self._buffer, _SCALARS[self._kind], self.count, self.start).copy()
+        return np.frombuffer(self._file.buffer, _SCALARS[self._kind], self.count, self.start).copy()
 
     def raw(self) -> bytes:
         """The bytes of the elements, as in the file."""
-        return self._buffer[self.start : self.end]
+        return self._file.buffer[self.start : self.end]
 
     def item(self, index: int) -> str | None:
         """String number `index` without making the others; None if there is none or it is no UTF-8."""
         if not self.is_strings or not 0 <= index < self.count:
             return None
-        at = self.start
+        at, buffer = self.start, self._file.buffer
         for _ in range(index):
-            at += 8 + _U64(self._buffer, at)[0]
-        size = _U64(self._buffer, at)[0]
+            at += 8 + _U64(buffer, at)[0]
         try:
-            return self._buffer[at + 8 : at + 8 + size].decode()
+            return buffer[at + 8 : at + 8 + _U64(buffer, at)[0]].decode()
         except UnicodeDecodeError:
             return None
 
@@ -111,15 +112,15 @@ class GgufArray:
             return None
         data = text.encode()
         pattern = struct.pack("<Q", len(data)) + data
-        found = self._buffer.find(pattern, self.start, self.end)
-        at, number = self.start, 0
+        at, number, buffer = self.start, 0, self._file.buffer
+        found = buffer.find(pattern, at, self.end)
         while found >= 0:
             while at < found:
-                at += 8 + _U64(self._buffer, at)[0]
+                at += 8 + _U64(buffer, at)[0]
                 number += 1
             if at == found:
                 return number
-            found = self._buffer.find(pattern, at, self.end)  # it was inside another string
+            found = buffer.find(pattern, at, self.end)  # it was inside another string
         return None
 
 
@@ -153,7 +154,7 @@ class GgufFile(MappedFile):
     least = 24
 
     def _parse(self) -> None:
-        reader = _Reader(self.buffer, self.nbytes, str(self.path))
+        reader = _Reader(self)
         self.version, n_tensors, n_pairs = reader.head()
         self.metadata = reader.pairs(n_pairs)
         alignment = self.metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
@@ -173,14 +174,14 @@ class GgufFile(MappedFile):
 class _Reader:
     """A position in the head of the file that never leaves it."""
 
-    def __init__(self, buffer: mmap.mmap, size: int, where: str) -> None:
-        self._buffer, self._size, self._where = buffer, size, where
+    def __init__(self, file: MappedFile) -> None:
+        self._file, self._buffer, self._size = file, file.buffer, file.nbytes
         self._at = 0
         self._strings_left = _MAX_STRINGS
         self._kinds: dict[str, int] = {}
 
     def fail(self, what: str) -> NoReturn:
-        raise FormatError(f"{self._where}: {what}")
+        raise FormatError(f"{self._file.path}: {what}")
 
     def head(self) -> tuple[int, int, int]:
         """Version, number of tensors, number of key-value pairs."""
@@ -237,7 +238,7 @@ class _Reader:
             self._skip(count * _SCALARS[kind].itemsize)
         else:
             self.fail(f"{what} has the unknown element type {kind}")
-        array = GgufArray(self._buffer, kind, count, start, self._at, f"{self._where}: {what}")
+        array = GgufArray(self._file, kind, count, start, self._at, what)
         if kind == _BOOL and count and array.numbers().max() > 1:
             self.fail(f"{what} has a bool that is neither 0 nor 1")
         return array
