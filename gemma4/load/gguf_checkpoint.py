@@ -91,13 +91,11 @@ def open_gguf(path: Path, *, progress: Progress | None = None) -> GgufCheckpoint
 
     Raises FileNotFoundError (a part is missing: named), FormatError, NotImplementedError (see `open_checkpoint`).
     """
-    first = GgufFile(path)
-    files = [first]
+    files = [GgufFile(path)]
     try:
-        paths = _parts(first)
+        paths = _parts(files[0])
         if len(paths) > 1:
-            first.close()
-            files = []
+            files.pop().close()
             for done, part in enumerate(paths):
                 if progress:
                     progress(done, len(paths), part.name)

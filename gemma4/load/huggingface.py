@@ -56,6 +56,8 @@ def open_directory(path: Path, *, progress: Progress | None = None) -> HuggingFa
     Raises FileNotFoundError (a file is missing: named), FormatError (a file is not what it should be),
     NotImplementedError (an architecture or dtype this engine does not read).
     """
+    if not (path / "config.json").is_file() and any(path.glob("*.gguf")):
+        raise FileNotFoundError(f"{path} has no config.json{_other_weights(path)}")
     raw = read_json(path / "config.json")
     config = parse_config(raw)
     files: list[SafetensorsFile] = []
