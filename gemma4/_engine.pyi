@@ -45,7 +45,9 @@ class Config(TypedDict):
     layers: list[LayerConfig]
 
 # name without the checkpoint's prefix ("embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "lm_head.weight" if
-# untied) -> (dtype "F32" | "F16" | "BF16", shape, buffer, byte offset in the buffer)
+# untied) -> (dtype, shape, buffer, byte offset in the buffer). dtype: "F32", "F16", "BF16", or for matrices one of GGUF's
+# block formats: "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS".
+# Experts: "experts.gate_up_proj" [E, 2M, D], or "experts.gate_proj" and "experts.up_proj" [E, M, D].
 Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
 
 # sequence · token ids int32 [T] (or None) · embeddings float32 [T, d_model] (or None; already scaled; the per-layer
@@ -109,6 +111,12 @@ class Sequence:
 
 def cpu_info() -> dict[str, Any]:
     """{"isa": active level, "available": [...], "threads": default count, "blas": config string or ""}"""
+
+def dequantize(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> F32:
+    """A tensor's values, float32 of that shape, to the bit what the gguf package's dequantiser gives.
+
+    Raises FormatError (unknown dtype, rows that are no whole number of blocks, data outside the buffer).
+    """
 
 # testing: kernel entry points for tests/, one per row of csrc/kernels/kernels.inc
 testing: Any

@@ -1,17 +1,38 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "base/dtype.h"
 
-static const char *const names[G4_N_DTYPES] = {[G4_F32] = "F32", [G4_F16] = "F16", [G4_BF16] = "BF16"};
+typedef struct {
+    const char *name;
+    uint16_t block, bytes;
+} format;
+
+static const format formats[G4_N_DTYPES] = {[G4_F32] = {"F32", 1, 4},
+                                            [G4_F16] = {"F16", 1, 2},
+                                            [G4_BF16] = {"BF16", 1, 2},
+#define X(type, suffix, block, bytes) [type] = {#type + sizeof "G4_" - 1, block, bytes},
+                                            G4_EACH_QUANTISED(X)
+#undef X
+};
 
 const char *g4_dtype_name(g4_dtype dtype)
 {
-    return dtype < G4_N_DTYPES ? names[dtype] : "?";
+    return dtype < G4_N_DTYPES ? formats[dtype].name : "?";
+}
+
+size_t g4_block_size(g4_dtype dtype)
+{
+    return formats[dtype].block;
+}
+
+size_t g4_block_bytes(g4_dtype dtype)
+{
+    return formats[dtype].bytes;
 }
 
 g4_dtype g4_dtype_parse(const char *name)
 {
     int dtype = 0;
-    while (dtype < G4_N_DTYPES && strcmp(names[dtype], name) != 0)
+    while (dtype < G4_N_DTYPES && strcmp(formats[dtype].name, name) != 0)
         dtype++;
     return (g4_dtype)dtype;
 }

@@ -1,20 +1,64 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Element types of weights and caches, and their scalar conversions: the reference that every kernel agrees with. */
+/* Element types of weights and caches, and their scalar conversions: the reference that every kernel agrees with.
+ *
+ * The quantised types are GGUF's, under its names: a row is a whole number of blocks, each with its own scales. Their
+ * layouts are in kernels/formats.h. */
 #ifndef GEMMA4_BASE_DTYPE_H
 #define GEMMA4_BASE_DTYPE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-typedef enum { G4_F32, G4_F16, G4_BF16, G4_N_DTYPES } g4_dtype;
+/* X(enum, suffix of its kernels, values in a block, bytes of a block) */
+#define G4_EACH_QUANTISED(X)     \
+    X(G4_Q8_0, q8_0, 32, 34)     \
+    X(G4_Q4_0, q4_0, 32, 18)     \
+    X(G4_Q4_1, q4_1, 32, 20)     \
+    X(G4_Q5_0, q5_0, 32, 22)     \
+    X(G4_Q5_1, q5_1, 32, 24)     \
+    X(G4_IQ4_NL, iq4_nl, 32, 18) \
+    X(G4_MXFP4, mxfp4, 32, 17)   \
+    X(G4_Q2_K, q2_k, 256, 84)    \
+    X(G4_Q3_K, q3_k, 256, 110)   \
+    X(G4_Q4_K, q4_k, 256, 144)   \
+    X(G4_Q5_K, q5_k, 256, 176)   \
+    X(G4_Q6_K, q6_k, 256, 210)   \
+    X(G4_IQ4_XS, iq4_xs, 256, 136)
 
-static inline size_t g4_dtype_size(g4_dtype dtype)
+typedef enum {
+    G4_F32,
+    G4_F16,
+    G4_BF16,
+#define X(name, suffix, block, bytes) name,
+    G4_EACH_QUANTISED(X)
+#undef X
+        G4_N_DTYPES
+} g4_dtype;
+
+static inline bool g4_is_quantised(g4_dtype dtype)
 {
-    return dtype == G4_F32 ? 4 : 2;
+    return dtype > G4_BF16;
 }
 
-/* The names that safetensors uses. */
+/* Values that share a block, 1 for the plain types, and its bytes. */
+size_t g4_block_size(g4_dtype dtype);
+size_t g4_block_bytes(g4_dtype dtype);
+
+/* Bytes of n values, a whole number of blocks. */
+static inline size_t g4_dtype_bytes(g4_dtype dtype, size_t n)
+{
+    return n / g4_block_size(dtype) * g4_block_bytes(dtype);
+}
+
+/* What an address of such data must be a multiple of: blocks are packed, and read byte by byte. */
+static inline size_t g4_dtype_alignment(g4_dtype dtype)
+{
+    return dtype == G4_F32 ? 4 : g4_is_quantised(dtype) ? 1 : 2;
+}
+
+/* The names that safetensors and GGUF use. */
 const char *g4_dtype_name(g4_dtype dtype);
 
 /* G4_N_DTYPES if there is none of that name. */

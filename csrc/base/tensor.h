@@ -12,23 +12,23 @@
 #include "base/dtype.h"
 
 typedef struct {
-    const void *data; /* need not be aligned to anything but its element */
+    const void *data;
     g4_dtype dtype;
     size_t n_rows;     /* outputs of a linear map */
     size_t n_cols;     /* inputs of a linear map */
-    size_t row_stride; /* in elements */
+    size_t row_stride; /* in elements, a whole number of blocks if quantised */
 } g4_matrix;
 
 static inline const void *g4_matrix_row(const g4_matrix *w, size_t row)
 {
-    return (const char *)w->data + row * w->row_stride * g4_dtype_size(w->dtype);
+    return (const char *)w->data + row * g4_dtype_bytes(w->dtype, w->row_stride);
 }
 
-/* The columns [first, first + n) of w. */
+/* The columns [first, first + n) of w; whole blocks if it is quantised. */
 static inline g4_matrix g4_matrix_cols(const g4_matrix *w, size_t first, size_t n)
 {
     g4_matrix cols = *w;
-    cols.data = (const char *)w->data + first * g4_dtype_size(w->dtype);
+    cols.data = (const char *)w->data + g4_dtype_bytes(w->dtype, first);
     cols.n_cols = n;
     return cols;
 }

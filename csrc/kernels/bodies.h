@@ -15,18 +15,141 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #include "kernels/body_math.h"
 #include "kernels/body_rows.h"
 #include "kernels/body_tile.h"
+#include "kernels/body_int8_tile.h"
+#include "kernels/formats.h"
+
+#define CONCAT_(a, b) a##b
+#define CONCAT(a, b) CONCAT_(a, b)
+#define NAME(base) CONCAT(base, WEIGHT)
 
 #define WEIGHT f32
 #define weight float
 #define WEIGHT_TO_F32 ITSELF
-#include "kernels/body_matmul.h"
+#include "kernels/body_plain_type.h"
 
 #define WEIGHT f16
 #define weight uint16_t
 #define WEIGHT_TO_F32 g4_f16_to_f32
-#include "kernels/body_matmul.h"
+#include "kernels/body_plain_type.h"
 
 #define WEIGHT bf16
 #define weight uint16_t
 #define WEIGHT_TO_F32 g4_bf16_to_f32
-#include "kernels/body_matmul.h"
+#include "kernels/body_plain_type.h"
+
+#define WEIGHT q8_0
+#define BLOCK 32
+#define BLOCK_BYTES 34
+#define GROUP 32
+#define HAS_MIN 0
+#define RAISE 0
+#define FIT 0
+#include "kernels/body_block_type.h"
+
+#define WEIGHT q4_0
+#define BLOCK 32
+#define BLOCK_BYTES 18
+#define GROUP 32
+#define HAS_MIN 0
+#define RAISE 8
+#define FIT 8
+#include "kernels/body_block_type.h"
+
+#define WEIGHT q4_1
+#define BLOCK 32
+#define BLOCK_BYTES 20
+#define GROUP 32
+#define HAS_MIN 1
+#define RAISE 0
+#define FIT 8
+#include "kernels/body_block_type.h"
+
+#define WEIGHT q5_0
+#define BLOCK 32
+#define BLOCK_BYTES 22
+#define GROUP 32
+#define HAS_MIN 0
+#define RAISE 16
+#define FIT 4
+#include "kernels/body_block_type.h"
+
+#define WEIGHT q5_1
+#define BLOCK 32
+#define BLOCK_BYTES 24
+#define GROUP 32
+#define HAS_MIN 1
+#define RAISE 0
+#define FIT 4
+#include "kernels/body_block_type.h"
+
+#define WEIGHT iq4_nl
+#define BLOCK 32
+#define BLOCK_BYTES 18
+#define GROUP 32
+#define HAS_MIN 0
+#define RAISE 0
+#define FIT 0
+#include "kernels/body_block_type.h"
+
+#define WEIGHT mxfp4
+#define BLOCK 32
+#define BLOCK_BYTES 17
+#define GROUP 32
+#define HAS_MIN 0
+#define RAISE 12
+#define FIT 4
+#include "kernels/body_block_type.h"
+
+#define WEIGHT q2_k
+#define BLOCK 256
+#define BLOCK_BYTES 84
+#define GROUP 16
+#define HAS_MIN 1
+#define RAISE 0
+#define FIT 8
+#include "kernels/body_block_type.h"
+
+#define WEIGHT q3_k
+#define BLOCK 256
+#define BLOCK_BYTES 110
+#define GROUP 16
+#define HAS_MIN 0
+#define RAISE 4
+#define FIT 8
+#include "kernels/body_block_type.h"
+
+#define WEIGHT q4_k
+#define BLOCK 256
+#define BLOCK_BYTES 144
+#define GROUP 32
+#define HAS_MIN 1
+#define RAISE 0
+#define FIT 8
+#include "kernels/body_block_type.h"
+
+#define WEIGHT q5_k
+#define BLOCK 256
+#define BLOCK_BYTES 176
+#define GROUP 32
+#define HAS_MIN 1
+#define RAISE 0
+#define FIT 4
+#include "kernels/body_block_type.h"
+
+#define WEIGHT q6_k
+#define BLOCK 256
+#define BLOCK_BYTES 210
+#define GROUP 16
+#define HAS_MIN 0
+#define RAISE 32
+#define FIT 2
+#include "kernels/body_block_type.h"
+
+#define WEIGHT iq4_xs
+#define BLOCK 256
+#define BLOCK_BYTES 136
+#define GROUP 32
+#define HAS_MIN 0
+#define RAISE 0
+#define FIT 0
+#include "kernels/body_block_type.h"

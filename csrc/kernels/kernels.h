@@ -10,6 +10,13 @@
 #include "base/dtype.h"
 #include "base/status.h"
 
+/* Rows of x as bytes: 32 values share a scale. Dense, k a multiple of 32. */
+typedef struct {
+    int8_t *q;            /* [m, k] */
+    float *scale;         /* [m, k / 32] */
+    float *sum16, *sum32; /* [m, k / 16], [m, k / 32] scale times the sum of q, for formats with a minimum */
+} g4_int8_rows;
+
 #define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;
 #include "kernels/kernels.inc"
 #undef G4_KERNEL
@@ -29,19 +36,48 @@ g4_status g4_kernels_select(const g4_kernels **kernels, g4_error *err);
 
 static inline g4_matmul_f32_fn g4_matmul_for(const g4_kernels *kernels, g4_dtype dtype)
 {
-    return dtype == G4_F32 ? kernels->matmul_f32 : dtype == G4_F16 ? kernels->matmul_f16 : kernels->matmul_bf16;
+    switch (dtype) {
+    case G4_F16: return kernels->matmul_f16;
+    case G4_BF16: return kernels->matmul_bf16;
+#define X(type, suffix, block, bytes) \
+    case type: return kernels->matmul_##suffix;
+        G4_EACH_QUANTISED(X)
+#undef X
+    default: return kernels->matmul_f32;
+    }
 }
 
+static inline g4_widen_f32_fn g4_widen_for(const g4_kernels *kernels, g4_dtype dtype)
+{
+    switch (dtype) {
+    case G4_F16: return kernels->widen_f16;
+    case G4_BF16: return kernels->widen_bf16;
+#define X(type, suffix, block, bytes) \
+    case type: return kernels->widen_##suffix;
+        G4_EACH_QUANTISED(X)
+#undef X
+    default: return kernels->widen_f32;
+    }
+}
+
+/* NULL for the plain types. */
+static inline g4_matmul_int8_q8_0_fn g4_matmul_int8_for(const g4_kernels *kernels, g4_dtype dtype)
+{
+    switch (dtype) {
+#define X(type, suffix, block, bytes) \
+    case type: return kernels->matmul_int8_##suffix;
+        G4_EACH_QUANTISED(X)
+#undef X
+    default: return NULL;
+    }
+}
+
+/* Of cached rows, which are never quantised. */
 static inline g4_weighted_sum_f32_fn g4_weighted_sum_for(const g4_kernels *kernels, g4_dtype dtype)
 {
     return dtype == G4_F32   ? kernels->weighted_sum_f32
            : dtype == G4_F16 ? kernels->weighted_sum_f16
                              : kernels->weighted_sum_bf16;
-}
-
-static inline g4_widen_f32_fn g4_widen_for(const g4_kernels *kernels, g4_dtype dtype)
-{
-    return dtype == G4_F32 ? kernels->widen_f32 : dtype == G4_F16 ? kernels->widen_f16 : kernels->widen_bf16;
 }
 
 #endif

@@ -31,6 +31,13 @@ static inline f32x16 x16_load(const float *p) { return BOTH(_mm256_loadu_ps(p), 
 static inline f32x16 x16_load_f16(const uint16_t *p) { return BOTH(load_f16_8(p), load_f16_8(p + 8)); }
 static inline f32x16 x16_load_bf16(const uint16_t *p) { return BOTH(load_bf16_8(p), load_bf16_8(p + 8)); }
 
+static inline f32x16 x16_load_i8(const int8_t *p)
+{
+    __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+    return BOTH(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))));
+}
+
 static inline void x16_store(float *p, f32x16 a)
 {
     _mm256_storeu_ps(p, a.lo);
@@ -132,3 +139,5 @@ static inline void x16_store_bf16(uint16_t *p, f32x16 a)
     _mm_storeu_si128((__m128i *)p, narrow_bf16_8(a.lo));
     _mm_storeu_si128((__m128i *)(p + 8), narrow_bf16_8(a.hi));
 }
+
+#include "kernels/int8_avx2.h"

@@ -19,6 +19,10 @@ static inline f32x16 x16_load_bf16(const uint16_t *p)
 {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }
+static inline f32x16 x16_load_i8(const int8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
 static inline void x16_store(float *p, f32x16 a) { _mm512_storeu_ps(p, a); }
 static inline f32x16 x16_add(f32x16 a, f32x16 b) { return _mm512_add_ps(a, b); }
 static inline f32x16 x16_sub(f32x16 a, f32x16 b) { return _mm512_sub_ps(a, b); }
@@ -97,3 +101,5 @@ static inline vec vec_zero(void) { return _mm512_setzero_ps(); }
 static inline vec vec_load(const float *p) { return x16_load(p); }
 static inline vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline void vec_store(float *p, vec a) { _mm512_storeu_ps(p, a); }
+
+#include "kernels/int8_avx2.h"

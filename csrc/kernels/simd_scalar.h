@@ -30,6 +30,7 @@ static inline f32x16 x16_set1(float a) { LANEWISE(a); }
 static inline f32x16 x16_load(const float *p) { LANEWISE(p[l]); }
 static inline f32x16 x16_load_f16(const uint16_t *p) { LANEWISE(g4_f16_to_f32(p[l])); }
 static inline f32x16 x16_load_bf16(const uint16_t *p) { LANEWISE(g4_bf16_to_f32(p[l])); }
+static inline f32x16 x16_load_i8(const int8_t *p) { LANEWISE((float)p[l]); }
 static inline f32x16 x16_add(f32x16 a, f32x16 b) { LANEWISE(a.lane[l] + b.lane[l]); }
 static inline f32x16 x16_sub(f32x16 a, f32x16 b) { LANEWISE(a.lane[l] - b.lane[l]); }
 static inline f32x16 x16_mul(f32x16 a, f32x16 b) { LANEWISE(a.lane[l] * b.lane[l]); }
@@ -93,3 +94,5 @@ static inline vec vec_zero(void) { return x16_set1(0); }
 static inline vec vec_load(const float *p) { return x16_load(p); }
 static inline vec vec_fma(vec a, vec b, vec c) { return x16_fma(a, b, c); }
 static inline void vec_store(float *p, vec a) { x16_store(p, a); }
+
+#include "kernels/int8_scalar.h"

@@ -16,7 +16,7 @@ static size_t slot_elements(const g4_config *config, int layer)
 
 static size_t slot_bytes(const g4_sequence *seq, int layer)
 {
-    return slot_elements(&seq->model->config, layer) * g4_dtype_size(seq->dtype);
+    return slot_elements(&seq->model->config, layer) * g4_block_bytes(seq->dtype);
 }
 
 /* Slots a layer needs before n_rows more rows are written. A sliding layer also keeps one window of slack, so that a
@@ -111,7 +111,7 @@ void g4_kv_store(g4_sequence *seq, const g4_kernels *kernels, int layer, int pos
     size_t n = slot_elements(&seq->model->config, layer);
     if (kv->first < position + 1 - kv->n_slots)
         kv->first = position + 1 - kv->n_slots;
-    size_t offset = (size_t)(position % kv->n_slots) * n * g4_dtype_size(seq->dtype);
+    size_t offset = (size_t)(position % kv->n_slots) * n * g4_block_bytes(seq->dtype);
     char *k_slot = (char *)g4_buffer_data(kv->k) + offset, *v_slot = (char *)g4_buffer_data(kv->v) + offset;
     if (seq->dtype == G4_BF16) {
         kernels->narrow_bf16((uint16_t *)(void *)k_slot, k, (int)n);

@@ -93,7 +93,7 @@ static g4_status embed_per_layer(g4_forward *f, const int32_t *tokens)
     /* the system maps up to 360 KB around each 18 KB row that is read (E2B, Linux 6.18: 180 MB for 512 tokens) */
     if (c->ple_on_disk)
         g4_pages_release(w->ple_table.data,
-                         w->ple_table.n_rows * w->ple_table.n_cols * g4_dtype_size(w->ple_table.dtype));
+                         g4_dtype_bytes(w->ple_table.dtype, w->ple_table.n_rows * w->ple_table.n_cols));
     TAP(PLE_TOKEN, 0, token);
     G4_TRY(g4_linear(&f->exec, f->resid, f->n_rows, &w->ple_context, f->ple));
     G4_TRY(g4_scale_rows(&f->exec, f->ple, 1.0f / sqrtf((float)c->d_model), NULL, f->n_rows, width, f->ple));

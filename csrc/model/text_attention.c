@@ -60,7 +60,7 @@ static g4_status cache_keys_and_values(g4_forward *f, int layer, const float *x)
 /* The cached positions that this chunk can see, in order and as float32 [n_keys, K, h]; zeros before them. */
 static g4_status unroll_cache(g4_forward *f, int layer, const g4_attention *run, const void *cached, float **out)
 {
-    const size_t width = kv_width(f, layer), element = g4_dtype_size(run->kv.dtype);
+    const size_t width = kv_width(f, layer), element = g4_block_bytes(run->kv.dtype);
     G4_ALLOC(&f->exec, *out, (size_t)run->n_keys * width);
     for (int p = 0; p < run->n_keys; p++) {
         float *row = *out + (size_t)p * width;
@@ -127,22 +127,37 @@ static g4_status attend(g4_forward *f, int layer, const float *q, float *z)
     return g4_tap_rows(f, G4_SITE_Z, layer, z);
 }
 
+/* Columns of a quantised matrix can be taken by whole blocks only; heads that are no such number need a plain copy. */
+static g4_status with_whole_heads(g4_forward *f, g4_matrix *w, size_t head_dim)
+{
+    float *plain;
+    if (head_dim % g4_block_size(w->dtype) == 0)
+        return G4_OK;
+    G4_ALLOC(&f->exec, plain, w->n_rows * w->n_cols);
+    for (size_t row = 0; row < w->n_rows; row++)
+        g4_widen_for(f->exec.kernels, w->dtype)(plain + row * w->n_cols, g4_matrix_row(w, row), (int)w->n_cols);
+    *w = (g4_matrix){plain, G4_F32, w->n_rows, w->n_cols, w->n_cols};
+    return G4_OK;
+}
+
 /* W_o z, through the heads' separate shares [T, H, D] where someone looks at those. */
 static g4_status project_out(g4_forward *f, int layer, const float *z, float *out)
 {
     const g4_matrix *w = &f->model->weights.layers[layer].o;
+    g4_matrix by_head = *w;
     const int n_heads = f->config->n_heads, h = f->config->layers[layer].head_dim, d = f->config->d_model;
     if (!g4_tapped(f, G4_SITE_RESULT, layer))
         return g4_linear(&f->exec, z, f->n_rows, w, out);
     float *result;
     g4_linear_job *jobs;
+    G4_TRY(with_whole_heads(f, &by_head, (size_t)h));
     G4_ALLOC(&f->exec, result, (size_t)f->n_rows * (size_t)n_heads * (size_t)d);
     G4_ALLOC(&f->exec, jobs, (size_t)n_heads);
     for (int i = 0; i < n_heads; i++)
         jobs[i] = (g4_linear_job){z + (size_t)i * (size_t)h,
                                   w->n_cols,
                                   f->n_rows,
-                                  g4_matrix_cols(w, (size_t)i * (size_t)h, (size_t)h),
+                                  g4_matrix_cols(&by_head, (size_t)i * (size_t)h, (size_t)h),
                                   result + (size_t)i * (size_t)d,
                                   (size_t)n_heads * (size_t)d};
     G4_TRY(g4_linear_jobs(&f->exec, jobs, n_heads));

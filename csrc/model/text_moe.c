@@ -64,18 +64,18 @@ static g4_status tap_pairs(g4_forward *f, g4_site site, int layer, const dispatc
     return G4_OK;
 }
 
-/* A job for each expert that has rows: its block of `rows_each` weight rows from row `offset` within the block. */
-static int expert_jobs(const g4_forward *f, const dispatch *d, const g4_matrix *w, size_t rows_each, size_t offset,
-                       size_t n_out, const float *x, float *out, g4_linear_job *jobs)
+/* A job for each expert that has rows: n_out weight rows, every `rows_each`. */
+static int expert_jobs(const g4_forward *f, const dispatch *d, const g4_matrix *w, size_t rows_each, size_t n_out,
+                       const float *x, float *out, g4_linear_job *jobs)
 {
     int n_jobs = 0;
     for (int e = 0; e < f->config->n_experts; e++) {
         int n = d->first[e + 1] - d->first[e];
         size_t at = (size_t)d->first[e];
         if (n)
-            jobs[n_jobs++] = (g4_linear_job){
-                x + at * w->n_cols, w->n_cols, n, g4_matrix_rows(w, (size_t)e * rows_each + offset, n_out),
-                out + at * n_out,   n_out};
+            jobs[n_jobs++] =
+                (g4_linear_job){x + at * w->n_cols, w->n_cols, n, g4_matrix_rows(w, (size_t)e * rows_each, n_out),
+                                out + at * n_out,   n_out};
     }
     return n_jobs;
 }
@@ -91,15 +91,15 @@ static g4_status run_experts(g4_forward *f, int layer, const dispatch *d, const 
     G4_ALLOC(&f->exec, up, n * m);
     G4_ALLOC(&f->exec, jobs, 2 * (size_t)f->config->n_experts);
 
-    int n_jobs = expert_jobs(f, d, &w->experts_gate_up, 2 * m, 0, m, x, gate, jobs);
-    n_jobs += expert_jobs(f, d, &w->experts_gate_up, 2 * m, m, m, x, up, jobs + n_jobs);
+    int n_jobs = expert_jobs(f, d, &w->experts_gate, w->gate_rows, m, x, gate, jobs);
+    n_jobs += expert_jobs(f, d, &w->experts_up, w->gate_rows, m, x, up, jobs + n_jobs);
     G4_TRY(g4_linear_jobs(&f->exec, jobs, n_jobs));
     G4_TRY(tap_pairs(f, G4_SITE_EXPERT_PRE, layer, d, gate, m));
     G4_TRY(tap_pairs(f, G4_SITE_EXPERT_PRE_LINEAR, layer, d, up, m));
     G4_TRY(g4_gelu_rows(&f->exec, gate, d->n_pairs, (int)m, gate));
     G4_TRY(g4_mul_rows(&f->exec, gate, up, d->n_pairs, (int)m, gate));
     G4_TRY(tap_pairs(f, G4_SITE_EXPERT_POST, layer, d, gate, m));
-    n_jobs = expert_jobs(f, d, &w->experts_down, d_model, 0, d_model, gate, y, jobs);
+    n_jobs = expert_jobs(f, d, &w->experts_down, d_model, d_model, gate, y, jobs);
     return g4_linear_jobs(&f->exec, jobs, n_jobs);
 }
 

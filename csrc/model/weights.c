@@ -51,13 +51,19 @@ static const row layer_rows[] = {
     {"router.proj.weight",                  LAYER(router),           MATRIX, "E D",   IF_MOE},
     {"router.scale",                        LAYER(router_scale),     VECTOR, "D",     IF_MOE},
     {"router.per_expert_scale",             LAYER(per_expert_scale), VECTOR, "E",     IF_MOE},
-    {"experts.gate_up_proj",                LAYER(experts_gate_up),  MATRIX, "E 2M D", IF_MOE},
     {"experts.down_proj",                   LAYER(experts_down),     MATRIX, "E D M", IF_MOE},
     {"pre_feedforward_layernorm_2.weight",  LAYER(moe_in_norm),      VECTOR, "D",     IF_MOE},
     {"post_feedforward_layernorm_1.weight", LAYER(mlp_out_norm),     VECTOR, "D",     IF_MOE},
     {"post_feedforward_layernorm_2.weight", LAYER(moe_out_norm),     VECTOR, "D",     IF_MOE},
 };
 /* clang-format on */
+
+static const row head_row = {"lm_head.weight", MODEL(head), MATRIX, "V D", ALWAYS};
+
+/* Gate rows first within an expert, or each in a tensor of its own (older GGUF). */
+static const row gate_up_row = {"experts.gate_up_proj", LAYER(experts_gate), MATRIX, "E 2M D", IF_MOE};
+static const row gate_row = {"experts.gate_proj", LAYER(experts_gate), MATRIX, "E M D", IF_MOE};
+static const row up_row = {"experts.up_proj", LAYER(experts_up), MATRIX, "E M D", IF_MOE};
 
 enum { N_MODEL_ROWS = sizeof model_rows / sizeof *model_rows, N_LAYER_ROWS = sizeof layer_rows / sizeof *layer_rows };
 
@@ -147,6 +153,18 @@ static g4_status check_shape(const binder *b, const g4_named_tensor *t, const in
                    expected_text);
 }
 
+static g4_status check_blocks(const binder *b, const g4_named_tensor *t, const row *r, size_t n_cols)
+{
+    if (r->kind == VECTOR && g4_is_quantised(t->dtype))
+        return g4_fail(b->err, G4_EFORMAT, "tensor %s has dtype %s, expected F32, F16 or BF16", t->name,
+                       g4_dtype_name(t->dtype));
+    if (n_cols % g4_block_size(t->dtype))
+        return g4_fail(b->err, G4_EFORMAT,
+                       "tensor %s has rows of %zu values, which is no multiple of the %zu of a %s block", t->name,
+                       n_cols, g4_block_size(t->dtype), g4_dtype_name(t->dtype));
+    return G4_OK;
+}
+
 static float *copy_vector(binder *b, const g4_named_tensor *t, size_t n)
 {
     float *values = g4_arena_alloc(b->arena, n * sizeof *values);
@@ -155,7 +173,7 @@ static float *copy_vector(binder *b, const g4_named_tensor *t, size_t n)
         return NULL;
     }
     for (size_t i = 0; i < n; i++) {
-        const char *at = (const char *)t->data + i * g4_dtype_size(t->dtype);
+        const char *at = (const char *)t->data + i * g4_block_bytes(t->dtype);
         uint16_t half;
         if (t->dtype == G4_F32) {
             memcpy(&values[i], at, 4);
@@ -178,7 +196,8 @@ static g4_status bind_row(binder *b, const row *r, const char *name, const g4_la
     size_t n = 1;
     for (int i = 0; i < n_dims; i++)
         n *= (size_t)shape[i];
-    b->n_bytes += n * g4_dtype_size(t->dtype);
+    G4_TRY(check_blocks(b, t, r, (size_t)shape[n_dims - 1]));
+    b->n_bytes += g4_dtype_bytes(t->dtype, n);
     void *member = (char *)owner + r->offset;
     if (r->kind == VECTOR) {
         float *values = copy_vector(b, t, n);
@@ -191,6 +210,25 @@ static g4_status bind_row(binder *b, const row *r, const char *name, const g4_la
     return G4_OK;
 }
 
+static g4_status bind_experts(binder *b, int layer, g4_layer_weights *weights)
+{
+    const g4_layer_config *config = &b->config->layers[layer];
+    const size_t m = (size_t)b->config->d_expert;
+    char name[128];
+    snprintf(name, sizeof name, "layers.%d.%s", layer, gate_row.name);
+    if (find(b, name)) {
+        weights->gate_rows = m;
+        G4_TRY(bind_row(b, &gate_row, name, config, weights));
+        snprintf(name, sizeof name, "layers.%d.%s", layer, up_row.name);
+        return bind_row(b, &up_row, name, config, weights);
+    }
+    weights->gate_rows = 2 * m;
+    snprintf(name, sizeof name, "layers.%d.%s", layer, gate_up_row.name);
+    G4_TRY(bind_row(b, &gate_up_row, name, config, weights));
+    weights->experts_up = g4_matrix_rows(&weights->experts_gate, m, weights->experts_gate.n_rows - m);
+    return G4_OK;
+}
+
 static g4_status bind_layer(binder *b, int layer, g4_layer_weights *weights)
 {
     char name[128];
@@ -200,12 +238,11 @@ static g4_status bind_layer(binder *b, int layer, g4_layer_weights *weights)
         snprintf(name, sizeof name, "layers.%d.%s", layer, layer_rows[i].name);
         G4_TRY(bind_row(b, &layer_rows[i], name, &b->config->layers[layer], weights));
     }
-    return G4_OK;
+    return is_wanted(b->config, layer, IF_MOE) ? bind_experts(b, layer, weights) : G4_OK;
 }
 
 static g4_status bind_head(binder *b, g4_weights *weights)
 {
-    static const row head_row = {"lm_head.weight", MODEL(head), MATRIX, "V D", ALWAYS};
     weights->head = weights->embed;
     return find(b, head_row.name) ? bind_row(b, &head_row, head_row.name, NULL, weights) : G4_OK;
 }

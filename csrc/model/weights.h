@@ -17,9 +17,10 @@ typedef struct {
     g4_matrix ple_gate, ple_projection; /* [P, D] [D, P] */
     const float *ple_norm;              /* [D] */
 
-    g4_matrix router;                                       /* [E, D] */
-    const float *router_scale, *per_expert_scale;           /* [D] [E] */
-    g4_matrix experts_gate_up, experts_down;                /* [E*2M, D] gate rows first within an expert; [E*D, M] */
+    g4_matrix router;                                 /* [E, D] */
+    const float *router_scale, *per_expert_scale;     /* [D] [E] */
+    g4_matrix experts_gate, experts_up, experts_down; /* the first expert's [M, D], [M, D], [D, M] … */
+    size_t gate_rows;                                 /* … and the rows from one expert's gate (up) to the next */
     const float *moe_in_norm, *mlp_out_norm, *moe_out_norm; /* [D] pre_feedforward_layernorm_2, post_…_1, post_…_2 */
 } g4_layer_weights;
 

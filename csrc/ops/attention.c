@@ -19,7 +19,7 @@ static const void *kv_row(const g4_attention *a, const void *base, int position,
 {
     size_t slot = (size_t)(position % a->kv.n_slots);
     return (const char *)base +
-           (slot * a->kv.stride + (size_t)kv_head * (size_t)a->head_dim) * g4_dtype_size(a->kv.dtype);
+           (slot * a->kv.stride + (size_t)kv_head * (size_t)a->head_dim) * g4_block_bytes(a->kv.dtype);
 }
 
 /* Positions [first, first + n) that lie in consecutive slots, n <= end - first. */

@@ -14,8 +14,14 @@ typedef struct {
     const g4_linear_job *jobs;
     const int *first_task; /* [n_jobs + 1] */
     int n_jobs;
-    float *panels; /* one per worker, for BLAS; NULL if no job uses it */
+    float *panels;          /* one per worker, for BLAS; NULL if no job uses it */
+    const g4_int8_rows *xs; /* [n_jobs] x as bytes, for jobs that want it so */
 } linear_task;
+
+static bool uses_int8(const g4_exec *exec, const g4_linear_job *job)
+{
+    return exec->fast && g4_is_quantised(job->w.dtype);
+}
 
 static int blas_panel_rows(const g4_linear_job *job)
 {
@@ -25,7 +31,7 @@ static int blas_panel_rows(const g4_linear_job *job)
 
 static bool uses_blas(const g4_exec *exec, const g4_linear_job *job)
 {
-    return exec->fast && job->m >= BLAS_MIN_ROWS;
+    return exec->fast && !g4_is_quantised(job->w.dtype) && job->m >= BLAS_MIN_ROWS;
 }
 
 static int rows_per_task(const g4_exec *exec, const g4_linear_job *job)
@@ -33,11 +39,17 @@ static int rows_per_task(const g4_exec *exec, const g4_linear_job *job)
     return uses_blas(exec, job) ? blas_panel_rows(job) : PANEL;
 }
 
-static void run_panel(const linear_task *t, const g4_linear_job *job, int first, int n, int worker)
+static void run_panel(const linear_task *t, int index, int first, int n, int worker)
 {
     const g4_kernels *kernels = t->exec->kernels;
+    const g4_linear_job *job = &t->jobs[index];
     const int k = (int)job->w.n_cols;
     const void *rows = g4_matrix_row(&job->w, (size_t)first);
+    if (uses_int8(t->exec, job)) {
+        g4_matmul_int8_for(kernels, job->w.dtype)(&t->xs[index], job->m, rows, job->w.row_stride, n, k,
+                                                  job->out + first, job->out_stride);
+        return;
+    }
     if (!uses_blas(t->exec, job)) {
         g4_matmul_for(kernels, job->w.dtype)(job->x, job->x_stride, job->m, rows, job->w.row_stride, n, k,
                                              job->out + first, job->out_stride);
@@ -60,7 +72,83 @@ static void run_task(void *context, int task, int worker)
     int rows = rows_per_task(t->exec, job);
     int first = (task - t->first_task[j]) * rows;
     int n = (int)job->w.n_rows - first < rows ? (int)job->w.n_rows - first : rows;
-    run_panel(t, job, first, n, worker);
+    run_panel(t, j, first, n, worker);
+}
+
+/* ---- x as bytes: once for all jobs that share it (q, k, v; gate, up) ------------------------------------------------- */
+
+typedef struct {
+    const g4_linear_job *const *jobs; /* one for each x */
+    const g4_int8_rows *xs;
+    const int *first_row; /* [n_xs + 1] where its rows begin among those of all */
+} quantize_task;
+
+/* The rows of xs from row `first` on. */
+static g4_int8_rows int8_rows_from(const g4_int8_rows *xs, size_t first, size_t k)
+{
+    return (g4_int8_rows){xs->q + first * k, xs->scale + first * (k / 32), xs->sum16 + first * (k / 16),
+                          xs->sum32 + first * (k / 32)};
+}
+
+static void quantize_slice(const g4_exec *exec, void *context, int first, int end)
+{
+    const quantize_task *t = context;
+    for (int i = 0; first < end; i++) {
+        if (first >= t->first_row[i + 1])
+            continue;
+        const g4_linear_job *job = t->jobs[i];
+        const int at = first - t->first_row[i], stop = end < t->first_row[i + 1] ? end : t->first_row[i + 1];
+        const g4_int8_rows rows = int8_rows_from(&t->xs[i], (size_t)at, job->w.n_cols);
+        exec->kernels->quantize_rows(job->x + (size_t)at * job->x_stride, job->x_stride, stop - first,
+                                     (int)job->w.n_cols, &rows);
+        first = stop;
+    }
+}
+
+static g4_status int8_rows_new(g4_exec *exec, const g4_linear_job *job, g4_int8_rows *rows)
+{
+    const size_t n = (size_t)job->m * job->w.n_cols;
+    G4_ALLOC(exec, rows->q, n);
+    G4_ALLOC(exec, rows->scale, n / 32);
+    G4_ALLOC(exec, rows->sum16, n / 16);
+    G4_ALLOC(exec, rows->sum32, n / 32);
+    return G4_OK;
+}
+
+static bool same_x(const g4_linear_job *a, const g4_linear_job *b)
+{
+    return a->x == b->x && a->m == b->m && a->x_stride == b->x_stride && a->w.n_cols == b->w.n_cols;
+}
+
+static g4_status quantize_inputs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs, const g4_int8_rows **result)
+{
+    const g4_linear_job **distinct;
+    g4_int8_rows *xs, *distinct_xs;
+    int *first_row, n = 0;
+    size_t max_k = 0;
+    G4_ALLOC(exec, xs, (size_t)n_jobs);
+    G4_ALLOC(exec, distinct_xs, (size_t)n_jobs);
+    G4_ALLOC(exec, distinct, (size_t)n_jobs);
+    G4_ALLOC(exec, first_row, (size_t)n_jobs + 1);
+    first_row[0] = 0;
+    for (int j = 0; j < n_jobs; j++) {
+        if (!uses_int8(exec, &jobs[j]))
+            continue;
+        int i = 0;
+        while (i < n && !same_x(distinct[i], &jobs[j]))
+            i++;
+        if (i == n) {
+            distinct[n] = &jobs[j];
+            G4_TRY(int8_rows_new(exec, &jobs[j], &distinct_xs[n]));
+            first_row[n + 1] = first_row[n] + jobs[j].m;
+            max_k = jobs[j].w.n_cols > max_k ? jobs[j].w.n_cols : max_k;
+            n++;
+        }
+        xs[j] = distinct_xs[i];
+    }
+    quantize_task t = {distinct, distinct_xs, first_row};
+    *result = xs;
+    return g4_exec_rows(exec, first_row[n], max_k, quantize_slice, &t);
 }
 
 g4_status g4_linear_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
@@ -70,6 +158,8 @@ g4_status g4_linear_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     int *first_task;
     size_t max_k = 0;
     double work = 0;
+    if (exec->fast)
+        G4_TRY(quantize_inputs(exec, jobs, n_jobs, &t.xs));
     G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
     first_task[0] = 0;
     for (int j = 0; j < n_jobs; j++) {

@@ -35,6 +35,9 @@ PyTypeObject *engine_sequence_type(PyObject *model);                   /* borrow
 PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *engine_testing_module(void);
 
+/* model.c. (dtype, shape, buffer, byte offset): fills tensor and takes a view of the buffer. */
+int engine_read_tensor(const char *name, PyObject *value, g4_named_tensor *tensor, Py_buffer *view);
+
 /* config.c: reads the dict of _engine.pyi's Config; release with engine_config_release. */
 typedef struct {
     g4_config config;

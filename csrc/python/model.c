@@ -23,32 +23,32 @@ static int read_shape(PyObject *shape, const char *name, g4_named_tensor *tensor
     return 0;
 }
 
-/* (dtype, shape, buffer, byte offset): fills tensor and takes a view of the buffer. */
-static int read_tensor(PyObject *name, PyObject *value, g4_named_tensor *tensor, Py_buffer *view)
+int engine_read_tensor(const char *name, PyObject *value, g4_named_tensor *tensor, Py_buffer *view)
 {
     const char *dtype_name;
     PyObject *shape, *buffer;
     Py_ssize_t offset;
     size_t n_elements, n_bytes;
-    tensor->name = PyUnicode_AsUTF8(name);
-    if (!tensor->name || !PyArg_ParseTuple(value, "sOOn", &dtype_name, &shape, &buffer, &offset) ||
+    tensor->name = name;
+    if (!name || !PyArg_ParseTuple(value, "sOOn", &dtype_name, &shape, &buffer, &offset) ||
         read_shape(shape, tensor->name, tensor, &n_elements))
         return -1;
     tensor->dtype = g4_dtype_parse(dtype_name);
     if (tensor->dtype == G4_N_DTYPES) {
         g4_error err;
-        g4_fail(&err, G4_EFORMAT, "tensor %s has dtype %s, expected F32, F16 or BF16", tensor->name, dtype_name);
+        g4_fail(&err, G4_EFORMAT, "tensor %s has dtype %s, which this engine does not know", tensor->name, dtype_name);
         engine_raise(&err);
         return -1;
     }
     if (PyObject_GetBuffer(buffer, view, PyBUF_SIMPLE))
         return -1;
-    bool fits = offset >= 0 && offset <= view->len &&
-                !__builtin_mul_overflow(n_elements, g4_dtype_size(tensor->dtype), &n_bytes) &&
-                n_bytes <= (size_t)(view->len - offset);
+    bool fits =
+        offset >= 0 && offset <= view->len &&
+        !__builtin_mul_overflow(n_elements / g4_block_size(tensor->dtype), g4_block_bytes(tensor->dtype), &n_bytes) &&
+        n_bytes <= (size_t)(view->len - offset);
     if (fits)
         tensor->data = (const char *)view->buf + offset;
-    if (!fits || (uintptr_t)tensor->data % g4_dtype_size(tensor->dtype)) {
+    if (!fits || (uintptr_t)tensor->data % g4_dtype_alignment(tensor->dtype)) {
         g4_error err;
         g4_fail(&err, G4_EFORMAT, "tensor %s at byte %zd does not lie (aligned) within its file of %zd bytes",
                 tensor->name, offset, view->len);
@@ -81,7 +81,8 @@ static g4_named_tensor *read_tensors(model_object *self, PyObject *items)
     }
     for (size_t i = 0; i < n; i++) {
         PyObject *pair = PyList_GET_ITEM(items, (Py_ssize_t)i);
-        if (read_tensor(PyTuple_GET_ITEM(pair, 0), PyTuple_GET_ITEM(pair, 1), &tensors[i], &self->buffers[i])) {
+        const char *name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(pair, 0));
+        if (engine_read_tensor(name, PyTuple_GET_ITEM(pair, 1), &tensors[i], &self->buffers[i])) {
             PyMem_Free(tensors);
             return NULL;
         }

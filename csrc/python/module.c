@@ -33,6 +33,45 @@ static PyObject *cpu_info(PyObject *self, PyObject *unused)
                          g4_cpu_count(), "blas", g4_blas_config());
 }
 
+/* The tensor's rows as float32, by this processor's best kernels. */
+static PyObject *widen_tensor(const g4_named_tensor *t)
+{
+    const g4_kernels *kernels;
+    g4_error err;
+    npy_intp dims[G4_MAX_DIMS];
+    for (int i = 0; i < t->n_dims; i++)
+        dims[i] = (npy_intp)t->shape[i];
+    const npy_intp n_cols = t->n_dims ? dims[t->n_dims - 1] : 1;
+    if (n_cols % (npy_intp)g4_block_size(t->dtype)) {
+        g4_fail(&err, G4_EFORMAT, "rows of %zd values are no whole number of %s blocks of %zu", n_cols,
+                g4_dtype_name(t->dtype), g4_block_size(t->dtype));
+        return engine_raise(&err);
+    }
+    if (g4_kernels_select(&kernels, &err) != G4_OK)
+        return engine_raise(&err);
+    PyObject *out = PyArray_SimpleNew(t->n_dims, dims, NPY_FLOAT32);
+    if (!out)
+        return NULL;
+    float *to = PyArray_DATA((PyArrayObject *)out);
+    const npy_intp n_rows = n_cols ? PyArray_SIZE((PyArrayObject *)out) / n_cols : 0;
+    const size_t row_bytes = g4_dtype_bytes(t->dtype, (size_t)n_cols);
+    Py_BEGIN_ALLOW_THREADS for (npy_intp row = 0; row < n_rows; row++) g4_widen_for(kernels, t->dtype)(
+        to + row * n_cols, (const char *)t->data + (size_t)row * row_bytes, (int)n_cols);
+    Py_END_ALLOW_THREADS return out;
+}
+
+static PyObject *dequantize(PyObject *self, PyObject *args)
+{
+    g4_named_tensor tensor;
+    Py_buffer view;
+    (void)self;
+    if (engine_read_tensor("dequantize()", args, &tensor, &view))
+        return NULL;
+    PyObject *out = widen_tensor(&tensor);
+    PyBuffer_Release(&view);
+    return out;
+}
+
 static int add_type(PyObject *module, PyType_Spec *spec)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
@@ -55,6 +94,7 @@ static int module_exec(PyObject *module)
 
 static PyMethodDef module_methods[] = {
     {"cpu_info", cpu_info, METH_NOARGS, "What this processor can run and what is in use."},
+    {"dequantize", dequantize, METH_VARARGS, "dequantize(dtype, shape, buffer, offset) -> float32 array"},
     {NULL, NULL, 0, NULL},
 };
 

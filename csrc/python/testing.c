@@ -15,7 +15,7 @@ static const g4_kernels *table_of(const char *isa_name)
 
 static int type_of(g4_dtype dtype)
 {
-    return dtype == G4_F32 ? NPY_FLOAT32 : NPY_UINT16;
+    return dtype == G4_F32 ? NPY_FLOAT32 : g4_is_quantised(dtype) ? NPY_UINT8 : NPY_UINT16;
 }
 
 static bool is_rows(PyArrayObject *array, int type, int n_dims)
@@ -32,6 +32,22 @@ static size_t stride_of(PyArrayObject *array)
     return (size_t)(PyArray_STRIDE(array, 0) / PyArray_ITEMSIZE(array));
 }
 
+/* Weight rows of k values: elements, or the bytes of whole blocks. */
+static bool has_inputs(PyArrayObject *w, g4_dtype dtype, npy_intp k)
+{
+    const npy_intp block = (npy_intp)g4_block_size(dtype), bytes = (npy_intp)g4_block_bytes(dtype);
+    bool good = k % block == 0 && PyArray_DIM(w, 1) * PyArray_ITEMSIZE(w) == k / block * bytes &&
+                PyArray_STRIDE(w, 0) % bytes == 0;
+    if (!good)
+        PyErr_SetString(PyExc_ValueError, "inner sizes differ, or no whole number of blocks");
+    return good;
+}
+
+static size_t weight_stride(PyArrayObject *w, g4_dtype dtype)
+{
+    return (size_t)PyArray_STRIDE(w, 0) / g4_block_bytes(dtype) * g4_block_size(dtype);
+}
+
 /* matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n] */
 static PyObject *test_matmul(PyObject *self, PyObject *args)
 {
@@ -42,16 +58,72 @@ static PyObject *test_matmul(PyObject *self, PyObject *args)
         return NULL;
     const g4_kernels *kernels = table_of(isa);
     g4_dtype dtype = g4_dtype_parse(dtype_name);
-    if (!kernels || !is_rows(x, NPY_FLOAT32, 2) || !is_rows(w, type_of(dtype), 2))
+    if (dtype == G4_N_DTYPES)
+        return PyErr_Format(PyExc_ValueError, "unknown dtype");
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 2) || !is_rows(w, type_of(dtype), 2) ||
+        !has_inputs(w, dtype, PyArray_DIM(x, 1)))
         return NULL;
-    if (dtype == G4_N_DTYPES || PyArray_DIM(x, 1) != PyArray_DIM(w, 1))
-        return PyErr_Format(PyExc_ValueError, "unknown dtype, or inner sizes differ");
     npy_intp dims[] = {PyArray_DIM(x, 0), PyArray_DIM(w, 0)};
     PyObject *out = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
     if (out)
-        g4_matmul_for(kernels, dtype)(PyArray_DATA(x), stride_of(x), (int)dims[0], PyArray_DATA(w), stride_of(w),
-                                      (int)dims[1], (int)PyArray_DIM(x, 1), PyArray_DATA((PyArrayObject *)out),
-                                      (size_t)dims[1]);
+        g4_matmul_for(kernels, dtype)(PyArray_DATA(x), stride_of(x), (int)dims[0], PyArray_DATA(w),
+                                      weight_stride(w, dtype), (int)dims[1], (int)PyArray_DIM(x, 1),
+                                      PyArray_DATA((PyArrayObject *)out), (size_t)dims[1]);
+    return out;
+}
+
+/* quantize_rows(isa, x [m, k]) -> q int8 [m, k], scale [m, k / 32], sum16 [m, k / 16], sum32 [m, k / 32] */
+static PyObject *test_quantize_rows(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &x))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 2))
+        return NULL;
+    npy_intp m = PyArray_DIM(x, 0), k = PyArray_DIM(x, 1);
+    if (k % 32)
+        return PyErr_Format(PyExc_ValueError, "rows of %zd values, expected a multiple of 32", k);
+    PyObject *q = PyArray_SimpleNew(2, ((npy_intp[]){m, k}), NPY_INT8);
+    PyObject *scale = PyArray_SimpleNew(2, ((npy_intp[]){m, k / 32}), NPY_FLOAT32);
+    PyObject *sum16 = PyArray_SimpleNew(2, ((npy_intp[]){m, k / 16}), NPY_FLOAT32);
+    PyObject *sum32 = PyArray_SimpleNew(2, ((npy_intp[]){m, k / 32}), NPY_FLOAT32);
+    if (q && scale && sum16 && sum32) {
+        g4_int8_rows rows = {PyArray_DATA((PyArrayObject *)q), PyArray_DATA((PyArrayObject *)scale),
+                             PyArray_DATA((PyArrayObject *)sum16), PyArray_DATA((PyArrayObject *)sum32)};
+        kernels->quantize_rows(PyArray_DATA(x), stride_of(x), (int)m, (int)k, &rows);
+    }
+    return Py_BuildValue("(NNNN)", q, scale, sum16, sum32);
+}
+
+/* matmul_int8(isa, dtype, (q, scale, sum16, sum32), w [n, bytes of k]) -> [m, n] */
+static PyObject *test_matmul_int8(PyObject *self, PyObject *args)
+{
+    const char *isa, *dtype_name;
+    PyArrayObject *q, *scale, *sum16, *sum32, *w;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "ss(O!O!O!O!)O!", &isa, &dtype_name, &PyArray_Type, &q, &PyArray_Type, &scale,
+                          &PyArray_Type, &sum16, &PyArray_Type, &sum32, &PyArray_Type, &w))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    g4_dtype dtype = g4_dtype_parse(dtype_name);
+    if (!kernels || !is_rows(q, NPY_INT8, 2) || !is_rows(scale, NPY_FLOAT32, 2) || !is_rows(sum16, NPY_FLOAT32, 2) ||
+        !is_rows(sum32, NPY_FLOAT32, 2) || !is_rows(w, NPY_UINT8, 2))
+        return NULL;
+    npy_intp m = PyArray_DIM(q, 0), k = PyArray_DIM(q, 1), n = PyArray_DIM(w, 0);
+    bool dense = PyArray_SIZE(scale) == m * (k / 32) && PyArray_SIZE(sum16) == m * (k / 16) &&
+                 PyArray_SIZE(sum32) == m * (k / 32) && PyArray_IS_C_CONTIGUOUS(q);
+    if (dtype == G4_N_DTYPES || !g4_is_quantised(dtype) || !dense)
+        return PyErr_Format(PyExc_ValueError, "expected a quantised dtype and what quantize_rows returns");
+    if (!has_inputs(w, dtype, k))
+        return NULL;
+    PyObject *out = PyArray_SimpleNew(2, ((npy_intp[]){m, n}), NPY_FLOAT32);
+    g4_int8_rows rows = {PyArray_DATA(q), PyArray_DATA(scale), PyArray_DATA(sum16), PyArray_DATA(sum32)};
+    if (out)
+        g4_matmul_int8_for(kernels, dtype)(&rows, (int)m, PyArray_DATA(w), weight_stride(w, dtype), (int)n, (int)k,
+                                           PyArray_DATA((PyArrayObject *)out), (size_t)n);
     return out;
 }
 
@@ -169,9 +241,13 @@ static PyObject *test_widen(PyObject *self, PyObject *args)
     g4_dtype dtype = g4_dtype_parse(dtype_name);
     if (!kernels || dtype == G4_N_DTYPES || !is_rows(x, type_of(dtype), 1))
         return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "unknown dtype");
-    PyObject *out = PyArray_SimpleNew(1, PyArray_DIMS(x), NPY_FLOAT32);
+    npy_intp n_bytes = PyArray_NBYTES(x), block_bytes = (npy_intp)g4_block_bytes(dtype);
+    if (n_bytes % block_bytes)
+        return PyErr_Format(PyExc_ValueError, "%zd bytes are no whole number of blocks", n_bytes);
+    npy_intp n = n_bytes / block_bytes * (npy_intp)g4_block_size(dtype);
+    PyObject *out = PyArray_SimpleNew(1, &n, NPY_FLOAT32);
     if (out)
-        g4_widen_for(kernels, dtype)(PyArray_DATA((PyArrayObject *)out), PyArray_DATA(x), (int)PyArray_SIZE(x));
+        g4_widen_for(kernels, dtype)(PyArray_DATA((PyArrayObject *)out), PyArray_DATA(x), (int)n);
     return out;
 }
 
@@ -213,12 +289,15 @@ static PyObject *test_names(PyObject *self, PyObject *unused)
 
 static PyMethodDef testing_methods[] = {
     {"names", test_names, METH_NOARGS, "Names of all kernels."},
-    {"matmul", test_matmul, METH_VARARGS, "matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n]"},
+    {"matmul", test_matmul, METH_VARARGS,
+     "matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n]; quantised w as uint8 [n, bytes]"},
+    {"quantize_rows", test_quantize_rows, METH_VARARGS, "quantize_rows(isa, x [m, k]) -> q, scale, sum16, sum32"},
+    {"matmul_int8", test_matmul_int8, METH_VARARGS, "matmul_int8(isa, dtype, quantize_rows(…), w) -> [m, n]"},
     {"weighted_sum", test_weighted_sum, METH_VARARGS,
      "weighted_sum(isa, dtype, p [m, n], v [n, d], acc [m, d]) -> [m, d]"},
     {"row", test_row, METH_VARARGS, "row(isa, name, x [n], y [n] or None, s) -> [n]"},
     {"sum_squares", test_sum_squares, METH_VARARGS, "sum_squares(isa, x [n]) -> float"},
-    {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n]) -> float32 [n]"},
+    {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n] or uint8 [bytes]) -> float32 [n]"},
     {"narrow_bf16", test_narrow_bf16, METH_VARARGS, "narrow_bf16(isa, x [n]) -> uint16 [n]"},
     {NULL, NULL, 0, NULL},
 };

@@ -18,6 +18,7 @@ import gemma4
 from gemma4._engine import testing
 
 from .compare import same_bits
+from .test_block_formats import FORMATS
 
 F32 = NDArray[np.float32]
 ISAS: list[str] = gemma4.cpu_info()["available"]
@@ -78,7 +79,9 @@ def same(a: F32, b: F32) -> bool:
 def test_every_kernel_is_swept_here() -> None:
     rows = {"scale_mul", "add", "mul", "axpy", "gelu", "softmax", "softcap", "rope"}
     by_type = {f"{name}_{dtype.lower()}" for name in ("matmul", "weighted_sum", "widen") for dtype in DTYPES}
-    assert set(testing.names()) == rows | by_type | {"sum_squares", "narrow_bf16"}
+    in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", "matmul_int8", "widen") for dtype in FORMATS}
+    in_blocks.add("quantize_rows")  # these in test_block_formats.py
+    assert set(testing.names()) == rows | by_type | in_blocks | {"sum_squares", "narrow_bf16"}
     assert ISAS[0] == "scalar"
 
 

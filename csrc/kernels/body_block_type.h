@@ -1,0 +1,18 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Every kernel of one block format; see the headers for the macros it wants. */
+#define weight uint8_t
+#define WEIGHTS_IN(k) ((size_t)(k) / BLOCK * BLOCK_BYTES)
+#include "kernels/body_blocks.h"
+
+#include "kernels/body_int8.h"
+#include "kernels/body_matmul.h"
+
+#undef WEIGHTS_IN
+#undef weight
+#undef WEIGHT
+#undef BLOCK
+#undef BLOCK_BYTES
+#undef GROUP
+#undef HAS_MIN
+#undef RAISE
+#undef FIT

@@ -1,0 +1,51 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Reading rows of one block format as float32: include with
+ *   WEIGHT      the suffix of read_ (formats.h)
+ *   BLOCK       values in a block
+ *   BLOCK_BYTES its bytes
+ */
+static inline void NAME(widen_block_)(float *out, const uint8_t *block)
+{
+    block_values v;
+    CONCAT(read_, WEIGHT)(block, &v);
+    for (int g = 0; g < BLOCK / 16; g++) {
+        f32x16 scaled = x16_mul(x16_set1(v.scale[g]), x16_load_i8(v.q + g * 16));
+        x16_store(out + g * 16, x16_sub(scaled, x16_set1(v.min[g])));
+    }
+}
+
+static void NAME(widen_)(float *out, const void *in, int n)
+{
+    const uint8_t *block = in;
+    for (int i = 0; i < n; i += BLOCK, block += BLOCK_BYTES)
+        NAME(widen_block_)(out + i, block);
+}
+
+/* out[j] = dot(x, w_j) for up to TILE_N rows, BLOCK inputs of all of them at a time. */
+static void NAME(dot_rows_)(const float *x, const uint8_t *w, size_t w_stride, int n, int k, float *out)
+{
+    f32x16 sum[TILE_N];
+    float values[BLOCK];
+    for (int r = 0; r < TILE_N; r++)
+        sum[r] = x16_set1(0);
+    for (int l = 0; l < k; l += BLOCK)
+        for (int r = 0; r < n; r++) {
+            NAME(widen_block_)(values, w + WEIGHTS_IN((size_t)r * w_stride + (size_t)l));
+            for (int i = 0; i < BLOCK; i += 16)
+                sum[r] = x16_fma(x16_load(x + l + i), x16_load(values + i), sum[r]);
+        }
+    for (int r = 0; r < n; r++)
+        out[r] = x16_sum(sum[r]);
+}
+
+static void NAME(pack_weights_)(const uint8_t *w, size_t w_stride, int n, int k, float *packed)
+{
+    const int n_blocks = k / 16;
+    const size_t half_stride = HALF_STRIDE(TILE_N, n_blocks);
+    float values[BLOCK_K];
+    for (int j = 0; j < (n + TILE_N - 1) / TILE_N * TILE_N; j++) {
+        NAME(widen_)(values, w + WEIGHTS_IN((size_t)(j < n ? j : 0) * w_stride), k);
+        for (int b = 0; b < n_blocks; b++)
+            x16_store_halves(PACKED(packed, TILE_N, n_blocks, j, b), half_stride, x16_load(values + b * 16));
+    }
+}

@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* matmul in whole numbers, precision="fast": x rounded to bytes by 32 (quantize_rows), against one block format. Include
+ * with the macros of body_blocks.h and
+ *   GROUP    values that share a scale, 16 or 32
+ *   HAS_MIN  whether the format has minima
+ *   RAISE    what makes every q >= 0
+ *   FIT      how many 2 * 127 * (the largest q + RAISE) fit 16 bits; 0 if q needs all of its 8 bits, sign included
+ *
+ *   sum_l x_l w_l = sum over groups of dx (scale * sum q_x q_w - min * sum q_x)
+ *
+ * The products of a group are exact (8 by 8 bits into 32), so what rounds is x, once, and one fma per group.
+ */
+
+/* out[i] = dot(x_i, row) for m <= FEW_ROWS: the weights are read once, straight from memory. */
+static inline __attribute__((always_inline)) void NAME(int8_dot_)(const int m, const g4_int8_rows *x, const uint8_t *w,
+                                                                  int k, float *out, size_t out_stride)
+{
+    f32x8 sum[FEW_ROWS], below[FEW_ROWS];
+    block_values v;
+    for (int i = 0; i < m; i++)
+        sum[i] = below[i] = f8_set1(0);
+    for (int l = 0; l < k; l += BLOCK, w += BLOCK_BYTES) {
+        CONCAT(read_, WEIGHT)(w, &v);
+        for (int part = 0; part < BLOCK / 32; part++) {
+            const i8x32 q = i8_load(v.q + part * 32);
+            for (int i = 0; i < m; i++) {
+                const float dx = x->scale[(size_t)i * (size_t)(k / 32) + (size_t)(l / 32 + part)];
+                const f32x8 scale = GROUP == 32 ? f8_set1(v.scale[2 * part] * dx)
+                                                : f8_set_halves(v.scale[2 * part] * dx, v.scale[2 * part + 1] * dx);
+                i32x8 dot = i32_fours(q, i8_load(x->q + (size_t)i * (size_t)k + (size_t)(l + part * 32)));
+                sum[i] = f8_fma(scale, f8_from_i32(dot), sum[i]);
+            }
+        }
+        for (int g = 0; HAS_MIN && g < BLOCK / 16; g += 8)
+            for (int i = 0; i < m; i++) {
+                const float *sums = x->sum16 + (size_t)i * (size_t)(k / 16) + (size_t)(l / 16 + g);
+                below[i] = BLOCK == 32 ? f8_fma(f8_set1(v.min[0]), f8_set_halves(sums[0], sums[1]), below[i])
+                                       : f8_fma(f8_load(v.min + g), f8_load(sums), below[i]);
+            }
+    }
+    for (int i = 0; i < m; i++) /* a block of 32 has two sums, each in 4 lanes */
+        out[(size_t)i * out_stride] = f8_sum(sum[i]) - (BLOCK == 32 ? 0.25f : 1.0f) * f8_sum(below[i]);
+}
+
+static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
+                            size_t out_stride)
+{
+    for (int j = 0; j < n; j++) {
+        const uint8_t *row = w + WEIGHTS_IN((size_t)j * w_stride);
+        if (m == 1)
+            NAME(int8_dot_)(1, x, row, k, out + j, out_stride);
+        else if (m == 2)
+            NAME(int8_dot_)(2, x, row, k, out + j, out_stride);
+        else if (m == 3)
+            NAME(int8_dot_)(3, x, row, k, out + j, out_stride);
+        else
+            NAME(int8_dot_)(4, x, row, k, out + j, out_stride);
+    }
+}
+
+/* 8 rows of k <= INT8_K inputs into place in the panel; rows from n on are zero. */
+static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, int8_panel *panel)
+{
+    block_values v;
+    int8_t rows[8][INT8_K];
+    for (int r = 0; r < 8; r++)
+        for (int l = 0; l < k; l += BLOCK) {
+            if (r < n)
+                CONCAT(read_, WEIGHT)(w + WEIGHTS_IN((size_t)r * w_stride + (size_t)l), &v);
+            else
+                memset(&v, 0, sizeof v);
+            for (int i = 0; i < BLOCK; i++)
+                rows[r][l + i] = (int8_t)(v.q[i] + RAISE);
+            for (int g = 0; g < BLOCK / GROUP; g++) {
+                const int from = g * GROUP / 16, to = l / GROUP + g;
+                panel->scale[to][r] = v.scale[from];
+                panel->min[to][r] = v.min[from] + (float)RAISE * v.scale[from];
+            }
+        }
+    for (int l = 0; l < k; l += 32)
+        transpose_fours(rows[0] + l, INT8_K, panel->q[l / 4][0]);
+}
+
+static void NAME(int8_tiles_)(const g4_int8_rows *x, size_t first_row, int first_input, int m, const int8_panel *panels,
+                              int k, size_t x_inputs, float *acc)
+{
+    int i = 0;
+    for (; i + 4 <= m; i += 4)
+        int8_tile(4, GROUP, FIT, x, first_row + (size_t)i, first_input, x_inputs, panels, k, acc + i * INT8_N);
+    for (; i < m; i++)
+        int8_tile(1, GROUP, FIT, x, first_row + (size_t)i, first_input, x_inputs, panels, k, acc + i * INT8_N);
+}
+
+static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights, size_t w_stride, int n, int k,
+                               float *out, size_t out_stride)
+{
+    if (m <= FEW_ROWS) {
+        NAME(int8_few_)(x, m, weights, w_stride, n, k, out, out_stride);
+        return;
+    }
+    _Alignas(64) int8_panel panels[2];
+    _Alignas(64) float acc[INT8_M * INT8_N];
+    for (int j = 0; j < n; j += INT8_N)
+        for (int i = 0; i < m; i += INT8_M) {
+            const int block_m = m - i < INT8_M ? m - i : INT8_M, block_n = n - j < INT8_N ? n - j : INT8_N;
+            memset(acc, 0, sizeof acc);
+            for (int l = 0; l < k; l += INT8_K) {
+                const int length = k - l < INT8_K ? k - l : INT8_K;
+                for (int half = 0; half < 2; half++)
+                    NAME(int8_pack_)
+                ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + half * 8) * w_stride + (size_t)l), w_stride,
+                 block_n - half * 8, length, &panels[half]);
+                NAME(int8_tiles_)(x, (size_t)i, l, block_m, panels, length, (size_t)k, acc);
+            }
+            for (int r = 0; r < block_m; r++)
+                memcpy(out + (size_t)(i + r) * out_stride + j, acc + r * INT8_N, (size_t)block_n * sizeof *acc);
+        }
+}

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The tile of precision="fast": 4 rows of x against 16 weight rows, which a panel holds as whole numbers.
+ *
+ * One instruction multiplies 32 bytes and adds the products by pairs into 16 bits. Weights of up to 4 bits leave room to
+ * add eight such results before the pairs must be widened to 32 bits, 5 bits four, 6 bits two: that is what makes this
+ * three times as fast as float32 on AVX2 (measured: docs/benchmarks.md). Eight-bit weights need their sign moved to x first.
+ */
+enum { INT8_M = 256, INT8_N = 16, INT8_K = 512 };
+
+/* 8 weight rows. Inputs lie by fours, so that one load meets 4 bytes of x repeated. */
+typedef struct {
+    int8_t q[INT8_K / 4][8][4];
+    float scale[INT8_K / 16][8], min[INT8_K / 16][8];
+} int8_panel;
+
+/* acc[i][16] += x_i . w for m rows of x over k inputs, k a multiple of 32. fit: see body_int8.h. */
+static inline __attribute__((always_inline)) void int8_tile(const int m, const int group, const int fit,
+                                                            const g4_int8_rows *x, size_t row, int input,
+                                                            size_t x_inputs, const int8_panel *panels, int k,
+                                                            float *acc)
+{
+    const bool is_signed = fit == 0;
+    const int steps = group / 4;
+    const int8_t *q = x->q + row * x_inputs + (size_t)input;
+    const float *scale = x->scale + row * (x_inputs / 32) + (size_t)(input / 32);
+    const float *sums =
+        (group == 32 ? x->sum32 : x->sum16) + row * (x_inputs / (size_t)group) + (size_t)(input / group);
+    for (int g = 0; g < k / group; g++) {
+        i32x8 dot[4][2];
+        for (int i = 0; i < m; i++)
+            dot[i][0] = dot[i][1] = i32_zero();
+        for (int s = 0; s < steps; s += is_signed ? steps : fit) {
+            i16x16 pairs[4][2];
+            for (int i = 0; i < m; i++)
+                pairs[i][0] = pairs[i][1] = i16_zero();
+            for (int t = s; t < (is_signed ? steps : s + fit) && t < steps; t++) {
+                const int at = g * steps + t;
+                const i8x32 w0 = i8_load(panels[0].q[at][0]), w1 = i8_load(panels[1].q[at][0]);
+                for (int i = 0; i < m; i++) {
+                    const i8x32 xs = i8_load4(q + (size_t)i * x_inputs + at * 4);
+                    if (is_signed) {
+                        dot[i][0] = i32_add(dot[i][0], i32_fours(w0, xs));
+                        dot[i][1] = i32_add(dot[i][1], i32_fours(w1, xs));
+                    } else {
+                        pairs[i][0] = i16_add(pairs[i][0], i16_pairs(w0, xs));
+                        pairs[i][1] = i16_add(pairs[i][1], i16_pairs(w1, xs));
+                    }
+                }
+            }
+            for (int i = 0; i < m && !is_signed; i++) {
+                dot[i][0] = i32_add(dot[i][0], i32_from_pairs(pairs[i][0]));
+                dot[i][1] = i32_add(dot[i][1], i32_from_pairs(pairs[i][1]));
+            }
+        }
+        for (int i = 0; i < m; i++) {
+            const f32x8 dx = f8_set1(scale[(size_t)i * (x_inputs / 32) + (size_t)(g * group / 32)]);
+            const f32x8 sum = f8_set1(sums[(size_t)i * (x_inputs / (size_t)group) + (size_t)g]);
+            for (int half = 0; half < 2; half++) {
+                float *a = acc + i * INT8_N + half * 8;
+                f32x8 total = f8_fma(f8_mul(f8_load(panels[half].scale[g]), dx), f8_from_i32(dot[i][half]), f8_load(a));
+                f8_store(a, is_signed ? total : f8_minus_product(total, f8_load(panels[half].min[g]), sum));
+            }
+        }
+    }
+}
+
+/* x [m, k] to bytes: 32 values share the scale max |x| / 127, q = x / scale to the nearest (ties to even). A NaN or an
+ * infinity makes its scale NaN. sum16 and sum32: scale * sum of q. */
+static void quantize_rows(const float *x, size_t x_stride, int m, int k, const g4_int8_rows *rows)
+{
+    for (int i = 0; i < m; i++)
+        for (int b = 0; b < k / 32; b++) {
+            const float *from = x + (size_t)i * x_stride + (size_t)b * 32;
+            const size_t block = (size_t)i * (size_t)(k / 32) + (size_t)b;
+            const f32x16 low = x16_load(from), high = x16_load(from + 16);
+            float lanes[32], max = 0;
+            int sum[2] = {0, 0};
+            x16_store(lanes, x16_max(x16_abs(low), x16_abs(high)));
+            for (int l = 0; l < 16; l++)
+                max = lanes[l] > max ? lanes[l] : max;
+            const f32x16 inverse = x16_set1(max > 0 ? 127.0f / max : 0);
+            const float scale = max / 127.0f + 0.0f * x16_sum(x16_add(low, high));
+            x16_store(lanes, x16_round(x16_mul(low, inverse)));
+            x16_store(lanes + 16, x16_round(x16_mul(high, inverse)));
+            int8_t *q = rows->q + block * 32;
+            for (int l = 0; l < 32; l++) {
+                q[l] = lanes[l] > -128.0f && lanes[l] < 128.0f ? (int8_t)lanes[l] : 0;
+                sum[l / 16] += q[l];
+            }
+            rows->scale[block] = scale;
+            rows->sum16[2 * block] = scale * (float)sum[0];
+            rows->sum16[2 * block + 1] = scale * (float)sum[1];
+            rows->sum32[block] = scale * (float)(sum[0] + sum[1]);
+        }
+}

@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The vocabulary of int8_scalar.h on AVX2. */
+typedef __m256i i8x32;
+typedef __m256i i16x16;
+typedef __m256i i32x8;
+typedef __m256 f32x8;
+
+static inline float f16_at(const uint8_t *p)
+{
+    uint16_t bits;
+    memcpy(&bits, p, 2);
+    return _cvtsh_ss(bits);
+}
+
+static inline i8x32 i8_load(const int8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+static inline i8x32 i8_load4(const int8_t *p)
+{
+    int32_t four;
+    memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+}
+
+static inline i16x16 i16_zero(void) { return _mm256_setzero_si256(); }
+static inline i16x16 i16_add(i16x16 a, i16x16 b) { return _mm256_add_epi16(a, b); }
+static inline i16x16 i16_pairs(i8x32 w, i8x32 x) { return _mm256_maddubs_epi16(w, x); }
+static inline i32x8 i32_zero(void) { return _mm256_setzero_si256(); }
+static inline i32x8 i32_add(i32x8 a, i32x8 b) { return _mm256_add_epi32(a, b); }
+static inline i32x8 i32_from_pairs(i16x16 a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+/* The instruction wants one factor without sign: |w| takes it, and x gets w's. 2 * 128 * 127 fits 16 bits. */
+static inline i32x8 i32_fours(i8x32 w, i8x32 x)
+{
+    return i32_from_pairs(_mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(x, w)));
+}
+
+static inline f32x8 f8_set1(float a) { return _mm256_set1_ps(a); }
+static inline f32x8 f8_set_halves(float a, float b) { return _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)); }
+static inline f32x8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline f32x8 f8_from_i32(i32x8 a) { return _mm256_cvtepi32_ps(a); }
+static inline f32x8 f8_mul(f32x8 a, f32x8 b) { return _mm256_mul_ps(a, b); }
+static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b) { return _mm256_fnmadd_ps(a, b, c); }
+static inline void f8_store(float *p, f32x8 a) { _mm256_storeu_ps(p, a); }
+static inline float f8_sum(f32x8 a)
+{
+    __m128 by_4 = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    __m128 by_2 = _mm_add_ps(by_4, _mm_movehl_ps(by_4, by_4));
+    return _mm_cvtss_f32(_mm_add_ss(by_2, _mm_movehdup_ps(by_2)));
+}
+
+static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to)
+{
+    __m256i row[8], pair[8], four[8];
+    for (int r = 0; r < 8; r++)
+        row[r] = i8_load(from + (size_t)r * stride);
+    for (int r = 0; r < 8; r += 2) {
+        pair[r] = _mm256_unpacklo_epi32(row[r], row[r + 1]);
+        pair[r + 1] = _mm256_unpackhi_epi32(row[r], row[r + 1]);
+    }
+    for (int r = 0; r < 8; r += 4)
+        for (int i = 0; i < 2; i++) {
+            four[r + 2 * i] = _mm256_unpacklo_epi64(pair[r + i], pair[r + 2 + i]);
+            four[r + 2 * i + 1] = _mm256_unpackhi_epi64(pair[r + i], pair[r + 2 + i]);
+        }
+    for (int c = 0; c < 4; c++) {
+        _mm256_storeu_si256((__m256i *)(to + c * 32), _mm256_permute2x128_si256(four[c], four[4 + c], 0x20));
+        _mm256_storeu_si256((__m256i *)(to + (c + 4) * 32), _mm256_permute2x128_si256(four[c], four[4 + c], 0x31));
+    }
+}

@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The vocabulary of body_int8.h in plain C: products of bytes, summed by fours into 8 lanes.
+ *
+ * i8x32 32 bytes: of one row, or 4 inputs each of 8 rows of a panel     i32x8, f32x8 8 lanes of sums
+ * i16x16 sums of neighbouring pairs of products: 8 * 2 of up to 15 * 127 still fit
+ */
+typedef struct {
+    int8_t byte[32];
+} i8x32;
+typedef struct {
+    int16_t lane[16];
+} i16x16;
+typedef struct {
+    int32_t lane[8];
+} i32x8;
+typedef struct {
+    float lane[8];
+} f32x8;
+
+#define FOR_8 for (int l = 0; l < 8; l++)
+#define RETURN_LANES(type, n, expression) \
+    do {                                  \
+        type result_;                     \
+        for (int l = 0; l < (n); l++)     \
+            result_.lane[l] = expression; \
+        return result_;                   \
+    } while (0)
+
+static inline float f16_at(const uint8_t *p)
+{
+    uint16_t bits;
+    memcpy(&bits, p, 2);
+    return g4_f16_to_f32(bits);
+}
+
+static inline i8x32 i8_load(const int8_t *p)
+{
+    i8x32 a;
+    memcpy(a.byte, p, 32);
+    return a;
+}
+
+/* The same 4 bytes eight times. */
+static inline i8x32 i8_load4(const int8_t *p)
+{
+    i8x32 a;
+    for (int l = 0; l < 32; l++)
+        a.byte[l] = p[l % 4];
+    return a;
+}
+
+static inline i16x16 i16_zero(void) { RETURN_LANES(i16x16, 16, 0); }
+static inline i16x16 i16_add(i16x16 a, i16x16 b) { RETURN_LANES(i16x16, 16, (int16_t)(a.lane[l] + b.lane[l])); }
+/* w of 0..63 times x of -127..127, pairs added. */
+static inline i16x16 i16_pairs(i8x32 w, i8x32 x)
+{
+    RETURN_LANES(i16x16, 16, (int16_t)(w.byte[2 * l] * x.byte[2 * l] + w.byte[2 * l + 1] * x.byte[2 * l + 1]));
+}
+static inline i32x8 i32_zero(void) { RETURN_LANES(i32x8, 8, 0); }
+static inline i32x8 i32_add(i32x8 a, i32x8 b) { RETURN_LANES(i32x8, 8, a.lane[l] + b.lane[l]); }
+static inline i32x8 i32_from_pairs(i16x16 a) { RETURN_LANES(i32x8, 8, a.lane[2 * l] + a.lane[2 * l + 1]); }
+/* Any w of -128..127 times x of -127..127, by fours. */
+static inline i32x8 i32_fours(i8x32 w, i8x32 x)
+{
+    i32x8 sum;
+    FOR_8
+    sum.lane[l] = w.byte[4 * l] * x.byte[4 * l] + w.byte[4 * l + 1] * x.byte[4 * l + 1] +
+                  w.byte[4 * l + 2] * x.byte[4 * l + 2] + w.byte[4 * l + 3] * x.byte[4 * l + 3];
+    return sum;
+}
+
+static inline f32x8 f8_set1(float a) { RETURN_LANES(f32x8, 8, a); }
+static inline f32x8 f8_set_halves(float a, float b) { RETURN_LANES(f32x8, 8, l < 4 ? a : b); }
+static inline f32x8 f8_load(const float *p) { RETURN_LANES(f32x8, 8, p[l]); }
+static inline f32x8 f8_from_i32(i32x8 a) { RETURN_LANES(f32x8, 8, (float)a.lane[l]); }
+static inline f32x8 f8_mul(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, a.lane[l] * b.lane[l]); }
+static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { RETURN_LANES(f32x8, 8, fmaf(a.lane[l], b.lane[l], c.lane[l])); }
+static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b)
+{
+    RETURN_LANES(f32x8, 8, fmaf(-a.lane[l], b.lane[l], c.lane[l]));
+}
+static inline void f8_store(float *p, f32x8 a) { memcpy(p, a.lane, sizeof a.lane); }
+/* The lanes by halving: l with l + 4, then l + 2, l + 1. */
+static inline float f8_sum(f32x8 a)
+{
+    for (int half = 4; half; half /= 2)
+        for (int l = 0; l < half; l++)
+            a.lane[l] += a.lane[l + half];
+    return a.lane[0];
+}
+
+/* to[c][r] = from[r][c] for 8 rows, `stride` apart, of 8 groups of 4 bytes. */
+static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to)
+{
+    for (int r = 0; r < 8; r++)
+        for (int c = 0; c < 8; c++)
+            memcpy(to + (c * 8 + r) * 4, from + (size_t)r * stride + c * 4, 4);
+}

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels on GGUF's block formats: values against the gguf package's dequantiser, products against float64 and against
+the scalar instruction set, to the bit."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from gemma4 import FormatError, _engine
+
+from .compare import same_bits
+
+testing = _engine.testing
+ISAS = _engine.cpu_info()["available"]
+# format -> where its f16 factors lie in a block (MXFP4 has an exponent instead)
+FACTORS = {
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "IQ4_NL": (0,),
+    "MXFP4": (),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+    "IQ4_XS": (0,),
+}
+FORMATS = tuple(FACTORS)
+
+
+def block_of(name: str) -> tuple[int, int]:
+    return gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+
+
+def random_rows(name: str, n: int, k: int, seed: int = 0) -> np.ndarray:
+    """Any bytes at all, with factors of a weight's size: uint8 [n, bytes of k values]."""
+    rng = np.random.default_rng(seed)
+    values, size = block_of(name)
+    blocks = rng.integers(0, 256, (n, k // values, size), dtype=np.uint8)
+    for at in FACTORS[name]:
+        factor = rng.normal(0, 0.01, (n, k // values, 1)).astype(np.float16)
+        blocks[..., at : at + 2] = factor.view(np.uint8)
+    if name == "MXFP4":
+        blocks[..., 0] = rng.integers(115, 126, blocks.shape[:2])
+    return blocks.reshape(n, -1)
+
+
+def reference(name: str, rows: np.ndarray) -> np.ndarray:
+    return quants.dequantize(rows, GGMLQuantizationType[name])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_values_have_the_bits_of_the_gguf_package(name: str, isa: str) -> None:
+    rows = random_rows(name, 5, 2048)
+    assert same_bits(np.stack([testing.widen(isa, name, row) for row in rows]), reference(name, rows))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_scale_and_factor(name: str, isa: str) -> None:
+    """Blocks of entirely random bytes: zero, subnormal and infinite factors, NaN included."""
+    rows = np.random.default_rng(3).integers(0, 256, (1, 400 * block_of(name)[1]), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        wanted = reference(name, rows)[0]
+    got = testing.widen(isa, name, rows[0])
+    nan = np.isnan(wanted)
+    assert (np.isnan(got) == nan).all()
+    assert same_bits(got[~nan], wanted[~nan])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dequantize(name: str) -> None:
+    rows = random_rows(name, 6, 512)
+    padded = b"abc" + rows.tobytes()  # blocks need no alignment
+    got = _engine.dequantize(name, (2, 3, 512), padded, 3)
+    assert same_bits(got.reshape(6, 512), reference(name, rows))
+
+
+def test_dequantize_refuses() -> None:
+    rows = random_rows("Q4_K", 2, 512).tobytes()
+    for dtype, shape, offset in (
+        ("Q4_K", (2, 512), 1),  # past the end
+        ("Q4_K", (3, 512), 0),
+        ("Q4_K", (4, 128), 0),  # half a block in each row
+        ("Q4_X", (2, 512), 0),
+        ("Q4_0", (1 << 40, 1 << 40), 0),
+    ):
+        with pytest.raises((FormatError, ValueError)):
+            _engine.dequantize(dtype, shape, rows, offset)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 23, 75])
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_matmul_is_that_of_the_float32_rows(name: str, isa: str, m: int) -> None:
+    for n, k in ((1, 256), (5, 768), (37, 1280)):
+        rows = random_rows(name, n, k, seed=n)
+        x = np.random.default_rng(m).normal(size=(m, k)).astype(np.float32)
+        plain = testing.matmul(isa, "F32", x, reference(name, rows))
+        assert same_bits(testing.matmul(isa, name, x, rows), plain)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_matmul_of_a_slice(name: str) -> None:
+    """Rows that are part of longer ones, at any address."""
+    rows = random_rows(name, 9, 1024)
+    size = block_of(name)[1] * (512 // block_of(name)[0])
+    shifted = np.empty(rows.size + 1, np.uint8)
+    shifted[1:] = rows.ravel()
+    part = shifted[1:].reshape(rows.shape)[:, size:]
+    x = np.random.default_rng(0).normal(size=(6, 512)).astype(np.float32)
+    for isa in ISAS:
+        plain = testing.matmul(isa, "F32", x, np.ascontiguousarray(reference(name, rows)[:, 512:]))
+        assert same_bits(testing.matmul(isa, name, x, part), plain)
+
+
+def rounded(x: np.ndarray, isa: str) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """(what quantize_rows gives, the values it stands for in float64)."""
+    bytes_of_x = testing.quantize_rows(isa, x)
+    q, scale = bytes_of_x[:2]
+    return bytes_of_x, (q.reshape(len(x), -1, 32) * scale[..., None].astype(np.float64)).reshape(x.shape)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_quantize_rows(isa: str) -> None:
+    x = np.random.default_rng(0).normal(size=(5, 96)).astype(np.float32)
+    x[1, :32] = 0
+    x[2, 32:64] *= 1e-30
+    x[3, 5] = 1e30
+    (q, scale, sum16, sum32), values = rounded(x, isa)
+    blocks = x.reshape(5, 3, 32)
+    assert same_bits(scale, np.abs(blocks).max(-1) / np.float32(127))
+    half_step = np.repeat(scale, 32, axis=1) * (0.5 + 1e-4)
+    assert (np.abs(values - x) <= half_step).all()
+    assert np.abs(q).max() <= 127
+    assert same_bits(sum16, np.repeat(scale, 2, axis=1) * q.reshape(5, 6, 16).sum(-1).astype(np.float32))
+    assert same_bits(sum32, scale * q.reshape(5, 3, 32).sum(-1).astype(np.float32))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_not_a_number_is_not_lost(isa: str, bad: float) -> None:
+    x = np.ones((6, 64), np.float32)
+    x[2, 40] = bad
+    out = testing.matmul_int8(isa, "Q4_0", testing.quantize_rows(isa, x), random_rows("Q4_0", 3, 64))
+    assert np.isnan(out[2]).all()
+    assert np.isfinite(np.delete(out, 2, axis=0)).all()
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 23, 64, 259])
+@pytest.mark.parametrize("name", FORMATS)
+def test_int8_products(name: str, m: int) -> None:
+    """Whole-number products are exact, so only one fma per group rounds: within 1e-6 of float64 on the rounded x; and
+    every instruction set gives the same bits."""
+    for n, k in ((1, 256), (19, 768), (40, 1280)):
+        rows = random_rows(name, n, k, seed=n)
+        x = np.random.default_rng(m).normal(size=(m, k)).astype(np.float32)
+        bytes_of_x, values = rounded(x, ISAS[0])
+        wanted = values @ reference(name, rows).T.astype(np.float64)
+        got = [testing.matmul_int8(isa, name, bytes_of_x, rows) for isa in ISAS]
+        assert np.abs(got[0] - wanted).max() <= 1e-6 * np.abs(wanted).max()
+        assert all(same_bits(got[0], other) for other in got[1:])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_at_the_ends_of_the_range(name: str, isa: str) -> None:
+    """The largest products of one sign: nothing may saturate 16 bits."""
+    values, size = block_of(name)
+    for fill in (0x00, 0xFF, 0x0F, 0xF0, 0x80, 0x7F):
+        blocks = np.full((20, 512 // values, size), fill, np.uint8)
+        for at in FACTORS[name]:
+            blocks[..., at : at + 2] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+        if name == "MXFP4":
+            blocks[..., 0] = 120
+        rows = blocks.reshape(20, -1)
+        for sign in (1, -1):
+            for m in (1, 6):
+                bytes_of_x, x = rounded(np.full((m, 512), sign, np.float32), isa)
+                wanted = x @ reference(name, rows).T.astype(np.float64)
+                got = testing.matmul_int8(isa, name, bytes_of_x, rows)
+                assert np.abs(got - wanted).max() <= 2e-6 * np.abs(wanted).max() + 1e-30
