@@ -21,6 +21,8 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define CONCAT_(a, b) a##b
 #define CONCAT(a, b) CONCAT_(a, b)
 #define NAME(base) CONCAT(base, WEIGHT)
+#define INT8_TILES_OF_(group, fit) int8_tiles_##group##_##fit
+#define INT8_TILES_OF(group, fit) INT8_TILES_OF_(group, fit)
 
 #define WEIGHT f32
 #define weight float

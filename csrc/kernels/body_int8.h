@@ -11,11 +11,11 @@
  * The products of a group are exact (8 by 8 bits into 32), so what rounds is x, once, and one fma per group.
  */
 
-/* out[i] = dot(x_i, row) for m <= FEW_ROWS: the weights are read once, straight from memory. */
+/* out[i] = dot(x_i, row) for m <= 2 rows of x; the weights come straight from memory. */
 static inline __attribute__((always_inline)) void NAME(int8_dot_)(const int m, const g4_int8_rows *x, const uint8_t *w,
                                                                   int k, float *out, size_t out_stride)
 {
-    f32x8 sum[FEW_ROWS], below[FEW_ROWS];
+    f32x8 sum[2], below[2];
     block_values v;
     for (int i = 0; i < m; i++)
         sum[i] = below[i] = f8_set1(0);
@@ -47,14 +47,15 @@ static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size
 {
     for (int j = 0; j < n; j++) {
         const uint8_t *row = w + WEIGHTS_IN((size_t)j * w_stride);
-        if (m == 1)
-            NAME(int8_dot_)(1, x, row, k, out + j, out_stride);
-        else if (m == 2)
-            NAME(int8_dot_)(2, x, row, k, out + j, out_stride);
-        else if (m == 3)
-            NAME(int8_dot_)(3, x, row, k, out + j, out_stride);
-        else
-            NAME(int8_dot_)(4, x, row, k, out + j, out_stride);
+        int i = 0;
+        for (; i + 2 <= m; i += 2) {
+            const g4_int8_rows two = g4_int8_rows_from(x, (size_t)i, (size_t)k);
+            NAME(int8_dot_)(2, &two, row, k, out + (size_t)i * out_stride + j, out_stride);
+        }
+        if (i < m) {
+            const g4_int8_rows one = g4_int8_rows_from(x, (size_t)i, (size_t)k);
+            NAME(int8_dot_)(1, &one, row, k, out + (size_t)i * out_stride + j, out_stride);
+        }
     }
 }
 
@@ -81,16 +82,6 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
         transpose_fours(rows[0] + l, INT8_K, panel->q[l / 4][0]);
 }
 
-static void NAME(int8_tiles_)(const g4_int8_rows *x, size_t first_row, int first_input, int m, const int8_panel *panels,
-                              int k, size_t x_inputs, float *acc)
-{
-    int i = 0;
-    for (; i + 4 <= m; i += 4)
-        int8_tile(4, GROUP, FIT, x, first_row + (size_t)i, first_input, x_inputs, panels, k, acc + i * INT8_N);
-    for (; i < m; i++)
-        int8_tile(1, GROUP, FIT, x, first_row + (size_t)i, first_input, x_inputs, panels, k, acc + i * INT8_N);
-}
-
 static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights, size_t w_stride, int n, int k,
                                float *out, size_t out_stride)
 {
@@ -110,7 +101,7 @@ static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights
                     NAME(int8_pack_)
                 ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + half * 8) * w_stride + (size_t)l), w_stride,
                  block_n - half * 8, length, &panels[half]);
-                NAME(int8_tiles_)(x, (size_t)i, l, block_m, panels, length, (size_t)k, acc);
+                INT8_TILES_OF(GROUP, FIT)(x, (size_t)i, l, block_m, (size_t)k, panels, length, acc);
             }
             for (int r = 0; r < block_m; r++)
                 memcpy(out + (size_t)(i + r) * out_stride + j, acc + r * INT8_N, (size_t)block_n * sizeof *acc);

@@ -64,6 +64,23 @@ static inline __attribute__((always_inline)) void int8_tile(const int m, const i
     }
 }
 
+/* One for each kind of format; not inlined into every format, which took the compiler minutes. */
+#define INT8_TILES(group, fit)                                                                                   \
+    static void int8_tiles_##group##_##fit(const g4_int8_rows *x, size_t row, int input, int m, size_t x_inputs, \
+                                           const int8_panel *panels, int k, float *acc)                          \
+    {                                                                                                            \
+        int i = 0;                                                                                               \
+        for (; i + 4 <= m; i += 4)                                                                               \
+            int8_tile(4, group, fit, x, row + (size_t)i, input, x_inputs, panels, k, acc + i * INT8_N);          \
+        for (; i < m; i++)                                                                                       \
+            int8_tile(1, group, fit, x, row + (size_t)i, input, x_inputs, panels, k, acc + i * INT8_N);          \
+    }
+INT8_TILES(32, 0)
+INT8_TILES(32, 4)
+INT8_TILES(32, 8)
+INT8_TILES(16, 2)
+INT8_TILES(16, 8)
+
 /* x [m, k] to bytes: 32 values share the scale max |x| / 127, q = x / scale to the nearest (ties to even). A NaN or an
  * infinity makes its scale NaN. sum16 and sum32: scale * sum of q. */
 static void quantize_rows(const float *x, size_t x_stride, int m, int k, const g4_int8_rows *rows)

@@ -17,6 +17,13 @@ typedef struct {
     float *sum16, *sum32; /* [m, k / 16], [m, k / 32] scale times the sum of q, for formats with a minimum */
 } g4_int8_rows;
 
+/* Those from row `first` on. */
+static inline g4_int8_rows g4_int8_rows_from(const g4_int8_rows *rows, size_t first, size_t k)
+{
+    return (g4_int8_rows){rows->q + first * k, rows->scale + first * (k / 32), rows->sum16 + first * (k / 16),
+                          rows->sum32 + first * (k / 32)};
+}
+
 #define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;
 #include "kernels/kernels.inc"
 #undef G4_KERNEL

@@ -83,13 +83,6 @@ typedef struct {
     const int *first_row; /* [n_xs + 1] where its rows begin among those of all */
 } quantize_task;
 
-/* The rows of xs from row `first` on. */
-static g4_int8_rows int8_rows_from(const g4_int8_rows *xs, size_t first, size_t k)
-{
-    return (g4_int8_rows){xs->q + first * k, xs->scale + first * (k / 32), xs->sum16 + first * (k / 16),
-                          xs->sum32 + first * (k / 32)};
-}
-
 static void quantize_slice(const g4_exec *exec, void *context, int first, int end)
 {
     const quantize_task *t = context;
@@ -98,7 +91,7 @@ static void quantize_slice(const g4_exec *exec, void *context, int first, int en
             continue;
         const g4_linear_job *job = t->jobs[i];
         const int at = first - t->first_row[i], stop = end < t->first_row[i + 1] ? end : t->first_row[i + 1];
-        const g4_int8_rows rows = int8_rows_from(&t->xs[i], (size_t)at, job->w.n_cols);
+        const g4_int8_rows rows = g4_int8_rows_from(&t->xs[i], (size_t)at, job->w.n_cols);
         exec->kernels->quantize_rows(job->x + (size_t)at * job->x_stride, job->x_stride, stop - first,
                                      (int)job->w.n_cols, &rows);
         first = stop;
