@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* matmul in whole numbers, precision="fast": x rounded to bytes by 32 (quantize_rows), against one block format. Include
  * with the macros of body_blocks.h and
- *   GROUP    values that share a scale, 16 or 32
  *   HAS_MIN  whether the format has minima
  *   RAISE    what makes every q >= 0
  *   FIT      how many 2 * 127 * (the largest q + RAISE) fit 16 bits; 0 if q needs all of its 8 bits, sign included
@@ -22,24 +21,23 @@ static inline __attribute__((always_inline)) void NAME(int8_dot_)(const int m, c
     for (int l = 0; l < k; l += BLOCK, w += BLOCK_BYTES) {
         CONCAT(read_, WEIGHT)(w, &v);
         for (int part = 0; part < BLOCK / 32; part++) {
-            const i8x32 q = i8_load(v.q + part * 32);
             for (int i = 0; i < m; i++) {
                 const float dx = x->scale[(size_t)i * (size_t)(k / 32) + (size_t)(l / 32 + part)];
-                const f32x8 scale = GROUP == 32 ? f8_set1(v.scale[2 * part] * dx)
+                const f32x8 scale = GROUP == 32 ? f8_set1(v.scale[part] * dx)
                                                 : f8_set_halves(v.scale[2 * part] * dx, v.scale[2 * part + 1] * dx);
-                i32x8 dot = i32_fours(q, i8_load(x->q + (size_t)i * (size_t)k + (size_t)(l + part * 32)));
+                i32x8 dot = i32_fours(v.q[part], i8_load(x->q + (size_t)i * (size_t)k + (size_t)(l + part * 32)));
                 sum[i] = f8_fma(scale, f8_from_i32(dot), sum[i]);
             }
         }
-        for (int g = 0; HAS_MIN && g < BLOCK / 16; g += 8)
+        for (int g = 0; HAS_MIN && g < BLOCK / GROUP; g += 8)
             for (int i = 0; i < m; i++) {
-                const float *sums = x->sum16 + (size_t)i * (size_t)(k / 16) + (size_t)(l / 16 + g);
-                below[i] = BLOCK == 32 ? f8_fma(f8_set1(v.min[0]), f8_set_halves(sums[0], sums[1]), below[i])
-                                       : f8_fma(f8_load(v.min + g), f8_load(sums), below[i]);
+                const float *sums = (GROUP == 32 ? x->sum32 : x->sum16) + (size_t)i * (size_t)(k / GROUP);
+                below[i] = BLOCK == 32 ? f8_fma(f8_set1(v.min[0]), f8_set1(sums[l / 32]), below[i])
+                                       : f8_fma(f8_load(v.min + g), f8_load(sums + l / GROUP + g), below[i]);
             }
     }
-    for (int i = 0; i < m; i++) /* a block of 32 has two sums, each in 4 lanes */
-        out[(size_t)i * out_stride] = f8_sum(sum[i]) - (BLOCK == 32 ? 0.25f : 1.0f) * f8_sum(below[i]);
+    for (int i = 0; i < m; i++) /* a block of 32 has one minimum, in all 8 lanes */
+        out[(size_t)i * out_stride] = f8_sum(sum[i]) - (BLOCK == 32 ? 0.125f : 1.0f) * f8_sum(below[i]);
 }
 
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
@@ -70,12 +68,11 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
                 CONCAT(read_, WEIGHT)(w + WEIGHTS_IN((size_t)r * w_stride + (size_t)l), &v);
             else
                 memset(&v, 0, sizeof v);
-            for (int i = 0; i < BLOCK; i++)
-                rows[r][l + i] = (int8_t)(v.q[i] + RAISE);
+            for (int part = 0; part < BLOCK / 32; part++)
+                i8_store(rows[r] + l + part * 32, i8_add(v.q[part], RAISE));
             for (int g = 0; g < BLOCK / GROUP; g++) {
-                const int from = g * GROUP / 16, to = l / GROUP + g;
-                panel->scale[to][r] = v.scale[from];
-                panel->min[to][r] = v.min[from] + (float)RAISE * v.scale[from];
+                panel->scale[l / GROUP + g][r] = v.scale[g];
+                panel->min[l / GROUP + g][r] = v.min[g] + (float)RAISE * v.scale[g];
             }
         }
     for (int l = 0; l < k; l += 32)

@@ -20,11 +20,44 @@ static inline i8x32 i8_load4(const int8_t *p)
     return _mm256_set1_epi32(four);
 }
 
+static inline void i8_store(int8_t *p, i8x32 a) { _mm256_storeu_si256((__m256i *)p, a); }
+static inline i8x32 i8_nibbles(const uint8_t *p)
+{
+    __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
+}
+/* Shifts of 16 bits: what comes over from the neighbouring byte is masked off. */
+static inline i8x32 i8_bits(i8x32 a, int shift, int mask)
+{
+    return _mm256_and_si256(_mm256_srli_epi16(a, shift), _mm256_set1_epi8((char)mask));
+}
+static inline i8x32 i8_join(i8x32 a, i8x32 b, int shift) { return _mm256_or_si256(a, _mm256_slli_epi16(b, shift)); }
+static inline i8x32 i8_add(i8x32 a, int b) { return _mm256_add_epi8(a, _mm256_set1_epi8((char)b)); }
+static inline i8x32 i8_lookup(const int8_t *table, i8x32 a)
+{
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), a);
+}
+static inline i8x32 i8_spread(const uint8_t *p)
+{
+    int32_t bits;
+    memcpy(&bits, p, 4);
+    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit_of = _mm256_set1_epi64x((long long)0x8040201008040201);
+    __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte_of), bit_of);
+    return _mm256_and_si256(_mm256_cmpeq_epi8(bit, bit_of), _mm256_set1_epi8(1));
+}
+
 static inline i16x16 i16_zero(void) { return _mm256_setzero_si256(); }
-static inline i16x16 i16_add(i16x16 a, i16x16 b) { return _mm256_add_epi16(a, b); }
+/* The empty asm keeps gcc from adding up in another order, for which it holds 64 products at once, in memory. */
+static inline __m256i in_order(__m256i a)
+{
+    __asm__("" : "+x"(a));
+    return a;
+}
+static inline i16x16 i16_add(i16x16 a, i16x16 b) { return in_order(_mm256_add_epi16(a, b)); }
 static inline i16x16 i16_pairs(i8x32 w, i8x32 x) { return _mm256_maddubs_epi16(w, x); }
 static inline i32x8 i32_zero(void) { return _mm256_setzero_si256(); }
-static inline i32x8 i32_add(i32x8 a, i32x8 b) { return _mm256_add_epi32(a, b); }
+static inline i32x8 i32_add(i32x8 a, i32x8 b) { return in_order(_mm256_add_epi32(a, b)); }
 static inline i32x8 i32_from_pairs(i16x16 a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
 /* The instruction wants one factor without sign: |w| takes it, and x gets w's. 2 * 128 * 127 fits 16 bits. */
 static inline i32x8 i32_fours(i8x32 w, i8x32 x)
@@ -35,6 +68,10 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x)
 static inline f32x8 f8_set1(float a) { return _mm256_set1_ps(a); }
 static inline f32x8 f8_set_halves(float a, float b) { return _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)); }
 static inline f32x8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline f32x8 f8_load_i8(const int8_t *p)
+{
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
 static inline f32x8 f8_from_i32(i32x8 a) { return _mm256_cvtepi32_ps(a); }
 static inline f32x8 f8_mul(f32x8 a, f32x8 b) { return _mm256_mul_ps(a, b); }
 static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }

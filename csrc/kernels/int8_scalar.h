@@ -49,6 +49,27 @@ static inline i8x32 i8_load4(const int8_t *p)
     return a;
 }
 
+static inline void i8_store(int8_t *p, i8x32 a) { memcpy(p, a.byte, 32); }
+
+#define RETURN_BYTES(expression)                    \
+    do {                                            \
+        i8x32 result_;                              \
+        for (int l = 0; l < 32; l++)                \
+            result_.byte[l] = (int8_t)(expression); \
+        return result_;                             \
+    } while (0)
+
+/* The low halves of 16 bytes, then their high halves. */
+static inline i8x32 i8_nibbles(const uint8_t *p) { RETURN_BYTES(l < 16 ? p[l] & 15 : p[l - 16] >> 4); }
+/* (a >> shift) & mask of each byte, shift + bits of mask <= 8. */
+static inline i8x32 i8_bits(i8x32 a, int shift, int mask) { RETURN_BYTES((uint8_t)a.byte[l] >> shift & mask); }
+/* a | b << shift, nothing shifted out. */
+static inline i8x32 i8_join(i8x32 a, i8x32 b, int shift) { RETURN_BYTES(a.byte[l] | b.byte[l] << shift); }
+static inline i8x32 i8_add(i8x32 a, int b) { RETURN_BYTES(a.byte[l] + b); }
+static inline i8x32 i8_lookup(const int8_t *table, i8x32 a) { RETURN_BYTES(table[a.byte[l]]); }
+/* Bit l of 32 as byte l: 0 or 1. */
+static inline i8x32 i8_spread(const uint8_t *p) { RETURN_BYTES(p[l / 8] >> (l % 8) & 1); }
+
 static inline i16x16 i16_zero(void) { RETURN_LANES(i16x16, 16, 0); }
 static inline i16x16 i16_add(i16x16 a, i16x16 b) { RETURN_LANES(i16x16, 16, (int16_t)(a.lane[l] + b.lane[l])); }
 /* w of 0..63 times x of -127..127, pairs added. */
@@ -72,6 +93,7 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x)
 static inline f32x8 f8_set1(float a) { RETURN_LANES(f32x8, 8, a); }
 static inline f32x8 f8_set_halves(float a, float b) { RETURN_LANES(f32x8, 8, l < 4 ? a : b); }
 static inline f32x8 f8_load(const float *p) { RETURN_LANES(f32x8, 8, p[l]); }
+static inline f32x8 f8_load_i8(const int8_t *p) { RETURN_LANES(f32x8, 8, (float)p[l]); }
 static inline f32x8 f8_from_i32(i32x8 a) { RETURN_LANES(f32x8, 8, (float)a.lane[l]); }
 static inline f32x8 f8_mul(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, a.lane[l] * b.lane[l]); }
 static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { RETURN_LANES(f32x8, 8, fmaf(a.lane[l], b.lane[l], c.lane[l])); }
