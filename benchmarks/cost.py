@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model must read and compute, from its config and its files' headers: the denominators of "share of peak".
+"""What a model must read and compute, from its config and its tensors' sizes: the denominators of "share of peak".
 
 Counted is what this engine computes for a prompt of which only the last position's logits are wanted. Below the last
 layer that makes keys: every position; in that layer: keys and values of every position, the rest for one; above it: one
 position. Per-layer embeddings are projected for every position, and their table is read row by row.
 """
 
-import json
+import math
 import re
-import struct
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any
 
-BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+from gemma4.load import TextConfig, open_checkpoint
+from gemma4.load.dtypes import row_bytes
+
 PLE_TABLE = "embed_tokens_per_layer.weight"
 
 
@@ -39,52 +38,14 @@ class Cost:
     context: int
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file."""
-    with open(path, "rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        return json.loads(file.read(size))
-
-
-def text_tensors(model: Path) -> dict[str, Tensor]:
-    """Every tensor of the text model, by its name without prefix ("layers.0.mlp.up_proj.weight")."""
-    tensors = {}
-    for path in sorted(model.glob("*.safetensors")):
-        for name, entry in read_header(path).items():
-            match = re.match(
-                r"(?:model\.language_model\.|model\.|)((?:embed_tokens|per_layer|layers|norm|lm_head).*)", name
-            )
-            if match:
-                n = prod(entry["shape"])
-                tensors[match[1]] = Tensor(n * BYTES[entry["dtype"]], n, len(entry["shape"]) > 1)
-    return tensors
-
-
-def text_config(model: Path) -> dict[str, Any]:
-    config = json.loads((model / "config.json").read_text())
-    return config.get("text_config", config)
-
-
 class Layer:
     """One layer's place in the model: which positions it runs for and what it attends to."""
 
-    def __init__(self, config: dict[str, Any], index: int) -> None:
-        n, shared = config["num_hidden_layers"], config.get("num_kv_shared_layers", 0)
-        own = {"head_dim": config["head_dim"], "num_key_value_heads": config["num_key_value_heads"]}
-        self.is_global = config["layer_types"][index] == "full_attention"
-        if self.is_global and "per_layer_config" in config:
-            own |= config["per_layer_config"].get(str(index), {})
-        elif self.is_global:
-            own["head_dim"] = config.get("global_head_dim", 512)
-            if config.get("attention_k_eq_v"):
-                own["num_key_value_heads"] = config.get("num_global_key_value_heads") or own["num_key_value_heads"]
-        self.shares_kv = index >= n - shared
-        self.window = 0 if self.is_global else config["sliding_window"]
-        self.n_heads, self.head_dim, self.n_kv_heads = (
-            config["num_attention_heads"],
-            own["head_dim"],
-            own["num_key_value_heads"],
-        )
+    def __init__(self, config: TextConfig, index: int) -> None:
+        self.shares_kv = config.kv_source[index] != index
+        self.window = config.sliding_window if config.layer_types[index] == "sliding_attention" else 0
+        self.n_heads, self.head_dim = config.n_heads, config.head_dim[index]
+        self.n_kv_heads = config.n_kv_heads[index]
 
     def keys(self, context: int) -> int:
         """How many keys the last of `context` positions sees."""
@@ -113,18 +74,21 @@ def _layer_elements(tensors: dict[str, Tensor], index: int, expert_share: float)
     return elements, kv, n_bytes
 
 
-def live_tensors(tensors: dict[str, Tensor], layers: list[Layer]) -> dict[str, Tensor]:
-    """Without the keys and values of KV-sharing layers, which released files hold and nobody reads."""
-    dead = [f"layers.{i}.self_attn.{kind}_" for i, layer in enumerate(layers) if layer.shares_kv for kind in "kv"]
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(dead))}
+def text_tensors(model: Path) -> tuple[TextConfig, dict[str, Tensor]]:
+    """The configuration, and every tensor that the text model reads, by its name without prefix."""
+    with open_checkpoint(model) as checkpoint:
+        tensors = {}
+        for name, (dtype, shape, _, _) in checkpoint.engine_tensors.items():
+            rows = math.prod(shape[:-1])
+            tensors[name] = Tensor(rows * row_bytes(dtype, shape[-1]), math.prod(shape), len(shape) > 1)
+        return checkpoint.config, tensors
 
 
 def of_model(model: Path, context: int) -> Cost:
     """The cost of `context` prompt positions, and of one more token after them (float32 keys and values)."""
-    config = text_config(model)
-    layers = [Layer(config, i) for i in range(config["num_hidden_layers"])]
-    tensors = live_tensors(text_tensors(model), layers)
-    experts = (config.get("top_k_experts") or 1) / (config.get("num_experts") or 1)
+    config, tensors = text_tensors(model)
+    layers = [Layer(config, i) for i in range(config.n_layers)]
+    experts = config.top_k_experts / config.n_experts if config.n_experts else 1.0
     head = tensors.get("lm_head.weight", tensors["embed_tokens.weight"])
     projection = tensors.get("per_layer_model_projection.weight")
     flops = 2 * head.n_elements + (2 * context * projection.n_elements if projection else 0)

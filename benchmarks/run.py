@@ -26,11 +26,13 @@ from peers import Peer, Round, Settings, find_llama_bench, llamacpp, python_engi
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory (tools/random_checkpoint.py)")
+    parser.add_argument(
+        "--model", type=Path, required=True, help="Hugging Face directory (tools/random_checkpoint.py) or GGUF file"
+    )
     parser.add_argument("--llamacpp", type=Path, help="folder of a built llama.cpp; needs --gguf")
-    parser.add_argument("--gguf", type=Path, help="the same weights as GGUF, in BF16")
+    parser.add_argument("--gguf", type=Path, help="the same weights as GGUF (default: --model, if that is one)")
     parser.add_argument("--transformers", action="store_true", help="also measure transformers in bfloat16")
-    parser.add_argument("--precision", choices=["exact", "fast"], default="exact", help="of this package")
+    parser.add_argument("--precision", choices=["exact", "fast"], help="of this package (default: the model's own)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="prompts and captures timed in each round")
@@ -40,15 +42,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write everything measured here")
     parser.add_argument("--plot", type=Path, help="write a bar chart here (PNG)")
     args = parser.parse_args()
-    if bool(args.llamacpp) != bool(args.gguf):
-        parser.error("--llamacpp and --gguf belong together")
+    is_gguf = args.model.suffix == ".gguf"
+    args.precision = args.precision or ("fast" if is_gguf else "exact")
+    args.gguf = args.gguf or (args.model if is_gguf else None)
+    if args.llamacpp and not args.gguf:
+        parser.error("--llamacpp needs --gguf FILE: the same weights for it to run")
+    if args.transformers and is_gguf:
+        parser.error("--transformers needs a Hugging Face directory as --model")
     return args
 
 
 def peers(args: argparse.Namespace) -> list[Peer]:
-    weights = sorted(args.model.glob("*.safetensors"))
+    weights = [args.model] if args.model.is_file() else sorted(args.model.glob("*.safetensors"))
     if not weights:
-        raise SystemExit(f"no *.safetensors in {args.model}")
+        raise SystemExit(f"{args.model} is no GGUF file, nor has it *.safetensors")
     found = [Peer(report.OURS, weights, partial(python_engine, "gemma4", args.model, args.precision))]
     if args.llamacpp:
         folder = find_llama_bench(args.llamacpp)
