@@ -98,8 +98,8 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 17
 #define GROUP 32
 #define HAS_MIN 0
-#define RAISE 12
-#define FIT 4
+#define RAISE 0
+#define FIT 0
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q2_k

@@ -4,6 +4,7 @@
  *   BLOCK       values in a block
  *   BLOCK_BYTES its bytes
  *   GROUP       values that share a scale, 16 or 32
+ *   RAISE       what the format adds to its whole numbers
  */
 static inline void NAME(widen_block_)(float *out, const uint8_t *block)
 {
@@ -11,7 +12,7 @@ static inline void NAME(widen_block_)(float *out, const uint8_t *block)
     int8_t q[BLOCK];
     CONCAT(read_, WEIGHT)(block, &v);
     for (int part = 0; part < BLOCK / 32; part++)
-        i8_store(q + part * 32, v.q[part]);
+        i8_store(q + part * 32, i8_add(v.q[part], -RAISE));
     for (int g = 0; g < BLOCK / 16; g++) {
         f32x16 scaled = x16_mul(x16_set1(v.scale[g * 16 / GROUP]), x16_load_i8(q + g * 16));
         x16_store(out + g * 16, x16_sub(scaled, x16_set1(v.min[g * 16 / GROUP])));

@@ -2,58 +2,94 @@
 /* matmul in whole numbers, precision="fast": x rounded to bytes by 32 (quantize_rows), against one block format. Include
  * with the macros of body_blocks.h and
  *   HAS_MIN  whether the format has minima
- *   RAISE    what makes every q >= 0
- *   FIT      how many 2 * 127 * (the largest q + RAISE) fit 16 bits; 0 if q needs all of its 8 bits, sign included
+ *   FIT      how many 2 * 127 * (the largest q) fit 16 bits; 0 if q has a sign
  *
  *   sum_l x_l w_l = sum over groups of dx (scale * sum q_x q_w - min * sum q_x)
  *
  * The products of a group are exact (8 by 8 bits into 32), so what rounds is x, once, and one fma per group.
  */
 
-/* out[i] = dot(x_i, row) for m <= 2 rows of x; the weights come straight from memory. */
-static inline __attribute__((always_inline)) void NAME(int8_dot_)(const int m, const g4_int8_rows *x, const uint8_t *w,
-                                                                  int k, float *out, size_t out_stride)
+/* Each group's scale times that of its x, for one block. */
+static inline void NAME(int8_scales_)(const block_values *v, const float *dx, float scales[BLOCK / GROUP])
 {
-    f32x8 sum[2], below[2];
-    block_values v;
-    for (int i = 0; i < m; i++)
-        sum[i] = below[i] = f8_set1(0);
-    for (int l = 0; l < k; l += BLOCK, w += BLOCK_BYTES) {
-        CONCAT(read_, WEIGHT)(w, &v);
-        for (int part = 0; part < BLOCK / 32; part++) {
-            for (int i = 0; i < m; i++) {
-                const float dx = x->scale[(size_t)i * (size_t)(k / 32) + (size_t)(l / 32 + part)];
-                const f32x8 scale = GROUP == 32 ? f8_set1(v.scale[part] * dx)
-                                                : f8_set_halves(v.scale[2 * part] * dx, v.scale[2 * part + 1] * dx);
-                i32x8 dot = i32_fours(v.q[part], i8_load(x->q + (size_t)i * (size_t)k + (size_t)(l + part * 32)));
-                sum[i] = f8_fma(scale, f8_from_i32(dot), sum[i]);
-            }
-        }
-        for (int g = 0; HAS_MIN && g < BLOCK / GROUP; g += 8)
-            for (int i = 0; i < m; i++) {
-                const float *sums = (GROUP == 32 ? x->sum32 : x->sum16) + (size_t)i * (size_t)(k / GROUP);
-                below[i] = BLOCK == 32 ? f8_fma(f8_set1(v.min[0]), f8_set1(sums[l / 32]), below[i])
-                                       : f8_fma(f8_load(v.min + g), f8_load(sums + l / GROUP + g), below[i]);
-            }
-    }
-    for (int i = 0; i < m; i++) /* a block of 32 has one minimum, in all 8 lanes */
-        out[(size_t)i * out_stride] = f8_sum(sum[i]) - (BLOCK == 32 ? 0.125f : 1.0f) * f8_sum(below[i]);
+    if (BLOCK == 32)
+        scales[0] = v->scale[0] * dx[0];
+    else if (GROUP == 32)
+        f8_store(scales, f8_mul(f8_load(v->scale), f8_load(dx)));
+    else
+        x16_store(scales, x16_mul(x16_load(v->scale), x16_load_twice(dx)));
 }
 
+/* What the minima, or q not being raised, add too much: *below += (min or scale) . sums of one block of x. */
+static inline void NAME(int8_below_)(const block_values *v, const float *sums, float *below_1, f32x8 *below_8)
+{
+    const float *factors = HAS_MIN ? v->min : v->scale;
+    if (!HAS_MIN && RAISE == 0)
+        return;
+    if (BLOCK == 32)
+        *below_1 = fmaf(factors[0], sums[0], *below_1);
+    for (int g = 0; g < BLOCK / GROUP / 8; g++)
+        *below_8 = f8_fma(f8_load(factors + g * 8), f8_load(sums + g * 8), *below_8);
+}
+
+/* out[i][j] = dot(x_i, w_j) for m rows of x, n of w. The weights come straight from memory; several rows at a time,
+ * because each waits 4 cycles for its last sum at every 32 values. */
+static inline __attribute__((always_inline)) void NAME(int8_dots_)(const int m, const int n, const g4_int8_rows *x,
+                                                                   const uint8_t *w, size_t w_bytes, int k, float *out,
+                                                                   size_t out_stride)
+{
+    f32x8 sum[2][4], below_8[2][4];
+    float below_1[2][4] = {{0}};
+    block_values v;
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++)
+            sum[i][j] = below_8[i][j] = f8_set1(0);
+    for (int l = 0; l < k; l += BLOCK, w += BLOCK_BYTES)
+        for (int j = 0; j < n; j++) {
+            for (int byte = 0; byte < BLOCK_BYTES; byte += 64) /* the same place in the next n rows */
+                __builtin_prefetch(w + (size_t)(j + n) * w_bytes + byte);
+            CONCAT(read_, WEIGHT)(w + (size_t)j * w_bytes, &v);
+            for (int i = 0; i < m; i++) {
+                const g4_int8_rows row = g4_int8_rows_from(x, (size_t)i, (size_t)k);
+                float scales[BLOCK / GROUP];
+                NAME(int8_scales_)(&v, row.scale + l / 32, scales);
+                for (int part = 0; part < BLOCK / 32; part++) {
+                    const i8x32 xs = i8_load(row.q + l + part * 32);
+                    const f32x8 scale =
+                        GROUP == 32 ? f8_set1(scales[part]) : f8_set_halves(scales[2 * part], scales[2 * part + 1]);
+                    const i32x8 dot = FIT ? i32_from_pairs(i16_pairs(v.q[part], xs)) : i32_fours(v.q[part], xs);
+                    sum[i][j] = f8_fma(scale, f8_from_i32(dot), sum[i][j]);
+                }
+                NAME(int8_below_)
+                (&v, (GROUP == 32 ? row.sum32 : row.sum16) + l / GROUP, &below_1[i][j], &below_8[i][j]);
+            }
+        }
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) {
+            const float below = below_1[i][j] + f8_sum(below_8[i][j]);
+            out[(size_t)i * out_stride + (size_t)j] = f8_sum(sum[i][j]) - (HAS_MIN ? 1.0f : (float)RAISE) * below;
+        }
+}
+
+/* Decode: a few rows of x. */
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
                             size_t out_stride)
 {
-    for (int j = 0; j < n; j++) {
-        const uint8_t *row = w + WEIGHTS_IN((size_t)j * w_stride);
-        int i = 0;
-        for (; i + 2 <= m; i += 2) {
-            const g4_int8_rows two = g4_int8_rows_from(x, (size_t)i, (size_t)k);
-            NAME(int8_dot_)(2, &two, row, k, out + (size_t)i * out_stride + j, out_stride);
-        }
-        if (i < m) {
-            const g4_int8_rows one = g4_int8_rows_from(x, (size_t)i, (size_t)k);
-            NAME(int8_dot_)(1, &one, row, k, out + (size_t)i * out_stride + j, out_stride);
-        }
+    const size_t w_bytes = WEIGHTS_IN(w_stride);
+    for (int i = 0; i < m; i += 2) {
+        const g4_int8_rows rows = g4_int8_rows_from(x, (size_t)i, (size_t)k);
+        float *to = out + (size_t)i * out_stride;
+        int j = 0;
+        for (; j + 4 <= n; j += 4)
+            if (i + 1 < m)
+                NAME(int8_dots_)(2, 4, &rows, w + (size_t)j * w_bytes, w_bytes, k, to + j, out_stride);
+            else
+                NAME(int8_dots_)(1, 4, &rows, w + (size_t)j * w_bytes, w_bytes, k, to + j, out_stride);
+        for (; j < n; j++)
+            for (int r = i; r < m && r < i + 2; r++) {
+                const g4_int8_rows row = g4_int8_rows_from(x, (size_t)r, (size_t)k);
+                NAME(int8_dots_)(1, 1, &row, w + (size_t)j * w_bytes, w_bytes, k, out + (size_t)r * out_stride + j, 0);
+            }
     }
 }
 
@@ -69,7 +105,7 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
             else
                 memset(&v, 0, sizeof v);
             for (int part = 0; part < BLOCK / 32; part++)
-                i8_store(rows[r] + l + part * 32, i8_add(v.q[part], RAISE));
+                i8_store(rows[r] + l + part * 32, v.q[part]);
             for (int g = 0; g < BLOCK / GROUP; g++) {
                 panel->scale[l / GROUP + g][r] = v.scale[g];
                 panel->min[l / GROUP + g][r] = v.min[g] + (float)RAISE * v.scale[g];

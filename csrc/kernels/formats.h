@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* GGUF's block formats. Each is read into the same three things: whole numbers q, and for every GROUP of them (16 or 32) a
- * scale and a minimum, value = scale * q - min. In float32 and in this order that gives the bits of the gguf package's dequantiser
+ * scale and a minimum, value = scale * (q - RAISE) - min, where RAISE is what keeps the stored q >= 0. In float32 and in this order that gives the bits of the gguf package's dequantiser
  * (quants.py, which also is the reference for the layouts); where a format has no minimum, x - 0 is x.
  *
  * Format        value                           stored in a block
@@ -56,7 +56,7 @@ static inline void read_q8_0(const uint8_t *b, block_values *v)
 
 static inline void read_q4_0(const uint8_t *b, block_values *v)
 {
-    v->q[0] = i8_add(i8_nibbles(b + 2), -8);
+    v->q[0] = i8_nibbles(b + 2);
     set_scale(v, f16_at(b), 0);
 }
 
@@ -68,7 +68,7 @@ static inline void read_q4_1(const uint8_t *b, block_values *v)
 
 static inline void read_q5_0(const uint8_t *b, block_values *v)
 {
-    v->q[0] = i8_add(i8_join(i8_nibbles(b + 6), i8_spread(b + 2), 4), -16);
+    v->q[0] = i8_join(i8_nibbles(b + 6), i8_spread(b + 2), 4);
     set_scale(v, f16_at(b), 0);
 }
 
@@ -104,7 +104,7 @@ static inline void read_q2_k(const uint8_t *b, block_values *v)
         v->q[part] = i8_bits(bytes_32(b + 16 + part / 4 * 32), part % 4 * 2, 3);
 }
 
-/* As Q2_K, with a third bit in the first 32 bytes, without which 4 is taken off. */
+/* As Q2_K, with a third bit in the first 32 bytes. */
 static inline void read_q3_k(const uint8_t *b, block_values *v)
 {
     const uint8_t *scales = b + 96;
@@ -116,7 +116,7 @@ static inline void read_q3_k(const uint8_t *b, block_values *v)
     set_scales(v, f16_at(b + 108), sc, 0, no_minima);
     for (int part = 0; part < 8; part++) {
         i8x32 low = i8_bits(bytes_32(b + 32 + part / 4 * 32), part % 4 * 2, 3);
-        v->q[part] = i8_add(i8_join(low, i8_bits(bytes_32(b), part, 1), 2), -4);
+        v->q[part] = i8_join(low, i8_bits(bytes_32(b), part, 1), 2);
     }
 }
 
@@ -161,7 +161,7 @@ static inline void read_q6_k(const uint8_t *b, block_values *v)
         const int half = part / 4, quarter = part % 4;
         i8x32 low = i8_bits(bytes_32(b + half * 64 + quarter % 2 * 32), quarter / 2 * 4, 15);
         i8x32 high = i8_bits(bytes_32(b + 128 + half * 32), quarter * 2, 3);
-        v->q[part] = i8_add(i8_join(low, high, 4), -32);
+        v->q[part] = i8_join(low, high, 4);
     }
 }
 

@@ -77,6 +77,11 @@ static inline f32x8 f8_mul(f32x8 a, f32x8 b) { return _mm256_mul_ps(a, b); }
 static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
 static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b) { return _mm256_fnmadd_ps(a, b, c); }
 static inline void f8_store(float *p, f32x8 a) { _mm256_storeu_ps(p, a); }
+static inline f32x16 x16_load_twice(const float *p)
+{
+    __m256 a = _mm256_loadu_ps(p), low = _mm256_unpacklo_ps(a, a), high = _mm256_unpackhi_ps(a, a);
+    return x16_from_halves(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
 static inline float f8_sum(f32x8 a)
 {
     __m128 by_4 = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

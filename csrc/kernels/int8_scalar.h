@@ -102,6 +102,8 @@ static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b)
     RETURN_LANES(f32x8, 8, fmaf(-a.lane[l], b.lane[l], c.lane[l]));
 }
 static inline void f8_store(float *p, f32x8 a) { memcpy(p, a.lane, sizeof a.lane); }
+/* Eight floats, each twice. */
+static inline f32x16 x16_load_twice(const float *p) { LANEWISE(p[l / 2]); }
 /* The lanes by halving: l with l + 4, then l + 2, l + 1. */
 static inline float f8_sum(f32x8 a)
 {

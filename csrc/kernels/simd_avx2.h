@@ -140,4 +140,5 @@ static inline void x16_store_bf16(uint16_t *p, f32x16 a)
     _mm_storeu_si128((__m128i *)(p + 8), narrow_bf16_8(a.hi));
 }
 
+#define x16_from_halves BOTH
 #include "kernels/int8_avx2.h"

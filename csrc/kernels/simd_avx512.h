@@ -102,4 +102,5 @@ static inline vec vec_load(const float *p) { return x16_load(p); }
 static inline vec vec_fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline void vec_store(float *p, vec a) { _mm512_storeu_ps(p, a); }
 
+#define x16_from_halves(low, high) _mm512_insertf32x8(_mm512_castps256_ps512(low), (high), 1)
 #include "kernels/int8_avx2.h"
