@@ -5,6 +5,7 @@ import gemma4
 model = gemma4.load("tiny-e")
 logits, cache = model.run_with_cache("Once upon a time", names="blocks.*.hook_resid_post")
 for piece in model.stream("Once upon a time"): print(piece, end="")
+gemma4.quantize("tiny-e", "tiny-e.gguf", type="Q8_0")
 """
 
 from gemma4._engine import cpu_info
@@ -15,6 +16,7 @@ from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import HookPoint, NaNWarning
 from gemma4.load import shipped_models
 from gemma4.model import Model, load
+from gemma4.quantization import quantize
 from gemma4.sequence import Sequence
 
 __version__ = "0.1.0"
@@ -35,5 +37,6 @@ __all__ = [
     "TextStream",
     "cpu_info",
     "load",
+    "quantize",
     "shipped_models",
 ]

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing GGUF files: `gemma4.quantize`, and what the quantisation costs in quality."""
+
+from gemma4.quantization.compare import Comparison, compare, sample_ids
+from gemma4.quantization.plan import KINDS
+from gemma4.quantization.quantize import quantize
+from gemma4.quantization.result import QuantizationResult, TypeSummary, WrittenTensor
+
+__all__ = [
+    "KINDS",
+    "Comparison",
+    "QuantizationResult",
+    "TypeSummary",
+    "WrittenTensor",
+    "compare",
+    "quantize",
+    "sample_ids",
+]

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GGUF file says on its model: configuration, sampling, tokenizer and chat template under llama.cpp's keys.
+
+Ref: llama.cpp conversion/gemma.py (keys) and gguf-py/gguf/vocab.py (token types). `gemma4.load` reads all of it back.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.errors import FormatError
+from gemma4.load.checkpoint import Checkpoint
+from gemma4.load.config import FULL, SLIDING, TextConfig
+from gemma4.load.gguf import GgufArray
+from gemma4.load.gguf_checkpoint import _ENDS, _SAMPLING, _TOKEN_KEYS, GgufCheckpoint
+from gemma4.load.gguf_config import ARCHITECTURE, parse_metadata
+from gemma4.load.gguf_tokenizer import PREFIX
+from gemma4.load.mapped import TensorInfo
+from gemma4.tokenizer import CONTROL
+
+# llama.cpp's number of a file's kind (llama_ftype), which it only shows
+_FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
+    "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K": 16, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
+    "MXFP4": 38,
+}  # fmt: skip
+_QUANTISATION_VERSION = 2  # of ggml's block layouts
+_OURS = ("general.file_type", "general.quantization_version", "general.alignment")  # not copied from another file
+_STANDS_STILL = 1e30  # what the frequency of a pair that does not turn is divided by
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # tokenizer.ggml.token_type
+_SCORE = -1000.0  # of every token: merges say it all
+# control tokens that llama.cpp is to show nevertheless, for whoever parses the answer
+_VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+
+
+def metadata(checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
+    """All keys, for a file of this type or mix. Another GGUF file's are copied.
+
+    Raises FormatError, NotImplementedError (a tokenizer that such a file cannot hold).
+    """
+    if isinstance(checkpoint, GgufCheckpoint):
+        stored = checkpoint._metadata
+        out = {key: value for key, value in stored.items() if key not in _OURS and not key.startswith("split.")}
+    else:
+        name = checkpoint.path.resolve().name
+        out = {"general.architecture": ARCHITECTURE, "general.type": "model", "general.name": name}
+        out |= _sampling(checkpoint.generation_config) | _model(checkpoint.config) | _text(checkpoint)
+    return out | {"general.file_type": _FILE_TYPES[kind], "general.quantization_version": _QUANTISATION_VERSION}
+
+
+def check(table: Mapping[str, Any], tensors: Iterable[TensorInfo], config: TextConfig, where: str) -> None:
+    """Raise NotImplementedError if the keys would be read back as another model than `config`."""
+    plain = {key: value.values() if isinstance(value, GgufArray) else value for key, value in table.items()
+             if not key.startswith("tokenizer.") or isinstance(value, int)}  # fmt: skip
+    read = parse_metadata(plain, {info.name: info for info in tensors}, rope_freqs(config), (), where)
+    ours, theirs = config.engine("F32"), read.engine("F32")
+    different = [key for key, value in ours.items() if not _equal(value, theirs[key])]
+    if different:
+        raise NotImplementedError(f"{where}: GGUF's keys for Gemma 4 cannot say this model's {', '.join(different)}")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, list) and a and isinstance(a[0], np.ndarray):
+        return len(a) == len(b) and all(map(np.array_equal, a, b))
+    return bool(np.float32(a) == np.float32(b)) if isinstance(a, float) else a == b
+
+
+def rope_freqs(config: TextConfig) -> NDArray[np.float32]:
+    """float32 [head size / 2] of the global layers: what each pair's frequency is divided by."""
+    full = config.layer_types.index(FULL)
+    turns = config.rope[FULL].inv_freq(config.head_dim[full]) > 0
+    return np.where(turns, np.float32(1), np.float32(_STANDS_STILL))
+
+
+def _sampling(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    found = {f"general.sampling.{key}": defaults.get(name) for key, name in _SAMPLING.items()}
+    return {key: value for key, value in found.items() if isinstance(value, (int, float))}
+
+
+def _model(c: TextConfig) -> dict[str, Any]:
+    full = c.layer_types.index(FULL)  # there always is one: the last
+    local = c.layer_types.index(SLIDING) if SLIDING in c.layer_types else full
+    out: dict[str, Any] = {
+        "block_count": c.n_layers,
+        "context_length": c.context_length,
+        "embedding_length": c.d_model,
+        "feed_forward_length": _one_or_all(c.d_mlp),
+        "attention.head_count": c.n_heads,
+        "attention.head_count_kv": _one_or_all(c.n_kv_heads),
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "attention.sliding_window": c.sliding_window,
+        "attention.sliding_window_pattern": [kind == SLIDING for kind in c.layer_types],
+        "attention.shared_kv_layers": c.n_layers - c.first_shared_layer,
+        "embedding_length_per_layer_input": c.d_ple,
+        "rope.freq_base": c.rope[FULL].theta,
+        "rope.freq_base_swa": c.rope[c.layer_types[local]].theta,
+    }
+    for suffix, layer in (("", full), ("_swa", local)):
+        for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+            out[key + suffix] = c.head_dim[layer]
+    if c.logit_softcap:
+        out["final_logit_softcapping"] = c.logit_softcap
+    if c.n_experts:
+        out |= {"expert_count": c.n_experts, "expert_used_count": c.top_k_experts}
+        out["expert_feed_forward_length"] = c.d_expert
+    return {f"{ARCHITECTURE}.{key}": value for key, value in out.items()}
+
+
+def _one_or_all(values: tuple[int, ...]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else list(values)
+
+
+# -- the tokenizer -----------------------------------------------------------------------------------------------------
+
+
+def _text(checkpoint: Checkpoint) -> dict[str, Any]:
+    if checkpoint.tokenizer_path is None:
+        return {f"{PREFIX}model": "none", f"{ARCHITECTURE}.vocab_size": checkpoint.config.d_vocab}
+    table = json.loads(checkpoint.tokenizer_path.read_bytes())
+    out = _vocabulary(table, checkpoint)
+    template = checkpoint.load_chat_template()
+    return out | ({} if template is None else {"tokenizer.chat_template": template.source})
+
+
+def _vocabulary(table: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of a parsed tokenizer.json."""
+    where = str(checkpoint.tokenizer_path)
+    checkpoint.load_tokenizer()  # a damaged file is refused there
+    if table["model"].get("type") != "BPE":
+        raise NotImplementedError(f"{where}: the model is {table['model'].get('type')!r:.60}, expected BPE")
+    added = {token["content"]: token for token in table.get("added_tokens", ())}
+    ids = table["model"]["vocab"] | {text: token["id"] for text, token in added.items()}
+    tokens, kinds = _tokens(ids, added, checkpoint.config.d_vocab, where)
+    return {
+        f"{PREFIX}model": ARCHITECTURE,
+        f"{PREFIX}tokens": tokens,
+        f"{PREFIX}scores": [_SCORE] * len(tokens),
+        f"{PREFIX}token_type": kinds,
+        f"{PREFIX}merges": [_merge(pair, where) for pair in table["model"]["merges"]],
+        **_special_ids(ids, checkpoint),
+        f"{PREFIX}add_space_prefix": False,
+        f"{PREFIX}add_bos_token": True,
+    }
+
+
+def _tokens(ids: Mapping[str, int], added: Mapping[str, Any], rows: int, where: str) -> tuple[list[str], list[int]]:
+    """Spelling and type of every row of the embedding table; rows without a token get one that no text has."""
+    top = max(ids.values(), default=-1)
+    if top >= rows or min(ids.values(), default=0) < 0 or len(set(ids.values())) != len(ids):
+        raise FormatError(f"{where}: token ids must be different and below the model's {rows}; the largest is {top}")
+    tokens, kinds = [f"[PAD{i}]" for i in range(rows)], [_UNUSED] * rows
+    for text, i in ids.items():
+        tokens[i], kinds[i] = text, _token_type(text, added.get(text))
+    return tokens, kinds
+
+
+def _token_type(text: str, added: Mapping[str, Any] | None) -> int:
+    if text in _VISIBLE:
+        return _USER_DEFINED
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", text):
+        return _BYTE
+    if added is None:
+        return _NORMAL
+    return _CONTROL if added.get("special") or CONTROL.fullmatch(text) else _USER_DEFINED
+
+
+def _merge(pair: Any, where: str) -> str:
+    """A merge as "left right"; older tokenizer.json files have it so already."""
+    line = pair if isinstance(pair, str) else " ".join(pair)
+    if line.count(" ") != 1:
+        raise NotImplementedError(f"{where}: the merge {line!r:.80} holds a space within a piece")
+    return line
+
+
+def _special_ids(ids: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, int]:
+    out = {f"{PREFIX}{key}_token_id": ids.get(f"<{name.removesuffix('_token')}>") for name, key in _TOKEN_KEYS.items()}
+    ends = checkpoint.generation_config.get("eos_token_id", checkpoint.config.eos_token_ids)
+    end = ids.get(_ENDS[0])
+    if end is not None and end in (ends if isinstance(ends, (list, tuple)) else [ends]):
+        out[f"{PREFIX}eot_token_id"] = end
+    return {key: value for key, value in out.items() if value is not None}

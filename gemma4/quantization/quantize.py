@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An unquantised checkpoint -> a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4 import _engine
+from gemma4.errors import FormatError
+from gemma4.load import open_checkpoint
+from gemma4.load.checkpoint import Checkpoint, EngineTensor
+from gemma4.load.dtypes import is_quantised, stored_rows
+from gemma4.load.gguf_config import ROPE_FREQS
+from gemma4.load.mapped import TensorInfo
+from gemma4.quantization.codec import pack_rows, unpack_rows
+from gemma4.quantization.gguf_file import head, laid_out, padding
+from gemma4.quantization.metadata import check, metadata, rope_freqs
+from gemma4.quantization.plan import KINDS, Planned, checked_type, plan
+from gemma4.quantization.result import QuantizationResult, WrittenTensor
+
+Progress = Callable[[int, int, str], None]  # bytes written, bytes in all, tensor
+_SLICE = 1 << 18  # elements that a thread packs at a time: what it works with stays in its caches
+
+
+class _Packed(NamedTuple):
+    data: bytes
+    square_error: float
+    square_sum: float
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    type: str,
+    overrides: Mapping[str, str] | None = None,
+    force: bool = False,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> QuantizationResult:
+    """Write the text decoder of an unquantised checkpoint as a GGUF file that this package and llama.cpp read.
+
+    source: whatever `gemma4.load` takes. type: one for all matrices (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1,
+    Q2_K to Q6_K, IQ4_NL, MXFP4) or a mix as llama-quantize makes it (Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M). Norms, scales and
+    the router are F32. Rows that are no whole number of a type's blocks get another; the result's `notes` say so.
+    overrides: tensor -> type, e.g. {"per_layer_token_embd": "Q8_0", "blk.0.*": "Q6_K"}: GGUF names or globs, with or
+    without "blk.N." and ".weight"; of several that apply, the last. force: replace a file that exists. threads: 0 = the
+    CPUs this process may use. progress(bytes written, bytes in all, tensor) is called as it goes on.
+
+    The file appears under its name when it is whole; whatever goes wrong, nothing is left behind. Memory stays within
+    some tens of MB besides the source's mapped pages.
+
+    Raises ValueError (unknown type, an override that applies to nothing, a source that is quantised already),
+    FileExistsError, FileNotFoundError (source, or the folder of `out`), FormatError (a damaged source, or values that
+    the type has no room for), NotImplementedError, OSError (the disk is full, …).
+    """
+    kind, path = checked_type(type, KINDS), Path(out)
+    with open_checkpoint(source) as checkpoint:
+        _check_target(path, force, checkpoint)
+        _check_source(checkpoint)
+        planned, notes = plan(checkpoint, kind, overrides or {})
+        infos = laid_out([*((t.name, t.dtype, t.shape) for t in planned), _freqs_entry(checkpoint)])
+        table = metadata(checkpoint, kind)
+        check(table, infos, checkpoint.config, str(checkpoint.path))
+        start = head(table, infos)
+        total = len(start) + infos[-1].offset + infos[-1].nbytes
+        with _new_file(path, total, force) as file:
+            file.write(start)
+            written = _write_tensors(file, checkpoint, planned, infos, threads, _scaled(progress, len(start), total))
+    return QuantizationResult(path, total, tuple(written), tuple(notes))
+
+
+def _check_target(path: Path, force: bool, checkpoint: Checkpoint) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder; name the file to write", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
+    if path.exists() and any(path.samefile(file.path) for file in checkpoint._files):
+        raise ValueError(f"{path} is the source itself; write to another name")
+    if path.exists() and not force:
+        raise FileExistsError(errno.EEXIST, "exists already; --force (force=True) replaces it", str(path))
+
+
+def _check_source(checkpoint: Checkpoint) -> None:
+    found = sorted(filter(is_quantised, checkpoint.dtypes))
+    if found:
+        raise ValueError(
+            f"{checkpoint.path} is quantised already ({', '.join(found)}): start from the unquantised model, as errors "
+            "would add up"
+        )
+
+
+def _freqs_entry(checkpoint: Checkpoint) -> tuple[str, str, tuple[int, ...]]:
+    return ROPE_FREQS, "F32", rope_freqs(checkpoint.config).shape
+
+
+def _scaled(progress: Progress | None, start: int, total: int) -> Progress:
+    """From bytes of data to bytes of the file."""
+    return (lambda done, _, name: progress(start + done, total, name)) if progress else (lambda *_: None)
+
+
+@contextlib.contextmanager
+def _new_file(path: Path, nbytes: int, force: bool) -> Iterator[IO[bytes]]:
+    """A file that gets its name once it is whole, and is removed otherwise."""
+    free = shutil.disk_usage(path.parent).free
+    if free < nbytes:
+        raise OSError(errno.ENOSPC, f"the file needs {nbytes:,} bytes, the disk has {free:,} left", str(path))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+        if not force and path.exists():
+            raise FileExistsError(errno.EEXIST, "appeared while its replacement was written", str(path))
+        os.replace(partial, path)
+    except OSError as error:
+        _remove(partial)
+        if error.filename is None:  # from write(): does not say which file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _write_tensors(
+    file: IO[bytes],
+    checkpoint: Checkpoint,
+    planned: list[Planned],
+    infos: list[TensorInfo],
+    threads: int,
+    progress: Progress,
+) -> list[WrittenTensor]:
+    written: list[WrittenTensor] = []
+    total, n_threads = infos[-1].offset + infos[-1].nbytes, threads or _engine.cpu_info()["threads"]
+    pool = ThreadPoolExecutor(n_threads, "quantize")
+    try:
+        for tensor, info in zip(planned, infos, strict=False):
+            checkpoint.check()
+            error, square, done = 0.0, 0.0, 0
+            for packed in _packed(pool, 2 * n_threads, tensor, checkpoint.engine_tensors[tensor.source]):
+                file.write(packed.data)
+                error, square, done = error + packed.square_error, square + packed.square_sum, done + len(packed.data)
+                progress(info.offset + done, total, tensor.name)
+            file.write(bytes(padding(info.nbytes)))
+            written.append(WrittenTensor(info.name, info.dtype, math.prod(info.shape), info.nbytes, error, square))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    freqs = rope_freqs(checkpoint.config)
+    file.write(freqs.tobytes())
+    written.append(WrittenTensor(ROPE_FREQS, "F32", freqs.size, freqs.nbytes, 0.0, 0.0))
+    progress(total, total, ROPE_FREQS)
+    return written
+
+
+def _packed(pool: ThreadPoolExecutor, ahead: int, tensor: Planned, stored: EngineTensor) -> Iterator[_Packed]:
+    """A tensor's bytes in order, a slice of rows at a time, at most `ahead` of them under way."""
+    width = tensor.shape[-1]
+    rows = stored_rows(*stored).reshape(-1, width)
+    step = max(1, _SLICE // width)
+    jobs = (lambda at=at: _pack(rows[at : at + step], stored[0], tensor) for at in range(0, len(rows), step))
+    yield from _in_order(pool, ahead, jobs)
+
+
+def _in_order(pool: ThreadPoolExecutor, ahead: int, jobs: Iterable[Callable[[], _Packed]]) -> Iterator[_Packed]:
+    waiting: deque[Future[_Packed]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(job))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _pack(rows: NDArray[Any], source: str, tensor: Planned) -> _Packed:
+    if source == tensor.dtype:
+        return _Packed(rows.tobytes(), 0.0, _square_sum(rows.astype(np.float32)))
+    values = rows.astype(np.float32)
+    packed = pack_rows(tensor.dtype, values)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = _square_sum(unpack_rows(tensor.dtype, packed, values.shape[1]) - values)
+    if not math.isfinite(error):
+        raise FormatError(f"{tensor.name} holds values that {tensor.dtype} has no room for{_extreme(values)}")
+    return _Packed(packed.tobytes(), error, _square_sum(values))
+
+
+def _square_sum(values: NDArray[np.float32]) -> float:
+    flat = values.reshape(-1)
+    return float(np.dot(flat, flat))
+
+
+def _extreme(values: NDArray[np.float32]) -> str:
+    return f", up to {np.abs(values).max():g}" if np.isfinite(values).all() else ": infinite ones, or NaN"
