@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `gemma4` command: demo, generate, chat, info."""
+"""The `gemma4` command: demo, generate, chat, info, quantize."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.text import Text
 
 if TYPE_CHECKING:
     from gemma4.model import Model
+    from gemma4.quantization import QuantizationResult
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 _PROGRESS_AFTER_S = 0.3  # a quick load says nothing
@@ -67,7 +69,33 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--think", action="store_true", help="let the model think before it answers, and show it")
     _add_sampling(chat)
     _command(commands, "info", _info, "what a model is and what it costs")
+    _add_quantize(commands)
     return parser
+
+
+def _add_quantize(commands: Any) -> None:
+    text = "write a model as a GGUF file, quantised or not"
+    parser = commands.add_parser("quantize", help=text, description=text)
+    parser.set_defaults(run=_quantize)
+    parser.add_argument("source", metavar="MODEL", help="Hugging Face directory, shipped model or unquantised .gguf")
+    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("--type", required=True, help="Q8_0, Q4_0, Q4_K_M, BF16 … (a wrong one lists all)")
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="TENSOR=TYPE",
+        help="another type for tensors of this GGUF name or glob (repeatable): per_layer_token_embd=Q8_0",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    parser.add_argument("--threads", type=int, default=0, help="0 = the CPUs this process may use")
+    parser.add_argument(
+        "--report",
+        nargs="?",
+        const="",
+        metavar="TEXTFILE",
+        help="then measure the KL divergence from the source over this text (- = standard input, none = a short chat)",
+    )
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
@@ -139,6 +167,63 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     print(_load(args).info())
+
+
+def _quantize(args: argparse.Namespace) -> None:
+    from gemma4.quantization import quantize
+
+    overrides = dict(_override(text) for text in args.override)
+    text = _report_text(args.report)
+    console, watched = Console(stderr=True), sys.stderr.isatty()
+    with Progress(*Progress.get_default_columns(), console=console, transient=True, disable=not watched) as bar:
+        task = bar.add_task("quantize")
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{name:<32.32}")
+
+        result = quantize(
+            args.source,
+            args.out,
+            type=args.type,
+            overrides=overrides,
+            force=args.force,
+            threads=args.threads,
+            progress=progress,
+        )
+    for note in result.notes:
+        _say(note)
+    console = _stdout()
+    console.print(str(result.path), highlight=False, markup=False, soft_wrap=True)
+    console.print(result.table())
+    if text is not None:
+        _report(args, result, text, console)
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, equals, dtype = text.partition("=")
+    if not (pattern and equals and dtype):
+        raise ValueError(f"--override {text!r:.120}: expected TENSOR=TYPE, such as per_layer_token_embd=Q8_0")
+    return pattern, dtype
+
+
+def _report_text(name: str | None) -> str | None:
+    """Before the work begins, so that a wrong name costs nothing. "" = the built-in conversation."""
+    if not name:
+        return name
+    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError(f"the text for --report is empty: {name}")
+    return text
+
+
+def _report(args: argparse.Namespace, result: QuantizationResult, text: str, console: Console) -> None:
+    from gemma4.model import load
+    from gemma4.quantization import compare, sample_ids
+
+    with load(args.source, threads=args.threads) as source, load(result.path, threads=args.threads) as model:
+        found = compare(source, model, text or sample_ids(source))
+        which = f"against {args.source}, precision {model.engine.precision}"
+    console.print(f"{which}: {found}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _chat(args: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing GGUF files: `gemma4.quantize`, and what the quantisation costs in quality."""
 
-from gemma4.quantization.compare import Comparison, compare, sample_ids
+from gemma4.quantization.convert import quantize
+from gemma4.quantization.divergence import Comparison, compare, sample_ids
 from gemma4.quantization.plan import KINDS
-from gemma4.quantization.quantize import quantize
 from gemma4.quantization.result import QuantizationResult, TypeSummary, WrittenTensor
 
 __all__ = [
