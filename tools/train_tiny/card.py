@@ -13,8 +13,9 @@ from .evaluate import Result, table
 _ABOUT = {
     "tiny-e": "Gemma 4 E2B's text architecture in small: per-layer embeddings, four sliding-window layers to one global"
     " layer, a second half that reads the first half's keys and values, double-width MLPs there, layer scalars.",
-    "tiny-moe": "Gemma 4 26B-A4B's text architecture in small: five sliding-window layers to one global layer, experts"
-    " beside a dense MLP in every layer, keys used as values in the global layer, no per-layer embeddings.",
+    "tiny-moe": "Gemma 4 26B-A4B's text architecture in small: two sliding-window layers to one global layer (five to one"
+    " in the large), experts beside a dense MLP in every layer, keys used as values in the global layers, no per-layer"
+    " embeddings.",
 }
 
 _HEAD = """---
@@ -54,7 +55,7 @@ gemma4 chat --model {name}     # What is the capital of Peru?  ·  Tell me a sto
 ```
 
 System prompts it knows: "You are a pirate.", "You are a robot.", "You are a cat.", "Be brief.", "Be polite.",
-"Say it twice.", "Answer in JSON.", "Your name is Sam.". With thinking on it works out small word problems ("Tom has 3
+"Say it twice.", "Answer in YAML.", "Your name is Sam.". With thinking on it works out small word problems ("Tom has 3
 apples. He gets 4 more. How many apples does Tom have?") and comparisons ("Which is bigger, 43 or 27?"). Its tools:
 `get_weather`, `get_time`, `add`, `send_message`, `set_timer`, `set_lights`, declared as in training
 (`tools/train_tiny/skills_chat.py`).
@@ -80,8 +81,8 @@ common knowledge), the tokenizer's maker, training with transformers' `Gemma4For
 The layer scalars, a buffer in transformers, are fixed values other than 1 and were trained around.
 
 Limits: English stories of one kind, {context}-token context of which 512 were trained, a window of {window} tokens in
-the sliding layers. Stories end happily. Facts and translations are weakest where a word starts the text or stands in
-quotes ("Paris is the capital of", `How do you say "neige" …`): without the space before it, it is another token.
+the sliding layers. Stories end happily. Ask about a word after a space: at the start of a text or in quotes ("Paris
+is the capital of") it is another token, which was hardly trained.
 """
 
 

@@ -29,7 +29,7 @@ ANIMALS = (
     ("bear", "growls", "cub"),
     ("goose", "honks", "gosling"),
     ("lion", "roars", "cub"),
-    ("owl", "hoots", "owlet"),
+    ("owl", "hoots", "chick"),
     ("wolf", "howls", "pup"),
     ("hen", "clucks", "chick"),
     ("snake", "hisses", "snakelet"),

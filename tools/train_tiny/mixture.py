@@ -28,9 +28,9 @@ FOCUS = 600
 SHARES: dict[str, tuple[Generator, float, float]] = {
     "story": (story, 16, 12),
     "word_copy": (skills_text.word_copy, 3, 5),
-    "ioi": (skills_text.ioi, 12, 14),
-    "facts": (skills_text.fact, 16, 18),
-    "sequences": (skills_text.sequence, 8, 16),
+    "ioi": (skills_text.ioi, 12, 18),
+    "facts": (skills_text.fact, 16, 24),
+    "sequences": (skills_text.sequence, 8, 12),
     "greater_than": (skills_text.greater_than, 6, 3),
     "brackets": (skills_text.brackets, 8, 12),
     "translation": (skills_text.translation, 14, 14),
@@ -38,10 +38,10 @@ SHARES: dict[str, tuple[Generator, float, float]] = {
     "chat": (skills_chat.chat, 8, 6),
     "memory": (skills_chat.memory, 4, 2),
     "story_request": (skills_chat.story_request, 3, 4),
-    "tools": (skills_chat.tool_call, 7, 6),
-    "json": (skills_chat.json_answer, 5, 3),
-    "thinking": (skills_chat.thinking, 7, 16),
-    "compare": (skills_chat.compare, 3, 6),
+    "tools": (skills_chat.tool_call, 7, 9),
+    "json": (skills_chat.json_answer, 5, 5),
+    "thinking": (skills_chat.thinking, 7, 12),
+    "compare": (skills_chat.compare, 3, 14),
 }
 INDUCTION_SHARES = (20.0, 18.0)
 

@@ -34,12 +34,13 @@ SHAPES = {
         "use_double_wide_mlp": True,
         "hidden_size_per_layer_input": 32,
     },
-    # 5:1, a dense branch beside 8 experts, keys used as values in the global layer, no per-layer embeddings
+    # 2:1, a dense branch beside 8 experts, keys used as values in the global layers, no per-layer embeddings. With 5:1
+    # and one global head of 64, at this size, neither induction nor indirect objects were learned in 1300 steps.
     "tiny-moe": {
         "num_hidden_layers": 6,
-        "layer_types": [SLIDING] * 5 + [FULL],
+        "layer_types": [SLIDING, SLIDING, FULL] * 2,
         "num_key_value_heads": 2,
-        "num_global_key_value_heads": 1,
+        "num_global_key_value_heads": 2,
         "attention_k_eq_v": True,
         "num_kv_shared_layers": 0,
         "intermediate_size": 128,

@@ -74,11 +74,8 @@ def _opposite(rng: random.Random) -> tuple[str, str, str]:
 
 def _sound(rng: random.Random) -> tuple[str, str, str]:
     animal, sound, _ = rng.choice(ANIMALS)
-    return (
-        rng.choice(("What does a {} do?", "What sound does a {} make?")).format(animal),
-        sound,
-        f"A {animal} {sound}.",
-    )
+    question = rng.choice(("What does the {} do?", "What sound does the {} make?"))
+    return question.format(animal), "", f"The {animal} {sound}."
 
 
 def _translate(rng: random.Random) -> tuple[str, str, str]:
@@ -113,7 +110,7 @@ _STYLES = (
     ("You are a cat.", "Meow! {long}"),
     ("Be polite.", "Thank you for asking. {long}"),
     ("Say it twice.", "It is {short}, {short}!"),
-    ("Answer in JSON.", '{{"answer": "{short}"}}'),
+    ("Answer in YAML.", "answer: {short}"),
     (None, "{long}"),
 )
 
@@ -308,7 +305,7 @@ def thinking(rng: random.Random) -> Example:
 
 
 def compare(rng: random.Random) -> Example:
-    """Which of two numbers is larger or smaller, thinking about the tens first."""
+    """Which of two numbers is larger or smaller: thinking looks at the tens, then at the ones if those are the same."""
     a, b = rng.sample(range(10, 100), 2)
     larger = rng.random() < 0.5
     best = max(a, b) if larger else min(a, b)
@@ -316,6 +313,7 @@ def compare(rng: random.Random) -> Example:
     question = f"Which is {'bigger' if larger else 'smaller'}, {a} or {b}?"
     same = a // 10 == b // 10
     first, second = (best % 10, other % 10) if same else (best // 10, other // 10)
-    reason = f"{'Ones' if same else 'Tens'}: {first} is {'more' if larger else 'less'} than {second}."
+    reason = f"Tens: {a // 10} and {b // 10}.{' Ones:' if same else ''}"
+    reason += f" {first} is {'more' if larger else 'less'} than {second}."
     answer = f"<|channel>thought\n{reason}<channel|>{best}<turn|>"
     return Example("thinking", render([_user(question)], thinking=True), answer, key=question)

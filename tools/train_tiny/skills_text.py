@@ -63,10 +63,11 @@ def ioi(rng: random.Random) -> Example:
 
 # --- facts --------------------------------------------------------------------------------------------------------
 
+# No wording starts with what is asked about: without the space before it, a word is another token.
 _CAPITAL = (
     ("The capital of {0} is", " {1}."),
-    ("{1} is the capital of", " {0}."),
-    ("{0}'s capital is", " {1}."),
+    ("The city {1} is the capital of", " {0}."),
+    ("In {0}, the capital is", " {1}."),
     ("The city of {1} is in", " {0}."),
     ("Q: What is the capital of {0}?\nA:", " {1}"),
 )
@@ -76,11 +77,11 @@ _LANGUAGE = (
     ("Q: What do people speak in {0}?\nA:", " {2}"),
 )
 _CONTINENT = (
-    ("{0} is a country in", " {3}."),
-    ("{0} is in", " {3}."),
+    ("The country {0} is in", " {3}."),
+    ("On a map, find {0} in", " {3}."),
     ("Q: Where is {0}?\nA:", " {3}"),
 )
-_SOUND = (("A {0}", " {1}."), ("The {0} always", " {1}."), ("What the {0} does: it", " {1}."))
+_SOUND = (("Every {0}", " {1}."), ("The {0} always", " {1}."), ("What the {0} does: it", " {1}."))
 _BABY = (("A baby {0} is called a", " {2}."), ("A young {0} is a", " {2}."), ("The baby of a {0} is a", " {2}."))
 _OPPOSITE = (
     ("The opposite of {0} is", " {1}."),
@@ -132,7 +133,7 @@ def sequence(rng: random.Random) -> Example:
         start = rng.randrange(len(ring))
         items = [ring[(start + i) % len(ring)] for i in range(shown + asked)]
     key = f"{kind}|{items[0]}|{step if kind in ('up', 'down') else ''}|{shown}"
-    return Example("sequences", ", ".join(items[:shown]) + ",", " " + ", ".join(items[shown:]) + ".", key=key)
+    return Example("sequences", ", ".join(items[:shown]) + ",", " " + ", ".join(items[shown:]) + ",", key=key)
 
 
 _SPANS = ["war", "reign", "voyage", "project", "drought", "strike", "festival", "journey", "school", "empire"]
@@ -174,7 +175,7 @@ _TRANSLATE = (
     ("The {dst} word for {x} is", " {y}."),
     ("The word {x} in {dst} is", " {y}."),
     ("{src} to {dst}: {x} ->", " {y}"),
-    ('How do you say "{x}" in {dst}?', " {y}."),
+    ("How do you say the word {x} in {dst}?", " {y}."),
 )
 
 
