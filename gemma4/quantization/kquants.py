@@ -40,7 +40,8 @@ def _affine_search(x: F32, weight: F32, top: int) -> tuple[F32, F32]:
     span = inverse(x.max(0) - low)
     above = x - low
     sum_w, sum_x = weight.sum(0), (weight * x).sum(0)
-    best, scale, offset = (np.zeros(x.shape[1], np.float32) for _ in range(3))
+    scale, offset = np.zeros_like(sum_x), np.maximum(-sum_x * inverse(sum_w), np.float32(0))  # all values the same
+    best = -offset * sum_x  # what the error is less than that of all zeros
     for step in _AFFINE_STEPS:
         q = np.minimum(np.rint(above * ((top + step) * span)), np.float32(top))
         weighted = weight * q
@@ -48,7 +49,7 @@ def _affine_search(x: F32, weight: F32, top: int) -> tuple[F32, F32]:
         det = inverse(sum_w * sum_qq - sum_q * sum_q)
         base = np.minimum((sum_qq * sum_x - sum_q * sum_qx) * det, np.float32(0))
         slope = np.where(base < 0, (sum_w * sum_qx - sum_x * sum_q) * det, sum_qx * inverse(sum_qq))
-        gain = slope * sum_qx + base * sum_x  # what the error loses against all zeros
+        gain = slope * sum_qx + base * sum_x
         better = gain > best
         best[better], scale[better], offset[better] = gain[better], slope[better], -base[better]
     return np.maximum(scale, np.float32(0)), offset
