@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -393,6 +394,28 @@ def test_threads_and_slices_change_nothing(files, tmp_path, monkeypatch):
     for threads in (1, 3):
         path = gemma4.quantize("tiny-e", tmp_path / f"{threads}.gguf", type="Q4_K_M", threads=threads).path
         assert path.read_bytes() == files("tiny-e", "Q4_K_M").path.read_bytes()
+
+
+def test_memory_does_not_grow_with_a_table(tmp_path):
+    """One of 25 MB (50 MB as float32); the file itself is mapped."""
+    config = E_LIKE | {"vocab_size": 2**17, "vocab_size_per_layer_input": 2**17, "hidden_size": 32}
+    source = write_checkpoint(tmp_path / "hf", config)
+    tracemalloc.start()
+    try:
+        result = gemma4.quantize(source, tmp_path / "x.gguf", type="Q4_0", threads=2)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert max(t.n_values for t in result.tensors) == 2**17 * 96
+    assert peak < 24e6
+
+
+def test_tokens_never_to_be_generated(tmp_path):
+    source = edited_tokenizer(tmp_path / "hf", lambda table: None)
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106], "suppress_tokens": [5, 7]}))
+    table = GgufFile(gemma4.quantize(source, tmp_path / "x.gguf", type="Q8_0").path).metadata
+    assert table["tokenizer.ggml.suppress_tokens"].values() == [5, 7]
+    assert table["tokenizer.ggml.eos_token_id"] == 1 and table["tokenizer.ggml.eot_token_id"] == 106
 
 
 @pytest.mark.skipif(not (BIN / "llama-perplexity").is_file(), reason="GEMMA4_LLAMACPP names no built llama.cpp")

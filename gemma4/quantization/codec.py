@@ -40,7 +40,7 @@ def pack_rows(dtype: str, rows: F32) -> U8:
         with np.errstate(over="ignore"):
             packed = rows.astype(PLAIN[dtype]).view(np.uint8)
     else:
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             packed = _PACK[dtype](rows.reshape(-1, ENGINE_DTYPES[dtype].elements))
     return packed.reshape(len(rows), nbytes)
 

@@ -179,10 +179,19 @@ def _merge(pair: Any, where: str) -> str:
     return line
 
 
-def _special_ids(ids: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, int]:
+def _special_ids(ids: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, Any]:
     out = {f"{PREFIX}{key}_token_id": ids.get(f"<{name.removesuffix('_token')}>") for name, key in _TOKEN_KEYS.items()}
     ends = checkpoint.generation_config.get("eos_token_id", checkpoint.config.eos_token_ids)
     end = ids.get(_ENDS[0])
     if end is not None and end in (ends if isinstance(ends, (list, tuple)) else [ends]):
         out[f"{PREFIX}eot_token_id"] = end
-    return {key: value for key, value in out.items() if value is not None}
+    return {key: value for key, value in out.items() if value is not None} | _suppressed(checkpoint)
+
+
+def _suppressed(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Ids that are never to be generated, of which 12B has two."""
+    ids = checkpoint.generation_config.get("suppress_tokens")
+    if not isinstance(ids, list) or not ids:
+        return {}
+    valid = all(type(i) is int and 0 <= i < checkpoint.config.d_vocab for i in ids)
+    return {f"{PREFIX}suppress_tokens": ids} if valid else {}
