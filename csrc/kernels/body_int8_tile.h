@@ -81,6 +81,30 @@ INT8_TILES(32, 8)
 INT8_TILES(16, 2)
 INT8_TILES(16, 8)
 
+/* The largest lane; NaN is not seen. */
+static inline float x16_largest(f32x16 a)
+{
+    float lanes[16];
+    x16_store(lanes, a);
+    for (int half = 8; half; half /= 2)
+        for (int l = 0; l < half; l++)
+            lanes[l] = lanes[l] > lanes[l + half] ? lanes[l] : lanes[l + half];
+    return lanes[0];
+}
+
+/* 16 values to the nearest whole numbers of -127..127, 0 where there is none; their sum. */
+static inline int round_16(f32x16 x, int8_t *q)
+{
+    float lanes[16];
+    int sum = 0;
+    x16_store(lanes, x16_round(x));
+    for (int l = 0; l < 16; l++)
+        q[l] = lanes[l] > -128.0f && lanes[l] < 128.0f ? (int8_t)lanes[l] : 0;
+    for (int l = 0; l < 16; l++)
+        sum += q[l];
+    return sum;
+}
+
 /* x [m, k] to bytes: 32 values share the scale max |x| / 127, q = x / scale to the nearest (ties to even). A NaN or an
  * infinity makes its scale NaN. sum16 and sum32: scale * sum of q. */
 static void quantize_rows(const float *x, size_t x_stride, int m, int k, const g4_int8_rows *rows)
@@ -90,23 +114,14 @@ static void quantize_rows(const float *x, size_t x_stride, int m, int k, const g
             const float *from = x + (size_t)i * x_stride + (size_t)b * 32;
             const size_t block = (size_t)i * (size_t)(k / 32) + (size_t)b;
             const f32x16 low = x16_load(from), high = x16_load(from + 16);
-            float lanes[32], max = 0;
-            int sum[2] = {0, 0};
-            x16_store(lanes, x16_max(x16_abs(low), x16_abs(high)));
-            for (int l = 0; l < 16; l++)
-                max = lanes[l] > max ? lanes[l] : max;
+            const float max = x16_largest(x16_max(x16_abs(low), x16_abs(high)));
             const f32x16 inverse = x16_set1(max > 0 ? 127.0f / max : 0);
             const float scale = max / 127.0f + 0.0f * x16_sum(x16_add(low, high));
-            x16_store(lanes, x16_round(x16_mul(low, inverse)));
-            x16_store(lanes + 16, x16_round(x16_mul(high, inverse)));
-            int8_t *q = rows->q + block * 32;
-            for (int l = 0; l < 32; l++) {
-                q[l] = lanes[l] > -128.0f && lanes[l] < 128.0f ? (int8_t)lanes[l] : 0;
-                sum[l / 16] += q[l];
-            }
+            const int low_sum = round_16(x16_mul(low, inverse), rows->q + block * 32);
+            const int high_sum = round_16(x16_mul(high, inverse), rows->q + block * 32 + 16);
             rows->scale[block] = scale;
-            rows->sum16[2 * block] = scale * (float)sum[0];
-            rows->sum16[2 * block + 1] = scale * (float)sum[1];
-            rows->sum32[block] = scale * (float)(sum[0] + sum[1]);
+            rows->sum16[2 * block] = scale * (float)low_sum;
+            rows->sum16[2 * block + 1] = scale * (float)high_sum;
+            rows->sum32[block] = scale * (float)(low_sum + high_sum);
         }
 }

@@ -81,6 +81,22 @@ void g4_forward_prune(g4_forward *f, float *also)
 
 /* ---- embeddings --------------------------------------------------------------------------------------------------- */
 
+/* Rows of the per-layer table. The system maps up to 360 KB around each 18 KB row that is read (E2B, Linux 6.18: 180 MB for
+ * 512 tokens), so a table on disk is let go of after every few rows. */
+static g4_status gather_per_layer(g4_forward *f, const int32_t *tokens, float *out)
+{
+    const g4_matrix *table = &f->model->weights.ple_table;
+    const int slice = f->config->ple_on_disk ? 64 : f->n_rows;
+    for (int row = 0; row < f->n_rows; row += slice) {
+        const int n = f->n_rows - row < slice ? f->n_rows - row : slice;
+        float *to = out + (size_t)row * table->n_cols;
+        G4_TRY(g4_gather_rows(&f->exec, table, tokens + row, n, f->config->ple_scale, to));
+        if (f->config->ple_on_disk)
+            g4_pages_release(table->data, g4_dtype_bytes(table->dtype, table->n_rows * table->n_cols));
+    }
+    return G4_OK;
+}
+
 /* Per-layer embeddings: what the token says (a table row) and what its embedding says (a projection). */
 static g4_status embed_per_layer(g4_forward *f, const int32_t *tokens)
 {
@@ -89,11 +105,7 @@ static g4_status embed_per_layer(g4_forward *f, const int32_t *tokens)
     const int width = c->n_layers * c->d_ple, n_slices = f->n_rows * c->n_layers;
     float *token;
     G4_ALLOC(&f->exec, token, (size_t)f->n_rows * (size_t)width);
-    G4_TRY(g4_gather_rows(&f->exec, &w->ple_table, tokens, f->n_rows, c->ple_scale, token));
-    /* the system maps up to 360 KB around each 18 KB row that is read (E2B, Linux 6.18: 180 MB for 512 tokens) */
-    if (c->ple_on_disk)
-        g4_pages_release(w->ple_table.data,
-                         g4_dtype_bytes(w->ple_table.dtype, w->ple_table.n_rows * w->ple_table.n_cols));
+    G4_TRY(gather_per_layer(f, tokens, token));
     TAP(PLE_TOKEN, 0, token);
     G4_TRY(g4_linear(&f->exec, f->resid, f->n_rows, &w->ple_context, f->ple));
     G4_TRY(g4_scale_rows(&f->exec, f->ple, 1.0f / sqrtf((float)c->d_model), NULL, f->n_rows, width, f->ple));
