@@ -51,37 +51,37 @@ static const int8_t no_minima[16] = {0};
 static inline void read_q8_0(const uint8_t *b, block_values *v)
 {
     v->q[0] = bytes_32(b + 2);
-    set_scale(v, f16_at_4(b), 0);
+    set_scale(v, f16_at(b), 0);
 }
 
 static inline void read_q4_0(const uint8_t *b, block_values *v)
 {
     v->q[0] = i8_nibbles(b + 2);
-    set_scale(v, f16_at_4(b), 0);
+    set_scale(v, f16_at(b), 0);
 }
 
 static inline void read_q4_1(const uint8_t *b, block_values *v)
 {
     v->q[0] = i8_nibbles(b + 4);
-    set_scale(v, f16_at_4(b), -f16_at_4(b + 2));
+    set_scale(v, f16_at(b), -f16_at(b + 2));
 }
 
 static inline void read_q5_0(const uint8_t *b, block_values *v)
 {
     v->q[0] = i8_join(i8_nibbles(b + 6), i8_spread(b + 2), 4);
-    set_scale(v, f16_at_4(b), 0);
+    set_scale(v, f16_at(b), 0);
 }
 
 static inline void read_q5_1(const uint8_t *b, block_values *v)
 {
     v->q[0] = i8_join(i8_nibbles(b + 8), i8_spread(b + 4), 4);
-    set_scale(v, f16_at_4(b), -f16_at_4(b + 2));
+    set_scale(v, f16_at(b), -f16_at(b + 2));
 }
 
 static inline void read_iq4_nl(const uint8_t *b, block_values *v)
 {
     v->q[0] = i8_lookup(iq4_values, i8_nibbles(b + 2));
-    set_scale(v, f16_at_4(b), 0);
+    set_scale(v, f16_at(b), 0);
 }
 
 static inline void read_mxfp4(const uint8_t *b, block_values *v)
@@ -139,14 +139,14 @@ static inline void read_k_scales(const uint8_t *packed, float d, float dmin, blo
 /* 32 bytes at a time hold the next 32 values in their low halves and the 32 after them in their high halves. */
 static inline void read_q4_k(const uint8_t *b, block_values *v)
 {
-    read_k_scales(b + 4, f16_at_4(b), f16_at_4(b + 2), v);
+    read_k_scales(b + 4, f16_at(b), f16_at(b + 2), v);
     for (int part = 0; part < 8; part++)
         v->q[part] = i8_bits(bytes_32(b + 16 + part / 2 * 32), part % 2 * 4, 15);
 }
 
 static inline void read_q5_k(const uint8_t *b, block_values *v)
 {
-    read_k_scales(b + 4, f16_at_4(b), f16_at_4(b + 2), v);
+    read_k_scales(b + 4, f16_at(b), f16_at(b + 2), v);
     for (int part = 0; part < 8; part++) {
         i8x32 low = i8_bits(bytes_32(b + 48 + part / 2 * 32), part % 2 * 4, 15);
         v->q[part] = i8_join(low, i8_bits(bytes_32(b + 16), part, 1), 4);
@@ -173,7 +173,7 @@ static inline void read_iq4_xs(const uint8_t *b, block_values *v)
         int low_4 = b[4 + part / 2] >> (part % 2 * 4) & 15;
         sc[part] = (int8_t)((low_4 | (high >> (part * 2) & 3) << 4) - 32);
     }
-    set_8_scales(v, f16_at_4(b), sc, 0, no_minima);
+    set_8_scales(v, f16_at(b), sc, 0, no_minima);
     for (int part = 0; part < 8; part++)
         v->q[part] = i8_lookup(iq4_values, i8_nibbles(b + 8 + part * 16));
 }

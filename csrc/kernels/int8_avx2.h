@@ -12,13 +12,6 @@ static inline float f16_at(const uint8_t *p)
     return _cvtsh_ss(bits);
 }
 
-static inline float f16_at_4(const uint8_t *p)
-{
-    int32_t bits; /* one load into a vector register; of 2 bytes it takes three instructions */
-    memcpy(&bits, p, 4);
-    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
-}
-
 static inline i8x32 i8_load(const int8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
 static inline i8x32 i8_load4(const int8_t *p)
 {

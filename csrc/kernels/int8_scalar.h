@@ -33,9 +33,6 @@ static inline float f16_at(const uint8_t *p)
     return g4_f16_to_f32(bits);
 }
 
-/* The same where two more bytes can be read. */
-static inline float f16_at_4(const uint8_t *p) { return f16_at(p); }
-
 static inline i8x32 i8_load(const int8_t *p)
 {
     i8x32 a;
