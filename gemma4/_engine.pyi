@@ -45,9 +45,9 @@ class Config(TypedDict):
     layers: list[LayerConfig]
 
 # name without the checkpoint's prefix ("embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "lm_head.weight" if
-# untied) -> (dtype, shape, buffer, byte offset in the buffer). dtype: "F32", "F16", "BF16", or for matrices a block format
-# of GGUF: "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS".
-# Experts: "experts.gate_up_proj" [E, 2M, D], or "experts.gate_proj" and "experts.up_proj" [E, M, D].
+# untied) -> (dtype, shape, buffer, byte offset in the buffer). dtype: "F32", "F16", "BF16", or for matrices a block
+# format of GGUF: "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+# "IQ4_XS". Experts: "experts.gate_up_proj" [E, 2M, D], or "experts.gate_proj" and "experts.up_proj" [E, M, D].
 Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
 
 # sequence · token ids int32 [T] (or None) · embeddings float32 [T, d_model] (or None; already scaled; the per-layer

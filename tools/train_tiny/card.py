@@ -13,9 +13,9 @@ from .evaluate import Result, table
 _ABOUT = {
     "tiny-e": "Gemma 4 E2B's text architecture in small: per-layer embeddings, four sliding-window layers to one global"
     " layer, a second half that reads the first half's keys and values, double-width MLPs there, layer scalars.",
-    "tiny-moe": "Gemma 4 26B-A4B's text architecture in small: two sliding-window layers to one global layer (five to one"
-    " in the large), experts beside a dense MLP in every layer, keys used as values in the global layers, no per-layer"
-    " embeddings.",
+    "tiny-moe": "Gemma 4 26B-A4B's text architecture in small: two sliding-window layers to one global layer (five to"
+    " one in the large), experts beside a dense MLP in every layer, keys used as values in the global layers, no"
+    " per-layer embeddings.",
 }
 
 _HEAD = """---
