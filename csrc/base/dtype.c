@@ -9,7 +9,7 @@ typedef struct {
 static const format formats[G4_N_DTYPES] = {[G4_F32] = {"F32", 1, 4},
                                             [G4_F16] = {"F16", 1, 2},
                                             [G4_BF16] = {"BF16", 1, 2},
-#define X(type, suffix, block, bytes) [type] = {#type + sizeof "G4_" - 1, block, bytes},
+#define X(type, suffix, block, bytes) [G4_##type] = {#type, block, bytes},
                                             G4_EACH_QUANTISED(X)
 #undef X
 };

@@ -11,27 +11,27 @@
 #include <stdint.h>
 #include <string.h>
 
-/* X(enum, suffix of its kernels, values in a block, bytes of a block) */
-#define G4_EACH_QUANTISED(X)     \
-    X(G4_Q8_0, q8_0, 32, 34)     \
-    X(G4_Q4_0, q4_0, 32, 18)     \
-    X(G4_Q4_1, q4_1, 32, 20)     \
-    X(G4_Q5_0, q5_0, 32, 22)     \
-    X(G4_Q5_1, q5_1, 32, 24)     \
-    X(G4_IQ4_NL, iq4_nl, 32, 18) \
-    X(G4_MXFP4, mxfp4, 32, 17)   \
-    X(G4_Q2_K, q2_k, 256, 84)    \
-    X(G4_Q3_K, q3_k, 256, 110)   \
-    X(G4_Q4_K, q4_k, 256, 144)   \
-    X(G4_Q5_K, q5_k, 256, 176)   \
-    X(G4_Q6_K, q6_k, 256, 210)   \
-    X(G4_IQ4_XS, iq4_xs, 256, 136)
+/* X(name, suffix of its kernels, values in a block, bytes of a block) */
+#define G4_EACH_QUANTISED(X)  \
+    X(Q8_0, q8_0, 32, 34)     \
+    X(Q4_0, q4_0, 32, 18)     \
+    X(Q4_1, q4_1, 32, 20)     \
+    X(Q5_0, q5_0, 32, 22)     \
+    X(Q5_1, q5_1, 32, 24)     \
+    X(IQ4_NL, iq4_nl, 32, 18) \
+    X(MXFP4, mxfp4, 32, 17)   \
+    X(Q2_K, q2_k, 256, 84)    \
+    X(Q3_K, q3_k, 256, 110)   \
+    X(Q4_K, q4_k, 256, 144)   \
+    X(Q5_K, q5_k, 256, 176)   \
+    X(Q6_K, q6_k, 256, 210)   \
+    X(IQ4_XS, iq4_xs, 256, 136)
 
 typedef enum {
     G4_F32,
     G4_F16,
     G4_BF16,
-#define X(name, suffix, block, bytes) name,
+#define X(name, suffix, block, bytes) G4_##name,
     G4_EACH_QUANTISED(X)
 #undef X
         G4_N_DTYPES

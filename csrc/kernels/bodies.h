@@ -44,6 +44,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 34
 #define GROUP 32
 #define HAS_MIN 0
+#define F16_FACTOR 1
 #define RAISE 0
 #define FIT 0
 #include "kernels/body_block_type.h"
@@ -53,6 +54,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 18
 #define GROUP 32
 #define HAS_MIN 0
+#define F16_FACTOR 1
 #define RAISE 8
 #define FIT 8
 #include "kernels/body_block_type.h"
@@ -62,6 +64,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 20
 #define GROUP 32
 #define HAS_MIN 1
+#define F16_FACTOR 1
 #define RAISE 0
 #define FIT 8
 #include "kernels/body_block_type.h"
@@ -71,6 +74,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 22
 #define GROUP 32
 #define HAS_MIN 0
+#define F16_FACTOR 1
 #define RAISE 16
 #define FIT 4
 #include "kernels/body_block_type.h"
@@ -80,6 +84,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 24
 #define GROUP 32
 #define HAS_MIN 1
+#define F16_FACTOR 1
 #define RAISE 0
 #define FIT 4
 #include "kernels/body_block_type.h"
@@ -89,6 +94,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 18
 #define GROUP 32
 #define HAS_MIN 0
+#define F16_FACTOR 1
 #define RAISE 0
 #define FIT 0
 #include "kernels/body_block_type.h"
@@ -98,6 +104,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 17
 #define GROUP 32
 #define HAS_MIN 0
+#define F16_FACTOR 0
 #define RAISE 0
 #define FIT 0
 #include "kernels/body_block_type.h"
@@ -107,6 +114,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 84
 #define GROUP 16
 #define HAS_MIN 1
+#define F16_FACTOR 0
 #define RAISE 0
 #define FIT 8
 #include "kernels/body_block_type.h"
@@ -116,6 +124,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 110
 #define GROUP 16
 #define HAS_MIN 0
+#define F16_FACTOR 0
 #define RAISE 4
 #define FIT 8
 #include "kernels/body_block_type.h"
@@ -125,6 +134,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 144
 #define GROUP 32
 #define HAS_MIN 1
+#define F16_FACTOR 0
 #define RAISE 0
 #define FIT 8
 #include "kernels/body_block_type.h"
@@ -134,6 +144,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 176
 #define GROUP 32
 #define HAS_MIN 1
+#define F16_FACTOR 0
 #define RAISE 0
 #define FIT 4
 #include "kernels/body_block_type.h"
@@ -143,6 +154,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 210
 #define GROUP 16
 #define HAS_MIN 0
+#define F16_FACTOR 0
 #define RAISE 32
 #define FIT 2
 #include "kernels/body_block_type.h"
@@ -152,6 +164,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define BLOCK_BYTES 136
 #define GROUP 32
 #define HAS_MIN 0
+#define F16_FACTOR 0
 #define RAISE 0
 #define FIT 0
 #include "kernels/body_block_type.h"

@@ -14,5 +14,6 @@
 #undef BLOCK_BYTES
 #undef GROUP
 #undef HAS_MIN
+#undef F16_FACTOR
 #undef RAISE
 #undef FIT

@@ -2,6 +2,7 @@
 /* matmul in whole numbers, precision="fast": x rounded to bytes by 32 (quantize_rows), against one block format. Include
  * with the macros of body_blocks.h and
  *   HAS_MIN  whether the format has minima
+ *   F16_FACTOR  whether a block begins with its scale as f16
  *   FIT      how many 2 * 127 * (the largest q) fit 16 bits; 0 if q has a sign
  *
  *   sum_l x_l w_l = sum over groups of dx (scale * sum q_x q_w - min * sum q_x)
@@ -71,6 +72,43 @@ static inline __attribute__((always_inline)) void NAME(int8_dots_)(const int m, 
         }
 }
 
+#if BLOCK == 32 && F16_FACTOR
+/* The same bits for one row of x and four of w, whose factors are turned into float32 together: one by one that is four of
+ * a block's 17 instructions. */
+static void NAME(int8_dot_4_)(const g4_int8_rows *x, const uint8_t *w, size_t w_bytes, int k, float *out)
+{
+    f32x8 sum[4];
+    f32x4 below = f4_set1(0);
+    float below_4[4], scales[4];
+    block_values v;
+    for (int j = 0; j < 4; j++)
+        sum[j] = f8_set1(0);
+    for (int b = 0; b < k / 32; b++, w += BLOCK_BYTES) {
+        const f32x4 factors = f4_from_f16(w, w_bytes);
+        const i8x32 xs = i8_load(x->q + b * 32);
+        f4_store(scales, f4_mul(factors, f4_set1(x->scale[b])));
+        if (HAS_MIN)
+            below = f4_fma(f4_mul(f4_from_f16(w + 2, w_bytes), f4_set1(-1)), f4_set1(x->sum32[b]), below);
+        else if (RAISE)
+            below = f4_fma(factors, f4_set1(x->sum32[b]), below);
+        for (int j = 0; j < 4; j++) {
+            __builtin_prefetch(w + (size_t)(j + 4) * w_bytes);
+            CONCAT(read_, WEIGHT)(w + (size_t)j * w_bytes, &v);
+            const i32x8 dot = FIT ? i32_from_pairs(i16_pairs(v.q[0], xs)) : i32_fours(v.q[0], xs);
+            sum[j] = f8_fma(f8_set1(scales[j]), f8_from_i32(dot), sum[j]);
+        }
+    }
+    f4_store(below_4, below);
+    for (int j = 0; j < 4; j++)
+        out[j] = f8_sum(sum[j]) - (HAS_MIN ? 1.0f : (float)RAISE) * below_4[j];
+}
+#else
+static inline void NAME(int8_dot_4_)(const g4_int8_rows *x, const uint8_t *w, size_t w_bytes, int k, float *out)
+{
+    NAME(int8_dots_)(1, 4, x, w, w_bytes, k, out, 0);
+}
+#endif
+
 /* Decode: a few rows of x. */
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
                             size_t out_stride)
@@ -84,7 +122,7 @@ static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size
             if (i + 1 < m)
                 NAME(int8_dots_)(2, 4, &rows, w + (size_t)j * w_bytes, w_bytes, k, to + j, out_stride);
             else
-                NAME(int8_dots_)(1, 4, &rows, w + (size_t)j * w_bytes, w_bytes, k, to + j, out_stride);
+                NAME(int8_dot_4_)(&rows, w + (size_t)j * w_bytes, w_bytes, k, to + j);
         for (; j < n; j++)
             for (int r = i; r < m && r < i + 2; r++) {
                 const g4_int8_rows row = g4_int8_rows_from(x, (size_t)r, (size_t)k);

@@ -3,6 +3,7 @@
 typedef __m256i i8x32;
 typedef __m256i i16x16;
 typedef __m256i i32x8;
+typedef __m128 f32x4;
 typedef __m256 f32x8;
 
 static inline float f16_at(const uint8_t *p)
@@ -64,6 +65,23 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x)
 {
     return i32_from_pairs(_mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(x, w)));
 }
+
+static inline f32x4 f4_set1(float a) { return _mm_set1_ps(a); }
+static inline __m128i load_4_bytes(const uint8_t *p)
+{
+    int32_t bits;
+    memcpy(&bits, p, 4);
+    return _mm_cvtsi32_si128(bits);
+}
+static inline f32x4 f4_from_f16(const uint8_t *p, size_t stride)
+{
+    __m128i ab = _mm_unpacklo_epi16(load_4_bytes(p), load_4_bytes(p + stride));
+    __m128i cd = _mm_unpacklo_epi16(load_4_bytes(p + 2 * stride), load_4_bytes(p + 3 * stride));
+    return _mm_cvtph_ps(_mm_unpacklo_epi32(ab, cd));
+}
+static inline f32x4 f4_mul(f32x4 a, f32x4 b) { return _mm_mul_ps(a, b); }
+static inline f32x4 f4_fma(f32x4 a, f32x4 b, f32x4 c) { return _mm_fmadd_ps(a, b, c); }
+static inline void f4_store(float *p, f32x4 a) { _mm_storeu_ps(p, a); }
 
 static inline f32x8 f8_set1(float a) { return _mm256_set1_ps(a); }
 static inline f32x8 f8_set_halves(float a, float b) { return _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)); }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The vocabulary of body_int8.h in plain C: products of bytes, summed by fours into 8 lanes.
  *
- * i8x32 32 bytes: of one row, or 4 inputs each of 8 rows of a panel     i32x8, f32x8 8 lanes of sums
+ * i8x32 32 bytes: of one row, or 4 inputs each of 8 rows of a panel     i32x8, f32x8 8 lanes of sums; f32x4 factors of 4 rows
  * i16x16 sums of neighbouring pairs of products: 8 * 2 of up to 15 * 127 still fit
  */
 typedef struct {
@@ -13,6 +13,9 @@ typedef struct {
 typedef struct {
     int32_t lane[8];
 } i32x8;
+typedef struct {
+    float lane[4];
+} f32x4;
 typedef struct {
     float lane[8];
 } f32x8;
@@ -89,6 +92,16 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x)
                   w.byte[4 * l + 2] * x.byte[4 * l + 2] + w.byte[4 * l + 3] * x.byte[4 * l + 3];
     return sum;
 }
+
+static inline f32x4 f4_set1(float a) { RETURN_LANES(f32x4, 4, a); }
+/* Four f16, `stride` bytes apart; two bytes more than each can be read. */
+static inline f32x4 f4_from_f16(const uint8_t *p, size_t stride)
+{
+    RETURN_LANES(f32x4, 4, f16_at(p + (size_t)l * stride));
+}
+static inline f32x4 f4_mul(f32x4 a, f32x4 b) { RETURN_LANES(f32x4, 4, a.lane[l] * b.lane[l]); }
+static inline f32x4 f4_fma(f32x4 a, f32x4 b, f32x4 c) { RETURN_LANES(f32x4, 4, fmaf(a.lane[l], b.lane[l], c.lane[l])); }
+static inline void f4_store(float *p, f32x4 a) { memcpy(p, a.lane, sizeof a.lane); }
 
 static inline f32x8 f8_set1(float a) { RETURN_LANES(f32x8, 8, a); }
 static inline f32x8 f8_set_halves(float a, float b) { RETURN_LANES(f32x8, 8, l < 4 ? a : b); }

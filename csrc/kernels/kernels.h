@@ -47,7 +47,7 @@ static inline g4_matmul_f32_fn g4_matmul_for(const g4_kernels *kernels, g4_dtype
     case G4_F16: return kernels->matmul_f16;
     case G4_BF16: return kernels->matmul_bf16;
 #define X(type, suffix, block, bytes) \
-    case type: return kernels->matmul_##suffix;
+    case G4_##type: return kernels->matmul_##suffix;
         G4_EACH_QUANTISED(X)
 #undef X
     default: return kernels->matmul_f32;
@@ -60,7 +60,7 @@ static inline g4_widen_f32_fn g4_widen_for(const g4_kernels *kernels, g4_dtype d
     case G4_F16: return kernels->widen_f16;
     case G4_BF16: return kernels->widen_bf16;
 #define X(type, suffix, block, bytes) \
-    case type: return kernels->widen_##suffix;
+    case G4_##type: return kernels->widen_##suffix;
         G4_EACH_QUANTISED(X)
 #undef X
     default: return kernels->widen_f32;
@@ -72,7 +72,7 @@ static inline g4_matmul_int8_q8_0_fn g4_matmul_int8_for(const g4_kernels *kernel
 {
     switch (dtype) {
 #define X(type, suffix, block, bytes) \
-    case type: return kernels->matmul_int8_##suffix;
+    case G4_##type: return kernels->matmul_int8_##suffix;
         G4_EACH_QUANTISED(X)
 #undef X
     default: return NULL;
