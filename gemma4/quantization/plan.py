@@ -64,8 +64,8 @@ def checked_type(name: str, known: Iterable[str]) -> str:
     if name.upper() in known:
         return name.upper()
     close = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "it is none of them"
-    raise ValueError(f"unknown type {name!r:.60}: {hint} All types: {', '.join(known)}")
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    raise ValueError(f"unknown type {name!r:.60}; {hint}All types: {', '.join(known)}")
 
 
 def _stays_plain(name: str, shape: tuple[int, ...]) -> bool:
