@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures to patches, pixel for pixel as transformers' Pillow processor does.
+
+A picture is resized (bicubic, antialiased, on bytes; small ones are enlarged) to the largest multiple of 48 pixels a
+side that keeps its shape and spends no more than the budget of soft tokens, 48 x 48 pixels each. The towers read
+16 x 16 patches and pool 3 x 3 of them; the unified model reads 48 x 48 patches.
+
+Ref: transformers models/gemma4/image_processing_pil_gemma4.py, models/gemma4_unified/image_processing_gemma4_unified.py
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.errors import FormatError
+from gemma4.media.source import FileLike, is_file, name_of, open_source, reason, require
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BUDGETS = (70, 140, 280, 560, 1120)  # soft tokens per picture that the models were trained with
+PATCH, POOL = 16, 3
+SIDE = PATCH * POOL  # pixels of a soft token's square
+
+# Decoding takes 4 bytes a pixel. Photographs of 50 megapixels are common and spend 0.1 to 0.5 bytes on each; a file
+# made to fill the memory of whoever opens it spends a thousandth.
+MAX_PIXELS, FREE_PIXELS, MIN_BYTES_PER_PIXEL = 100_000_000, 32_000_000, 1 / 64
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")  # no EPS: runs a program
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[Any] | Image.Image"
+U8: TypeAlias = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImagePatches:
+    """What a vision encoder reads of one picture.
+
+    patches:      float32 [n, 768] in 0..1, row after row; each is (row, column, channel) of its 16 x 16 pixels.
+                  For the unified model [n, 6912] of 48 x 48 pixels.
+    positions:    int32 [n, 2]: x (column), y (row) of each patch
+    n_soft_tokens: how many positions it takes in the text; row after row of the grid of 48 x 48 squares
+    grid:         rows and columns of soft tokens
+    source_size:  height, width of the picture as it came (upright)
+    """
+
+    patches: NDArray[np.float32]
+    positions: NDArray[np.int32]
+    n_soft_tokens: int
+    grid: tuple[int, int]
+    source_size: tuple[int, int]
+
+    def boxes(self) -> NDArray[np.float32]:
+        """float32 [n_soft_tokens, 4]: top, left, bottom, right of each soft token in pixels of the picture it was."""
+        (rows, cols), (height, width) = self.grid, self.source_size
+        y, x = np.divmod(np.arange(rows * cols), cols)
+        corners = np.stack([y / rows, x / cols, (y + 1) / rows, (x + 1) / cols], axis=1)
+        return (corners * [height, width, height, width]).astype(np.float32)
+
+
+def preprocess(image: ImageLike, image_tokens: int = 280) -> ImagePatches:
+    """Patches and positions for the vision towers.
+
+    image: path, bytes of a file, PIL image, or array [height, width(, 1|3|4)] (uint8, uint16, or float in 0..1).
+    image_tokens: at most so many soft tokens, one of 70, 140, 280, 560, 1120.
+    Raises ValueError (budget, array), FormatError (damaged file, not a picture, too many pixels), OSError, ImportError.
+    """
+    pixels, source_size = _resized(image, image_tokens)
+    return _patches(pixels, source_size, PATCH)
+
+
+def preprocess_unified(image: ImageLike, image_tokens: int = 280) -> ImagePatches:
+    """The same for the unified model, which reads a whole 48 x 48 square per soft token: patches [n, 6912]."""
+    pixels, source_size = _resized(image, image_tokens)
+    return _patches(pixels, source_size, SIDE)
+
+
+def target_size(height: int, width: int, image_tokens: int) -> tuple[int, int]:
+    """Height and width in pixels that a picture is resized to, both multiples of 48.
+
+    A side that would round to nothing becomes 48, and the other as many squares as the long side holds short ones.
+    """
+    check_budget(image_tokens)
+    if height < 1 or width < 1:
+        raise ValueError(f"a picture of {width} x {height} pixels has nothing in it")
+    factor = math.sqrt(image_tokens * SIDE**2 / (height * width))
+    rows, cols = int(factor * height // SIDE), int(factor * width // SIDE)
+    if rows == 0:
+        rows, cols = 1, min(width // height, image_tokens)
+    elif cols == 0:
+        rows, cols = min(height // width, image_tokens), 1
+    return rows * SIDE, cols * SIDE
+
+
+def check_budget(image_tokens: int) -> None:
+    """Raises ValueError if the models know no such budget."""
+    if image_tokens not in BUDGETS:
+        raise ValueError(f"image_tokens must be one of {', '.join(map(str, BUDGETS))}, got {image_tokens!r}")
+
+
+def load_image(image: ImageLike) -> U8:
+    """uint8 [height, width, 3], upright (EXIF), transparency laid on white, 16 bits reduced to 8, the first frame of
+    an animation. Colour profiles are not applied. Raises as `preprocess`.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image)
+    if is_file(image):
+        return _read_file(image, name_of(image, "image"))
+    if not isinstance(image, require("PIL.Image").Image):
+        raise ValueError(f"an image must be a path, bytes, a PIL image or an array, got {type(image).__name__}")
+    check_pixels(image.height, image.width, None, "the image")
+    return _decode(image, "the image")
+
+
+def _read_file(source: FileLike, name: str) -> U8:
+    pillow = require("PIL.Image")
+    with open_source(source, "image") as file:
+        try:
+            opened = pillow.open(file, formats=_FORMATS)
+        except pillow.DecompressionBombError as error:
+            raise FormatError(f"{name}: {reason(error)}") from error
+        except Exception as error:  # a damaged header makes a plugin fail in any way
+            raise FormatError(f"{name}: not an image that can be read ({_short(error)})") from error
+        with opened:
+            size = file.seek(0, os.SEEK_END)
+            check_pixels(opened.height, opened.width, size, name)
+            return _decode(opened, name)
+
+
+def check_pixels(height: int, width: int, n_bytes: int | None, name: str) -> None:
+    """Raises FormatError for a picture too large to decode. n_bytes: of the file, None if there is none."""
+    pixels, size = height * width, f"{width} x {height} = {height * width / 1e6:.0f} megapixels"
+    if pixels > MAX_PIXELS:
+        raise FormatError(f"{name}: {size}; the limit is {MAX_PIXELS / 1e6:.0f}. Scale it down first.")
+    if n_bytes is not None and pixels > FREE_PIXELS and n_bytes < pixels * MIN_BYTES_PER_PIXEL:
+        raise FormatError(
+            f"{name}: {size} out of {n_bytes} bytes looks like a decompression bomb (expected at least one byte for "
+            f"{1 / MIN_BYTES_PER_PIXEL:.0f} pixels above {FREE_PIXELS / 1e6:.0f} megapixels). Scale it down first."
+        )
+
+
+def _short(error: BaseException) -> str:
+    # Pillow names the file object, an address in memory, in this one
+    return "unknown format" if type(error).__name__ == "UnidentifiedImageError" else reason(error)
+
+
+def _decode(image: Any, name: str) -> U8:
+    ops = require("PIL.ImageOps")
+    try:
+        image.load()
+        return np.asarray(_rgb(ops.exif_transpose(image)))
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # truncated or damaged: OSError, SyntaxError, struct.error, …, as the plugin likes
+        raise FormatError(f"{name}: the image is damaged ({reason(error)})") from error
+
+
+def _rgb(image: Any) -> Any:
+    pillow = require("PIL.Image")
+    if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these at 255
+        return pillow.fromarray(_from_array(_as_16_bit(image)))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        return pillow.alpha_composite(pillow.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _as_16_bit(image: Any) -> NDArray[np.uint16]:
+    values = np.asarray(image)
+    if values.dtype.kind not in "iu" or (values.size and (values.min() < 0 or values.max() > 65535)):
+        raise ValueError(f"pixels of mode {image.mode}: expected whole numbers from 0 to 65535")
+    return values.astype(np.uint16)
+
+
+def _from_array(array: NDArray[Any]) -> U8:
+    """uint8 [height, width, 3] of an array of pixels."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(f"an image array must be [height, width], or [height, width, 1, 3 or 4], got {array.shape}")
+    check_pixels(array.shape[0], array.shape[1], None, "the image")
+    pixels = _as_bytes(array)
+    if pixels.shape[2] == 4:
+        alpha = pixels[:, :, 3:].astype(np.float64) / 255
+        pixels = np.round(alpha * pixels[:, :, :3] + (1 - alpha) * 255).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def _as_bytes(array: NDArray[Any]) -> U8:
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.uint16:
+        return (array >> 8).astype(np.uint8)  # what PNG decoders do with 48-bit colour
+    if array.dtype.kind != "f":
+        raise ValueError(f"an image array must be uint8, uint16, or float in 0..1, got {array.dtype}")
+    if not (array.min() >= 0 and array.max() <= 1):  # false for NaN too
+        raise ValueError(f"a float image array must be in 0..1, got {array.min()} to {array.max()}")
+    return np.round(array * 255).astype(np.uint8)
+
+
+def _resized(image: ImageLike, image_tokens: int) -> tuple[U8, tuple[int, int]]:
+    check_budget(image_tokens)
+    pixels = load_image(image)
+    height, width = pixels.shape[:2]
+    return resize(pixels, *target_size(height, width, image_tokens)), (height, width)
+
+
+def resize(pixels: U8, height: int, width: int) -> U8:
+    """uint8 [height, width, 3], bicubic with antialiasing."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    pillow = require("PIL.Image")
+    return np.asarray(pillow.fromarray(pixels).resize((width, height), pillow.Resampling.BICUBIC))
+
+
+_UNIT = (np.arange(256) * (1 / 255)).astype(np.float32)  # rounded once, from float64, as the reference does
+
+
+def _patches(pixels: U8, source_size: tuple[int, int], patch: int) -> ImagePatches:
+    rows, cols = pixels.shape[0] // patch, pixels.shape[1] // patch
+    tiles = pixels.reshape(rows, patch, cols, patch, 3).swapaxes(1, 2).reshape(rows * cols, -1)
+    y, x = np.divmod(np.arange(rows * cols, dtype=np.int32), np.int32(cols))
+    grid = (pixels.shape[0] // SIDE, pixels.shape[1] // SIDE)
+    return ImagePatches(_UNIT[tiles], np.stack([x, y], axis=1), grid[0] * grid[1], grid, source_size)
