@@ -130,8 +130,8 @@ typedef struct {
 typedef struct {
     g4_sequence *seq;
     int n_rows;
-    const int32_t *tokens;      /* [n_rows] or NULL */
-    const float *embeddings;    /* [n_rows, D] or NULL: used instead of the table's rows, already scaled */
+    const int32_t *tokens;      /* [n_rows] or NULL; below 0: the row is given as an embedding */
+    const float *embeddings;    /* [n_rows, D] or NULL: rows without a token, already scaled (others are not read) */
     const int32_t *logits_rows; /* [n_logits] ascending rows of the run that want logits */
     int n_logits;
     float *logits; /* [n_logits, V] */

@@ -50,9 +50,10 @@ class Config(TypedDict):
 # "IQ4_XS". Experts: "experts.gate_up_proj" [E, 2M, D], or "experts.gate_proj" and "experts.up_proj" [E, M, D].
 Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
 
-# sequence · token ids int32 [T] (or None) · embeddings float32 [T, d_model] (or None; already scaled; the per-layer
-# table's row is the pad token's, 0) · positions within the run that want logits int32 [n] ascending (or None)
-# · where the logits go float32 [n, d_vocab] (or None)
+# sequence · token ids int32 [T] (or None; below 0: this position is an embedding) · embeddings float32 [T, d_model] (or
+# None; already scaled; the per-layer table's row is the pad token's, 0; rows that have a token are not read)
+# · positions within the run that want logits int32 [n] ascending (or None) · where the logits go float32 [n, d_vocab]
+# (or None)
 Run: TypeAlias = tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None]
 
 # Copy a site out: site id · layer (0 for model-wide sites) · run index · array · rows.

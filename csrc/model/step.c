@@ -35,7 +35,7 @@ static g4_status check_tokens(const g4_model *model, const g4_run *run, int r, g
     const g4_config *c = &model->config;
     int n = c->d_ple && c->d_vocab_ple < c->d_vocab ? c->d_vocab_ple : c->d_vocab;
     for (int i = 0; i < run->n_rows; i++)
-        if (run->tokens[i] < 0 || run->tokens[i] >= n)
+        if ((run->tokens[i] < 0 && !run->embeddings) || run->tokens[i] >= n)
             return g4_fail(err, G4_EVALUE, "token id %d at position %d of run %d: expected 0 to %d", run->tokens[i], i,
                            r, n - 1);
     return G4_OK;
@@ -147,9 +147,10 @@ static void fill_segment(g4_forward *f, const step *s, int r, int first_row, int
         f->positions[row] = position + i;
         f->row_in_run[row] = in_run;
         f->logits_slot[row] = run->n_logits ? find_logits_slot(run, in_run) : -1;
+        const bool is_soft = !run->tokens || run->tokens[in_run] < 0;
         /* positions that are given as embeddings read the pad token's row of the per-layer table */
-        tokens[row] = run->tokens && !run->embeddings ? run->tokens[in_run] : 0;
-        embeddings[row] = run->embeddings ? run->embeddings + (size_t)in_run * (size_t)f->config->d_model : NULL;
+        tokens[row] = is_soft ? 0 : run->tokens[in_run];
+        embeddings[row] = is_soft ? run->embeddings + (size_t)in_run * (size_t)f->config->d_model : NULL;
     }
 }
 

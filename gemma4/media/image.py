@@ -111,6 +111,10 @@ def load_image(image: ImageLike) -> U8:
         return _from_array(image)
     if is_file(image):
         return _read_file(image, name_of(image, "image"))
+    return _from_pillow(image)
+
+
+def _from_pillow(image: Any) -> U8:
     if not isinstance(image, require("PIL.Image").Image):
         raise ValueError(f"an image must be a path, bytes, a PIL image or an array, got {type(image).__name__}")
     check_pixels(image.height, image.width, None, "the image")

@@ -71,6 +71,30 @@ def test_given_embeddings(name: str, reference: Get, loaded: Load) -> None:
     assert difference(logits, out.logits[0].numpy()) is None
 
 
+@pytest.mark.parametrize("name", ["e2b-seed1", "dense31b"])
+def test_tokens_and_embeddings_in_one_run(name: str, reference: Get, loaded: Load) -> None:
+    """A token id below 0 takes the position's embedding; all others take the table's row and leave theirs unread."""
+    found, model, n = reference(name, 13), loaded(name), 13
+    text, soft = text_model(found.checkpoint.model), torch.tensor([2, 3, 4, 9])
+    embeddings = torch.from_numpy(found.sites["hook_embed"]).clone()
+    embeddings[soft] *= -1.5
+    options, ids = {}, found.ids.clone()
+    if text.hidden_size_per_layer_input:
+        ids[soft] = 0
+        options["per_layer_inputs"] = text.get_per_layer_inputs(ids[None], None)
+    with torch.no_grad():
+        out = found.checkpoint.model(inputs_embeds=embeddings[None], use_cache=False, output_attentions=True, **options)
+    tokens = found.ids.numpy().astype(np.int32)
+    tokens[soft] = [-1, -1, -2, -7]
+    given = np.full((n, embeddings.shape[1]), np.nan, np.float32)
+    given[soft] = embeddings[soft]
+    logits = np.zeros((n, model.d_vocab), np.float32)
+    model.engine.step([(model.engine.new_sequence(), tokens, given, np.arange(n, dtype=np.int32), logits)])
+    assert difference(logits, out.logits[0].numpy()) is None
+    with pytest.raises(ValueError, match="token id -1 at position 2"):
+        model.engine.step([(model.engine.new_sequence(), tokens, None, None, None)])
+
+
 def _late(site: str, array: np.ndarray, cut: int, n: int) -> np.ndarray:
     """The rows of positions cut.. ; key axes stay whole."""
     if site.endswith(("hook_attn_scores", "hook_pattern")):
