@@ -10,126 +10,132 @@
  * The products of a group are exact (8 by 8 bits into 32), so what rounds is x, once, and one fma per group.
  */
 
-/* Each group's scale times that of its x, for one block. */
-static inline void NAME(int8_scales_)(const block_values *v, const float *dx, float scales[BLOCK / GROUP])
-{
-    if (BLOCK == 32)
-        scales[0] = v->scale[0] * dx[0];
-    else if (GROUP == 32)
-        f8_store(scales, f8_mul(f8_load(v->scale), f8_load(dx)));
-    else
-        x16_store(scales, x16_mul(x16_load(v->scale), x16_load_twice(dx)));
-}
+/* ---- decode: a few rows of x, the weights straight from memory, row after row ------------------------------------ */
 
-/* What the minima, or q not being raised, add too much: *below += (min or scale) . sums of one block of x. */
-static inline void NAME(int8_below_)(const block_values *v, const float *sums, float *below_1, f32x8 *below_8)
-{
-    const float *factors = HAS_MIN ? v->min : v->scale;
-    if (!HAS_MIN && RAISE == 0)
-        return;
-    if (BLOCK == 32)
-        *below_1 = fmaf(factors[0], sums[0], *below_1);
-    for (int g = 0; g < BLOCK / GROUP / 8; g++)
-        *below_8 = f8_fma(f8_load(factors + g * 8), f8_load(sums + g * 8), *below_8);
-}
+/* 256 inputs of one weight row: whole numbers by pairs of blocks, scale and minimum of every GROUP. */
+typedef struct {
+    i8x32 q[8];
+    f32x8 scale[32 / GROUP], min[32 / GROUP];
+} NAME(stretch_);
 
-/* out[i][j] = dot(x_i, w_j) for m rows of x, n of w. The weights come straight from memory; several rows at a time,
- * because each waits 4 cycles for its last sum at every 32 values. */
-static inline __attribute__((always_inline)) void NAME(int8_dots_)(const int m, const int n, const g4_int8_rows *x,
-                                                                   const uint8_t *w, size_t w_bytes, int k, float *out,
-                                                                   size_t out_stride)
+#if BLOCK == 32
+static INLINE NAME(stretch_) NAME(read_stretch_)(const uint8_t *w)
 {
-    f32x8 sum[2][4], below_8[2][4];
-    float below_1[2][4] = {{0}};
-    block_values v;
-    for (int i = 0; i < m; i++)
-        for (int j = 0; j < n; j++)
-            sum[i][j] = below_8[i][j] = f8_set1(0);
-    for (int l = 0; l < k; l += BLOCK, w += BLOCK_BYTES)
-        for (int j = 0; j < n; j++) {
-            for (int byte = 0; byte < BLOCK_BYTES; byte += 64) /* the same place in the next n rows */
-                __builtin_prefetch(w + (size_t)(j + n) * w_bytes + byte);
-            CONCAT(read_, WEIGHT)(w + (size_t)j * w_bytes, &v);
-            for (int i = 0; i < m; i++) {
-                const g4_int8_rows row = g4_int8_rows_from(x, (size_t)i, (size_t)k);
-                float scales[BLOCK / GROUP];
-                NAME(int8_scales_)(&v, row.scale + l / 32, scales);
-                for (int part = 0; part < BLOCK / 32; part++) {
-                    const i8x32 xs = i8_load(row.q + l + part * 32);
-                    const f32x8 scale =
-                        GROUP == 32 ? f8_set1(scales[part]) : f8_set_halves(scales[2 * part], scales[2 * part + 1]);
-                    const i32x8 dot = FIT ? i32_from_pairs(i16_pairs(v.q[part], xs)) : i32_fours(v.q[part], xs);
-                    sum[i][j] = f8_fma(scale, f8_from_i32(dot), sum[i][j]);
-                }
-                NAME(int8_below_)
-                (&v, (GROUP == 32 ? row.sum32 : row.sum16) + l / GROUP, &below_1[i][j], &below_8[i][j]);
-            }
-        }
-    for (int i = 0; i < m; i++)
-        for (int j = 0; j < n; j++) {
-            const float below = below_1[i][j] + f8_sum(below_8[i][j]);
-            out[(size_t)i * out_stride + (size_t)j] = f8_sum(sum[i][j]) - (HAS_MIN ? 1.0f : (float)RAISE) * below;
-        }
-}
-
-#if BLOCK == 32 && F16_FACTOR
-/* The same bits for one row of x and four of w, whose factors are turned into float32 together: one by one that is four of
- * a block's 17 instructions. */
-static void NAME(int8_dot_4_)(const g4_int8_rows *x, const uint8_t *w, size_t w_bytes, int k, float *out)
-{
-    f32x8 sum[4];
-    f32x4 below = f4_set1(0);
-    float below_4[4], scales[4];
-    block_values v;
-    for (int j = 0; j < 4; j++)
-        sum[j] = f8_set1(0);
-    for (int b = 0; b < k / 32; b++, w += BLOCK_BYTES) {
-        const f32x4 factors = f4_from_f16(w, w_bytes);
-        const i8x32 xs = i8_load(x->q + b * 32);
-        f4_store(scales, f4_mul(factors, f4_set1(x->scale[b])));
-        if (HAS_MIN)
-            below = f4_fma(f4_mul(f4_from_f16(w + 2, w_bytes), f4_set1(-1)), f4_set1(x->sum32[b]), below);
-        else if (RAISE)
-            below = f4_fma(factors, f4_set1(x->sum32[b]), below);
-        for (int j = 0; j < 4; j++) {
-            __builtin_prefetch(w + (size_t)(j + 4) * w_bytes);
-            CONCAT(read_, WEIGHT)(w + (size_t)j * w_bytes, &v);
-            const i32x8 dot = FIT ? i32_from_pairs(i16_pairs(v.q[0], xs)) : i32_fours(v.q[0], xs);
-            sum[j] = f8_fma(f8_set1(scales[j]), f8_from_i32(dot), sum[j]);
-        }
-    }
-    f4_store(below_4, below);
-    for (int j = 0; j < 4; j++)
-        out[j] = f8_sum(sum[j]) - (HAS_MIN ? 1.0f : (float)RAISE) * below_4[j];
+    NAME(stretch_) s;
+    for (int pair = 0; pair < 4; pair++)
+        CONCAT(read_pair_, WEIGHT)(w + pair * 2 * BLOCK_BYTES, s.q + 2 * pair);
+#if F16_FACTOR
+    s.scale[0] = f8_from_f16(w, BLOCK_BYTES);
+    s.min[0] = HAS_MIN ? f8_mul(f8_from_f16(w + 2, BLOCK_BYTES), f8_set1(-1)) : f8_set1(0);
+#else
+    float scale[8];
+    for (int block = 0; block < 8; block++)
+        scale[block] = mxfp4_scale(w[block * BLOCK_BYTES]);
+    s.scale[0] = f8_load(scale);
+    s.min[0] = f8_set1(0);
+#endif
+    return s;
 }
 #else
-static inline void NAME(int8_dot_4_)(const g4_int8_rows *x, const uint8_t *w, size_t w_bytes, int k, float *out)
+static INLINE NAME(stretch_) NAME(read_stretch_)(const uint8_t *w)
 {
-    NAME(int8_dots_)(1, 4, x, w, w_bytes, k, out, 0);
+    NAME(stretch_) s;
+    block_values v;
+    CONCAT(read_, WEIGHT)(w, &v);
+    for (int pair = 0; pair < 8; pair += 2) {
+        s.q[pair] = i8_low_halves(v.q[pair], v.q[pair + 1]);
+        s.q[pair + 1] = i8_high_halves(v.q[pair], v.q[pair + 1]);
+    }
+    for (int i = 0; i < 32 / GROUP; i++) {
+        s.scale[i] = f8_load(v.scale + i * 8);
+        s.min[i] = f8_load(v.min + i * 8);
+    }
+    return s;
 }
 #endif
 
-/* Decode: a few rows of x. */
+/* *sum += scales . products of 256 inputs; two sums, because each fma waits 4 cycles for the last. */
+static INLINE void NAME(add_stretch_)(const NAME(stretch_) * s, const int8_t *x, const float *dx, f32x8 sum[2])
+{
+#if GROUP == 32
+    const f32x8 scales = f8_evens_odds(f8_mul(s->scale[0], f8_load(dx)));
+#define ADD_PAIR(i)                                                                                              \
+    do {                                                                                                         \
+        const i8x32 first = i8_load(x + (i) * 64), last = i8_load(x + (i) * 64 + 32);                            \
+        const i32x8 dot = FIT ? i32_from_pairs(i16_add(i16_pairs(s->q[2 * (i)], first),                          \
+                                                       i16_pairs(s->q[2 * (i) + 1], last)))                      \
+                              : i32_add(i32_fours(s->q[2 * (i)], first), i32_fours(s->q[2 * (i) + 1], last));    \
+        sum[(i) % 2] = f8_fma(f8_spread(scales, i), f8_from_i32(dot), sum[(i) % 2]);                             \
+    } while (0)
+#else
+    const f32x8 first_scales = f8_evens_odds(f8_mul(f8_evens(s->scale[0], s->scale[1]), f8_load(dx)));
+    const f32x8 last_scales = f8_evens_odds(f8_mul(f8_odds(s->scale[0], s->scale[1]), f8_load(dx)));
+#define ADD_PAIR(i)                                                                                              \
+    do {                                                                                                         \
+        const i32x8 first = i32_from_pairs(i16_pairs(s->q[2 * (i)], i8_load(x + (i) * 64)));                     \
+        const i32x8 last = i32_from_pairs(i16_pairs(s->q[2 * (i) + 1], i8_load(x + (i) * 64 + 32)));             \
+        sum[0] = f8_fma(f8_spread(first_scales, i), f8_from_i32(first), sum[0]);                                 \
+        sum[1] = f8_fma(f8_spread(last_scales, i), f8_from_i32(last), sum[1]);                                   \
+    } while (0)
+#endif
+    ADD_PAIR(0);
+    ADD_PAIR(1);
+    ADD_PAIR(2);
+    ADD_PAIR(3);
+#undef ADD_PAIR
+}
+
+/* Those of m rows of x, and what the minima, or q not being raised, add too much: below += (min or scale) . sums of x. */
+static INLINE void NAME(add_rows_)(const int m, const NAME(stretch_) * s, const g4_int8_rows *x, size_t at,
+                                   size_t stride, f32x8 sum[][2], f32x8 *below)
+{
+    for (int i = 0; i < m; i++, at += stride) {
+        NAME(add_stretch_)(s, x->q + at, x->scale + at / 32, sum[i]);
+        for (int g = 0; g < 32 / GROUP && (HAS_MIN || RAISE); g++)
+            below[i] = f8_fma(HAS_MIN ? s->min[g] : s->scale[g],
+                              f8_load((GROUP == 32 ? x->sum32 : x->sum16) + at / GROUP + (size_t)g * 8), below[i]);
+    }
+}
+
+/* out[i] = dot(x_i, w) for m rows of x and one of w. */
+static INLINE void NAME(int8_row_)(const int m, const g4_int8_rows *x, const uint8_t *w,
+                                                                  int k, float *out, size_t out_stride)
+{
+    const size_t stride = g4_int8_stride((size_t)k);
+    f32x8 sum[FEW_ROWS][2], below[FEW_ROWS];
+    int l = 0;
+    for (int i = 0; i < m; i++)
+        sum[i][0] = sum[i][1] = below[i] = f8_set1(0);
+    for (; l + 256 <= k; l += 256) {
+        prefetch_ahead(w + WEIGHTS_IN(l), WEIGHTS_IN(256));
+        const NAME(stretch_) s = NAME(read_stretch_)(w + WEIGHTS_IN(l));
+        NAME(add_rows_)(m, &s, x, (size_t)l, stride, sum, below);
+    }
+    if (l < k) { /* x is padded with zeros, too */
+        uint8_t padded[WEIGHTS_IN(256)] = {0};
+        memcpy(padded, w + WEIGHTS_IN(l), WEIGHTS_IN(k - l));
+        const NAME(stretch_) s = NAME(read_stretch_)(padded);
+        NAME(add_rows_)(m, &s, x, (size_t)l, stride, sum, below);
+    }
+    for (int i = 0; i < m; i++)
+        out[(size_t)i * out_stride] =
+            f8_sum(f8_add(sum[i][0], sum[i][1])) - (HAS_MIN ? 1.0f : (float)RAISE) * f8_sum(below[i]);
+}
+
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
                             size_t out_stride)
 {
     const size_t w_bytes = WEIGHTS_IN(w_stride);
-    for (int i = 0; i < m; i += 2) {
-        const g4_int8_rows rows = g4_int8_rows_from(x, (size_t)i, (size_t)k);
-        float *to = out + (size_t)i * out_stride;
-        int j = 0;
-        for (; j + 4 <= n; j += 4)
-            if (i + 1 < m)
-                NAME(int8_dots_)(2, 4, &rows, w + (size_t)j * w_bytes, w_bytes, k, to + j, out_stride);
-            else
-                NAME(int8_dot_4_)(&rows, w + (size_t)j * w_bytes, w_bytes, k, to + j);
-        for (; j < n; j++)
-            for (int r = i; r < m && r < i + 2; r++) {
-                const g4_int8_rows row = g4_int8_rows_from(x, (size_t)r, (size_t)k);
-                NAME(int8_dots_)(1, 1, &row, w + (size_t)j * w_bytes, w_bytes, k, out + (size_t)r * out_stride + j, 0);
-            }
-    }
+    for (int j = 0; j < n; j++, w += w_bytes, out++)
+        switch (m) {
+        case 1: NAME(int8_row_)(1, x, w, k, out, out_stride); break;
+        case 2: NAME(int8_row_)(2, x, w, k, out, out_stride); break;
+        case 3: NAME(int8_row_)(3, x, w, k, out, out_stride); break;
+        default: NAME(int8_row_)(4, x, w, k, out, out_stride); break;
+        }
 }
+
+/* ---- prefill ------------------------------------------------------------------------------------------------------ */
 
 /* 8 rows of k <= INT8_K inputs into place in the panel; rows from n on are zero. */
 static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, int8_panel *panel)
@@ -160,6 +166,7 @@ static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights
         NAME(int8_few_)(x, m, weights, w_stride, n, k, out, out_stride);
         return;
     }
+    const size_t stride = g4_int8_stride((size_t)k);
     _Alignas(64) int8_panel panels[2];
     _Alignas(64) float acc[INT8_M * INT8_N];
     for (int j = 0; j < n; j += INT8_N)
@@ -172,7 +179,7 @@ static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights
                     NAME(int8_pack_)
                 ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + half * 8) * w_stride + (size_t)l), w_stride,
                  block_n - half * 8, length, &panels[half]);
-                INT8_TILES_OF(GROUP, FIT)(x, (size_t)i, l, block_m, (size_t)k, panels, length, acc);
+                INT8_TILES_OF(GROUP, FIT)(x, (size_t)i, l, block_m, stride, panels, length, acc);
             }
             for (int r = 0; r < block_m; r++)
                 memcpy(out + (size_t)(i + r) * out_stride + j, acc + r * INT8_N, (size_t)block_n * sizeof *acc);

@@ -13,6 +13,13 @@ typedef struct {
     float scale[INT8_K / 16][8], min[INT8_K / 16][8];
 } int8_panel;
 
+/* Where the four inputs t of group g lie in a row of x, whose blocks of 32 are stored in pairs (g4_int8_rows). */
+static inline int place_in_x(int group, int g, int t)
+{
+    const int block = g * group / 32, four = g * group / 4 % 8 + t;
+    return block / 2 * 64 + block % 2 * 16 + four / 4 * 32 + four % 4 * 4;
+}
+
 /* acc[i][16] += x_i . w for m rows of x over k inputs, k a multiple of 32. fit: see body_int8.h. */
 static inline __attribute__((always_inline)) void int8_tile(const int m, const int group, const int fit,
                                                             const g4_int8_rows *x, size_t row, int input,
@@ -37,7 +44,7 @@ static inline __attribute__((always_inline)) void int8_tile(const int m, const i
                 const int at = g * steps + t;
                 const i8x32 w0 = i8_load(panels[0].q[at][0]), w1 = i8_load(panels[1].q[at][0]);
                 for (int i = 0; i < m; i++) {
-                    const i8x32 xs = i8_load4(q + (size_t)i * x_inputs + at * 4);
+                    const i8x32 xs = i8_load4(q + (size_t)i * x_inputs + place_in_x(group, g, t));
                     if (is_signed) {
                         dot[i][0] = i32_add(dot[i][0], i32_fours(w0, xs));
                         dot[i][1] = i32_add(dot[i][1], i32_fours(w1, xs));
@@ -105,23 +112,31 @@ static inline int round_16(f32x16 x, int8_t *q)
     return sum;
 }
 
-/* x [m, k] to bytes: 32 values share the scale max |x| / 127, q = x / scale to the nearest (ties to even). A NaN or an
- * infinity makes its scale NaN. sum16 and sum32: scale * sum of q. */
+/* 32 values as block b of a row: they share the scale max |x| / 127, q = x / scale to the nearest (ties to even). A NaN or an
+ * infinity makes its scale NaN. */
+static void quantize_block(const float x[32], int b, const g4_int8_rows *row)
+{
+    int8_t *q = row->q + b / 2 * 64 + b % 2 * 16;
+    const f32x16 low = x16_load(x), high = x16_load(x + 16);
+    const float max = x16_largest(x16_max(x16_abs(low), x16_abs(high)));
+    const f32x16 inverse = x16_set1(max > 0 ? 127.0f / max : 0);
+    const float scale = max / 127.0f + 0.0f * x16_sum(x16_add(low, high));
+    const int low_sum = round_16(x16_mul(low, inverse), q), high_sum = round_16(x16_mul(high, inverse), q + 32);
+    row->scale[b] = scale;
+    row->sum16[2 * b] = scale * (float)low_sum;
+    row->sum16[2 * b + 1] = scale * (float)high_sum;
+    row->sum32[b] = scale * (float)(low_sum + high_sum);
+}
+
+/* x [m, k] to bytes. Rows are padded with blocks of zeros. */
 static void quantize_rows(const float *x, size_t x_stride, int m, int k, const g4_int8_rows *rows)
 {
-    for (int i = 0; i < m; i++)
-        for (int b = 0; b < k / 32; b++) {
-            const float *from = x + (size_t)i * x_stride + (size_t)b * 32;
-            const size_t block = (size_t)i * (size_t)(k / 32) + (size_t)b;
-            const f32x16 low = x16_load(from), high = x16_load(from + 16);
-            const float max = x16_largest(x16_max(x16_abs(low), x16_abs(high)));
-            const f32x16 inverse = x16_set1(max > 0 ? 127.0f / max : 0);
-            const float scale = max / 127.0f + 0.0f * x16_sum(x16_add(low, high));
-            const int low_sum = round_16(x16_mul(low, inverse), rows->q + block * 32);
-            const int high_sum = round_16(x16_mul(high, inverse), rows->q + block * 32 + 16);
-            rows->scale[block] = scale;
-            rows->sum16[2 * block] = scale * (float)low_sum;
-            rows->sum16[2 * block + 1] = scale * (float)high_sum;
-            rows->sum32[block] = scale * (float)(low_sum + high_sum);
-        }
+    static const float zeros[32];
+    for (int i = 0; i < m; i++) {
+        const g4_int8_rows row = g4_int8_rows_from(rows, (size_t)i, (size_t)k);
+        for (int b = 0; b < k / 32; b++)
+            quantize_block(x + (size_t)i * x_stride + (size_t)b * 32, b, &row);
+        for (int b = k / 32; b < (int)g4_int8_stride((size_t)k) / 32; b++)
+            quantize_block(zeros, b, &row);
+    }
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* GGUF's block formats. Each is read into the same three things: whole numbers q, and for every GROUP of them (16 or 32) a
- * scale and a minimum, value = scale * (q - RAISE) - min, where RAISE is what keeps the stored q >= 0. In float32 and in this order that gives the bits of the gguf package's dequantiser
- * (quants.py, which also is the reference for the layouts); where a format has no minimum, x - 0 is x.
+ * scale and a minimum, value = scale * (q - RAISE) - min, where RAISE is what keeps the stored q >= 0. In float32 and in
+ * this order that gives the bits of the gguf package's dequantiser (quants.py, which also is the reference for the
+ * layouts); where a format has no minimum, x - 0 is x.
  *
  * Format        value                           stored in a block
  * Q8_0          d q                             d:f16 q:i8[32]
@@ -40,10 +41,10 @@ static inline void set_scales(block_values *v, float d, const int8_t sc[16], flo
     x16_store(v->min, x16_mul(x16_set1(dmin), x16_load_i8(m)));
 }
 
-static inline void set_8_scales(block_values *v, float d, const int8_t sc[8], float dmin, const int8_t m[8])
+static inline void set_8_scales(block_values *v, float d, uint64_t sc, float dmin, uint64_t m)
 {
-    f8_store(v->scale, f8_mul(f8_set1(d), f8_load_i8(sc)));
-    f8_store(v->min, f8_mul(f8_set1(dmin), f8_load_i8(m)));
+    f8_store(v->scale, f8_mul(f8_set1(d), f8_from_i8(sc)));
+    f8_store(v->min, f8_mul(f8_set1(dmin), f8_from_i8(m)));
 }
 
 static const int8_t no_minima[16] = {0};
@@ -68,13 +69,13 @@ static inline void read_q4_1(const uint8_t *b, block_values *v)
 
 static inline void read_q5_0(const uint8_t *b, block_values *v)
 {
-    v->q[0] = i8_join(i8_nibbles(b + 6), i8_spread(b + 2), 4);
+    v->q[0] = i8_or(i8_nibbles(b + 6), i8_spread(b + 2, 16));
     set_scale(v, f16_at(b), 0);
 }
 
 static inline void read_q5_1(const uint8_t *b, block_values *v)
 {
-    v->q[0] = i8_join(i8_nibbles(b + 8), i8_spread(b + 4), 4);
+    v->q[0] = i8_or(i8_nibbles(b + 8), i8_spread(b + 4, 16));
     set_scale(v, f16_at(b), -f16_at(b + 2));
 }
 
@@ -84,11 +85,71 @@ static inline void read_iq4_nl(const uint8_t *b, block_values *v)
     set_scale(v, f16_at(b), 0);
 }
 
+static inline float mxfp4_scale(uint32_t exponent)
+{
+    return g4_f32_from_bits(exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23); /* 2^(exponent - 128) */
+}
+
 static inline void read_mxfp4(const uint8_t *b, block_values *v)
 {
-    uint32_t exponent = b[0], bits = exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23; /* 2^(e - 128) */
     v->q[0] = i8_lookup(mxfp4_values, i8_nibbles(b + 1));
-    set_scale(v, g4_f32_from_bits(bits), 0);
+    set_scale(v, mxfp4_scale(b[0]), 0);
+}
+
+/* The whole numbers of two blocks of 32 as the decode kernel takes them: the first halves of both, then the last halves.
+ * Nibbles come that way almost by themselves. */
+#define TWO_BLOCKS(b, block_bytes, at) i8_load_halves((b) + (at), (b) + (block_bytes) + (at))
+
+static inline void read_pair_q8_0(const uint8_t *b, i8x32 q[2])
+{
+    q[0] = TWO_BLOCKS(b, 34, 2);
+    q[1] = TWO_BLOCKS(b, 34, 18);
+}
+
+static inline void split_nibbles(i8x32 nibbles, i8x32 q[2])
+{
+    q[0] = i8_bits(nibbles, 0, 15);
+    q[1] = i8_bits(nibbles, 4, 15);
+}
+
+static inline void read_pair_q4_0(const uint8_t *b, i8x32 q[2]) { split_nibbles(TWO_BLOCKS(b, 18, 2), q); }
+static inline void read_pair_q4_1(const uint8_t *b, i8x32 q[2]) { split_nibbles(TWO_BLOCKS(b, 20, 4), q); }
+
+static inline void add_fifth_bits(const uint8_t *first, const uint8_t *second, i8x32 q[2])
+{
+    const i8x32 a = i8_spread(first, 16), b = i8_spread(second, 16);
+    q[0] = i8_or(q[0], i8_low_halves(a, b));
+    q[1] = i8_or(q[1], i8_high_halves(a, b));
+}
+
+static inline void read_pair_q5_0(const uint8_t *b, i8x32 q[2])
+{
+    split_nibbles(TWO_BLOCKS(b, 22, 6), q);
+    add_fifth_bits(b + 2, b + 22 + 2, q);
+}
+
+static inline void read_pair_q5_1(const uint8_t *b, i8x32 q[2])
+{
+    split_nibbles(TWO_BLOCKS(b, 24, 8), q);
+    add_fifth_bits(b + 4, b + 24 + 4, q);
+}
+
+static inline void look_up_pair(const int8_t *table, i8x32 q[2])
+{
+    q[0] = i8_lookup(table, q[0]);
+    q[1] = i8_lookup(table, q[1]);
+}
+
+static inline void read_pair_iq4_nl(const uint8_t *b, i8x32 q[2])
+{
+    split_nibbles(TWO_BLOCKS(b, 18, 2), q);
+    look_up_pair(iq4_values, q);
+}
+
+static inline void read_pair_mxfp4(const uint8_t *b, i8x32 q[2])
+{
+    split_nibbles(TWO_BLOCKS(b, 17, 1), q);
+    look_up_pair(mxfp4_values, q);
 }
 
 /* Each of the two runs of 32 bytes holds four times 32 values of 2 bits. */
@@ -116,24 +177,22 @@ static inline void read_q3_k(const uint8_t *b, block_values *v)
     set_scales(v, f16_at(b + 108), sc, 0, no_minima);
     for (int part = 0; part < 8; part++) {
         i8x32 low = i8_bits(bytes_32(b + 32 + part / 4 * 32), part % 4 * 2, 3);
-        v->q[part] = i8_join(low, i8_bits(bytes_32(b), part, 1), 2);
+        i8x32 high = part < 3 ? i8_bits_up(bytes_32(b), 2 - part, 4) : i8_bits(bytes_32(b), part - 2, 4);
+        v->q[part] = i8_or(low, high);
     }
 }
 
 /* The eight 6-bit scales and minima of Q4_K and Q5_K, four at a time: four whole ones each in bytes 0-3 and 4-7, whose
- * top bits complete the halves of bytes 8-11. */
+ * top bits complete the halves of bytes 8-11. They stay in registers: bytes stored by fours and loaded by eights make the
+ * processor wait for the store. */
 static inline void read_k_scales(const uint8_t *packed, float d, float dmin, block_values *v)
 {
-    uint32_t word[3], scales[2], minima[2];
-    int8_t sc[8], m[8];
+    uint32_t word[3];
     memcpy(word, packed, 12);
-    scales[0] = word[0] & 0x3f3f3f3fu;
-    minima[0] = word[1] & 0x3f3f3f3fu;
-    scales[1] = (word[2] & 0x0f0f0f0fu) | (word[0] >> 2 & 0x30303030u);
-    minima[1] = (word[2] >> 4 & 0x0f0f0f0fu) | (word[1] >> 2 & 0x30303030u);
-    memcpy(sc, scales, 8);
-    memcpy(m, minima, 8);
-    set_8_scales(v, d, sc, dmin, m);
+    const uint32_t last_scales = (word[2] & 0x0f0f0f0fu) | (word[0] >> 2 & 0x30303030u);
+    const uint32_t last_minima = (word[2] >> 4 & 0x0f0f0f0fu) | (word[1] >> 2 & 0x30303030u);
+    set_8_scales(v, d, (uint64_t)last_scales << 32 | (word[0] & 0x3f3f3f3fu), dmin,
+                 (uint64_t)last_minima << 32 | (word[1] & 0x3f3f3f3fu));
 }
 
 /* 32 bytes at a time hold the next 32 values in their low halves and the 32 after them in their high halves. */
@@ -149,7 +208,8 @@ static inline void read_q5_k(const uint8_t *b, block_values *v)
     read_k_scales(b + 4, f16_at(b), f16_at(b + 2), v);
     for (int part = 0; part < 8; part++) {
         i8x32 low = i8_bits(bytes_32(b + 48 + part / 2 * 32), part % 2 * 4, 15);
-        v->q[part] = i8_join(low, i8_bits(bytes_32(b + 16), part, 1), 4);
+        i8x32 high = part < 4 ? i8_bits_up(bytes_32(b + 16), 4 - part, 16) : i8_bits(bytes_32(b + 16), part - 4, 16);
+        v->q[part] = i8_or(low, high);
     }
 }
 
@@ -160,20 +220,21 @@ static inline void read_q6_k(const uint8_t *b, block_values *v)
     for (int part = 0; part < 8; part++) {
         const int half = part / 4, quarter = part % 4;
         i8x32 low = i8_bits(bytes_32(b + half * 64 + quarter % 2 * 32), quarter / 2 * 4, 15);
-        i8x32 high = i8_bits(bytes_32(b + 128 + half * 32), quarter * 2, 3);
-        v->q[part] = i8_join(low, high, 4);
+        i8x32 high = bytes_32(b + 128 + half * 32);
+        high = quarter < 2 ? i8_bits_up(high, 4 - 2 * quarter, 48) : i8_bits(high, 2 * quarter - 4, 48);
+        v->q[part] = i8_or(low, high);
     }
 }
 
 static inline void read_iq4_xs(const uint8_t *b, block_values *v)
 {
     const int high = b[2] | b[3] << 8;
-    int8_t sc[8];
+    uint64_t sc = 0;
     for (int part = 0; part < 8; part++) {
         int low_4 = b[4 + part / 2] >> (part % 2 * 4) & 15;
-        sc[part] = (int8_t)((low_4 | (high >> (part * 2) & 3) << 4) - 32);
+        sc |= (uint64_t)(uint8_t)((low_4 | (high >> (part * 2) & 3) << 4) - 32) << (8 * part);
     }
-    set_8_scales(v, f16_at(b), sc, 0, no_minima);
+    set_8_scales(v, f16_at(b), sc, 0, 0);
     for (int part = 0; part < 8; part++)
         v->q[part] = i8_lookup(iq4_values, i8_nibbles(b + 8 + part * 16));
 }

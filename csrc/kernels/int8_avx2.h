@@ -3,7 +3,6 @@
 typedef __m256i i8x32;
 typedef __m256i i16x16;
 typedef __m256i i32x8;
-typedef __m128 f32x4;
 typedef __m256 f32x8;
 
 static inline float f16_at(const uint8_t *p)
@@ -32,20 +31,30 @@ static inline i8x32 i8_bits(i8x32 a, int shift, int mask)
 {
     return _mm256_and_si256(_mm256_srli_epi16(a, shift), _mm256_set1_epi8((char)mask));
 }
-static inline i8x32 i8_join(i8x32 a, i8x32 b, int shift) { return _mm256_or_si256(a, _mm256_slli_epi16(b, shift)); }
+static inline i8x32 i8_bits_up(i8x32 a, int shift, int mask)
+{
+    return _mm256_and_si256(_mm256_slli_epi16(a, shift), _mm256_set1_epi8((char)mask));
+}
+static inline i8x32 i8_or(i8x32 a, i8x32 b) { return _mm256_or_si256(a, b); }
 static inline i8x32 i8_add(i8x32 a, int b) { return _mm256_add_epi8(a, _mm256_set1_epi8((char)b)); }
 static inline i8x32 i8_lookup(const int8_t *table, i8x32 a)
 {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table)), a);
 }
-static inline i8x32 i8_spread(const uint8_t *p)
+static inline i8x32 i8_spread(const uint8_t *p, int mask)
 {
     int32_t bits;
     memcpy(&bits, p, 4);
     const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bit_of = _mm256_set1_epi64x((long long)0x8040201008040201);
     __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte_of), bit_of);
-    return _mm256_and_si256(_mm256_cmpeq_epi8(bit, bit_of), _mm256_set1_epi8(1));
+    return _mm256_and_si256(_mm256_cmpeq_epi8(bit, bit_of), _mm256_set1_epi8((char)mask));
+}
+static inline i8x32 i8_low_halves(i8x32 a, i8x32 b) { return _mm256_permute2x128_si256(a, b, 0x20); }
+static inline i8x32 i8_high_halves(i8x32 a, i8x32 b) { return _mm256_permute2x128_si256(a, b, 0x31); }
+static inline i8x32 i8_load_halves(const uint8_t *a, const uint8_t *b)
+{
+    return _mm256_set_m128i(_mm_loadu_si128((const __m128i *)b), _mm_loadu_si128((const __m128i *)a));
 }
 
 static inline i16x16 i16_zero(void) { return _mm256_setzero_si256(); }
@@ -66,40 +75,42 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x)
     return i32_from_pairs(_mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(x, w)));
 }
 
-static inline f32x4 f4_set1(float a) { return _mm_set1_ps(a); }
-static inline __m128i load_4_bytes(const uint8_t *p)
-{
-    int32_t bits;
-    memcpy(&bits, p, 4);
-    return _mm_cvtsi32_si128(bits);
-}
-static inline f32x4 f4_from_f16(const uint8_t *p, size_t stride)
-{
-    __m128i ab = _mm_unpacklo_epi16(load_4_bytes(p), load_4_bytes(p + stride));
-    __m128i cd = _mm_unpacklo_epi16(load_4_bytes(p + 2 * stride), load_4_bytes(p + 3 * stride));
-    return _mm_cvtph_ps(_mm_unpacklo_epi32(ab, cd));
-}
-static inline f32x4 f4_mul(f32x4 a, f32x4 b) { return _mm_mul_ps(a, b); }
-static inline f32x4 f4_fma(f32x4 a, f32x4 b, f32x4 c) { return _mm_fmadd_ps(a, b, c); }
-static inline void f4_store(float *p, f32x4 a) { _mm_storeu_ps(p, a); }
-
 static inline f32x8 f8_set1(float a) { return _mm256_set1_ps(a); }
-static inline f32x8 f8_set_halves(float a, float b) { return _mm256_set_m128(_mm_set1_ps(b), _mm_set1_ps(a)); }
 static inline f32x8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
-static inline f32x8 f8_load_i8(const int8_t *p)
+static inline f32x8 f8_from_i8(uint64_t bytes)
 {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((long long)bytes)));
+}
+static inline __m128i two_f16(const uint8_t *p, size_t stride)
+{
+    uint16_t a, b;
+    memcpy(&a, p, 2);
+    memcpy(&b, p + stride, 2);
+    return _mm_insert_epi16(_mm_cvtsi32_si128(a), b, 1);
+}
+static inline f32x8 f8_from_f16(const uint8_t *p, size_t stride)
+{
+    __m128i low = _mm_unpacklo_epi32(two_f16(p, stride), two_f16(p + 2 * stride, stride));
+    __m128i high = _mm_unpacklo_epi32(two_f16(p + 4 * stride, stride), two_f16(p + 6 * stride, stride));
+    return _mm256_cvtph_ps(_mm_unpacklo_epi64(low, high));
 }
 static inline f32x8 f8_from_i32(i32x8 a) { return _mm256_cvtepi32_ps(a); }
+static inline f32x8 f8_add(f32x8 a, f32x8 b) { return _mm256_add_ps(a, b); }
 static inline f32x8 f8_mul(f32x8 a, f32x8 b) { return _mm256_mul_ps(a, b); }
 static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
 static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b) { return _mm256_fnmadd_ps(a, b, c); }
 static inline void f8_store(float *p, f32x8 a) { _mm256_storeu_ps(p, a); }
-static inline f32x16 x16_load_twice(const float *p)
+static inline f32x8 f8_evens_odds(f32x8 a)
 {
-    __m256 a = _mm256_loadu_ps(p), low = _mm256_unpacklo_ps(a, a), high = _mm256_unpackhi_ps(a, a);
-    return x16_from_halves(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+    return _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
 }
+static inline f32x8 f8_in_order(f32x8 a) /* of four pairs of lanes: the first, third, second, fourth */
+{
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8));
+}
+static inline f32x8 f8_evens(f32x8 a, f32x8 b) { return f8_in_order(_mm256_shuffle_ps(a, b, 0x88)); }
+static inline f32x8 f8_odds(f32x8 a, f32x8 b) { return f8_in_order(_mm256_shuffle_ps(a, b, 0xdd)); }
+#define f8_spread(a, i) _mm256_permute_ps(a, (i) * 0x55)
 static inline float f8_sum(f32x8 a)
 {
     __m128 by_4 = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

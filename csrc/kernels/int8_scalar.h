@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The vocabulary of body_int8.h in plain C: products of bytes, summed by fours into 8 lanes.
  *
- * i8x32 32 bytes: of one row, or 4 inputs each of 8 rows of a panel     i32x8, f32x8 8 lanes of sums; f32x4 factors of 4 rows
+ * i8x32 32 bytes: of one row, or 4 inputs each of 8 rows of a panel     i32x8, f32x8 8 lanes of sums, or 8 factors
  * i16x16 sums of neighbouring pairs of products: 8 * 2 of up to 15 * 127 still fit
  */
 typedef struct {
@@ -13,9 +13,6 @@ typedef struct {
 typedef struct {
     int32_t lane[8];
 } i32x8;
-typedef struct {
-    float lane[4];
-} f32x4;
 typedef struct {
     float lane[8];
 } f32x8;
@@ -66,12 +63,18 @@ static inline void i8_store(int8_t *p, i8x32 a) { memcpy(p, a.byte, 32); }
 static inline i8x32 i8_nibbles(const uint8_t *p) { RETURN_BYTES(l < 16 ? p[l] & 15 : p[l - 16] >> 4); }
 /* (a >> shift) & mask of each byte, shift + bits of mask <= 8. */
 static inline i8x32 i8_bits(i8x32 a, int shift, int mask) { RETURN_BYTES((uint8_t)a.byte[l] >> shift & mask); }
-/* a | b << shift, nothing shifted out. */
-static inline i8x32 i8_join(i8x32 a, i8x32 b, int shift) { RETURN_BYTES(a.byte[l] | b.byte[l] << shift); }
+/* (a << shift) & mask of each byte. */
+static inline i8x32 i8_bits_up(i8x32 a, int shift, int mask) { RETURN_BYTES((uint8_t)a.byte[l] << shift & mask); }
+static inline i8x32 i8_or(i8x32 a, i8x32 b) { RETURN_BYTES(a.byte[l] | b.byte[l]); }
 static inline i8x32 i8_add(i8x32 a, int b) { RETURN_BYTES(a.byte[l] + b); }
 static inline i8x32 i8_lookup(const int8_t *table, i8x32 a) { RETURN_BYTES(table[a.byte[l]]); }
-/* Bit l of 32 as byte l: 0 or 1. */
-static inline i8x32 i8_spread(const uint8_t *p) { RETURN_BYTES(p[l / 8] >> (l % 8) & 1); }
+/* Bit l of 32 as byte l: 0 or mask. */
+static inline i8x32 i8_spread(const uint8_t *p, int mask) { RETURN_BYTES(p[l / 8] >> (l % 8) & 1 ? mask : 0); }
+/* The first 16 bytes of a, then of b; and the last ones. */
+static inline i8x32 i8_low_halves(i8x32 a, i8x32 b) { RETURN_BYTES(l < 16 ? a.byte[l] : b.byte[l - 16]); }
+static inline i8x32 i8_high_halves(i8x32 a, i8x32 b) { RETURN_BYTES(l < 16 ? a.byte[l + 16] : b.byte[l]); }
+/* 16 bytes at a, then 16 at b. */
+static inline i8x32 i8_load_halves(const uint8_t *a, const uint8_t *b) { RETURN_BYTES(l < 16 ? a[l] : b[l - 16]); }
 
 static inline i16x16 i16_zero(void) { RETURN_LANES(i16x16, 16, 0); }
 static inline i16x16 i16_add(i16x16 a, i16x16 b) { RETURN_LANES(i16x16, 16, (int16_t)(a.lane[l] + b.lane[l])); }
@@ -93,21 +96,17 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x)
     return sum;
 }
 
-static inline f32x4 f4_set1(float a) { RETURN_LANES(f32x4, 4, a); }
-/* Four f16, `stride` bytes apart; two bytes more than each can be read. */
-static inline f32x4 f4_from_f16(const uint8_t *p, size_t stride)
-{
-    RETURN_LANES(f32x4, 4, f16_at(p + (size_t)l * stride));
-}
-static inline f32x4 f4_mul(f32x4 a, f32x4 b) { RETURN_LANES(f32x4, 4, a.lane[l] * b.lane[l]); }
-static inline f32x4 f4_fma(f32x4 a, f32x4 b, f32x4 c) { RETURN_LANES(f32x4, 4, fmaf(a.lane[l], b.lane[l], c.lane[l])); }
-static inline void f4_store(float *p, f32x4 a) { memcpy(p, a.lane, sizeof a.lane); }
-
 static inline f32x8 f8_set1(float a) { RETURN_LANES(f32x8, 8, a); }
-static inline f32x8 f8_set_halves(float a, float b) { RETURN_LANES(f32x8, 8, l < 4 ? a : b); }
 static inline f32x8 f8_load(const float *p) { RETURN_LANES(f32x8, 8, p[l]); }
-static inline f32x8 f8_load_i8(const int8_t *p) { RETURN_LANES(f32x8, 8, (float)p[l]); }
+/* The bytes of a number, the lowest first, each with a sign. */
+static inline f32x8 f8_from_i8(uint64_t bytes) { RETURN_LANES(f32x8, 8, (float)(int8_t)(bytes >> (8 * l))); }
+/* Eight f16, `stride` bytes apart. */
+static inline f32x8 f8_from_f16(const uint8_t *p, size_t stride)
+{
+    RETURN_LANES(f32x8, 8, f16_at(p + (size_t)l * stride));
+}
 static inline f32x8 f8_from_i32(i32x8 a) { RETURN_LANES(f32x8, 8, (float)a.lane[l]); }
+static inline f32x8 f8_add(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, a.lane[l] + b.lane[l]); }
 static inline f32x8 f8_mul(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, a.lane[l] * b.lane[l]); }
 static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { RETURN_LANES(f32x8, 8, fmaf(a.lane[l], b.lane[l], c.lane[l])); }
 static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b)
@@ -115,8 +114,13 @@ static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b)
     RETURN_LANES(f32x8, 8, fmaf(-a.lane[l], b.lane[l], c.lane[l]));
 }
 static inline void f8_store(float *p, f32x8 a) { memcpy(p, a.lane, sizeof a.lane); }
-/* Eight floats, each twice. */
-static inline f32x16 x16_load_twice(const float *p) { LANEWISE(p[l / 2]); }
+/* Lanes 0 2 4 6 1 3 5 7. */
+static inline f32x8 f8_evens_odds(f32x8 a) { RETURN_LANES(f32x8, 8, a.lane[l % 4 * 2 + l / 4]); }
+/* Of the 16 lanes of a and b those with an even number, and those with an odd one. */
+static inline f32x8 f8_evens(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, l < 4 ? a.lane[2 * l] : b.lane[2 * l - 8]); }
+static inline f32x8 f8_odds(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, l < 4 ? a.lane[2 * l + 1] : b.lane[2 * l - 7]); }
+/* Lane i four times, then lane 4 + i; i < 4 is a constant. */
+static inline f32x8 f8_spread(f32x8 a, int i) { RETURN_LANES(f32x8, 8, a.lane[l / 4 * 4 + i]); }
 /* The lanes by halving: l with l + 4, then l + 2, l + 1. */
 static inline float f8_sum(f32x8 a)
 {

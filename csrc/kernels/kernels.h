@@ -10,18 +10,24 @@
 #include "base/dtype.h"
 #include "base/status.h"
 
-/* Rows of x as bytes: 32 values share a scale. Dense, k a multiple of 32. */
+/* Rows of x as bytes: 32 values share a scale. A row's k inputs are padded with zeros to its stride K. */
 typedef struct {
-    int8_t *q;            /* [m, k] */
-    float *scale;         /* [m, k / 32] */
-    float *sum16, *sum32; /* [m, k / 16], [m, k / 32] scale times the sum of q, for formats with a minimum */
+    int8_t *q;            /* [m, K]: of every two blocks of 32, the first halves of both, then the last halves */
+    float *scale;         /* [m, K / 32] */
+    float *sum16, *sum32; /* [m, K / 16], [m, K / 32] scale times the sum of q, for formats with a minimum */
 } g4_int8_rows;
+
+/* The decode kernels take 256 inputs at a time. */
+static inline size_t g4_int8_stride(size_t k)
+{
+    return (k + 255) / 256 * 256;
+}
 
 /* Those from row `first` on. */
 static inline g4_int8_rows g4_int8_rows_from(const g4_int8_rows *rows, size_t first, size_t k)
 {
-    return (g4_int8_rows){rows->q + first * k, rows->scale + first * (k / 32), rows->sum16 + first * (k / 16),
-                          rows->sum32 + first * (k / 32)};
+    const size_t n = first * g4_int8_stride(k);
+    return (g4_int8_rows){rows->q + n, rows->scale + n / 32, rows->sum16 + n / 16, rows->sum32 + n / 32};
 }
 
 #define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;

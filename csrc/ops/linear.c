@@ -5,6 +5,9 @@
 
 enum {
     PANEL = 32,                 /* weight rows per task: the kernels' block */
+    STREAM_ROWS = 4,            /* up to so many rows of x the weights are streamed: memory is what limits */
+    MIN_STREAM = 32 << 10,      /* bytes of weights per task then: long runs, because each start costs 2 KB of */
+    MAX_STREAM = 256 << 10,     /* prefetching for nothing, yet several for each thread */
     BLAS_MIN_ROWS = 48,         /* below this sgemm does not earn the widening of the weights */
     BLAS_PANEL_FLOATS = 1 << 17 /* a widened panel stays in the second-level cache */
 };
@@ -34,9 +37,17 @@ static bool uses_blas(const g4_exec *exec, const g4_linear_job *job)
     return exec->fast && !g4_is_quantised(job->w.dtype) && job->m >= BLAS_MIN_ROWS;
 }
 
+static int stream_rows(const g4_exec *exec, const g4_linear_job *job)
+{
+    const size_t row_bytes = g4_dtype_bytes(job->w.dtype, job->w.n_cols);
+    size_t n_bytes = row_bytes * job->w.n_rows / (8 * (size_t)g4_pool_size(exec->pool));
+    n_bytes = n_bytes < MIN_STREAM ? MIN_STREAM : n_bytes > MAX_STREAM ? MAX_STREAM : n_bytes;
+    return n_bytes < row_bytes ? 1 : (int)(n_bytes / row_bytes);
+}
+
 static int rows_per_task(const g4_exec *exec, const g4_linear_job *job)
 {
-    return uses_blas(exec, job) ? blas_panel_rows(job) : PANEL;
+    return job->m <= STREAM_ROWS ? stream_rows(exec, job) : uses_blas(exec, job) ? blas_panel_rows(job) : PANEL;
 }
 
 static void run_panel(const linear_task *t, int index, int first, int n, int worker)
@@ -100,7 +111,7 @@ static void quantize_slice(const g4_exec *exec, void *context, int first, int en
 
 static g4_status int8_rows_new(g4_exec *exec, const g4_linear_job *job, g4_int8_rows *rows)
 {
-    const size_t n = (size_t)job->m * job->w.n_cols;
+    const size_t n = (size_t)job->m * g4_int8_stride(job->w.n_cols);
     G4_ALLOC(exec, rows->q, n);
     G4_ALLOC(exec, rows->scale, n / 32);
     G4_ALLOC(exec, rows->sum16, n / 16);

@@ -72,7 +72,7 @@ static PyObject *test_matmul(PyObject *self, PyObject *args)
     return out;
 }
 
-/* quantize_rows(isa, x [m, k]) -> q int8 [m, k], scale [m, k / 32], sum16 [m, k / 16], sum32 [m, k / 32] */
+/* quantize_rows(isa, x [m, k]) -> q int8 [m, K], scale [m, K / 32], sum16 [m, K / 16], sum32 [m, K / 32] */
 static PyObject *test_quantize_rows(PyObject *self, PyObject *args)
 {
     const char *isa;
@@ -86,10 +86,11 @@ static PyObject *test_quantize_rows(PyObject *self, PyObject *args)
     npy_intp m = PyArray_DIM(x, 0), k = PyArray_DIM(x, 1);
     if (k % 32)
         return PyErr_Format(PyExc_ValueError, "rows of %zd values, expected a multiple of 32", k);
-    PyObject *q = PyArray_SimpleNew(2, ((npy_intp[]){m, k}), NPY_INT8);
-    PyObject *scale = PyArray_SimpleNew(2, ((npy_intp[]){m, k / 32}), NPY_FLOAT32);
-    PyObject *sum16 = PyArray_SimpleNew(2, ((npy_intp[]){m, k / 16}), NPY_FLOAT32);
-    PyObject *sum32 = PyArray_SimpleNew(2, ((npy_intp[]){m, k / 32}), NPY_FLOAT32);
+    const npy_intp stride = (npy_intp)g4_int8_stride((size_t)k);
+    PyObject *q = PyArray_SimpleNew(2, ((npy_intp[]){m, stride}), NPY_INT8);
+    PyObject *scale = PyArray_SimpleNew(2, ((npy_intp[]){m, stride / 32}), NPY_FLOAT32);
+    PyObject *sum16 = PyArray_SimpleNew(2, ((npy_intp[]){m, stride / 16}), NPY_FLOAT32);
+    PyObject *sum32 = PyArray_SimpleNew(2, ((npy_intp[]){m, stride / 32}), NPY_FLOAT32);
     if (q && scale && sum16 && sum32) {
         g4_int8_rows rows = {PyArray_DATA((PyArrayObject *)q), PyArray_DATA((PyArrayObject *)scale),
                              PyArray_DATA((PyArrayObject *)sum16), PyArray_DATA((PyArrayObject *)sum32)};
@@ -112,13 +113,14 @@ static PyObject *test_matmul_int8(PyObject *self, PyObject *args)
     if (!kernels || !is_rows(q, NPY_INT8, 2) || !is_rows(scale, NPY_FLOAT32, 2) || !is_rows(sum16, NPY_FLOAT32, 2) ||
         !is_rows(sum32, NPY_FLOAT32, 2) || !is_rows(w, NPY_UINT8, 2))
         return NULL;
-    npy_intp m = PyArray_DIM(q, 0), k = PyArray_DIM(q, 1), n = PyArray_DIM(w, 0);
-    bool dense = PyArray_SIZE(scale) == m * (k / 32) && PyArray_SIZE(sum16) == m * (k / 16) &&
-                 PyArray_SIZE(sum32) == m * (k / 32) && PyArray_IS_C_CONTIGUOUS(q);
+    npy_intp m = PyArray_DIM(q, 0), stride = PyArray_DIM(q, 1), n = PyArray_DIM(w, 0);
+    bool dense = PyArray_SIZE(scale) == m * (stride / 32) && PyArray_SIZE(sum16) == m * (stride / 16) &&
+                 PyArray_SIZE(sum32) == m * (stride / 32) && PyArray_IS_C_CONTIGUOUS(q);
     if (dtype == G4_N_DTYPES || !g4_is_quantised(dtype) || !dense)
         return PyErr_Format(PyExc_ValueError, "expected a quantised dtype and what quantize_rows returns");
-    if (!has_inputs(w, dtype, k))
-        return NULL;
+    const npy_intp k = PyArray_DIM(w, 1) / (npy_intp)g4_block_bytes(dtype) * (npy_intp)g4_block_size(dtype);
+    if ((npy_intp)g4_int8_stride((size_t)k) != stride || !has_inputs(w, dtype, k))
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "x and w have different numbers of inputs");
     PyObject *out = PyArray_SimpleNew(2, ((npy_intp[]){m, n}), NPY_FLOAT32);
     g4_int8_rows rows = {PyArray_DATA(q), PyArray_DATA(scale), PyArray_DATA(sum16), PyArray_DATA(sum32)};
     if (out)
