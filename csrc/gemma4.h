@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "base/dtype.h"
+#include "base/profile.h"
 #include "base/status.h"
 
 /* ---- configuration -------------------------------------------------------------------------------------------- */
@@ -142,6 +143,7 @@ typedef struct {
     int max_chunk;              /* rows at once; 0: 512 */
     int (*poll)(void *context); /* asked about every 20 ms; nonzero stops the step between chunks' parts */
     void *poll_context;
+    g4_profile *profile; /* NULL, or where the times of this step's operations are added */
 } g4_step_options;
 
 g4_status g4_step(g4_model *model, const g4_run *runs, int n_runs, const g4_tap *taps, int n_taps,

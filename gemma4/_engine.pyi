@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
+F64: TypeAlias = NDArray[np.float64]
 
 class LayerConfig(TypedDict):
     window: int  # keys a query may see, itself included; 0 = all (a global layer)
@@ -81,12 +82,22 @@ class Model:
         """An empty timeline. kv_dtype "f32" or "bf16"; capacity in positions, 0 = the model's context."""
     def sites(self) -> list[tuple[str, int, int, tuple[str | int, ...]]]:
         """Every site this model has, in forward order: name, site id, layer, dims ("T", "S" or a size)."""
-    def step(self, runs: Seq[Run], taps: Seq[Tap] = (), *, stop_at_layer: int = -1, max_chunk: int = 0) -> None:
+    def step(
+        self,
+        runs: Seq[Run],
+        taps: Seq[Tap] = (),
+        *,
+        stop_at_layer: int = -1,
+        max_chunk: int = 0,
+        profile: F64 | None = None,
+    ) -> None:
         """One ragged forward pass over any number of runs (sequences must differ).
 
         Long runs are cut into chunks of at most max_chunk rows in all (0 = 512); with precision "exact" the numbers do
         not depend on it. On success every sequence is longer by its run. With stop_at_layer = n only layers 0..n-1 run,
         nothing is appended to the sequences, and logits must be None.
+        profile: float64 [len(profile_ops()), 5], to which the step adds each operation's calls, seconds, float32
+        operations, int8 operations and bytes; the seconds add up to those of the step.
         Raises ValueError (token id out of range, empty run, bad rows), CapacityError (context overflow),
         StateError (closed sequence, or one in use by another thread), KeyboardInterrupt (within 100 ms of Ctrl-C;
         sequences keep whole chunks only: see `Sequence.length`), and whatever an edit raises.
@@ -112,6 +123,18 @@ class Sequence:
 
 def cpu_info() -> dict[str, Any]:
     """{"isa": active level, "available": [...], "threads": default count, "blas": config string or ""}"""
+
+def profile_ops() -> tuple[str, ...]:
+    """Names of a profile's rows."""
+
+def arithmetic_rate(kind: str, threads: int) -> float:
+    """Operations per second (a multiply-add counts as two) of a loop in registers on all threads, about 10 ms long.
+
+    kind: "f32" (fma) or "int8" (products of 4-bit weights with bytes, as precision="fast" adds them up).
+    """
+
+def read_rate(array: F32, threads: int) -> tuple[float, float]:
+    """Bytes per second of reading the array once with all threads, and the sum of its values."""
 
 def dequantize(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> F32:
     """A tensor's values, float32 of that shape, to the bit what the gguf package's dequantiser gives.

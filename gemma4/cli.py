@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `gemma4` command: demo, generate, chat, info, quantize."""
+"""The `gemma4` command: demo, generate, chat, info, bench, quantize."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -69,8 +70,23 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--think", action="store_true", help="let the model think before it answers, and show it")
     _add_sampling(chat)
     _command(commands, "info", _info, "what a model is and what it costs")
+    _add_bench(commands)
     _add_quantize(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    text = "how fast a model runs here, and how near that is to what the machine can do"
+    parser = commands.add_parser("bench", help=text, description=text)
+    parser.set_defaults(run=_bench)
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="tiny-e", help="as for --model elsewhere")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--decode", type=int, default=32, help="tokens generated after it (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="prompts timed (default: %(default)s)")
+    parser.add_argument("--precision", choices=("exact", "fast"), help="default: the model's own")
+    parser.add_argument("--profile", action="store_true", help="also a table of where the time goes, per operation")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
+    _add_engine(parser)
 
 
 def _add_quantize(commands: Any) -> None:
@@ -104,9 +120,13 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
     parser.add_argument(
         "--model", default="tiny-e", metavar="MODEL", help="Hugging Face directory, .gguf file or shipped model"
     )
+    _add_engine(parser)
+    return parser
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="0 = the CPUs this process may use")
     parser.add_argument("--kv-dtype", choices=("f32", "bf16"), default="f32", help="keys and values (default: f32)")
-    return parser
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +187,19 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     print(_load(args).info())
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from gemma4.bench import bench
+
+    names = ("prompt", "decode", "repeats", "threads", "precision", "kv_dtype")
+    result = bench(args.model, **{name: getattr(args, name) for name in names})
+    print(result)
+    if args.profile:
+        for name, speed in (("prefill", result.prefill), ("decode", result.decode)):
+            _stdout().print(speed.profile.table(result.limits, f"{name}, {speed.tokens} tokens"))
+    if args.json:
+        args.json.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
 
 
 def _quantize(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from gemma4.interp.sites import Names, SiteTable
 from gemma4.load import Checkpoint, TextConfig, open_checkpoint
 from gemma4.load.checkpoint import EngineTensor
 from gemma4.load.dtypes import is_quantised, stored_rows
+from gemma4.profile import Profile, profiling
 from gemma4.sequence import Sequence, restore
 from gemma4.step import Output, Positions, Want, run_step
 
@@ -277,6 +278,10 @@ class Model:
         hooks = list(hooks)
         bind_hooks(self.sites, hooks)  # a wrong name is an error here, not at the first forward pass
         return activated(self, hooks)
+
+    def profile(self) -> AbstractContextManager[Profile]:
+        """`with model.profile() as profile:` notes the time of every operation run inside; see gemma4.profile."""
+        return profiling(self)
 
     def _checked_stop(self, layer: int) -> int:
         if not 0 <= layer <= self.n_layers:

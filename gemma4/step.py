@@ -14,6 +14,7 @@ from gemma4.errors import CapacityError, StateError
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import HookPoint, SiteHooks, make_edit
 from gemma4.interp.sites import Site
+from gemma4.profile import step_array
 from gemma4.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ def run_step(model: Model, prompts: list[Prompt], want: Want) -> list[Output]:
     taps = [tap for plan in plans for tap in plan.taps(model, want)]
     stop = -1 if want.stop_at_layer is None else want.stop_at_layer
     try:
-        model.engine.step([plan.run() for plan in plans], taps, stop_at_layer=stop)
+        with step_array(model) as profile:
+            model.engine.step([plan.run() for plan in plans], taps, stop_at_layer=stop, profile=profile)
     except StateError:  # closed, or another thread's: not ours to touch
         raise
     except BaseException:

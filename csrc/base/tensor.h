@@ -10,6 +10,7 @@
 #define GEMMA4_BASE_TENSOR_H
 
 #include "base/dtype.h"
+#include "base/profile.h"
 
 typedef struct {
     const void *data;
@@ -17,6 +18,7 @@ typedef struct {
     size_t n_rows;     /* outputs of a linear map */
     size_t n_cols;     /* inputs of a linear map */
     size_t row_stride; /* in elements, a whole number of blocks if quantised */
+    g4_op op;          /* what reading it counts as in a profile */
 } g4_matrix;
 
 static inline const void *g4_matrix_row(const g4_matrix *w, size_t row)

@@ -26,6 +26,7 @@ static INLINE void prefetch_ahead(const void *p, size_t n_bytes)
 #include "kernels/body_tile.h"
 #include "kernels/body_int8_tile.h"
 #include "kernels/formats.h"
+#include "kernels/body_limits.h"
 
 #define CONCAT_(a, b) a##b
 #define CONCAT(a, b) CONCAT_(a, b)

@@ -5,6 +5,7 @@
 
 #include "model/config.h"
 #include "model/forward.h"
+#include "ops/profile.h"
 
 /* Rows at once: enough that reading the weights costs less than computing with them, few enough that the MLP's
  * activations stay small (2 x 25 MB at 12,288 x 512). */
@@ -163,6 +164,7 @@ static g4_status run_chunk(step *s, const int *take, int n_rows)
                              .fast = s->model->fast,
                              .poll = s->options->poll,
                              .poll_context = s->options->poll_context,
+                             .profile = s->options->profile,
                              .err = s->err},
                     .model = s->model,
                     .config = config,
@@ -229,11 +231,31 @@ static g4_status prepare(step *s)
     return G4_OK;
 }
 
+static double timed_seconds(const g4_profile *profile)
+{
+    double sum = 0;
+    for (int op = 0; op < G4_N_OPS; op++)
+        sum += profile->ops[op].seconds;
+    return sum;
+}
+
+/* What no operation accounts for goes to "other", so that the seconds of a profile add up to those of its steps. */
+static g4_status run_profiled(step *s)
+{
+    g4_exec exec = {.profile = s->options->profile};
+    if (!exec.profile)
+        return run_chunks(s);
+    const double before = timed_seconds(exec.profile), start = g4_profile_start(&exec);
+    g4_status status = run_chunks(s);
+    g4_profile_end(&exec, G4_OP_OTHER, start + timed_seconds(exec.profile) - before, 0, 0);
+    return status;
+}
+
 static g4_status run_step(step *s)
 {
     G4_TRY(check(s));
     G4_TRY(prepare(s));
-    g4_status status = run_chunks(s);
+    g4_status status = run_profiled(s);
     if (s->options->stop_at_layer >= 0)
         for (int r = 0; r < s->n_runs; r++)
             s->runs[r].seq->length = s->start[r];

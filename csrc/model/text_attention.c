@@ -6,6 +6,7 @@
 #include "model/forward.h"
 #include "ops/attention.h"
 #include "ops/linear.h"
+#include "ops/profile.h"
 #include "ops/rows.h"
 
 static size_t kv_width(const g4_forward *f, int layer)
@@ -91,12 +92,15 @@ static g4_status tap_keys_used(g4_forward *f, int layer, const g4_segment *segme
 static g4_status attend_in_steps(g4_forward *f, int layer, const g4_segment *segment, const g4_attention *run)
 {
     float *scores;
+    const double start = g4_profile_start(&f->exec);
     G4_ALLOC(&f->exec, scores, (size_t)run->n_heads * (size_t)run->n_rows * (size_t)run->n_keys);
     G4_TRY(g4_attention_scores(&f->exec, run, scores));
     G4_TRY(g4_tap_keys(f, G4_SITE_ATTN_SCORES, layer, segment, scores, run->n_keys));
     G4_TRY(g4_attention_pattern(&f->exec, run, scores));
     G4_TRY(g4_tap_keys(f, G4_SITE_PATTERN, layer, segment, scores, run->n_keys));
-    return g4_attention_mix(&f->exec, run, scores);
+    G4_TRY(g4_attention_mix(&f->exec, run, scores));
+    g4_profile_end_attention(&f->exec, start, run, 1);
+    return G4_OK;
 }
 
 static g4_status attend(g4_forward *f, int layer, const float *q, float *z)
@@ -136,7 +140,7 @@ static g4_status with_whole_heads(g4_forward *f, g4_matrix *w, size_t head_dim)
     G4_ALLOC(&f->exec, plain, w->n_rows * w->n_cols);
     for (size_t row = 0; row < w->n_rows; row++)
         g4_widen_for(f->exec.kernels, w->dtype)(plain + row * w->n_cols, g4_matrix_row(w, row), (int)w->n_cols);
-    *w = (g4_matrix){plain, G4_F32, w->n_rows, w->n_cols, w->n_cols};
+    *w = (g4_matrix){plain, G4_F32, w->n_rows, w->n_cols, w->n_cols, w->op};
     return G4_OK;
 }
 

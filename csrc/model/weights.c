@@ -16,6 +16,7 @@ typedef struct {
     kind kind;
     const char *axes; /* axes separated by spaces, each a product of the letters of base/tensor.h and digits */
     condition when;
+    g4_op op; /* of a matrix */
 } row;
 
 #define MODEL(member) offsetof(g4_weights, member)
@@ -23,47 +24,48 @@ typedef struct {
 
 /* clang-format off */
 static const row model_rows[] = {
-    {"embed_tokens.weight",               MODEL(embed),            MATRIX, "V D",   ALWAYS},
-    {"norm.weight",                       MODEL(final_norm),       VECTOR, "D",     ALWAYS},
-    {"embed_tokens_per_layer.weight",     MODEL(ple_table),        MATRIX, "W LP",  IF_PLE},
-    {"per_layer_model_projection.weight", MODEL(ple_context),      MATRIX, "LP D",  IF_PLE},
-    {"per_layer_projection_norm.weight",  MODEL(ple_context_norm), VECTOR, "P",     IF_PLE},
+    {"embed_tokens.weight",               MODEL(embed),            MATRIX, "V D",   ALWAYS, G4_OP_EMBED},
+    {"norm.weight",                       MODEL(final_norm),       VECTOR, "D",     ALWAYS, G4_OP_OTHER},
+    {"embed_tokens_per_layer.weight",     MODEL(ple_table),        MATRIX, "W LP",  IF_PLE, G4_OP_PLE_TABLE},
+    {"per_layer_model_projection.weight", MODEL(ple_context),      MATRIX, "LP D",  IF_PLE, G4_OP_PLE_CONTEXT},
+    {"per_layer_projection_norm.weight",  MODEL(ple_context_norm), VECTOR, "P",     IF_PLE, G4_OP_OTHER},
 };
 
 static const row layer_rows[] = {
-    {"input_layernorm.weight",              LAYER(ln1),              VECTOR, "D",     ALWAYS},
-    {"post_attention_layernorm.weight",     LAYER(ln1_post),         VECTOR, "D",     ALWAYS},
-    {"pre_feedforward_layernorm.weight",    LAYER(ln2),              VECTOR, "D",     ALWAYS},
-    {"post_feedforward_layernorm.weight",   LAYER(ln2_post),         VECTOR, "D",     ALWAYS},
-    {"self_attn.q_proj.weight",             LAYER(q),                MATRIX, "Hh D",  ALWAYS},
-    {"self_attn.k_proj.weight",             LAYER(k),                MATRIX, "Kh D",  OWN_KV},
-    {"self_attn.v_proj.weight",             LAYER(v),                MATRIX, "Kh D",  OWN_V},
-    {"self_attn.o_proj.weight",             LAYER(o),                MATRIX, "D Hh",  ALWAYS},
-    {"self_attn.q_norm.weight",             LAYER(q_norm),           VECTOR, "h",     ALWAYS},
-    {"self_attn.k_norm.weight",             LAYER(k_norm),           VECTOR, "h",     OWN_KV},
-    {"mlp.gate_proj.weight",                LAYER(gate),             MATRIX, "F D",   ALWAYS},
-    {"mlp.up_proj.weight",                  LAYER(up),               MATRIX, "F D",   ALWAYS},
-    {"mlp.down_proj.weight",                LAYER(down),             MATRIX, "D F",   ALWAYS},
-    {"layer_scalar",                        LAYER(layer_scalar),     VECTOR, "1",     ALWAYS},
-    {"per_layer_input_gate.weight",         LAYER(ple_gate),         MATRIX, "P D",   IF_PLE},
-    {"per_layer_projection.weight",         LAYER(ple_projection),   MATRIX, "D P",   IF_PLE},
-    {"post_per_layer_input_norm.weight",    LAYER(ple_norm),         VECTOR, "D",     IF_PLE},
-    {"router.proj.weight",                  LAYER(router),           MATRIX, "E D",   IF_MOE},
-    {"router.scale",                        LAYER(router_scale),     VECTOR, "D",     IF_MOE},
-    {"router.per_expert_scale",             LAYER(per_expert_scale), VECTOR, "E",     IF_MOE},
-    {"experts.down_proj",                   LAYER(experts_down),     MATRIX, "E D M", IF_MOE},
-    {"pre_feedforward_layernorm_2.weight",  LAYER(moe_in_norm),      VECTOR, "D",     IF_MOE},
-    {"post_feedforward_layernorm_1.weight", LAYER(mlp_out_norm),     VECTOR, "D",     IF_MOE},
-    {"post_feedforward_layernorm_2.weight", LAYER(moe_out_norm),     VECTOR, "D",     IF_MOE},
+    {"input_layernorm.weight",              LAYER(ln1),              VECTOR, "D",     ALWAYS, G4_OP_OTHER},
+    {"post_attention_layernorm.weight",     LAYER(ln1_post),         VECTOR, "D",     ALWAYS, G4_OP_OTHER},
+    {"pre_feedforward_layernorm.weight",    LAYER(ln2),              VECTOR, "D",     ALWAYS, G4_OP_OTHER},
+    {"post_feedforward_layernorm.weight",   LAYER(ln2_post),         VECTOR, "D",     ALWAYS, G4_OP_OTHER},
+    {"self_attn.q_proj.weight",             LAYER(q),                MATRIX, "Hh D",  ALWAYS, G4_OP_Q},
+    {"self_attn.k_proj.weight",             LAYER(k),                MATRIX, "Kh D",  OWN_KV, G4_OP_KV},
+    {"self_attn.v_proj.weight",             LAYER(v),                MATRIX, "Kh D",  OWN_V,  G4_OP_KV},
+    {"self_attn.o_proj.weight",             LAYER(o),                MATRIX, "D Hh",  ALWAYS, G4_OP_O},
+    {"self_attn.q_norm.weight",             LAYER(q_norm),           VECTOR, "h",     ALWAYS, G4_OP_OTHER},
+    {"self_attn.k_norm.weight",             LAYER(k_norm),           VECTOR, "h",     OWN_KV, G4_OP_OTHER},
+    {"mlp.gate_proj.weight",                LAYER(gate),             MATRIX, "F D",   ALWAYS, G4_OP_GATE_UP},
+    {"mlp.up_proj.weight",                  LAYER(up),               MATRIX, "F D",   ALWAYS, G4_OP_GATE_UP},
+    {"mlp.down_proj.weight",                LAYER(down),             MATRIX, "D F",   ALWAYS, G4_OP_DOWN},
+    {"layer_scalar",                        LAYER(layer_scalar),     VECTOR, "1",     ALWAYS, G4_OP_OTHER},
+    {"per_layer_input_gate.weight",         LAYER(ple_gate),         MATRIX, "P D",   IF_PLE, G4_OP_PLE_GATE},
+    {"per_layer_projection.weight",         LAYER(ple_projection),   MATRIX, "D P",   IF_PLE, G4_OP_PLE_PROJECTION},
+    {"post_per_layer_input_norm.weight",    LAYER(ple_norm),         VECTOR, "D",     IF_PLE, G4_OP_OTHER},
+    {"router.proj.weight",                  LAYER(router),           MATRIX, "E D",   IF_MOE, G4_OP_ROUTER},
+    {"router.scale",                        LAYER(router_scale),     VECTOR, "D",     IF_MOE, G4_OP_OTHER},
+    {"router.per_expert_scale",             LAYER(per_expert_scale), VECTOR, "E",     IF_MOE, G4_OP_OTHER},
+    {"experts.down_proj",                   LAYER(experts_down),     MATRIX, "E D M", IF_MOE, G4_OP_EXPERTS_DOWN},
+    {"pre_feedforward_layernorm_2.weight",  LAYER(moe_in_norm),      VECTOR, "D",     IF_MOE, G4_OP_OTHER},
+    {"post_feedforward_layernorm_1.weight", LAYER(mlp_out_norm),     VECTOR, "D",     IF_MOE, G4_OP_OTHER},
+    {"post_feedforward_layernorm_2.weight", LAYER(moe_out_norm),     VECTOR, "D",     IF_MOE, G4_OP_OTHER},
 };
 /* clang-format on */
 
-static const row head_row = {"lm_head.weight", MODEL(head), MATRIX, "V D", ALWAYS};
+static const row head_row = {"lm_head.weight", MODEL(head), MATRIX, "V D", ALWAYS, G4_OP_HEAD};
 
 /* Gate rows first within an expert, or each in a tensor of its own (older GGUF). */
-static const row gate_up_row = {"experts.gate_up_proj", LAYER(experts_gate), MATRIX, "E 2M D", IF_MOE};
-static const row gate_row = {"experts.gate_proj", LAYER(experts_gate), MATRIX, "E M D", IF_MOE};
-static const row up_row = {"experts.up_proj", LAYER(experts_up), MATRIX, "E M D", IF_MOE};
+static const row gate_up_row = {"experts.gate_up_proj", LAYER(experts_gate), MATRIX, "E 2M D", IF_MOE,
+                                G4_OP_EXPERTS_GATE_UP};
+static const row gate_row = {"experts.gate_proj", LAYER(experts_gate), MATRIX, "E M D", IF_MOE, G4_OP_EXPERTS_GATE_UP};
+static const row up_row = {"experts.up_proj", LAYER(experts_up), MATRIX, "E M D", IF_MOE, G4_OP_EXPERTS_GATE_UP};
 
 enum { N_MODEL_ROWS = sizeof model_rows / sizeof *model_rows, N_LAYER_ROWS = sizeof layer_rows / sizeof *layer_rows };
 
@@ -205,7 +207,7 @@ static g4_status bind_row(binder *b, const row *r, const char *name, const g4_la
         return values ? G4_OK : G4_ENOMEM;
     }
     size_t n_cols = (size_t)shape[n_dims - 1];
-    g4_matrix w = {t->data, t->dtype, n / n_cols, n_cols, n_cols};
+    g4_matrix w = {t->data, t->dtype, n / n_cols, n_cols, n_cols, r->op};
     memcpy(member, &w, sizeof w);
     return G4_OK;
 }
@@ -244,6 +246,7 @@ static g4_status bind_layer(binder *b, int layer, g4_layer_weights *weights)
 static g4_status bind_head(binder *b, g4_weights *weights)
 {
     weights->head = weights->embed;
+    weights->head.op = head_row.op;
     return find(b, head_row.name) ? bind_row(b, &head_row, head_row.name, NULL, weights) : G4_OK;
 }
 

@@ -5,6 +5,8 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "ops/profile.h"
+
 enum {
     BLOCK_ROWS = 48,      /* queries x heads of a task: enough that each key is loaded for many of them */
     MAX_SCORES = 1 << 20, /* scores a task may hold (4 MB), unless one query's heads need more */
@@ -147,6 +149,7 @@ g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
     plan *plans;
     int n_tasks = 0;
     double work = 0;
+    const double start = g4_profile_start(exec);
     G4_ALLOC(exec, plans, (size_t)n_runs);
     for (int r = 0; r < n_runs; r++) {
         plan *p = &plans[r];
@@ -163,6 +166,7 @@ g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
     t.scratch_stride = (t.max_scores + t.max_queries + 15) / 16 * 16;
     G4_ALLOC(exec, t.scratch, (size_t)g4_pool_size(exec->pool) * t.scratch_stride);
     g4_status status = g4_exec_run(exec, n_tasks, work, run_attend_task, &t);
+    g4_profile_end_attention(exec, start, runs, n_runs);
     g4_arena_restore(exec->arena, mark);
     return status;
 }

@@ -7,6 +7,7 @@
 
 #include "base/arena.h"
 #include "base/pool.h"
+#include "base/profile.h"
 #include "base/status.h"
 #include "base/tensor.h"
 #include "kernels/kernels.h"
@@ -19,6 +20,7 @@ typedef struct {
     g4_poll_fn poll; /* the user's; may be slow, so it is asked every 20 ms only */
     void *poll_context;
     double last_poll_ms;
+    g4_profile *profile; /* times go here; NULL: nobody asked */
     g4_error *err;
 } g4_exec;
 

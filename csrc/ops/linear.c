@@ -2,6 +2,7 @@
 #include "ops/linear.h"
 
 #include "ops/blas.h"
+#include "ops/profile.h"
 
 enum {
     PANEL = 32,                 /* weight rows per task: the kernels' block */
@@ -162,6 +163,7 @@ g4_status g4_linear_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     int *first_task;
     size_t max_k = 0;
     double work = 0;
+    const double start = g4_profile_start(exec);
     if (exec->fast)
         G4_TRY(quantize_inputs(exec, jobs, n_jobs, &t.xs));
     G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
@@ -178,6 +180,7 @@ g4_status g4_linear_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     if (max_k)
         G4_ALLOC(exec, t.panels, (size_t)g4_pool_size(exec->pool) * 4 * PANEL * max_k);
     g4_status status = g4_exec_run(exec, first_task[n_jobs], work, run_task, &t);
+    g4_profile_end_linear(exec, start, jobs, n_jobs);
     g4_arena_restore(exec->arena, mark);
     return status;
 }

@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include "ops/profile.h"
+
 /* The operands of any of these; each uses what it needs. */
 typedef struct {
     float *out;
@@ -15,6 +17,22 @@ typedef struct {
 
 #define ROW(pointer, i) ((pointer) + (size_t)(i) * (size_t)o->n)
 
+/* g4_exec_rows with its time noted. Per value of a row: operations, and arrays of float32 read or written. */
+typedef struct {
+    g4_op op;
+    int work, arrays;
+} row_cost;
+
+enum { EXP_WORK = 30, TANH_WORK = 50 }; /* operations of x16_exp and x16_tanh */
+
+static g4_status run_rows(g4_exec *exec, row_cost cost, int n_rows, size_t n, g4_rows_fn fn, void *context)
+{
+    const double start = g4_profile_start(exec), n_values = (double)n_rows * (double)n;
+    G4_TRY(g4_exec_rows(exec, n_rows, n, fn, context));
+    g4_profile_end(exec, cost.op, start, n_values * cost.work, n_values * cost.arrays * (double)sizeof(float));
+    return G4_OK;
+}
+
 static void rms_scale_rows(const g4_exec *exec, void *context, int first, int end)
 {
     const operands *o = context;
@@ -25,7 +43,7 @@ static void rms_scale_rows(const g4_exec *exec, void *context, int first, int en
 g4_status g4_rms_scale(g4_exec *exec, const float *x, int n_rows, int n, float eps, float *scale)
 {
     operands o = {.out = scale, .a = x, .factor = eps, .n = n};
-    return g4_exec_rows(exec, n_rows, (size_t)n, rms_scale_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_NORM, 2, 1}, n_rows, (size_t)n, rms_scale_rows, &o);
 }
 
 static void normalize_rows(const g4_exec *exec, void *context, int first, int end)
@@ -38,7 +56,7 @@ static void normalize_rows(const g4_exec *exec, void *context, int first, int en
 g4_status g4_normalize(g4_exec *exec, const float *x, const float *scale, int n_rows, int n, float *out)
 {
     operands o = {.out = out, .a = x, .scale = scale, .n = n};
-    return g4_exec_rows(exec, n_rows, (size_t)n, normalize_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_NORM, 1, 2}, n_rows, (size_t)n, normalize_rows, &o);
 }
 
 static void scale_rows(const g4_exec *exec, void *context, int first, int end)
@@ -51,7 +69,7 @@ static void scale_rows(const g4_exec *exec, void *context, int first, int end)
 g4_status g4_scale_rows(g4_exec *exec, const float *x, float factor, const float *gain, int n_rows, int n, float *out)
 {
     operands o = {.out = out, .a = x, .b = gain, .factor = factor, .n = n};
-    return g4_exec_rows(exec, n_rows, (size_t)n, scale_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_SCALE, 1, 2}, n_rows, (size_t)n, scale_rows, &o);
 }
 
 static void rms_norm_rows(const g4_exec *exec, void *context, int first, int end)
@@ -66,7 +84,7 @@ static void rms_norm_rows(const g4_exec *exec, void *context, int first, int end
 g4_status g4_rms_norm(g4_exec *exec, const float *x, const float *gain, int n_rows, int n, float eps, float *out)
 {
     operands o = {.out = out, .a = x, .b = gain, .factor = eps, .n = n};
-    return g4_exec_rows(exec, n_rows, (size_t)n, rms_norm_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_NORM, 4, 2}, n_rows, (size_t)n, rms_norm_rows, &o);
 }
 
 static void add_rows(const g4_exec *exec, void *context, int first, int end)
@@ -79,7 +97,7 @@ static void add_rows(const g4_exec *exec, void *context, int first, int end)
 g4_status g4_add_rows(g4_exec *exec, const float *a, const float *b, int n_rows, int n, float *out)
 {
     operands o = {.out = out, .a = a, .b = b, .n = n};
-    return g4_exec_rows(exec, n_rows, (size_t)n, add_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_ADD, 1, 3}, n_rows, (size_t)n, add_rows, &o);
 }
 
 static void mul_rows(const g4_exec *exec, void *context, int first, int end)
@@ -92,7 +110,7 @@ static void mul_rows(const g4_exec *exec, void *context, int first, int end)
 g4_status g4_mul_rows(g4_exec *exec, const float *a, const float *b, int n_rows, int n, float *out)
 {
     operands o = {.out = out, .a = a, .b = b, .n = n};
-    return g4_exec_rows(exec, n_rows, (size_t)n, mul_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_MUL, 1, 3}, n_rows, (size_t)n, mul_rows, &o);
 }
 
 static void gelu_rows(const g4_exec *exec, void *context, int first, int end)
@@ -105,7 +123,7 @@ static void gelu_rows(const g4_exec *exec, void *context, int first, int end)
 g4_status g4_gelu_rows(g4_exec *exec, const float *x, int n_rows, int n, float *out)
 {
     operands o = {.out = out, .a = x, .n = n};
-    return g4_exec_rows(exec, n_rows, (size_t)n, gelu_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_GELU, EXP_WORK + 8, 2}, n_rows, (size_t)n, gelu_rows, &o);
 }
 
 static void softmax_rows(const g4_exec *exec, void *context, int first, int end)
@@ -118,7 +136,7 @@ static void softmax_rows(const g4_exec *exec, void *context, int first, int end)
 g4_status g4_softmax_rows(g4_exec *exec, float *x, int n_rows, int n)
 {
     operands o = {.out = x, .n = n};
-    return g4_exec_rows(exec, n_rows, (size_t)n, softmax_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_SOFTMAX, EXP_WORK + 4, 2}, n_rows, (size_t)n, softmax_rows, &o);
 }
 
 /* One row of logits is large (262,144 values): share out slices of rows, not rows. */
@@ -143,7 +161,11 @@ static void softcap_slices(const g4_exec *exec, void *context, int first, int en
 g4_status g4_softcap_rows(g4_exec *exec, float *x, float cap, int n_rows, int n)
 {
     softcap_operands o = {x, cap, (size_t)n_rows * (size_t)n};
-    return g4_exec_rows(exec, (int)((o.n + SOFTCAP_SLICE - 1) / SOFTCAP_SLICE), SOFTCAP_SLICE, softcap_slices, &o);
+    const int n_slices = (int)((o.n + SOFTCAP_SLICE - 1) / SOFTCAP_SLICE);
+    const double start = g4_profile_start(exec);
+    G4_TRY(g4_exec_rows(exec, n_slices, SOFTCAP_SLICE, softcap_slices, &o));
+    g4_profile_end(exec, G4_OP_SOFTCAP, start, (double)o.n * (TANH_WORK + 2), 2.0 * (double)o.n * sizeof *x);
+    return G4_OK;
 }
 
 static void gather_rows(const g4_exec *exec, void *context, int first, int end)
@@ -160,7 +182,11 @@ g4_status g4_gather_rows(g4_exec *exec, const g4_matrix *table, const int32_t *i
                          float *out)
 {
     operands o = {.out = out, .table = table, .ids = ids, .factor = factor, .n = (int)table->n_cols};
-    return g4_exec_rows(exec, n_rows, table->n_cols, gather_rows, &o);
+    const double start = g4_profile_start(exec), n_values = (double)n_rows * (double)table->n_cols;
+    G4_TRY(g4_exec_rows(exec, n_rows, table->n_cols, gather_rows, &o));
+    const double row_bytes = (double)(g4_dtype_bytes(table->dtype, table->n_cols) + table->n_cols * sizeof *out);
+    g4_profile_end(exec, table->op, start, n_values, n_rows * row_bytes);
+    return G4_OK;
 }
 
 typedef struct {
@@ -187,7 +213,9 @@ g4_status g4_rope_table(g4_exec *exec, const int32_t *positions, int n_rows, con
                         float *cosine, float *sine)
 {
     rope_table_operands o = {positions, inv_freq, cosine, sine, half};
-    return g4_exec_rows(exec, n_rows, (size_t)half * 32, rope_table_rows, &o);
+    const row_cost cost = {G4_OP_ROPE_TABLE, 2,
+                           0}; /* an angle's sine and cosine count 32 values as work to share out */
+    return run_rows(exec, cost, n_rows, (size_t)half * 32, rope_table_rows, &o);
 }
 
 static void rope_rows(const g4_exec *exec, void *context, int first, int end)
@@ -203,5 +231,5 @@ g4_status g4_rope_rows(g4_exec *exec, float *x, const float *cosine, const float
                        int half)
 {
     operands o = {.out = x, .a = cosine, .b = sine, .n = half, .n_heads = n_heads};
-    return g4_exec_rows(exec, n_rows, (size_t)n_heads * (size_t)half * 2, rope_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_ROPE, 3, 2}, n_rows, (size_t)n_heads * (size_t)half * 2, rope_rows, &o);
 }

@@ -3,6 +3,7 @@
 #include "base/cpu.h"
 #include "kernels/kernels.h"
 #include "ops/blas.h"
+#include "ops/limits.h"
 #include "python/engine.h"
 
 static PyObject *available_isas(void)
@@ -92,8 +93,70 @@ static int module_exec(PyObject *module)
     return failed;
 }
 
+/* profile_ops() -> names of the rows of a profile */
+static PyObject *profile_ops(PyObject *self, PyObject *unused)
+{
+    static const char *const names[] = {
+#define G4_OP_NAME(id, name) name,
+        G4_EACH_OP(G4_OP_NAME)
+#undef G4_OP_NAME
+    };
+    (void)self, (void)unused;
+    PyObject *tuple = PyTuple_New(G4_N_OPS);
+    for (int op = 0; tuple && op < G4_N_OPS; op++) {
+        PyObject *name = PyUnicode_FromString(names[op]);
+        if (!name)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, op, name);
+    }
+    return tuple;
+}
+
+/* arithmetic_rate(kind, threads) -> operations per second */
+static PyObject *arithmetic_rate(PyObject *self, PyObject *args)
+{
+    const char *kind;
+    int n_threads;
+    double rate;
+    g4_error err;
+    g4_status status;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "si", &kind, &n_threads))
+        return NULL;
+    const bool int8 = strcmp(kind, "int8") == 0;
+    if (!int8 && strcmp(kind, "f32") != 0)
+        return PyErr_Format(PyExc_ValueError, "\"%s\": expected \"f32\" or \"int8\"", kind);
+    Py_BEGIN_ALLOW_THREADS;
+    status = g4_arithmetic_rate(int8 ? G4_SPIN_INT8 : G4_SPIN_F32, n_threads, &rate, &err);
+    Py_END_ALLOW_THREADS;
+    return status == G4_OK ? PyFloat_FromDouble(rate) : engine_raise(&err);
+}
+
+/* read_rate(array, threads) -> bytes per second, sum */
+static PyObject *read_rate(PyObject *self, PyObject *args)
+{
+    PyArrayObject *x;
+    int n_threads;
+    double rate, sum;
+    g4_error err;
+    g4_status status;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "O!i", &PyArray_Type, &x, &n_threads))
+        return NULL;
+    if (PyArray_TYPE(x) != NPY_FLOAT32 || !PyArray_ISCARRAY_RO(x))
+        return PyErr_Format(PyExc_ValueError, "expected a C-contiguous float32 array");
+    Py_BEGIN_ALLOW_THREADS;
+    status = g4_read_rate(PyArray_DATA(x), (size_t)PyArray_SIZE(x), n_threads, &rate, &sum, &err);
+    Py_END_ALLOW_THREADS;
+    return status == G4_OK ? Py_BuildValue("(dd)", rate, sum) : engine_raise(&err);
+}
+
 static PyMethodDef module_methods[] = {
     {"cpu_info", cpu_info, METH_NOARGS, "What this processor can run and what is in use."},
+    {"profile_ops", profile_ops, METH_NOARGS, "Names of the operations, in the order of a profile's rows."},
+    {"arithmetic_rate", arithmetic_rate, METH_VARARGS, "arithmetic_rate(kind, threads) -> operations per second"},
+    {"read_rate", read_rate, METH_VARARGS, "read_rate(float32 array, threads) -> (bytes per second, sum)"},
     {"dequantize", dequantize, METH_VARARGS, "dequantize(dtype, shape, buffer, offset) -> float32 array"},
     {NULL, NULL, 0, NULL},
 };

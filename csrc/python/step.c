@@ -101,8 +101,10 @@ static PyArrayObject *check_array(PyObject *object, int type, int n_dims, const 
     if (good)
         return array;
     PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous %s array of %d axes, got %R%s", what,
-                 type == NPY_FLOAT32 ? "float32" : "int32", n_dims, (PyObject *)Py_TYPE(object),
-                 PyArray_Check(object) ? " of another dtype or shape" : "");
+                 type == NPY_FLOAT32   ? "float32"
+                 : type == NPY_FLOAT64 ? "float64"
+                                       : "int32",
+                 n_dims, (PyObject *)Py_TYPE(object), PyArray_Check(object) ? " of another dtype or shape" : "");
     return NULL;
 }
 
@@ -285,15 +287,29 @@ static void release_args(step_args *s)
     Py_XDECREF(s->tap_tuple);
 }
 
+/* float64 [operations, 4], which the caller's argument tuple keeps alive. */
+static int read_profile(PyObject *object, g4_step_options *options)
+{
+    const npy_intp dims[] = {G4_N_OPS, (npy_intp)(sizeof(g4_op_total) / sizeof(double))};
+    if (object == Py_None)
+        return 0;
+    PyArrayObject *array = check_array(object, NPY_FLOAT64, 2, dims, "profile");
+    if (!array || PyArray_FailUnlessWriteable(array, "profile"))
+        return -1;
+    options->profile = PyArray_DATA(array);
+    return 0;
+}
+
 PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"runs", "taps", "stop_at_layer", "max_chunk", NULL};
+    static char *names[] = {"runs", "taps", "stop_at_layer", "max_chunk", "profile", NULL};
     step_args s = {.model = (model_object *)self};
     g4_step_options options = {.stop_at_layer = -1, .poll = poll_signals, .poll_context = &s.gil};
-    PyObject *runs, *taps = NULL;
+    PyObject *runs, *taps = NULL, *profile = Py_None;
     g4_error err = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$ii", names, &runs, &taps, &options.stop_at_layer,
-                                     &options.max_chunk))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$iiO", names, &runs, &taps, &options.stop_at_layer,
+                                     &options.max_chunk, &profile) ||
+        read_profile(profile, &options))
         return NULL;
     if (!s.model->model)
         return PyErr_Format(PyExc_RuntimeError, "this model was never initialised");

@@ -80,8 +80,9 @@ def test_every_kernel_is_swept_here() -> None:
     rows = {"scale_mul", "add", "mul", "axpy", "gelu", "softmax", "softcap", "rope"}
     by_type = {f"{name}_{dtype.lower()}" for name in ("matmul", "weighted_sum", "widen") for dtype in DTYPES}
     in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", "matmul_int8", "widen") for dtype in FORMATS}
+    limits = {"spin_f32", "spin_int8", "read_sum"}  # in test_bench.py
     in_blocks.add("quantize_rows")  # these in test_block_formats.py
-    assert set(testing.names()) == rows | by_type | in_blocks | {"sum_squares", "narrow_bf16"}
+    assert set(testing.names()) == rows | by_type | in_blocks | {"sum_squares", "narrow_bf16"} | limits
     assert ISAS[0] == "scalar"
 
 

@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Where a step's time goes: a row of totals for each operation. The caller owns it and hands it to the step. */
+#ifndef GEMMA4_BASE_PROFILE_H
+#define GEMMA4_BASE_PROFILE_H
+
+/* In forward order. Jobs that share one parallel region (k and v; gate and up) are one operation. */
+/* clang-format off */
+#define G4_EACH_OP(op)                          \
+    op(OTHER,           "other")                \
+    op(EMBED,           "embedding rows")       \
+    op(ROPE_TABLE,      "rope table")           \
+    op(PLE_TABLE,       "per-layer rows")       \
+    op(PLE_CONTEXT,     "per-layer context")    \
+    op(NORM,            "norm")                 \
+    op(KV,              "k, v")                 \
+    op(Q,               "q")                    \
+    op(ROPE,            "rope")                 \
+    op(ATTEND_LOCAL,    "attention, local")     \
+    op(ATTEND_GLOBAL,   "attention, global")    \
+    op(O,               "o")                    \
+    op(ADD,             "add")                  \
+    op(GATE_UP,         "gate, up")             \
+    op(GELU,            "gelu")                 \
+    op(MUL,             "multiply")             \
+    op(DOWN,            "down")                 \
+    op(ROUTER,          "router")               \
+    op(SOFTMAX,         "router softmax")       \
+    op(EXPERTS_GATE_UP, "experts gate, up")     \
+    op(EXPERTS_DOWN,    "experts down")         \
+    op(PLE_GATE,        "per-layer gate")       \
+    op(PLE_PROJECTION,  "per-layer projection") \
+    op(SCALE,           "scale")                \
+    op(HEAD,            "head")                 \
+    op(SOFTCAP,         "softcap")
+/* clang-format on */
+
+typedef enum {
+#define G4_OP_ID(id, name) G4_OP_##id,
+    G4_EACH_OP(G4_OP_ID)
+#undef G4_OP_ID
+        G4_N_OPS
+} g4_op;
+
+/* All double, so that Python sees one array. */
+typedef struct {
+    double calls, seconds;
+    double work;      /* float32 arithmetic: a multiply-add counts as two, anything else as one */
+    double int8_work; /* the same of products of bytes */
+    double bytes;     /* weights, cached keys and values, and arrays of rows, each read or written once */
+} g4_op_total;
+
+typedef struct {
+    g4_op_total ops[G4_N_OPS];
+} g4_profile;
+
+#endif

@@ -1,0 +1,19 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Timing of operations, for g4_step_options.profile. Without one each costs a compare. */
+#ifndef GEMMA4_OPS_PROFILE_H
+#define GEMMA4_OPS_PROFILE_H
+
+#include "ops/attention.h"
+#include "ops/linear.h"
+
+/* Seconds now; 0 without a profile. */
+double g4_profile_start(const g4_exec *exec);
+
+/* Adds one call of `op`, begun at `start`. work and bytes: see g4_op_total. */
+void g4_profile_end(g4_exec *exec, g4_op op, double start, double work, double bytes);
+
+/* The same, counting what the operands say. */
+void g4_profile_end_linear(g4_exec *exec, double start, const g4_linear_job *jobs, int n_jobs);
+void g4_profile_end_attention(g4_exec *exec, double start, const g4_attention *runs, int n_runs);
+
+#endif

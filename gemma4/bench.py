@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast a model runs here, and how near that is to what the machine can do: `gemma4 bench MODEL`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4 import _engine
+from gemma4.info import peak_bytes, size
+from gemma4.model import KVDtype, Model, Precision, load
+from gemma4.profile import Limits, Profile
+
+READ_FLOATS = 1 << 26  # 256 MiB: more than any last-level cache of a desktop
+LIMIT_SECONDS, MAX_PASSES = 0.25, 30
+
+I32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One phase, prefill or decode. seconds: of each timed call · tokens: a call's · profile: of calls that were run
+    for it, not among the timed ones."""
+
+    tokens: int
+    seconds: tuple[float, ...]
+    profile: Profile
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second, the median of the calls."""
+        return self.tokens / median(self.seconds)
+
+    def share(self, limits: Limits) -> tuple[float, float]:
+        """(share of the machine's peak arithmetic, share of its read bandwidth) that a median call reaches."""
+        total = self.profile.total
+        per_step = 1 / max(total.calls, 1) / median(self.seconds)
+        arithmetic = total.work / limits.f32_work + total.int8_work / limits.int8_work
+        return arithmetic * per_step, total.streamed / limits.read_bytes * per_step
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Everything that was measured: `print()` it.
+
+    load_s           seconds of `gemma4.load`
+    prefill, decode  a prompt with the logits of its last position; one token after that prompt
+    peak_bytes       peak resident memory of the process up to the end of decoding, mapped weights included
+    limits           of this machine, with as many threads, measured right after
+    """
+
+    model: str
+    how: str
+    prompt: int
+    load_s: float
+    prefill: Speed
+    decode: Speed
+    peak_bytes: int
+    limits: Limits
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        arithmetic, _ = self.prefill.share(self.limits)
+        _, reading = self.decode.share(self.limits)
+        rows = [
+            ("model", self.model),
+            ("arithmetic", self.how),
+            ("machine", machine_text(self.limits)),
+            ("load", f"{self.load_s:.2f} s"),
+            ("prefill", f"{_speed(self.prefill)}, {self.prompt} tokens, {arithmetic:.0%} of peak arithmetic"),
+            ("decode", f"{_speed(self.decode)}, after {self.prompt}, {reading:.0%} of read bandwidth"),
+            ("peak memory", f"{size(self.peak_bytes)} resident, mapped weights included"),
+            *(("note", note) for note in self.notes),
+        ]
+        return "\n".join(f"{label:<12} {value}" for label, value in rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        speeds = {
+            name: {
+                "tokens_per_s": speed.rate,
+                "seconds": list(speed.seconds),
+                "share_of_arithmetic": speed.share(self.limits)[0],
+                "share_of_bandwidth": speed.share(self.limits)[1],
+                "ops": [op._asdict() for op in speed.profile.ops],
+            }
+            for name, speed in (("prefill", self.prefill), ("decode", self.decode))
+        }
+        record = {"model": self.model, "how": self.how, "prompt": self.prompt, "load_s": self.load_s}
+        return record | {"peak_bytes": self.peak_bytes, "limits": self.limits.__dict__, **speeds}
+
+
+def machine_text(limits: Limits) -> str:
+    """The limits in words."""
+    return (
+        f"reads {limits.read_bytes / 1e9:.1f} GB/s, computes {limits.f32_work / 1e9:.0f} GFLOP/s in float32, "
+        f"{limits.int8_work / 1e9:.0f} Gop/s in bytes (measured)"
+    )
+
+
+def measure_limits(threads: int) -> Limits:
+    """Read bandwidth and peak arithmetic of `threads` threads, each the best of a quarter of a second's passes."""
+    array = np.ones(READ_FLOATS, np.float32)
+    reading = _best(lambda: _engine.read_rate(array, threads)[0])
+    f32, int8 = (_best(lambda kind=kind: _engine.arithmetic_rate(kind, threads)) for kind in ("f32", "int8"))
+    return Limits(reading, f32, int8)
+
+
+def _best(rate: Callable[[], float]) -> float:
+    end, best = time.perf_counter() + LIMIT_SECONDS, 0.0
+    for _ in range(MAX_PASSES):
+        best = max(best, rate())
+        if time.perf_counter() > end:
+            break
+    return best
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _speed(speed: Speed) -> str:
+    slow, fast = speed.tokens / max(speed.seconds), speed.tokens / min(speed.seconds)
+    return f"{speed.rate:.4g} tokens/s ({slow:.4g} to {fast:.4g})"
+
+
+def measure_model(model: Model, *, prompt: int, decode: int, repeats: int) -> tuple[Speed, Speed]:
+    """Prefill and decode of random tokens. The first prompt and token warm up and do not count."""
+    ids = _random_ids(model, prompt + decode)
+    sequence = model.new_sequence(capacity=min(model.context_length, prompt + decode))
+
+    def prefill() -> None:
+        sequence.truncate(0)
+        model.forward(ids[:prompt], sequence=sequence, logits="last")
+
+    def step(i: int) -> None:
+        sequence_id = ids[prompt + i : prompt + i + 1]
+        model.forward(sequence_id, sequence=sequence, logits="last")
+
+    prefill()
+    with model.profile() as prefill_profile:
+        prefill()
+    prefill_seconds = tuple(_timed(prefill) for _ in range(repeats))
+    step(0)
+    n_profiled = min(16, decode // 2)
+    with model.profile() as decode_profile:
+        for i in range(1, 1 + n_profiled):
+            step(i)
+    decode_seconds = tuple(_timed(lambda i=i: step(i)) for i in range(1 + n_profiled, decode))
+    sequence.close()
+    return Speed(prompt, prefill_seconds, prefill_profile), Speed(1, decode_seconds, decode_profile)
+
+
+def _random_ids(model: Model, n: int) -> I32:
+    """Token ids of the middle of the vocabulary; what is measured does not depend on them."""
+    return np.random.default_rng(0).integers(model.n_token_ids // 4, model.n_token_ids, n).astype(np.int32)
+
+
+def bench(
+    name_or_path: str | os.PathLike[str],
+    *,
+    prompt: int = 512,
+    decode: int = 32,
+    repeats: int = 5,
+    threads: int = 0,
+    precision: Precision | None = None,
+    kv_dtype: KVDtype = "f32",
+) -> Benchmark:
+    """Load a model and measure it: `repeats` prompts of `prompt` random tokens, then `decode` tokens after one.
+
+    The prompt is shortened (with a note) where the model's context is too small.
+    Raises ValueError for counts below 1 (decode: below 4), and what `gemma4.load` raises.
+    """
+    if prompt < 1 or repeats < 1 or decode < 4:
+        raise ValueError(f"prompt {prompt}, repeats {repeats}, decode {decode}: expected at least 1, 1 and 4")
+    opened: list[Model] = []
+    load_s = _timed(lambda: opened.append(load(name_or_path, threads=threads, precision=precision, kv_dtype=kv_dtype)))
+    with opened[0] as model:
+        notes: list[str] = []
+        room = model.context_length - decode
+        if room < 1:
+            raise ValueError(f"decode {decode}: the model's context is {model.context_length} positions")
+        if prompt > room:
+            notes.append(f"the prompt is {room} tokens, not {prompt}: the context is {model.context_length} positions")
+            prompt = room
+        speeds = measure_model(model, prompt=prompt, decode=decode, repeats=repeats)
+        peak = peak_bytes()
+        limits = measure_limits(model.engine.threads)  # last: its array would count as memory
+        engine = model.engine
+        how = f"{engine.isa}, {engine.threads} threads, precision {engine.precision}, KV {model.kv_dtype}"
+        return Benchmark(str(model.checkpoint.path), how, prompt, load_s, *speeds, peak, limits, tuple(notes))

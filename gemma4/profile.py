@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time of a forward pass goes, operation by operation.
+
+    with model.profile() as profile:
+        model.forward(ids)
+    print(profile)
+
+The engine notes the time, the arithmetic and the bytes of every operation it runs for this model while the block is
+open; what is left of a step (bookkeeping, storing keys and values, captures and hooks) is the row "other", so the
+seconds add up to those spent in the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from gemma4 import _engine
+
+if TYPE_CHECKING:
+    from gemma4.model import Model
+
+F64: TypeAlias = NDArray[np.float64]
+
+# Operations on rows of activations, which seldom leave the caches: their bytes are no traffic of the memory.
+ROW_OPS = frozenset({"rope table", "norm", "rope", "add", "gelu", "multiply", "router softmax", "scale", "softcap"})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a machine can do at most with some number of threads.
+
+    read_bytes       bytes per second from memory
+    f32_work         float32 operations per second; a multiply-add counts as two
+    int8_work        the same of products of 4-bit or 8-bit weights with bytes
+    """
+
+    read_bytes: float
+    f32_work: float
+    int8_work: float
+
+
+class OpTotal(NamedTuple):
+    """All calls of one operation.
+
+    work, int8_work: float32 arithmetic, and products of bytes (precision="fast" with quantised weights); a multiply-add
+    counts as two. bytes: weights, cached keys and values, and rows of activations, each once per call.
+    """
+
+    name: str
+    calls: int
+    seconds: float
+    work: float
+    int8_work: float
+    bytes: float
+
+    @property
+    def streamed(self) -> float:
+        """Bytes of weights, table rows, keys and values: what comes from memory, not from a cache."""
+        return 0.0 if self.name in ROW_OPS else self.bytes
+
+    def least_seconds(self, limits: Limits) -> float:
+        """The time it would take at the machine's limit, of arithmetic or of reading, whichever is longer."""
+        arithmetic = self.work / limits.f32_work + self.int8_work / limits.int8_work
+        return max(arithmetic, self.streamed / limits.read_bytes)
+
+
+class Profile:
+    """Totals for each operation; `print()` it, or take `ops`. One step at a time may add to it."""
+
+    def __init__(self) -> None:
+        self.array: F64 = np.zeros((len(_engine.profile_ops()), 5))
+
+    @property
+    def ops(self) -> list[OpTotal]:
+        """Every operation that ran, in the order of a forward pass; "other" last."""
+        totals = [
+            OpTotal(name, int(row[0]), *(float(x) for x in row[1:]))
+            for name, row in zip(_engine.profile_ops(), self.array, strict=True)
+            if row[0]
+        ]
+        return sorted(totals, key=lambda op: op.name == "other")
+
+    @property
+    def total(self) -> OpTotal:
+        """All operations together; `calls` is the number of engine steps, `bytes` those from memory only."""
+        ops = self.ops
+        steps = sum(op.calls for op in ops if op.name == "other")
+        seconds, work, int8_work = (float(column) for column in self.array[:, 1:4].sum(axis=0))
+        return OpTotal("all", steps, seconds, work, int8_work, sum(op.streamed for op in ops))
+
+    def table(self, limits: Limits | None = None, title: str | None = None) -> Table:
+        """A row for each operation: calls and milliseconds in a step, share of the time, giga-operations and gigabytes
+        per second and, given the machine's limits, how near that comes to the nearer of them."""
+        heads = ["", "calls", "ms", "share", "Gop/s", "GB/s", *(["of limit"] if limits else [])]
+        grid = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+        for i, head in enumerate(heads):
+            grid.add_column(head, justify="right" if i else "left", no_wrap=True)
+        total = self.total
+        for op in self.ops:
+            grid.add_row(*_cells(op, total, limits))
+        grid.add_section()
+        grid.add_row(*_cells(total, total, limits))
+        return grid
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=100)
+        with console.capture() as text:
+            console.print(self.table())
+        return text.get().strip("\n")
+
+
+def _cells(op: OpTotal, total: OpTotal, limits: Limits | None) -> list[str]:
+    steps, seconds = max(total.calls, 1), max(op.seconds, 1e-12)
+    cells = [
+        op.name,
+        f"{op.calls / steps:.4g}",
+        f"{1e3 * op.seconds / steps:.3f}",
+        f"{op.seconds / max(total.seconds, 1e-12):.1%}",
+        _rate(op.work + op.int8_work, seconds),
+        _rate(op.bytes, seconds),
+    ]
+    if limits:
+        least = op.least_seconds(limits)
+        cells.append(f"{least / seconds:.0%}" if least else "")
+    return cells
+
+
+def _rate(amount: float, seconds: float) -> str:
+    return f"{amount / seconds / 1e9:.1f}" if amount else ""
+
+
+# (model, profile) pairs that enclose the current call; context-local, as hooks are
+_ACTIVE: ContextVar[tuple[tuple[Any, Profile], ...]] = ContextVar("gemma4_active_profiles", default=())
+
+
+@contextmanager
+def profiling(model: Model) -> Iterator[Profile]:
+    """While this is open, every step of this model (in this thread or task) adds to the profile it gives."""
+    profile = Profile()
+    token = _ACTIVE.set((*_ACTIVE.get(), (model, profile)))
+    try:
+        yield profile
+    finally:
+        _ACTIVE.reset(token)
+
+
+@contextmanager
+def step_array(model: Model) -> Iterator[F64 | None]:
+    """Where the engine's step is to add its times; None if nobody asked. Nested blocks all get them."""
+    profiles = [profile for owner, profile in _ACTIVE.get() if owner is model]
+    if not profiles:
+        yield None
+        return
+    array = np.zeros_like(profiles[0].array)
+    try:
+        yield array
+    finally:
+        for profile in profiles:
+            profile.array += array
