@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the numbers were measured on, and the two yardsticks they are held against."""
+"""What the numbers were measured on, and the yardsticks they are held against."""
 
 import os
 import platform
-import subprocess
-import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -47,18 +45,20 @@ def record() -> dict[str, Any]:
     }
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` threads read from memory (bandwidth.c, best of ten passes over 1 GiB)."""
-    source = Path(__file__).with_name("bandwidth.c")
-    with tempfile.TemporaryDirectory() as folder:
-        program = str(Path(folder) / "bandwidth")
-        compiler = os.environ.get("CC", "cc")
-        flags = ["-O3", "-march=native", "-ffast-math"]
-        subprocess.run([compiler, *flags, str(source), "-o", program, "-lpthread"], check=True)
-        return float(subprocess.run([program, str(threads)], check=True, capture_output=True, text=True).stdout)
+def yardsticks(threads: int) -> dict[str, list[float]]:
+    """Read bandwidth and peak arithmetic as `gemma4 bench` measures them, and the rate of OpenBLAS's sgemm."""
+    from gemma4.bench import measure_limits
+
+    limits = measure_limits(threads)
+    return {
+        "read_bytes_per_s": [limits.read_bytes],
+        "f32_ops_per_s": [limits.f32_work],
+        "int8_ops_per_s": [limits.int8_work],
+        "flops": [sgemm_flops()],
+    }
 
 
-def peak_flops(repeats: int = 8) -> float:
+def sgemm_flops(repeats: int = 8) -> float:
     """Multiply-adds x 2 per second of NumPy's OpenBLAS sgemm on 2048 x 2048, the best of some repeats.
 
     Its thread count is the environment's (OPENBLAS_NUM_THREADS), so run this in a process of its own.

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run one round of each engine in processes of their own, and bring what they report to the same units.
 
-A round is {metric: [samples]}: load_s, prefill_tps and decode_tps (tokens per second), peak_rss (bytes), capture_s.
+A round is {metric: [samples]}: load_s, prefill_tps and decode_tps (tokens per second), deep_decode_tps (after
+`context` tokens), batch_decode_tps (`sequences` together, tokens of all), peak_rss (bytes), capture_s, and of ours
+capture_cost (share of the time that capturing adds) and idle_cpu (share of a core that the loaded model uses).
 """
 
 import json
@@ -25,6 +27,8 @@ class Settings:
     decode: int = 32
     capture: int = 256
     repeats: int = 3
+    context: int = 0
+    sequences: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def python_engine(engine: str, model: Path, precision: str, settings: Settings) 
         "--decode": settings.decode,
         "--capture": settings.capture,
         "--repeats": settings.repeats,
+        "--context": settings.context,
+        "--sequences": settings.sequences,
     }
     command = [sys.executable, worker, engine, *(str(word) for pair in options.items() for word in pair)]
     out, _, _ = run_process(command, settings.threads)
@@ -91,35 +97,74 @@ def python_engine(engine: str, model: Path, precision: str, settings: Settings) 
         "peak_rss": [result["memory"]["VmHWM"]],
         "anonymous": [result["memory"]["RssAnon"]],
         "capture_s": result.get("capture_s", []),
+        "capture_cost": result.get("capture_cost", []),
+        "deep_decode_tps": _rates(result.get("deep_decode_s", []), 1),
+        "batch_decode_tps": _rates(result.get("batch_decode_s", []), settings.sequences),
+        "idle_cpu": [result["idle_cpu"]],
     }
 
 
-def _llama_bench(binary: Path, gguf: Path, settings: Settings, *options: Any) -> tuple[dict[str, Any], float, int]:
-    """One llama-bench test: its JSON record, seconds of the whole process, peak resident set."""
-    words = [binary, "-m", gguf, "-t", settings.threads, "-o", "json", *options]
-    out, seconds, peak = run_process([str(word) for word in words], settings.threads)
-    return json.loads(out)[0], seconds, peak
+def _rates(seconds: list[float], tokens: int) -> list[float]:
+    return [tokens * len(seconds) / sum(seconds)] if seconds else []
 
 
-def llamacpp(folder: Path, gguf: Path, settings: Settings) -> Round:
-    """One round of llama-bench: the prompt, then decoding at that depth, then loading alone.
+@dataclass(frozen=True)
+class Dialect:
+    """How a llama.cpp is spoken to: options of every command, and of decoding n tokens after a depth."""
+
+    options: tuple[Any, ...]
+    decode: Callable[[int, int], tuple[Any, ...]]
+    no_warmup: tuple[Any, ...]
+
+
+UPSTREAM = Dialect((), lambda n, depth: ("-p", 0, "-n", n, "-d", depth), ("--no-warmup",))
+# repacking at load is ik_llama.cpp's fastest setting
+IK = Dialect(("-rtr", 1), lambda n, depth: ("-p", 0, "-n", 0, "-gp", f"{depth},{n}"), ("-w", 0))
+
+
+def llamacpp(folder: Path, gguf: Path, settings: Settings, dialect: Dialect = UPSTREAM) -> Round:
+    """One round of llama-bench: the prompt, then decoding at that depth, then loading alone; if asked for, decoding at
+    a greater depth, and llama-batched-bench.
 
     It reports no load time, so that is the whole process for one token less the token.
     """
-    binary = folder / "llama-bench"
-    prefill, _, peak_prefill = _llama_bench(
-        binary, gguf, settings, "-p", settings.prompt, "-n", 0, "-r", settings.repeats
-    )
-    decode, _, peak_decode = _llama_bench(
-        binary, gguf, settings, "-p", 0, "-n", settings.decode, "-d", settings.prompt, "-r", 1
-    )
-    one, seconds, _ = _llama_bench(binary, gguf, settings, "-p", 0, "-n", 1, "-r", 1, "--no-warmup")
-    return {
+
+    def bench(*words: Any) -> tuple[dict[str, Any], float, int]:
+        command = [folder / "llama-bench", "-m", gguf, "-t", settings.threads, "-o", "json", *dialect.options, *words]
+        out, seconds, peak = run_process([str(word) for word in command], settings.threads)
+        return json.loads(out[out.index("[") :])[0], seconds, peak
+
+    def decode(depth: int) -> tuple[dict[str, Any], float, int]:
+        return bench(*dialect.decode(settings.decode, depth), "-r", 1)
+
+    prefill, _, peak_prefill = bench("-p", settings.prompt, "-n", 0, "-r", settings.repeats)
+    short, _, peak_decode = decode(settings.prompt)
+    one, seconds, _ = bench("-p", 0, "-n", 1, "-r", 1, *dialect.no_warmup)
+    result = {
         "load_s": [seconds - one["avg_ns"] / 1e9],
         "prefill_tps": prefill["samples_ts"],
-        "decode_tps": decode["samples_ts"],
+        "decode_tps": short["samples_ts"],
         "peak_rss": [max(peak_prefill, peak_decode)],
     }
+    if settings.context:
+        result["deep_decode_tps"] = decode(settings.context)[0]["samples_ts"]
+    if settings.sequences:
+        result["batch_decode_tps"] = [_batched(folder, gguf, settings, dialect.options)]
+    return result
+
+
+BATCH_PROMPT = 64  # tokens of each sequence before it is decoded together with the others
+
+
+def _batched(folder: Path, gguf: Path, settings: Settings, options: tuple[Any, ...]) -> float:
+    """Tokens per second of all sequences together, from llama-batched-bench."""
+    n = settings.sequences
+    n_context = n * (512 + settings.decode)  # with less it says nothing
+    sizes = ["-npp", BATCH_PROMPT, "-ntg", settings.decode, "-npl", n, "-c", n_context]
+    command = [folder / "llama-batched-bench", "-m", gguf, "-t", settings.threads, *sizes, *options]
+    out, _, _ = run_process([*map(str, command), "--output-format", "jsonl"], settings.threads)
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    return float(json.loads(lines[-1])["speed_tg"])
 
 
 def find_llama_bench(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from typing import Any
 import cost
 import machine
 import report
-from peers import Peer, Round, Settings, find_llama_bench, llamacpp, python_engine, warm
+from peers import IK, UPSTREAM, Peer, Round, Settings, find_llama_bench, llamacpp, python_engine, warm
 
 
 def arguments() -> argparse.Namespace:
@@ -30,6 +30,7 @@ def arguments() -> argparse.Namespace:
         "--model", type=Path, required=True, help="Hugging Face directory (tools/random_checkpoint.py) or GGUF file"
     )
     parser.add_argument("--llamacpp", type=Path, help="folder of a built llama.cpp; needs --gguf")
+    parser.add_argument("--ik-llamacpp", type=Path, help="folder of a built ik_llama.cpp; needs --gguf")
     parser.add_argument("--gguf", type=Path, help="the same weights as GGUF (default: --model, if that is one)")
     parser.add_argument("--transformers", action="store_true", help="also measure transformers in bfloat16")
     parser.add_argument("--precision", choices=["exact", "fast"], help="of this package (default: the model's own)")
@@ -38,6 +39,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="prompts and captures timed in each round")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--decode", type=int, default=32)
+    parser.add_argument("--context", type=int, default=0, help="also decode after so many tokens (16384); 0: no")
+    parser.add_argument("--sequences", type=int, default=0, help="also decode so many sequences together (10); 0: no")
     parser.add_argument("--capture", type=int, default=256, help="prompt length for the capture of all layers; 0: none")
     parser.add_argument("--json", type=Path, help="write everything measured here")
     parser.add_argument("--plot", type=Path, help="write a bar chart here (PNG)")
@@ -45,8 +48,8 @@ def arguments() -> argparse.Namespace:
     is_gguf = args.model.suffix == ".gguf"
     args.precision = args.precision or ("fast" if is_gguf else "exact")
     args.gguf = args.gguf or (args.model if is_gguf else None)
-    if args.llamacpp and not args.gguf:
-        parser.error("--llamacpp needs --gguf FILE: the same weights for it to run")
+    if (args.llamacpp or args.ik_llamacpp) and not args.gguf:
+        parser.error("llama.cpp needs --gguf FILE: the same weights for it to run")
     if args.transformers and is_gguf:
         parser.error("--transformers needs a Hugging Face directory as --model")
     return args
@@ -57,27 +60,23 @@ def peers(args: argparse.Namespace) -> list[Peer]:
     if not weights:
         raise SystemExit(f"{args.model} is no GGUF file, nor has it *.safetensors")
     found = [Peer(report.OURS, weights, partial(python_engine, "gemma4", args.model, args.precision))]
-    if args.llamacpp:
-        folder = find_llama_bench(args.llamacpp)
-        found.append(Peer("llama.cpp", [args.gguf], partial(llamacpp, folder, args.gguf)))
+    for name, folder, dialect in (("llama.cpp", args.llamacpp, UPSTREAM), ("ik_llama.cpp", args.ik_llamacpp, IK)):
+        if folder:
+            run = partial(llamacpp, find_llama_bench(folder), args.gguf, dialect=dialect)
+            found.append(Peer(name, [args.gguf], run))
     if args.transformers:
         found.append(Peer("transformers", weights, partial(python_engine, "transformers", args.model, "bfloat16")))
     return found
 
 
 def yardsticks(threads: int) -> Round:
-    """Measured here and now: bytes read per second, and float32 operations per second of OpenBLAS's sgemm."""
+    """What the machine does here and now, measured in a process of its own (OpenBLAS reads its thread count once)."""
     environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads)}
-    code = "import machine; print(machine.peak_flops())"
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parent,
-    )
-    return {"read_bytes_per_s": [machine.read_bandwidth(threads)], "flops": [float(out.stdout)]}
+    code = f"import json, machine; print(json.dumps(machine.yardsticks({threads})))"
+    command = [sys.executable, "-c", code]
+    folder = Path(__file__).parent
+    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=folder)
+    return json.loads(out.stdout)
 
 
 def measure(engines: list[Peer], settings: Settings, n_rounds: int) -> dict[str, list[Round]]:
@@ -94,7 +93,15 @@ def measure(engines: list[Peer], settings: Settings, n_rounds: int) -> dict[str,
 
 def main() -> None:
     args = arguments()
-    settings = Settings(args.threads, args.prompt, args.decode, args.capture, args.repeats)
+    settings = Settings(
+        threads=args.threads,
+        prompt=args.prompt,
+        decode=args.decode,
+        capture=args.capture,
+        repeats=args.repeats,
+        context=args.context,
+        sequences=args.sequences,
+    )
     rounds = measure(peers(args), settings, args.rounds)
     work = cost.of_model(args.model, args.prompt)
     summary = report.summarize(rounds)
@@ -103,7 +110,7 @@ def main() -> None:
         "model": {"name": args.model.name} | asdict(work),
         "settings": asdict(settings) | {"precision": args.precision, "rounds": args.rounds},
         "summary": summary,
-        "shares": report.shares(rounds, work),
+        "shares": report.shares(rounds, work, args.precision),
         "rounds": rounds,
     }
     report.show(result, work)

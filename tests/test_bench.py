@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from gemma4.load.dtypes import row_bytes
 from gemma4.profile import ROW_OPS, Limits, OpTotal, Profile
 from gemma4.quantization import quantize
 
+TABLES = {"embedding rows", "per-layer rows"}
 LIMITS = Limits(read_bytes=10e9, f32_work=100e9, int8_work=400e9)
 
 
@@ -180,6 +182,25 @@ def test_printed_profile(random_e, prompt):
     text = str(profile)
     assert "gate, up" in text and "other" in text and "all" in text
     assert str(Profile())  # nothing ran
+
+
+def test_engine_counts_what_the_benchmark_counts(random_dir, random_e, prompt, monkeypatch):
+    """benchmarks/cost.py works from the checkpoint's shapes alone."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import cost
+
+    n = len(prompt)
+    sequence = random_e.new_sequence()
+    with random_e.profile() as prefill:
+        random_e.forward(prompt[:-1], sequence=sequence, logits="last")
+    with random_e.profile() as decode:
+        random_e.forward(prompt[-1:], sequence=sequence)
+    expected = cost.of_model(random_dir, n - 1)
+    assert sum(op.work for op in prefill.ops if op.name not in ROW_OPS | TABLES) == expected.prefill_flops
+    assert (
+        sum(op.streamed for op in decode.ops if op.name not in TABLES) == cost.of_model(random_dir, n).bytes_per_token
+    )
+    assert (expected.kind, expected.has_experts, expected.prefill_int8) == ("BF16", False, 0)
 
 
 # ---- the machine --------------------------------------------------------------------------------------------------
