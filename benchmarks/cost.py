@@ -111,7 +111,7 @@ def of_model(model: Path, context: int) -> Cost:
             if name.startswith(f"layers.{i}."):
                 share = experts if ".experts." in name else 1.0
                 products.add(tensor, share * (n_kv_rows if re.search(r"self_attn\.[kv]_proj", name) else n_rows))
-                per_token += int(tensor.n_bytes * share)
+                per_token += int(tensor.n_bytes * share) if tensor.is_matrix else 0  # vectors stay in a cache
     resident = sum(tensor.n_bytes for name, tensor in tensors.items() if name != PLE_TABLE)
     kv = sum(layer.kv_bytes(context) for layer in layers if not layer.shares_kv)
     kv_read = sum(layer.kv_bytes(context) for layer in layers)
