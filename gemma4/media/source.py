@@ -58,4 +58,5 @@ def open_source(source: FileLike, kind: str) -> BinaryIO:
 
 def reason(error: BaseException) -> str:
     """One line of a decoder's words."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    words = getattr(error, "strerror", None) or str(error)
+    return " ".join(words.split())[:200] or type(error).__name__

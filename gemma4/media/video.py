@@ -21,7 +21,7 @@ from gemma4.media.source import FileLike, is_file, name_of, open_source, reason,
 NUM_FRAMES, FRAME_TOKENS = 32, 70  # frames per video, soft tokens per frame, where nothing else is asked for
 DEFAULT_FPS = 24.0  # where nobody knows: what the prompt's times are then reckoned with
 
-VideoLike: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any] | Seq[Any]
+VideoLike: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[Any] | Seq[Any] | VideoFrames"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,27 +46,22 @@ class VideoFrames:
 def load_video(video: VideoLike, *, num_frames: int = NUM_FRAMES, fps: float | None = None) -> VideoFrames:
     """Frames spread evenly over a video: number i of n is frame i * total // n; all of them if there are fewer.
 
-    video: path, bytes of a file, or frames (an array [n, height, width, 3], or a list of what `load_image` takes).
+    video: path, bytes of a file, or frames (an array [n, height, width, 3], or a list of what `load_image` takes). What
+    this function returned is returned again.
     fps: of frames given one by one, None = 24; a file knows its own. The sound track is not read.
     Raises FormatError (damaged, no video stream, too large), ValueError, OSError, ImportError.
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+    if isinstance(video, VideoFrames):
+        return video
     if is_file(video):
         if fps is not None:
             raise ValueError("fps= goes with frames given one by one; a file says its own")
         return _read_file(video, num_frames)
     if fps is not None and not (np.isfinite(fps) and fps > 0):
         raise ValueError(f"fps must be a number above 0, got {fps}")
-    if isinstance(video, str) or not isinstance(video, Seq | np.ndarray):
-        raise ValueError(f"a video must be a path, bytes or frames, got {type(video).__name__}")
-    if isinstance(video, np.ndarray) and video.ndim != 4:
-        raise ValueError(f"a video array must be [frames, height, width, channels], got {video.shape}")
-    if not len(video):
-        raise FormatError("the video has no frames")
-    indices = sample_indices(len(video), num_frames)
-    frames = [images.load_image(video[index]) for index in indices]
-    return VideoFrames(_same_size(frames), indices, float(fps or DEFAULT_FPS))
+    return _from_frames(video, num_frames, float(fps or DEFAULT_FPS))
 
 
 def preprocess(video: VideoFrames, image_tokens: int = FRAME_TOKENS) -> list[images.ImagePatches]:
@@ -85,11 +80,19 @@ def timestamp(seconds: float) -> str:
     return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
 
 
-def _same_size(frames: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+def _from_frames(video: Any, num_frames: int, fps: float) -> VideoFrames:
+    if not isinstance(video, Seq | np.ndarray):
+        raise ValueError(f"a video must be a path, bytes or frames, got {type(video).__name__}")
+    if isinstance(video, np.ndarray) and video.ndim != 4:
+        raise ValueError(f"a video array must be [frames, height, width, channels], got {video.shape}")
+    if not len(video):
+        raise FormatError("the video has no frames")
+    indices = sample_indices(len(video), num_frames)
+    frames = [images.load_image(video[index]) for index in indices]
     sizes = {frame.shape[:2] for frame in frames}
     if len(sizes) > 1:
         raise ValueError(f"the frames of a video must have one size, got {sorted(sizes)}")
-    return frames
+    return VideoFrames(frames, indices, fps)
 
 
 def _read_file(video: FileLike, num_frames: int) -> VideoFrames:
