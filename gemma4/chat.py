@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +37,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # names a message's
 _TEMPLATE_ERRORS = (  # whatever a template can do wrong
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
+_PLACES = ("<|image|>", "<|audio|>", "<|video|>")  # where a template puts a part that is not text
 _SEAM = "\ue0f4"  # private-use character that marks a cut through a control token
 
 
@@ -123,20 +124,28 @@ def encode_chat(
     messages: Sequence[Mapping[str, Any]],
     *,
     trust_content: bool = True,
+    expand: Callable[[str], str] | None = None,
     **kwargs: Any,
 ) -> NDArray[np.int32]:
     """Messages to token ids, int32 [pos], <bos> exactly once. `kwargs` as in `ChatTemplate.render`.
 
     trust_content=False keeps user and tool messages from writing control tokens: "<|turn>" in them becomes characters.
+    expand: rewrites the rendered prompt, putting media where the template left <|image|>, <|audio|>, <|video|>; in the
+    messages' own text these are characters then.
     """
-    if trust_content:
+    if trust_content and expand is None:
         return tokenizer.encode(template.render(messages, **kwargs))
-    control = sorted((tokenizer.id_to_piece(token) for token in tokenizer.special_ids), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, control)) or r"(?!)")
-    guarded = [_guard(m, pattern) if m.get("role") in ("user", "tool") else m for m in check_messages(messages)]
+    places = _any_of(_PLACES if expand else ())
+    control = places if trust_content else _any_of(tokenizer.id_to_piece(token) for token in tokenizer.special_ids)
+    guarded = [_guard(m, control if m["role"] in ("user", "tool") else places) for m in check_messages(messages)]
+    text = template.render(guarded, **kwargs)
     # A control token cut in two is encoded as two texts, neither of which is one.
-    first, *rest = template.render(guarded, **kwargs).split(_SEAM)
+    first, *rest = (expand(text) if expand else text).split(_SEAM)
     return np.concatenate([tokenizer.encode(first), *(tokenizer.encode(text, bos=False) for text in rest)])
+
+
+def _any_of(pieces: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(pieces, key=len, reverse=True))) or r"(?!)")
 
 
 def _guard(value: Any, pattern: re.Pattern[str]) -> Any:

@@ -6,14 +6,15 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.inputs import PromptLike, check_fits, is_messages, prompt_ids
+from gemma4.inputs import PromptLike, check_fits, is_messages, tokenize_prompt
 from gemma4.interp.cache import ActivationCache, join_caches
 from gemma4.interp.hooks import active_hooks, bind_hooks
+from gemma4.media.prompt import TokenizedPrompt
 from gemma4.sampling import Sample, Sampler, StopCriteria
 from gemma4.sequence import Sequence
 from gemma4.step import Output, Prompt, Want, run_step
@@ -78,6 +79,7 @@ class Track:
     """One prompt on its way."""
 
     index: int  # in the batch
+    prompt: TokenizedPrompt
     buffer: NDArray[np.int32]  # prompt, generated, room for more
     n_ids: int
     n_prompt: int
@@ -98,9 +100,11 @@ class Track:
         """int32 [pos]: prompt and generated."""
         return self.buffer[: self.n_ids]
 
-    def pending(self) -> Prompt:
-        """What the cache does not hold yet: the prompt, later one token."""
-        return Prompt(self.sequence, self.ids[self.sequence.length :], self.index)
+    def pending(self, model: Model) -> Prompt:
+        """What the cache does not hold yet: the prompt, whose media are encoded here, later one token."""
+        start = self.sequence.length
+        soft = self.prompt.soft_rows(model, start) if start < self.n_prompt else None
+        return Prompt(self.sequence, self.ids[start:], self.index, soft)
 
     def accept(self, output: Output) -> list[Piece]:
         """Sample from a step's logits; returns the text that became certain."""
@@ -172,18 +176,19 @@ class Run:
         self.model, self.opts = model, opts
         if opts.sequence is not None:
             opts.sequence.check_usable_by(model)
-        ids = [prompt_ids(model, prompt, tools=opts.tools, think=opts.think) for prompt in prompts]
-        check_fits(max(len(row) for row in ids), model.context_length)
+        options: dict[str, Any] = {"tools": opts.tools, "think": opts.think, "image_tokens": opts.image_tokens}
+        rows = [tokenize_prompt(model, prompt, **options) for prompt in prompts]
+        check_fits(max(len(row) for row in rows), model.context_length)
         self.want = Want(
             logits="last",
             capture=None if opts.capture is None else model.sites.select(opts.capture),
             hooks=bind_hooks(model.sites, [*active_hooks(model), *opts.hooks]),
         )
         self.own_sequences = opts.sequence is None
-        self.tracks = [self._track(i, p, row) for i, (p, row) in enumerate(zip(prompts, ids, strict=True))]
+        self.tracks = [self._track(i, p, row) for i, (p, row) in enumerate(zip(prompts, rows, strict=True))]
 
-    def _track(self, index: int, prompt: PromptLike, ids: NDArray[np.int32]) -> Track:
-        model, opts = self.model, self.opts
+    def _track(self, index: int, prompt: PromptLike, tokenized: TokenizedPrompt) -> Track:
+        model, opts, ids = self.model, self.opts, tokenized.ids
         if opts.sequence is None:
             room = min(opts.max_tokens, model.context_length - len(ids) + 1)  # the last token needs no place
             sequence = model.new_sequence(capacity=len(ids) + room - 1)
@@ -198,8 +203,8 @@ class Run:
         )
         sampler, stops = Sampler(opts.sampling(model), stream=index), opts.stops(model)
         buffer = np.append(ids, np.zeros(room, dtype=np.int32))
-        track = Track(index, buffer, len(ids), len(ids), sequence, sampler, stops, text)
-        track.reused = sequence.rewind_to(ids) if opts.sequence is not None else 0
+        track = Track(index, tokenized, buffer, len(ids), len(ids), sequence, sampler, stops, text)
+        track.reused = sequence.rewind_to(tokenized.keys()) if opts.sequence is not None else 0
         return track
 
     def steps(self) -> Generator[list[list[Piece]], None, None]:
@@ -207,7 +212,7 @@ class Run:
         try:
             while active := [track for track in self.tracks if not track.finish]:
                 start = time.perf_counter()
-                outputs = run_step(self.model, [track.pending() for track in active], self.want)
+                outputs = run_step(self.model, [track.pending(self.model) for track in active], self.want)
                 fresh = {id(track): track.accept(out) for track, out in zip(active, outputs, strict=True)}
                 for track in active:
                     track.spend(time.perf_counter() - start)

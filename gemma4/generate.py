@@ -39,6 +39,7 @@ class Options:
     capture:      sites to keep, as `names` of run_with_cache ("blocks.*.hook_resid_post"); None = nothing
     sequence:     keep the cache here, reusing the longest common prefix with the prompt (chat turns)
     tools, think: for messages, passed to the chat template
+    image_tokens: budget of soft tokens for each image of the messages: 70, 140, 280, 560, 1120
     show_thinking: stream() also yields the pieces of the thinking channel (`piece.channel == "thinking"`)
     """
 
@@ -61,6 +62,7 @@ class Options:
     sequence: Sequence | None = None
     tools: Seq[Mapping[str, Any]] | None = None
     think: bool | None = None
+    image_tokens: int = 280
     show_thinking: bool = False
 
     def __post_init__(self) -> None:
@@ -92,14 +94,16 @@ def generate(model: Model, prompt: PromptLike | Seq[PromptLike], **options: Any)
     """Continue a prompt. Keyword arguments: see `Options`. Returns a Generation, or a list of them for a list.
 
     prompt: text (continued as it is, BOS added once), token ids, chat messages (dicts with "role" and "content", put
-    through the checkpoint's own template), or a list of any of those, decoded together in one step per token.
+    through the checkpoint's own template; content may hold images, sound and video, see docs/media.md), what
+    `Model.to_prompt` made of them, or a list of any of those, decoded together in one step per token.
 
     Raises ValueError (empty prompt, bad option), CapacityError (prompt longer than the context, before anything is
-    computed), StateError (messages without a chat template, text without a tokenizer), KeyboardInterrupt.
+    computed), StateError (messages without a chat template, text without a tokenizer), FormatError (a damaged image or
+    sound), NotImplementedError (media that the model has no encoder for), KeyboardInterrupt.
     """
     opts = Options(**options)
     many = is_prompt_list(prompt)
-    prompts: list[Any] = list(prompt) if many else [prompt]
+    prompts: list[Any] = list(prompt) if many else [prompt]  # type: ignore[arg-type]
     if many and opts.sequence is not None:
         raise ValueError("sequence= goes with one prompt, not a list")
     run = Run(model, prompts, opts)

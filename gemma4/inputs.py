@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a user may pass as tokens, checked and made int32."""
+"""Whatever a user may pass as a prompt, checked and made token ids and soft tokens."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.chat import encode_chat
+from gemma4.chat import check_messages, encode_chat
 from gemma4.errors import CapacityError, StateError
+from gemma4.media.medium import read_media
+from gemma4.media.prompt import SoftRows, TokenizedPrompt, expander, locate
 from gemma4.sequence import Sequence
 from gemma4.step import Prompt
 
 if TYPE_CHECKING:
     from gemma4.model import Model
 
-Single: TypeAlias = str | NDArray[Any] | Seq[int]
+Single: TypeAlias = str | NDArray[Any] | Seq[int] | TokenizedPrompt
 TokensLike: TypeAlias = Single | Seq[Single]
 Messages: TypeAlias = Seq[Mapping[str, Any]]
 PromptLike: TypeAlias = Single | Messages
@@ -39,7 +41,7 @@ class Batch:
 
 def is_batch(ids: TokensLike) -> bool:
     """True for a list of prompts, False for one prompt (text, ids, a 1-D array)."""
-    if isinstance(ids, str):
+    if isinstance(ids, str | TokenizedPrompt):
         return False
     if isinstance(ids, np.ndarray):
         return ids.ndim > 1
@@ -50,7 +52,15 @@ def _is_id(item: object) -> bool:
     return isinstance(item, (int, np.integer)) or (isinstance(item, np.ndarray) and item.ndim == 0)
 
 
-def as_ids(model: Model, prompt: Single, *, bos: bool = True) -> NDArray[np.int32]:
+def as_tokenized(model: Model, prompt: Single, *, bos: bool = True) -> TokenizedPrompt:
+    """One prompt that is text, ids, or tokenized already. Raises as `as_ids`."""
+    if isinstance(prompt, TokenizedPrompt):
+        as_ids(model, prompt.ids)
+        return prompt
+    return TokenizedPrompt(as_ids(model, prompt, bos=bos))
+
+
+def as_ids(model: Model, prompt: str | NDArray[Any] | Seq[int], *, bos: bool = True) -> NDArray[np.int32]:
     """One prompt as int32 [T]. Raises ValueError (empty, id out of range), TypeError (not whole numbers)."""
     ids = model.to_tokens(prompt, bos=bos) if isinstance(prompt, str) else np.asarray(prompt)
     if ids.ndim != 1:
@@ -74,12 +84,17 @@ def as_batch(model: Model, ids: TokensLike, sequence: Sequence | Seq[Sequence] |
     prompts: list[Any] = list(ids) if many else [ids]  # type: ignore[arg-type]
     sequences = _given_sequences(model, sequence, len(prompts), many)
     if sequences is None:
-        rows = [as_ids(model, prompt) for prompt in prompts]
+        rows = [as_tokenized(model, prompt) for prompt in prompts]
         check_fits(max(len(row) for row in rows), model.context_length)
+        soft = [row.soft_rows(model) for row in rows]
         sequences = [model.new_sequence(capacity=len(row)) for row in rows]
-        return Batch(list(map(Prompt, sequences, rows, range(len(rows)))), own=True), many
-    rows = [as_ids(model, prompt, bos=s.length == 0) for prompt, s in zip(prompts, sequences, strict=True)]
-    return Batch(list(map(Prompt, sequences, rows, range(len(rows)))), own=False), many
+        return Batch(_prompts(sequences, rows, soft), own=True), many
+    rows = [as_tokenized(model, prompt, bos=s.length == 0) for prompt, s in zip(prompts, sequences, strict=True)]
+    return Batch(_prompts(sequences, rows, [row.soft_rows(model) for row in rows]), own=False), many
+
+
+def _prompts(sequences: list[Sequence], rows: list[TokenizedPrompt], soft: list[SoftRows | None]) -> list[Prompt]:
+    return list(map(Prompt, sequences, (row.ids for row in rows), range(len(rows)), soft))
 
 
 def _given_sequences(
@@ -103,21 +118,36 @@ def check_fits(n_tokens: int, capacity: int, of: str = "the model's context") ->
         raise CapacityError(f"the prompt has {n_tokens} tokens; {of} is {capacity}. Shorten the prompt.")
 
 
-def prompt_ids(
-    model: Model, prompt: PromptLike, *, tools: Seq[Mapping[str, Any]] | None = None, think: bool | None = None
-) -> NDArray[np.int32]:
-    """Token ids of any kind of prompt: text, ids, chat messages.
+def tokenize_prompt(
+    model: Model,
+    prompt: PromptLike,
+    *,
+    tools: Seq[Mapping[str, Any]] | None = None,
+    think: bool | None = None,
+    image_tokens: int = 280,
+) -> TokenizedPrompt:
+    """Any kind of prompt: text, ids, chat messages, whose images, sounds and videos are read here.
 
-    Raises ValueError for an empty one, StateError for messages without a chat template.
+    Raises ValueError for an empty one, StateError for messages without a chat template, NotImplementedError for media
+    that the model has no encoder for, FormatError for damaged media.
     """
     if not is_messages(prompt):
         if isinstance(prompt, str) and not prompt:
             raise ValueError("empty prompt: there must be at least one token")
-        return as_ids(model, prompt)  # type: ignore[arg-type]
+        return as_tokenized(model, prompt)  # type: ignore[arg-type]
     if model.chat_template is None:
         raise StateError(f"{model.checkpoint.path} has no chat template: pass text or token ids instead of messages")
-    ids = encode_chat(model.tokenizer, model.chat_template, prompt, tools=tools, enable_thinking=think)  # type: ignore[arg-type]
-    return as_ids(model, ids)
+    check_messages(prompt)  # type: ignore[arg-type]
+    media = read_media(prompt, image_tokens=image_tokens, modalities=model.modalities)  # type: ignore[arg-type]
+    ids = encode_chat(
+        model.tokenizer,
+        model.chat_template,
+        prompt,  # type: ignore[arg-type]
+        expand=expander(media) if media else None,
+        tools=tools,
+        enable_thinking=think,
+    )
+    return locate(as_ids(model, ids), media, model.tokenizer)
 
 
 def is_messages(prompt: object) -> bool:

@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine, info
-from gemma4.inputs import TokensLike, as_batch
+from gemma4.inputs import Messages, TokensLike, as_batch, tokenize_prompt
 from gemma4.interp.hooks import Hook, NaNLog, activated, active_hooks, bind_hooks
 from gemma4.interp.sites import Names, SiteTable
 from gemma4.load import Checkpoint, TextConfig, open_checkpoint
 from gemma4.load.checkpoint import EngineTensor
 from gemma4.load.dtypes import is_quantised, stored_rows
+from gemma4.media.cache import EncodedMedia
+from gemma4.media.medium import Modalities
+from gemma4.media.prompt import TokenizedPrompt
 from gemma4.profile import Profile, profiling
 from gemma4.sequence import Sequence, restore
 from gemma4.step import Output, Positions, Want, run_step
@@ -201,6 +204,25 @@ class Model:
             raise ValueError(f"{text!r} is {len(ids)} tokens, not one: {self.tokenizer.str_tokens(ids)}")
         return int(ids[0])
 
+    # -- images, sound, video ------------------------------------------------------------------------------------
+
+    @property
+    def modalities(self) -> Modalities:
+        """What the checkpoint's configuration has encoders for."""
+        return Modalities.of(self.checkpoint.hf_config)
+
+    @cached_property
+    def encoded_media(self) -> EncodedMedia:
+        """Soft tokens of the media seen last, by content."""
+        return EncodedMedia()
+
+    def to_prompt(self, messages: Messages, **options: Any) -> TokenizedPrompt:
+        """Chat messages as `forward`, `run_with_cache` and `generate` take them, with the places of their soft tokens.
+
+        options: tools, think, image_tokens; see `gemma4.inputs.tokenize_prompt`.
+        """
+        return tokenize_prompt(self, messages, **options)
+
     # -- the forward pass ----------------------------------------------------------------------------------------
 
     def new_sequence(self, *, capacity: int = 0, kv_dtype: KVDtype | None = None) -> Sequence:
@@ -216,7 +238,8 @@ class Model:
     ) -> Any:
         """Next-token logits, float32 [n, d_vocab]; a list of prompts gives a list (ragged, never padded).
 
-        ids: token ids, text (BOS is added unless the sequence continues), or a list of those, all run in one step.
+        ids: token ids, text (BOS is added unless the sequence continues), what `to_prompt` made, or a list of those,
+            all run in one step.
         logits: "all", "last", positions within `ids`, or None (nothing is returned; only the sequence grows).
         sequence: continue this cached sequence (one per prompt for a list); None = a fresh one that is dropped.
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError, StateError
+from gemma4.media.prompt import run_start
 
 if TYPE_CHECKING:
     from gemma4._engine import Sequence as EngineSequence
@@ -30,10 +31,13 @@ class Sequence:
     memory back early.
     """
 
-    def __init__(self, model: Model, engine: EngineSequence, tokens: Iterable[int] = ()) -> None:
+    def __init__(
+        self, model: Model, engine: EngineSequence, tokens: Iterable[int] = (), keys: Iterable[int] = ()
+    ) -> None:
         self._model = model
         self._engine = engine
         self._tokens: list[int] = list(tokens)
+        self._keys: list[int] = list(keys)  # token ids, or for soft tokens what they are made of (TokenizedPrompt.keys)
 
     @property
     def length(self) -> int:
@@ -42,7 +46,7 @@ class Sequence:
 
     @property
     def tokens(self) -> NDArray[np.int32]:
-        """int32 [length]: the token ids in the cache (a copy)."""
+        """int32 [length]: the token ids in the cache (a copy); placeholders where images and sounds are."""
         return np.array(self._tokens, dtype=np.int32)
 
     @property
@@ -77,22 +81,24 @@ class Sequence:
 
     def fork(self) -> Sequence:
         """An independent copy; memory is shared until one of the two writes."""
-        return Sequence(self._model, self._engine.fork(), self._tokens)
+        return Sequence(self._model, self._engine.fork(), self._tokens, self._keys)
 
     def truncate(self, length: int) -> None:
         """Forget positions >= length; 0 empties. Raises StateError below `min_truncate`, ValueError above `length`."""
         self._engine.truncate(length)
-        del self._tokens[length:]
+        del self._tokens[length:], self._keys[length:]
 
-    def rewind_to(self, ids: NDArray[np.int32]) -> int:
-        """Keep the longest common prefix with `ids`, short of the last id; returns how many positions were kept.
+    def rewind_to(self, keys: NDArray[np.integer[Any]]) -> int:
+        """Keep the longest common prefix with `keys`, short of the last; returns how many positions were kept.
 
-        The last id is always left to be run, because its logits are wanted. Where sliding layers have forgotten too
+        keys: int [T], token ids, or `TokenizedPrompt.keys()` where there are media: an image is kept whole or not.
+        The last is always left to be run, because its logits are wanted. Where sliding layers have forgotten too
         much to go back that far, everything is dropped.
         """
-        old = self.tokens[: len(ids) - 1]
-        differs = np.flatnonzero(old != ids[: len(old)])
-        keep = int(differs[0]) if len(differs) else len(old)
+        keys = keys.astype(np.int64)
+        old = np.array(self._keys[: len(keys) - 1], dtype=np.int64)
+        differs = np.flatnonzero(old != keys[: len(old)])
+        keep = run_start(keys, int(differs[0]) if len(differs) else len(old))
         if keep < self.length:
             self.truncate(keep if keep >= self.min_truncate else 0)
         return self.length
@@ -101,6 +107,7 @@ class Sequence:
         """Free the cache. Any later use raises StateError; closing twice is fine."""
         self._engine.close()
         self._tokens.clear()
+        self._keys.clear()
 
     def __enter__(self) -> Sequence:
         return self
@@ -122,7 +129,7 @@ class Sequence:
         `Model.restore(path)` of the same weights continues with the same bits.
         """
         state = self._engine.state()
-        arrays: dict[str, NDArray[Any]] = {"tokens": self.tokens}
+        arrays: dict[str, NDArray[Any]] = {"tokens": self.tokens, "keys": np.array(self._keys, dtype=np.int64)}
         firsts: dict[str, int] = {}
         for layer, (first, keys, values) in state["layers"].items():
             firsts[str(layer)] = int(first)
@@ -137,9 +144,11 @@ class Sequence:
         arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
         return _write_atomically(Path(path), arrays)
 
-    def _record(self, ids: NDArray[np.int32], before: int) -> None:
-        """Note which of `ids` the engine took in since the cache held `before` positions."""
-        self._tokens.extend(ids[: self._engine.length - before].tolist())
+    def _record(self, ids: NDArray[np.int32], keys: NDArray[np.int64] | None, before: int) -> None:
+        """Note which of `ids` the engine took in since the cache held `before` positions. keys None: the ids."""
+        taken = self._engine.length - before
+        self._tokens.extend(ids[:taken].tolist())
+        self._keys.extend((ids if keys is None else keys)[:taken].tolist())
 
 
 def restore(model: Model, path: str | os.PathLike[str]) -> Sequence:
@@ -164,6 +173,7 @@ def restore(model: Model, path: str | os.PathLike[str]) -> Sequence:
     except (ValueError, TypeError) as error:
         raise FormatError(f"{path}: the saved cache does not fit this model: {error}") from error
     sequence._tokens = arrays["tokens"].tolist()
+    sequence._keys = arrays["keys"].tolist()
     return sequence
 
 
@@ -173,6 +183,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(arrays.pop("meta").tobytes())
         complete = meta["format"] == _FORMAT and len(arrays["tokens"]) == meta["length"] and meta["model"]
+        keys = arrays.setdefault("keys", arrays["tokens"])  # older files have none
+        complete = complete and keys.shape == arrays["tokens"].shape and keys.dtype.kind == "i"
         wanted = {f"{kind}.{layer}" for kind in "kv" for layer in meta["first_positions"]}
         if not complete or meta["kv_dtype"] not in ("f32", "bf16") or not wanted <= arrays.keys():
             raise ValueError("missing or inconsistent entries")

@@ -14,6 +14,7 @@ from gemma4.errors import CapacityError, StateError
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import HookPoint, SiteHooks, make_edit
 from gemma4.interp.sites import Site
+from gemma4.media.prompt import SoftRows
 from gemma4.profile import step_array
 from gemma4.sequence import Sequence
 
@@ -32,6 +33,7 @@ class Prompt(NamedTuple):
     sequence: Sequence
     ids: I32  # int32 [T], T >= 1
     number: int = 0  # in the user's batch, for hooks; some of its prompts may have finished
+    soft: SoftRows | None = None  # which of them are soft tokens
 
 
 class Output(NamedTuple):
@@ -96,10 +98,11 @@ class _Plan:
         return {site.name: np.zeros(site.shape(rows, keys), dtype=site.dtype) for site in sites}
 
     def run(self) -> Run:
-        sequence, ids = self.prompt.sequence._engine, self.prompt.ids
+        sequence, soft = self.prompt.sequence._engine, self.prompt.soft
+        ids, embeddings = (self.prompt.ids, None) if soft is None else (soft.ids, soft.embeddings)
         if not len(self.rows):
-            return sequence, ids, None, None, None
-        return sequence, ids, None, self.rows, self.logits
+            return sequence, ids, embeddings, None, None
+        return sequence, ids, embeddings, self.rows, self.logits
 
     def taps(self, model: Model, want: Want) -> list[Tap]:
         edits: list[Tap] = [
@@ -157,11 +160,12 @@ def run_step(model: Model, prompts: list[Prompt], want: Want) -> list[Output]:
 def _record(plans: list[_Plan]) -> None:
     for plan in plans:
         if not plan.prompt.sequence.closed:
-            plan.prompt.sequence._record(plan.prompt.ids, plan.before)
+            soft = plan.prompt.soft
+            plan.prompt.sequence._record(plan.prompt.ids, None if soft is None else soft.keys, plan.before)
 
 
 def _check_capacity(prompts: list[Prompt]) -> None:
-    for sequence, ids, _ in prompts:
+    for sequence, ids, *_ in prompts:
         if not sequence.closed and sequence.length + len(ids) > sequence.capacity:
             raise CapacityError(
                 f"{len(ids)} new tokens after {sequence.length} in the cache make {sequence.length + len(ids)}; "

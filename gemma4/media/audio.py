@@ -68,19 +68,27 @@ def log_mel(samples: NDArray[np.floating[Any]]) -> F32:
     """
     samples = check_samples(samples)
     if len(samples) > MAX_SAMPLES:
-        raise ValueError(
-            f"{len(samples) / RATE:.1f} s of audio; at most {MAX_SAMPLES // RATE} s go in at once. Cut it "
-            "(`gemma4 transcribe` and gemma4.media.silence.split do it at silences)."
-        )
+        raise ValueError(too_long(len(samples)))
     if n_frames(len(samples)) < 1:
-        raise ValueError(
-            f"{len(samples)} samples of audio are too few: at least {HOP + 1} ({HOP / RATE * 1000:.0f} ms)"
-        )
+        raise ValueError(too_short(len(samples)))
     padded = np.concatenate([np.zeros(FRAME // 2, np.float32), samples])
     # The reference cuts frames of 321 samples and drops the last: there is no frame without that sample.
     frames = np.lib.stride_tricks.sliding_window_view(padded, FRAME + 1)[::HOP, :-1]
     magnitudes = np.abs(np.fft.rfft(frames * _window(), n=FFT, axis=-1))
     return np.log(magnitudes @ _filters() + MEL_FLOOR).astype(np.float32)
+
+
+def too_long(n_samples: int) -> str:
+    """Why a spectrogram of so many samples is refused."""
+    return (
+        f"{n_samples / RATE:.1f} s of audio; at most {MAX_SAMPLES // RATE} s go in at once. "
+        "Cut it (`gemma4 transcribe` and gemma4.media.silence.split do that at silences)."
+    )
+
+
+def too_short(n_samples: int) -> str:
+    """Why so few samples are refused."""
+    return f"{n_samples} samples of audio at 16 kHz are too few: at least {HOP + 1} ({HOP / RATE * 1000:.0f} ms)"
 
 
 def n_frames(n_samples: int) -> int:

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO, TypeAlias, TypeGuard
 
 from gemma4.errors import FormatError
 
-FileLike: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview
+FileLike: TypeAlias = str | os.PathLike[str] | bytes  # and what is like bytes
+_BYTES = (bytes, bytearray, memoryview)
 _PACKAGES = {"PIL": "Pillow", "soundfile": "soundfile", "soxr": "soxr", "av": "PyAV"}
 
 
@@ -26,21 +27,21 @@ def require(module: str) -> Any:
 
 def is_file(source: object) -> TypeGuard[FileLike]:
     """Whether source is a path or the bytes of a file, not an array or a decoder's object."""
-    return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview)
+    return isinstance(source, (str, os.PathLike, *_BYTES))
 
 
 def name_of(source: object, kind: str) -> str:
     """What errors call it: the path, or "the image" with its size where there is no name."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
-    if isinstance(source, bytes | bytearray | memoryview):
+    if isinstance(source, _BYTES):
         return f"the {kind} ({len(source)} bytes)"
     return f"the {kind}"
 
 
 def open_source(source: FileLike, kind: str) -> BinaryIO:
     """A file object over a path or bytes. Raises OSError (no such file), FormatError (empty), ValueError (a URL)."""
-    if isinstance(source, bytes | bytearray | memoryview):
+    if isinstance(source, _BYTES):
         if not len(source):
             raise FormatError(f"the {kind} is empty: 0 bytes")
         return io.BytesIO(source)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What encoders gave, kept by content: a question that follows does not encode the picture again."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.media.medium import Medium
+
+if TYPE_CHECKING:
+    from gemma4.model import Model
+
+MAX_BYTES = 256 << 20  # a picture of 280 soft tokens is 1.7 MB for E2B, a video of 32 frames 48 MB for 31B
+
+
+class EncodedMedia:
+    """Soft tokens by the digest of their medium; the least recently used go first. Threads may share it."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self._kept.values())
+
+    def get(self, model: Model, medium: Medium) -> NDArray[np.float32]:
+        """float32 [n_runs * run_length, d_model], read-only: from here, or else from the model's encoder."""
+        with self._lock:
+            found = self._kept.get(medium.digest)
+            if found is not None:
+                self._kept.move_to_end(medium.digest)
+                return found
+        made = encode(model, medium)
+        with self._lock:
+            self._kept[medium.digest] = made
+            while self.nbytes > self.max_bytes and len(self._kept) > 1:
+                self._kept.popitem(last=False)
+        return made
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
+
+def encode(model: Model, medium: Medium) -> NDArray[np.float32]:
+    """float32 [n_runs * run_length, d_model], read-only. Raises as the model's encoder does."""
+    encoder = getattr(model, f"encode_{medium.kind}", None)
+    if encoder is None:
+        raise NotImplementedError(f"{medium.name}: this version of gemma4 has no {medium.kind} encoder")
+    options = {"image_tokens": medium.image_tokens} if medium.image_tokens else {}
+    made: NDArray[np.float32] = encoder(medium.content, **options)
+    expected = (medium.n_runs * medium.run_length, model.engine_config["d_model"])
+    if made.shape != expected:
+        raise RuntimeError(f"{medium.name}: the encoder gave {made.shape} where {expected} soft tokens were announced")
+    made = np.ascontiguousarray(made, dtype=np.float32)
+    made.flags.writeable = False
+    return made

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One picture, recording or video of a conversation: read, counted in soft tokens, and told apart by its content.
+
+Ref: transformers models/gemma4/processing_gemma4.py (what stands in the prompt for each)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.errors import FormatError
+from gemma4.media import audio as sounds
+from gemma4.media import image as images
+from gemma4.media import video as videos
+from gemma4.media.source import is_file, name_of
+
+Kind: TypeAlias = Literal["image", "audio", "video"]
+KINDS: tuple[Kind, ...] = ("image", "audio", "video")
+# what a template writes where such a part is; the soft token itself
+PLACEHOLDER: dict[Kind, str] = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"}
+_BEGIN, _END = {"image": "<|image>", "audio": "<|audio>"}, {"image": "<image|>", "audio": "<audio|>"}
+_OPTIONS: dict[str, set[str]] = {
+    "image": {"image_tokens"},
+    "audio": {"rate"},
+    "video": {"image_tokens", "fps", "num_frames"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Modalities:
+    """What a model takes beside text. raw_audio: samples as they are (the unified model), not a spectrogram."""
+
+    image: bool = False
+    audio: bool = False
+    raw_audio: bool = False
+
+    @classmethod
+    def of(cls, hf_config: Mapping[str, Any]) -> Modalities:
+        """From config.json; a GGUF file's metadata names no encoders."""
+        kind = str(hf_config.get("model_type", ""))
+        image, audio = (isinstance(hf_config.get(f"{name}_config"), dict) for name in ("vision", "audio"))
+        return cls(image, audio, audio and kind.startswith("gemma4_unified"))
+
+    def check(self, kind: Kind, name: str) -> None:
+        """Raises NotImplementedError if the model has no encoder for it."""
+        if not (self.audio if kind == "audio" else self.image):
+            known = ["text", *(["images", "video"] if self.image else []), *(["audio"] if self.audio else [])]
+            encoder = "audio" if kind == "audio" else "vision"
+            raise NotImplementedError(f"{name}: this model has no {encoder} encoder, it takes {', '.join(known)}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Medium:
+    """A part of a message that is not text.
+
+    content:      uint8 [height, width, 3] · float32 samples [n] at 16 kHz · VideoFrames
+    image_tokens: budget of a picture, or of each frame; 0 for sound
+    grid:         rows and columns of soft tokens of a picture or of every frame; (1, n) for sound
+    n_runs:       contiguous runs of soft tokens: 1, or the frames of a video
+    digest:       16 bytes that tell contents, budget included, apart
+    """
+
+    kind: Kind
+    name: str
+    content: Any
+    image_tokens: int
+    grid: tuple[int, int]
+    n_runs: int
+    digest: bytes
+
+    @property
+    def run_length(self) -> int:
+        """Soft tokens of one run."""
+        return self.grid[0] * self.grid[1]
+
+    def expansion(self) -> str:
+        """The text that takes the placeholder's place: a soft token for every row that the encoder gives."""
+        soft = PLACEHOLDER[self.kind] * self.run_length
+        if self.kind == "audio":
+            return f"{_BEGIN['audio']}{soft}{_END['audio']}"
+        run = f"{_BEGIN['image']}{soft}{_END['image']}"
+        if self.kind == "image":
+            return run
+        return " ".join(f"{time} {run}" for time in self.content.timestamps)
+
+
+def read_media(
+    messages: Sequence[Mapping[str, Any]], *, modalities: Modalities, image_tokens: int = 280
+) -> list[Medium]:
+    """Every medium of a conversation, in order: parts {"type": "image" | "audio" | "video", that type: what it is, …}.
+
+    image: path, bytes, PIL image, array · image_tokens   audio: path, bytes, array · rate (of an array)
+    video: path, bytes, frames · fps (of frames), num_frames (32), image_tokens (70 a frame)
+    Raises what `load_image`, `load_audio`, `load_video` raise, ValueError for parts that are no such thing, and
+    NotImplementedError for a kind that the model has no encoder for.
+    """
+    found = []
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        for j, part in enumerate(content if isinstance(content, list | tuple) else ()):
+            if isinstance(part, Mapping) and part.get("type") in KINDS:
+                found.append(_read_part(part, f"message {i}, part {j}", image_tokens, modalities))
+    return found
+
+
+def _read_part(part: Mapping[str, Any], where: str, image_tokens: int, modalities: Modalities) -> Medium:
+    kind: Kind = part["type"]
+    source = part.get(kind)
+    if source is None:
+        keys = ", ".join(map(str, part))
+        raise ValueError(f'{where}: a part of type "{kind}" needs "{kind}": a path, bytes or an array; it has {keys}')
+    modalities.check(kind, name_of(source, kind) if is_file(source) else f"{where} ({kind})")
+    if isinstance(source, Medium):
+        return source
+    unknown = set(part) - _OPTIONS[kind] - {"type", kind}
+    if unknown:
+        known = ", ".join(sorted(_OPTIONS[kind]))
+        raise ValueError(f"{where}: no option {min(map(str, unknown))!r} for {kind}; there are {known}")
+    options = {name: part[name] for name in _OPTIONS[kind] if part.get(name) is not None}
+    if kind == "image":
+        return read_image(source, **{"image_tokens": image_tokens, **options})
+    if kind == "audio":
+        return read_audio(source, raw=modalities.raw_audio, **options)
+    return read_video(source, **options)
+
+
+def read_image(image: images.ImageLike, image_tokens: int = 280) -> Medium:
+    """A picture as a part of a message."""
+    pixels = images.load_image(image)
+    height, width = images.target_size(pixels.shape[0], pixels.shape[1], image_tokens)
+    grid = (height // images.SIDE, width // images.SIDE)
+    return Medium("image", name_of(image, "image"), pixels, image_tokens, grid, 1, _digest(image_tokens, pixels))
+
+
+def read_audio(audio: sounds.AudioLike, rate: int | None = None, *, raw: bool = False) -> Medium:
+    """A recording as a part of a message. Raises FormatError if it is too short, or over 30 s for a spectrogram."""
+    samples, name = sounds.load_audio(audio, rate), name_of(audio, "audio")
+    n = -(-len(samples) // sounds.UNIFIED_FRAME) if raw else sounds.n_soft_tokens(len(samples))
+    if not raw and len(samples) > sounds.MAX_SAMPLES:
+        raise FormatError(f"{name}: {sounds.too_long(len(samples))}")
+    if n < 1:
+        raise FormatError(f"{name}: {sounds.too_short(len(samples))}")
+    return Medium("audio", name, samples, 0, (1, n), 1, _digest(int(raw), samples))
+
+
+def read_video(
+    video: videos.VideoLike,
+    *,
+    fps: float | None = None,
+    num_frames: int = videos.NUM_FRAMES,
+    image_tokens: int = videos.FRAME_TOKENS,
+) -> Medium:
+    """A video as a part of a message."""
+    found = videos.load_video(video, fps=fps, num_frames=num_frames)
+    frame = found.frames[0]
+    height, width = images.target_size(frame.shape[0], frame.shape[1], image_tokens)
+    grid = (height // images.SIDE, width // images.SIDE)
+    name = name_of(video, "video") if is_file(video) else "the video"
+    digest = _digest(image_tokens, *found.frames)
+    return Medium("video", name, found, image_tokens, grid, len(found.frames), digest)
+
+
+def _digest(option: int, *arrays: NDArray[Any]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        digest.update(f"{option} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
