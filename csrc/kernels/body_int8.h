@@ -12,72 +12,100 @@
 
 /* ---- decode: a few rows of x, the weights straight from memory, row after row ------------------------------------ */
 
-/* 256 inputs of one weight row: whole numbers by pairs of blocks, scale and minimum of every GROUP. */
+/* Scale and minimum of every GROUP of 256 inputs of a row. */
 typedef struct {
-    i8x32 q[8];
     f32x8 scale[32 / GROUP], min[32 / GROUP];
-} NAME(stretch_);
+} NAME(factors_);
 
 #if BLOCK == 32
-static INLINE NAME(stretch_) NAME(read_stretch_)(const uint8_t *w)
+static INLINE NAME(factors_) NAME(read_factors_)(const uint8_t *w)
 {
-    NAME(stretch_) s;
-    for (int pair = 0; pair < 4; pair++)
-        CONCAT(read_pair_, WEIGHT)(w + pair * 2 * BLOCK_BYTES, s.q + 2 * pair);
+    NAME(factors_) f;
 #if F16_FACTOR
-    s.scale[0] = f8_from_f16(w, BLOCK_BYTES);
-    s.min[0] = HAS_MIN ? f8_mul(f8_from_f16(w + 2, BLOCK_BYTES), f8_set1(-1)) : f8_set1(0);
+    f.scale[0] = f8_from_f16(w, BLOCK_BYTES);
+    f.min[0] = HAS_MIN ? f8_mul(f8_from_f16(w + 2, BLOCK_BYTES), f8_set1(-1)) : f8_set1(0);
 #else
     float scale[8];
     for (int block = 0; block < 8; block++)
         scale[block] = mxfp4_scale(w[block * BLOCK_BYTES]);
-    s.scale[0] = f8_load(scale);
-    s.min[0] = f8_set1(0);
+    f.scale[0] = f8_load(scale);
+    f.min[0] = f8_set1(0);
 #endif
-    return s;
+    return f;
+}
+
+static INLINE void NAME(read_pair_)(const uint8_t *w, int pair, i8x32 q[2])
+{
+    CONCAT(read_pair_of_, WEIGHT)(w + pair * 2 * BLOCK_BYTES, q);
 }
 #else
-static INLINE NAME(stretch_) NAME(read_stretch_)(const uint8_t *w)
+static INLINE NAME(factors_) NAME(read_factors_)(const uint8_t *w)
 {
-    NAME(stretch_) s;
+    NAME(factors_) f;
     block_values v;
     CONCAT(read_, WEIGHT)(w, &v);
-    for (int pair = 0; pair < 8; pair += 2) {
-        s.q[pair] = i8_low_halves(v.q[pair], v.q[pair + 1]);
-        s.q[pair + 1] = i8_high_halves(v.q[pair], v.q[pair + 1]);
-    }
     for (int i = 0; i < 32 / GROUP; i++) {
-        s.scale[i] = f8_load(v.scale + i * 8);
-        s.min[i] = f8_load(v.min + i * 8);
+        f.scale[i] = f8_load(v.scale + i * 8);
+        f.min[i] = f8_load(v.min + i * 8);
     }
-    return s;
+    return f;
+}
+
+/* Of what is read, the compiler drops all but this pair: whole numbers of 256 inputs are half of the registers. */
+static INLINE void NAME(read_pair_)(const uint8_t *w, int pair, i8x32 q[2])
+{
+    block_values v;
+    CONCAT(read_, WEIGHT)(w, &v);
+    q[0] = i8_low_halves(v.q[2 * pair], v.q[2 * pair + 1]);
+    q[1] = i8_high_halves(v.q[2 * pair], v.q[2 * pair + 1]);
 }
 #endif
 
-/* *sum += scales . products of 256 inputs; two sums, because each fma waits 4 cycles for the last. */
-static INLINE void NAME(add_stretch_)(const NAME(stretch_) * s, const int8_t *x, const float *dx, f32x8 sum[2])
+/* sum + the products of two blocks, their first halves and their last ones, with the scales of each of those. */
+static INLINE f32x8 NAME(add_pair_)(const i8x32 q[2], i8x32 first, i8x32 last, f32x8 first_scales, f32x8 last_scales,
+                                    f32x8 sum)
 {
 #if GROUP == 32
-    const f32x8 scales = f8_evens_odds(f8_mul(s->scale[0], f8_load(dx)));
-#define ADD_PAIR(i)                                                                                              \
-    do {                                                                                                         \
-        const i8x32 first = i8_load(x + (i) * 64), last = i8_load(x + (i) * 64 + 32);                            \
-        const i32x8 dot = FIT ? i32_from_pairs(i16_add(i16_pairs(s->q[2 * (i)], first),                          \
-                                                       i16_pairs(s->q[2 * (i) + 1], last)))                      \
-                              : i32_add(i32_fours(s->q[2 * (i)], first), i32_fours(s->q[2 * (i) + 1], last));    \
-        sum[(i) % 2] = f8_fma(f8_spread(scales, i), f8_from_i32(dot), sum[(i) % 2]);                             \
-    } while (0)
+    (void)last_scales;
+    const i32x8 dot = FIT ? i32_from_pairs(i16_add(i16_pairs(q[0], first), i16_pairs(q[1], last)))
+                          : i32_add(i32_fours(q[0], first), i32_fours(q[1], last));
+    return f8_fma(first_scales, f8_from_i32(dot), sum);
 #else
-    const f32x8 first_scales = f8_evens_odds(f8_mul(f8_evens(s->scale[0], s->scale[1]), f8_load(dx)));
-    const f32x8 last_scales = f8_evens_odds(f8_mul(f8_odds(s->scale[0], s->scale[1]), f8_load(dx)));
-#define ADD_PAIR(i)                                                                                              \
-    do {                                                                                                         \
-        const i32x8 first = i32_from_pairs(i16_pairs(s->q[2 * (i)], i8_load(x + (i) * 64)));                     \
-        const i32x8 last = i32_from_pairs(i16_pairs(s->q[2 * (i) + 1], i8_load(x + (i) * 64 + 32)));             \
-        sum[0] = f8_fma(f8_spread(first_scales, i), f8_from_i32(first), sum[0]);                                 \
-        sum[1] = f8_fma(f8_spread(last_scales, i), f8_from_i32(last), sum[1]);                                   \
-    } while (0)
+    sum = f8_fma(first_scales, f8_from_i32(i32_from_pairs(i16_pairs(q[0], first))), sum);
+    return f8_fma(last_scales, f8_from_i32(i32_from_pairs(i16_pairs(q[1], last))), sum);
 #endif
+}
+
+/* sum[i] += the products of 256 inputs of x_i, from `at` on, and w; below[i] += what the minima, or q not being raised, make
+ * of them too much: (min or scale) . sums of x_i. */
+static INLINE void NAME(add_stretch_)(const int m, const g4_int8_rows *x, size_t at, size_t stride, const uint8_t *w,
+                                      f32x8 *sum, f32x8 *below)
+{
+    const NAME(factors_) f = NAME(read_factors_)(w);
+    f32x8 scales[FEW_ROWS][32 / GROUP]; /* lane l of those: l < 4 of the first block of pair l, else of the second */
+    for (int i = 0; i < m; i++) {
+        const size_t at_i = at + (size_t)i * stride;
+        const f32x8 dx = f8_load(x->scale + at_i / 32);
+#if GROUP == 32
+        scales[i][0] = f8_evens_odds(f8_mul(f.scale[0], dx));
+#else
+        scales[i][0] = f8_evens_odds(f8_mul(f8_evens(f.scale[0], f.scale[1]), dx));
+        scales[i][1] = f8_evens_odds(f8_mul(f8_odds(f.scale[0], f.scale[1]), dx));
+#endif
+        const float *sums = (GROUP == 32 ? x->sum32 : x->sum16) + at_i / GROUP;
+        for (int g = 0; g < 32 / GROUP && (HAS_MIN || RAISE != 0); g++)
+            below[i] = f8_fma(HAS_MIN ? f.min[g] : f.scale[g], f8_load(sums + g * 8), below[i]);
+    }
+#define ADD_PAIR(pair)                                                                                \
+    do {                                                                                              \
+        i8x32 q[2];                                                                                   \
+        NAME(read_pair_)(w, pair, q);                                                                 \
+        for (int i = 0; i < m; i++) {                                                                 \
+            const int8_t *xs = x->q + at + (size_t)i * stride + (pair) * 64;                          \
+            sum[i] = NAME(add_pair_)(q, i8_load(xs), i8_load(xs + 32), f8_spread(scales[i][0], pair), \
+                                     f8_spread(scales[i][32 / GROUP - 1], pair), sum[i]);             \
+        }                                                                                             \
+    } while (0)
     ADD_PAIR(0);
     ADD_PAIR(1);
     ADD_PAIR(2);
@@ -85,53 +113,38 @@ static INLINE void NAME(add_stretch_)(const NAME(stretch_) * s, const int8_t *x,
 #undef ADD_PAIR
 }
 
-/* Those of m rows of x, and what the minima, or q not being raised, add too much: below += (min or scale) . sums of x. */
-static INLINE void NAME(add_rows_)(const int m, const NAME(stretch_) * s, const g4_int8_rows *x, size_t at,
-                                   size_t stride, f32x8 sum[][2], f32x8 *below)
-{
-    for (int i = 0; i < m; i++, at += stride) {
-        NAME(add_stretch_)(s, x->q + at, x->scale + at / 32, sum[i]);
-        for (int g = 0; g < 32 / GROUP && (HAS_MIN || RAISE); g++)
-            below[i] = f8_fma(HAS_MIN ? s->min[g] : s->scale[g],
-                              f8_load((GROUP == 32 ? x->sum32 : x->sum16) + at / GROUP + (size_t)g * 8), below[i]);
-    }
-}
-
-/* out[i] = dot(x_i, w) for m rows of x and one of w. */
-static INLINE void NAME(int8_row_)(const int m, const g4_int8_rows *x, const uint8_t *w,
-                                                                  int k, float *out, size_t out_stride)
+/* out[i] = dot(x_i, w) for m rows of x and one of w: rows one after the other are what memory gives fastest. */
+static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const uint8_t *w, int k, float *out,
+                                    size_t out_stride)
 {
     const size_t stride = g4_int8_stride((size_t)k);
-    f32x8 sum[FEW_ROWS][2], below[FEW_ROWS];
+    f32x8 sum[FEW_ROWS], below[FEW_ROWS];
     int l = 0;
     for (int i = 0; i < m; i++)
-        sum[i][0] = sum[i][1] = below[i] = f8_set1(0);
+        sum[i] = below[i] = f8_set1(0);
     for (; l + 256 <= k; l += 256) {
         prefetch_ahead(w + WEIGHTS_IN(l), WEIGHTS_IN(256));
-        const NAME(stretch_) s = NAME(read_stretch_)(w + WEIGHTS_IN(l));
-        NAME(add_rows_)(m, &s, x, (size_t)l, stride, sum, below);
+        NAME(add_stretch_)(m, x, (size_t)l, stride, w + WEIGHTS_IN(l), sum, below);
     }
     if (l < k) { /* x is padded with zeros, too */
         uint8_t padded[WEIGHTS_IN(256)] = {0};
         memcpy(padded, w + WEIGHTS_IN(l), WEIGHTS_IN(k - l));
-        const NAME(stretch_) s = NAME(read_stretch_)(padded);
-        NAME(add_rows_)(m, &s, x, (size_t)l, stride, sum, below);
+        NAME(add_stretch_)(m, x, (size_t)l, stride, padded, sum, below);
     }
     for (int i = 0; i < m; i++)
-        out[(size_t)i * out_stride] =
-            f8_sum(f8_add(sum[i][0], sum[i][1])) - (HAS_MIN ? 1.0f : (float)RAISE) * f8_sum(below[i]);
+        out[(size_t)i * out_stride] = f8_sum(sum[i]) - (HAS_MIN ? 1.0f : (float)RAISE) * f8_sum(below[i]);
 }
 
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
                             size_t out_stride)
 {
     const size_t w_bytes = WEIGHTS_IN(w_stride);
-    for (int j = 0; j < n; j++, w += w_bytes, out++)
+    for (int j = 0; j < n; j++, w += w_bytes)
         switch (m) {
-        case 1: NAME(int8_row_)(1, x, w, k, out, out_stride); break;
-        case 2: NAME(int8_row_)(2, x, w, k, out, out_stride); break;
-        case 3: NAME(int8_row_)(3, x, w, k, out, out_stride); break;
-        default: NAME(int8_row_)(4, x, w, k, out, out_stride); break;
+        case 1: NAME(int8_dots_)(1, x, w, k, out + j, out_stride); break;
+        case 2: NAME(int8_dots_)(2, x, w, k, out + j, out_stride); break;
+        case 3: NAME(int8_dots_)(3, x, w, k, out + j, out_stride); break;
+        default: NAME(int8_dots_)(4, x, w, k, out + j, out_stride); break;
         }
 }
 

@@ -100,7 +100,7 @@ static inline void read_mxfp4(const uint8_t *b, block_values *v)
  * Nibbles come that way almost by themselves. */
 #define TWO_BLOCKS(b, block_bytes, at) i8_load_halves((b) + (at), (b) + (block_bytes) + (at))
 
-static inline void read_pair_q8_0(const uint8_t *b, i8x32 q[2])
+static inline void read_pair_of_q8_0(const uint8_t *b, i8x32 q[2])
 {
     q[0] = TWO_BLOCKS(b, 34, 2);
     q[1] = TWO_BLOCKS(b, 34, 18);
@@ -112,8 +112,8 @@ static inline void split_nibbles(i8x32 nibbles, i8x32 q[2])
     q[1] = i8_bits(nibbles, 4, 15);
 }
 
-static inline void read_pair_q4_0(const uint8_t *b, i8x32 q[2]) { split_nibbles(TWO_BLOCKS(b, 18, 2), q); }
-static inline void read_pair_q4_1(const uint8_t *b, i8x32 q[2]) { split_nibbles(TWO_BLOCKS(b, 20, 4), q); }
+static inline void read_pair_of_q4_0(const uint8_t *b, i8x32 q[2]) { split_nibbles(TWO_BLOCKS(b, 18, 2), q); }
+static inline void read_pair_of_q4_1(const uint8_t *b, i8x32 q[2]) { split_nibbles(TWO_BLOCKS(b, 20, 4), q); }
 
 static inline void add_fifth_bits(const uint8_t *first, const uint8_t *second, i8x32 q[2])
 {
@@ -122,13 +122,13 @@ static inline void add_fifth_bits(const uint8_t *first, const uint8_t *second, i
     q[1] = i8_or(q[1], i8_high_halves(a, b));
 }
 
-static inline void read_pair_q5_0(const uint8_t *b, i8x32 q[2])
+static inline void read_pair_of_q5_0(const uint8_t *b, i8x32 q[2])
 {
     split_nibbles(TWO_BLOCKS(b, 22, 6), q);
     add_fifth_bits(b + 2, b + 22 + 2, q);
 }
 
-static inline void read_pair_q5_1(const uint8_t *b, i8x32 q[2])
+static inline void read_pair_of_q5_1(const uint8_t *b, i8x32 q[2])
 {
     split_nibbles(TWO_BLOCKS(b, 24, 8), q);
     add_fifth_bits(b + 4, b + 24 + 4, q);
@@ -140,13 +140,13 @@ static inline void look_up_pair(const int8_t *table, i8x32 q[2])
     q[1] = i8_lookup(table, q[1]);
 }
 
-static inline void read_pair_iq4_nl(const uint8_t *b, i8x32 q[2])
+static inline void read_pair_of_iq4_nl(const uint8_t *b, i8x32 q[2])
 {
     split_nibbles(TWO_BLOCKS(b, 18, 2), q);
     look_up_pair(iq4_values, q);
 }
 
-static inline void read_pair_mxfp4(const uint8_t *b, i8x32 q[2])
+static inline void read_pair_of_mxfp4(const uint8_t *b, i8x32 q[2])
 {
     split_nibbles(TWO_BLOCKS(b, 17, 1), q);
     look_up_pair(mxfp4_values, q);
