@@ -150,8 +150,9 @@ def test_the_same_seed_says_the_same_words_at_the_same_times() -> None:
     said = speech.sample(random.Random(3), held_out=True, skill="digits")
     assert is_held_out("speech", said.spoken)
     first, again, other = speech.say(said), speech.say(said), speech.say(replace(said, speed=said.speed + 30))
-    assert first.words == again.words
-    assert len(first.samples) == len(again.samples) != len(other.samples)
+    assert [word for word, _, _ in first.words] == [word for word, _, _ in again.words]
+    np.testing.assert_allclose([w[1:] for w in first.words], [w[1:] for w in again.words], atol=0.05)
+    assert first.words[-1][2] - first.words[0][1] > other.words[-1][2] - other.words[0][1] + 0.1, "faster is shorter"
 
 
 def test_resampling_keeps_a_tone_and_drops_what_the_new_rate_cannot_hold() -> None:
@@ -224,8 +225,8 @@ def test_overlap_of_boxes() -> None:
 # --- towers -------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_heads_look_at_their_neighbours(model) -> None:
-    tower = towers.build(TINY, 1).model.vision_tower
+def test_the_first_heads_look_at_their_neighbours() -> None:
+    tower = towers.build(TINY, 0).model.vision_tower  # the seed that is trained from
     side, seen = 15, []
     tower.config._attn_implementation = "eager"
     for layer in tower.encoder.layers:
@@ -234,12 +235,19 @@ def test_the_first_heads_look_at_their_neighbours(model) -> None:
     positions = torch.stack([place % side, place // side], dim=-1)[None]
     with torch.no_grad():
         tower(0.5 + 0.1 * torch.rand(1, side * side, 768), positions)
-    middle = side // 2 * (side + 1)
+    inner = (positions[0] >= 3).all(1) & (positions[0] < side - 3).all(1)
     for weights, offsets in zip(seen, towers.OFFSETS, strict=True):
         for head, offset in enumerate(offsets):
-            if offset is not None:
-                peak = int(weights[0, head, middle].argmax()) - middle
-                assert peak == offset[0] + side * offset[1]
+            if offset is None:
+                continue
+            queries = place[inner]
+            mean = {
+                (x, y): float(weights[0, head, queries, queries + x + side * y].mean())
+                for x in range(-3, 4)
+                for y in range(-3, 4)
+            }
+            assert max(mean, key=mean.__getitem__) == offset
+            assert mean[offset] > 8 / side**2, "eight times what a head that looks everywhere gives"
 
 
 def test_the_towers_leave_the_text_model_alone(model, tokenizer: Tokenizer) -> None:
