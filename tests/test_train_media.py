@@ -20,12 +20,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 import gemma4  # noqa: E402
+import gemma4.media.audio  # noqa: E402
+import gemma4.media.image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 from train_tiny import hints, media_rows, pictures, scenes, skills_media, sounds, speech, towers, video  # noqa: E402
 from train_tiny.evaluate_media import overlap, right  # noqa: E402
 from train_tiny.example import is_held_out  # noqa: E402
+from train_tiny.export_media import calibrate  # noqa: E402
 from train_tiny.train_media import Reader, soft_tokens  # noqa: E402
 
 TINY = Path(gemma4.__file__).parent / "pretrained" / "tiny-e"
@@ -80,7 +83,7 @@ def test_a_scene_follows_from_its_seed_and_held_out_scenes_are_kept_apart() -> N
 
 @pytest.mark.parametrize("budget", [70, 140, 280])
 @pytest.mark.parametrize("size", [(96, 96), (288, 162), (100, 260), (640, 480)])
-def test_patches_are_transformers_own(budget: int, size: tuple[int, int]) -> None:
+def test_patches_are_transformers_and_this_projects(budget: int, size: tuple[int, int]) -> None:
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
     image = scenes.draw(scenes.shape_scene(random.Random(budget))).resize(size)
@@ -91,6 +94,9 @@ def test_patches_are_transformers_own(budget: int, size: tuple[int, int]) -> Non
     assert cut.tokens == expected["num_soft_tokens_per_image"][0]
     torch.testing.assert_close(pixels[0], expected["pixel_values"][0, :n], rtol=0, atol=1e-6)
     assert torch.equal(positions[0], expected["image_position_ids"][0, :n])
+    ours = gemma4.media.image.preprocess(image, budget)
+    np.testing.assert_allclose(pixels[0].numpy(), ours.patches, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(positions[0].numpy(), ours.positions)
 
 
 def test_the_hints_name_what_covers_a_patch() -> None:
@@ -162,6 +168,14 @@ def test_resampling_keeps_a_tone_and_drops_what_the_new_rate_cannot_hold() -> No
     expected = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
     assert len(out) == 16000
     assert np.abs(out - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("samples", [1000, 16000, 23456])
+def test_mel_features_are_this_projects_and_count_the_soft_tokens(samples: int) -> None:
+    waves = np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
+    features = sounds.mel(waves)
+    np.testing.assert_allclose(features, gemma4.media.audio.log_mel(waves), rtol=0, atol=1e-5)
+    assert sounds.tokens(len(features)) == gemma4.media.audio.n_soft_tokens(samples)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------
@@ -248,6 +262,22 @@ def test_the_first_heads_look_at_their_neighbours() -> None:
             }
             assert max(mean, key=mean.__getitem__) == offset
             assert mean[offset] > 8 / side**2, "eight times what a head that looks everywhere gives"
+
+
+@speaks
+def test_calibrated_clipping_holds_what_training_data_has_and_clips_what_is_far_outside(tokenizer: Tokenizer) -> None:
+    clipped, free = towers.build(TINY, 0, clipped=True).eval(), towers.build(TINY, 0).eval()
+    calibrate(clipped, tokenizer, steps=1, seed=5)
+    rows = media_rows.batch(tokenizer, 5, 0, real=0.8, kinds=("pictures", "videos", "speech"))
+    linear = clipped.model.vision_tower.encoder.layers[0].mlp.gate_proj
+    assert 0 < float(linear.input_max) < 100
+    assert -100 < float(linear.output_min) < 0
+    assert float(linear.input_max) == float(linear.input_max.to(torch.bfloat16))
+    with torch.no_grad():
+        for with_bounds, without in zip(soft_tokens(clipped, rows)[:1], soft_tokens(free, rows)[:1], strict=True):
+            assert torch.equal(with_bounds, without)
+        huge = torch.full((1, 96), 1e4)
+        assert torch.equal(linear(huge), linear(linear.input_max.expand(1, 96)))
 
 
 def test_the_towers_leave_the_text_model_alone(model, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Add trained towers to a text model's directory: weights in bf16, config.json.
+
+    python -m train_tiny.export_media --model ../gemma4/pretrained/tiny-e --run RUN --out DIR
+
+The towers' linear layers get the clipping bounds that E2B's have: what they took in and gave out in `calibrate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import Gemma4ForConditionalGeneration
+from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
+
+from . import media_rows
+from .export import settings
+from .towers import build
+from .train_media import soft_tokens
+
+COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "README.md")
+
+
+def _widen(module: Gemma4ClippableLinear, side: str, values: Tensor) -> None:
+    """Let the bounds of "input" or "output" hold these values, in numbers that bf16 has."""
+    low, high = getattr(module, f"{side}_min"), getattr(module, f"{side}_max")
+    for bound, value in ((low, values.min()), (high, values.max())):
+        outward = 1.01 * value  # bf16 has 8 bits: rounding moves less than this
+        outward = outward.to(torch.bfloat16).float()
+        bound.copy_(torch.minimum(bound, outward) if bound is low else torch.maximum(bound, outward))
+
+
+@torch.no_grad()
+def calibrate(model: Gemma4ForConditionalGeneration, tokenizer: Tokenizer, steps: int, seed: int = 99) -> None:
+    """Set every clipping bound to the range seen on `steps` batches of training data: nothing there is clipped."""
+    handles = []
+    for module in model.modules():
+        if isinstance(module, Gemma4ClippableLinear):
+            for name in ("input", "output"):
+                getattr(module, f"{name}_min").zero_()
+                getattr(module, f"{name}_max").zero_()
+            module.use_clipped_linears = False
+
+            def watch(linear: nn.Module, inputs: tuple[Tensor], output: Tensor, owner: nn.Module = module) -> None:
+                _widen(owner, "input", inputs[0])  # type: ignore[arg-type]
+                _widen(owner, "output", output)  # type: ignore[arg-type]
+
+            handles.append(module.linear.register_forward_hook(watch))
+    for step in range(steps):
+        soft_tokens(model, media_rows.batch(tokenizer, seed, step, real=0.8, kinds=("pictures", "videos", "speech")))
+    for handle in handles:
+        handle.remove()
+    for module in model.modules():
+        if isinstance(module, Gemma4ClippableLinear):
+            module.use_clipped_linears = True
+
+
+def export(directory: Path, run: Path, out: Path, steps: int = 20) -> None:
+    """Write the checkpoint directory. The card's scores are the text model's until they are measured again."""
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    model = build(directory, 0, clipped=True)
+    state = torch.load(run / "media.pt", map_location="cpu", weights_only=True)
+    missing, unexpected = model.load_state_dict(state["model"], strict=False)
+    if unexpected or any(not key.endswith(("_min", "_max")) for key in missing):
+        raise ValueError(f"{run}: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    calibrate(model.eval(), tokenizer, steps)
+    weights = {
+        key: value.to(torch.bfloat16).contiguous()
+        for key, value in model.state_dict().items()
+        if key != "lm_head.weight" and not key.endswith("embed_scale")
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
+    (out / "config.json").write_text(json.dumps(settings(model.config, tokenizer), indent=2) + "\n", encoding="utf-8")
+    for name in COPIED:
+        if (directory / name).exists():
+            shutil.copyfile(directory / name, out / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Export a small model with its towers.")
+    parser.add_argument("--model", type=Path, required=True, help="the text model's directory")
+    parser.add_argument("--run", type=Path, required=True, help="training folder (media.pt)")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    export(arguments.model, arguments.run, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
