@@ -149,4 +149,55 @@ typedef struct {
 g4_status g4_step(g4_model *model, const g4_run *runs, int n_runs, const g4_tap *taps, int n_taps,
                   const g4_step_options *options, g4_error *err);
 
+/* ---- encoders of images and audio ---------------------------------------------------------------------------------- */
+
+typedef enum {
+    G4_VISION_TOWER,
+    G4_VISION_EMBEDDER, /* without a tower: a patch is a soft token */
+    G4_AUDIO_TOWER,
+    G4_AUDIO_EMBEDDER /* without a tower: a frame of samples is a soft token */
+} g4_encoder_kind;
+
+/* Sizes that a kind does not have are 0. */
+typedef struct {
+    g4_encoder_kind kind;
+    int d_in;            /* values of an input row: a patch's pixels, a frame's mel bins or samples */
+    int d_model, d_soft; /* width of the tower, and of what enters the projection */
+    int d_out;           /* d_model of the text model */
+    int n_layers, n_heads, n_kv_heads, head_dim, d_mlp;
+    int n_positions, pool; /* positions of each axis; patches that a soft token averages along each axis */
+    bool clipped, standardize;
+    float rms_norm_eps;
+    const float *rope_inv_freq; /* [head_dim / 4] angular frequencies of either axis; copied by g4_encoder_new */
+    int conv_channels[2], conv_kernel;
+    int context_left, context_right, chunk; /* audio attention, as in the config of transformers */
+    float logit_cap, residual_weight, gradient_clipping;
+} g4_encoder_config;
+
+typedef struct g4_encoder g4_encoder;
+
+/* One image, video frame or recording. */
+typedef struct {
+    int n_rows;
+    const float *rows;        /* [n_rows, d_in] patches in 0..1, log-mel frames or frames of samples */
+    const int32_t *positions; /* [n_rows, 2] x and y of each patch; NULL for audio */
+    float *soft;              /* [g4_encoder_soft_tokens, d_out] */
+} g4_medium;
+
+/* The model lends its threads and must outlive the encoder. */
+g4_status g4_encoder_new(g4_model *model, const g4_encoder_config *config, const g4_named_tensor *tensors,
+                         size_t n_tensors, g4_encoder **encoder, g4_error *err);
+void g4_encoder_free(g4_encoder *encoder);
+const g4_encoder_config *g4_encoder_config_of(const g4_encoder *encoder);
+size_t g4_encoder_weight_bytes(const g4_encoder *encoder);
+int g4_encoder_soft_tokens(const g4_encoder_config *config, int n_rows);
+
+bool g4_encoder_site_exists(const g4_encoder_config *config, g4_site site, int layer);
+int g4_encoder_site_shape(const g4_encoder_config *config, g4_site site, int n_rows, int64_t shape[G4_MAX_DIMS]);
+
+/* All media in one ragged pass, without padding. A tap's run is the medium; it copies all rows. Threads may share an
+ * encoder. */
+g4_status g4_encode(const g4_encoder *encoder, const g4_medium *media, int n_media, const g4_tap *taps, int n_taps,
+                    int (*poll)(void *context), void *poll_context, g4_error *err);
+
 #endif

@@ -121,6 +121,52 @@ class Sequence:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Into an empty sequence of the same model and kv_dtype. Raises ValueError on any mismatch."""
 
+class EncoderConfig(TypedDict):
+    """Sizes that a kind does not have are 0."""
+
+    kind: str  # "vision_tower", "vision_embedder", "audio_tower", "audio_embedder"
+    d_in: int  # values of an input row: a patch's pixels, a frame's mel bins or samples
+    d_soft: int  # width of what enters the projection
+    d_out: int  # d_model of the text model
+    rms_norm_eps: float
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_mlp: int
+    clipped: bool
+    n_positions: int
+    pool: int
+    standardize: bool
+    rope_inv_freq: F32  # [head_dim / 4], of either axis
+
+# rows float32 [n, d_in] (patches in 0..1, log-mel frames, frames of samples) · positions int32 [n, 2] (x, y of each
+# patch; None for audio) · where the soft tokens go, float32 [soft_tokens(n), d_out]
+Medium: TypeAlias = tuple[F32, I32 | None, F32]
+
+# site id · layer (0 for sites of the whole encoder) · index of the medium · where it goes, with the site's dims, or a
+# callable that edits it as in Tap
+EncoderTap: TypeAlias = tuple[int, int, int, NDArray[Any] | Callable[[NDArray[Any]], Any]]
+
+class Encoder:
+    def __init__(self, model: Model, config: EncoderConfig, tensors: Tensors) -> None:
+        """An image or audio encoder that computes on the model's threads. tensors: names as in Hugging Face files,
+        without the folder ("encoder.layers.0.mlp.up_proj.linear.weight", "embedding_projection.weight").
+        Raises FormatError and ValueError as Model does.
+        """
+    weight_bytes: int
+    def sites(self) -> list[tuple[str, int, int, tuple[str | int, ...]]]:
+        """As Model.sites(); dims: "T", "S" rows inside the encoder, "N" soft tokens, "U" half the input rows."""
+    def soft_tokens(self, n_rows: int) -> int:
+        """Soft tokens of a medium of so many input rows."""
+    def encode(self, media: Seq[Medium], taps: Seq[EncoderTap] = ()) -> None:
+        """All media in one ragged pass; each one's numbers do not depend on its company.
+
+        Raises ValueError (positions out of range, a grid that does not pool), KeyboardInterrupt, and what an edit
+        raises.
+        """
+
 def cpu_info() -> dict[str, Any]:
     """{"isa": active level, "available": [...], "threads": default count, "blas": config string or ""}"""
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gemma4.inputs import PromptLike, check_fits, is_messages, tokenize_prompt
 from gemma4.interp.cache import ActivationCache, join_caches
-from gemma4.interp.hooks import active_hooks, bind_hooks
+from gemma4.interp.hooks import active_hooks, bind_hooks, hooks_of
 from gemma4.media.prompt import TokenizedPrompt
 from gemma4.sampling import Sample, Sampler, StopCriteria
 from gemma4.sequence import Sequence
@@ -182,7 +182,7 @@ class Run:
         self.want = Want(
             logits="last",
             capture=None if opts.capture is None else model.sites.select(opts.capture),
-            hooks=bind_hooks(model.sites, [*active_hooks(model), *opts.hooks]),
+            hooks=bind_hooks(model.sites, hooks_of([*active_hooks(model), *opts.hooks])),
         )
         self.own_sequences = opts.sequence is None
         self.tracks = [self._track(i, p, row) for i, (p, row) in enumerate(zip(prompts, rows, strict=True))]

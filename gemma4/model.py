@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine, info
+from gemma4.encoders import Encoder
 from gemma4.inputs import Messages, TokensLike, as_batch, tokenize_prompt
-from gemma4.interp.hooks import Hook, NaNLog, activated, active_hooks, bind_hooks
+from gemma4.interp.hooks import Hook, NaNLog, activated, active_hooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, SiteTable
 from gemma4.load import Checkpoint, TextConfig, open_checkpoint
 from gemma4.load.checkpoint import EngineTensor
 from gemma4.load.dtypes import is_quantised, stored_rows
+from gemma4.load.encoder_config import MODALITIES
 from gemma4.media.cache import EncodedMedia
 from gemma4.media.medium import Modalities
 from gemma4.media.prompt import TokenizedPrompt
@@ -299,7 +301,11 @@ class Model:
         Hooks of outer blocks act first; captured values are those after all edits.
         """
         hooks = list(hooks)
-        bind_hooks(self.sites, hooks)  # a wrong name is an error here, not at the first forward pass
+        bind_hooks(self.sites, hooks_of(hooks))  # a wrong name is an error here, not at the first forward pass
+        for modality in MODALITIES:
+            if any(not callable(names) for names, _ in hooks_of(hooks, f"{modality}.")):
+                encoder: Encoder = getattr(self, modality)
+                bind_hooks(encoder.sites, hooks_of(hooks, f"{modality}."))
         return activated(self, hooks)
 
     def profile(self) -> AbstractContextManager[Profile]:
@@ -315,11 +321,23 @@ class Model:
         self, ids: TokensLike, want: Want, sequence: Sequence | list[Sequence] | None
     ) -> tuple[list[Output], bool]:
         batch, many = as_batch(self, ids, sequence)
-        want.hooks = bind_hooks(self.sites, active_hooks(self), stop_at_layer=want.stop_at_layer)
+        want.hooks = bind_hooks(self.sites, hooks_of(active_hooks(self)), stop_at_layer=want.stop_at_layer)
         try:
             return run_step(self, batch.prompts, want), many
         finally:
             batch.close()
+
+    # -- images and audio ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def vision(self) -> Encoder:
+        """The image encoder, bound at first use. Raises StateError if the checkpoint has none."""
+        return Encoder(self, "vision")
+
+    @cached_property
+    def audio(self) -> Encoder:
+        """The audio encoder, bound at first use. Raises StateError if the checkpoint has none."""
+        return Encoder(self, "audio")
 
     # -- generation ----------------------------------------------------------------------------------------------
 

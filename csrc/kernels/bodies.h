@@ -23,6 +23,7 @@ static INLINE void prefetch_ahead(const void *p, size_t n_bytes)
 
 #include "kernels/body_math.h"
 #include "kernels/body_rows.h"
+#include "kernels/body_panel.h"
 #include "kernels/body_tile.h"
 #include "kernels/body_int8_tile.h"
 #include "kernels/formats.h"

@@ -74,6 +74,64 @@ static void gelu(float *out, const float *x, int n)
 #undef STEP
 }
 
+static void glu(float *out, const float *x, const float *gate, int n)
+{
+    const f32x16 one = x16_set1(1), zero = x16_set1(0);
+#define STEP(load, store) store(out + i, x16_div(load(x + i), x16_add(one, x16_exp(x16_sub(zero, load(gate + i))))));
+    LANEWISE_KERNEL(n, STEP);
+#undef STEP
+}
+
+static void clamp(float *out, const float *x, float low, float high, int n)
+{
+    const f32x16 least = x16_set1(low), most = x16_set1(high);
+#define STEP(load, store)                                                   \
+    {                                                                       \
+        f32x16 v = load(x + i);                                             \
+        store(out + i, x16_if_nan(v, v, x16_min(x16_max(v, least), most))); \
+    }
+    LANEWISE_KERNEL(n, STEP);
+#undef STEP
+}
+
+static void mul_add(float *y, const float *a, const float *x, int n)
+{
+#define STEP(load, store) store(y + i, x16_fma(load(a + i), load(x + i), load(y + i)));
+    LANEWISE_KERNEL(n, STEP);
+#undef STEP
+}
+
+/* Sum of (x - shift) or of its square, on 16 lanes. */
+static float sum_shifted(const float *x, float shift, bool squared, int n)
+{
+    const f32x16 minus = x16_set1(shift), one = x16_set1(1);
+    f32x16 sum = x16_set1(0);
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        f32x16 d = x16_sub(x16_load(x + i), minus);
+        sum = x16_fma(d, squared ? d : one, sum);
+    }
+    if (i < n) {
+        float rest[16];
+        x16_store(rest, x16_sub(x16_load_some(x + i, n - i), minus));
+        f32x16 d = x16_load_some(rest, n - i);
+        sum = x16_fma(d, squared ? d : one, sum);
+    }
+    return x16_sum(sum);
+}
+
+static void layer_norm(float *out, const float *x, const float *gain, const float *bias, float eps, int n)
+{
+    const float mean = sum_shifted(x, 0, false, n) / (float)n;
+    const float variance = sum_shifted(x, mean, true, n) / (float)n;
+    const f32x16 m = x16_set1(mean), r = x16_set1(1.0f / sqrtf(variance + eps));
+#define STEP(load, store) store(out + i, x16_mul(x16_mul(x16_sub(load(x + i), m), r), load(gain + i)));
+    LANEWISE_KERNEL(n, STEP);
+#undef STEP
+    if (bias)
+        add(out, out, bias, n);
+}
+
 static void softcap(float *x, float cap, int n)
 {
     const f32x16 c = x16_set1(cap);

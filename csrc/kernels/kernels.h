@@ -3,6 +3,7 @@
 #ifndef GEMMA4_KERNELS_KERNELS_H
 #define GEMMA4_KERNELS_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 

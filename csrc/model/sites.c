@@ -3,7 +3,23 @@
 
 #include "model/config.h"
 
-typedef enum { MODEL, LAYER, KV, VPROJ, PLE_MODEL, PLE, MOE, SOFTCAP } presence;
+typedef enum {
+    MODEL,
+    LAYER,
+    KV,
+    VPROJ,
+    PLE_MODEL,
+    PLE,
+    MOE,
+    SOFTCAP,
+    VISION, /* from here on those of encoders */
+    VISION_LAYER,
+    EMBEDDER,
+    SOFT,
+    AUDIO,
+    AUDIO_LAYER,
+    AUDIO_SOFT
+} presence;
 
 typedef struct {
     const char *name, *dims;
@@ -28,8 +44,16 @@ const char *g4_site_dims(g4_site site)
 
 bool g4_site_is_per_layer(g4_site site)
 {
-    presence when = sites[site].when;
-    return when != MODEL && when != PLE_MODEL && when != SOFTCAP;
+    switch (sites[site].when) {
+    case LAYER:
+    case KV:
+    case VPROJ:
+    case PLE:
+    case MOE:
+    case VISION_LAYER:
+    case AUDIO_LAYER: return true;
+    default: return false;
+    }
 }
 
 bool g4_site_is_int32(g4_site site)
@@ -39,7 +63,7 @@ bool g4_site_is_int32(g4_site site)
 
 bool g4_site_exists(const g4_config *config, g4_site site, int layer)
 {
-    if (layer < 0 || layer >= (g4_site_is_per_layer(site) ? config->n_layers : 1))
+    if (sites[site].when >= VISION || layer < 0 || layer >= (g4_site_is_per_layer(site) ? config->n_layers : 1))
         return false;
     switch (sites[site].when) {
     case KV: return g4_computes_kv(config, layer);
@@ -78,5 +102,70 @@ int g4_site_shape(const g4_config *config, g4_site site, int layer, int n_rows, 
     int n_dims = (int)strlen(dims);
     for (int i = 0; i < n_dims; i++)
         shape[i] = axis_size(config, &config->layers[layer], dims[i], n_rows, n_keys);
+    return n_dims;
+}
+
+/* ---- encoders ------------------------------------------------------------------------------------------------------ */
+
+bool g4_encoder_site_exists(const g4_encoder_config *config, g4_site site, int layer)
+{
+    if (layer < 0 || layer >= (g4_site_is_per_layer(site) ? config->n_layers : 1))
+        return false;
+    switch (sites[site].when) {
+    case VISION:
+    case VISION_LAYER: return config->kind == G4_VISION_TOWER;
+    case EMBEDDER: return config->kind == G4_VISION_EMBEDDER;
+    case SOFT: return config->kind == G4_VISION_TOWER || config->kind == G4_VISION_EMBEDDER;
+    case AUDIO:
+    case AUDIO_LAYER: return config->kind == G4_AUDIO_TOWER;
+    case AUDIO_SOFT: return config->kind == G4_AUDIO_TOWER || config->kind == G4_AUDIO_EMBEDDER;
+    default: return false;
+    }
+}
+
+/* Of a convolution of stride 2 over n values, one value of padding on each side. */
+static int halved(int n)
+{
+    return (n + 1) / 2;
+}
+
+int g4_encoder_soft_tokens(const g4_encoder_config *config, int n_rows)
+{
+    switch (config->kind) {
+    case G4_VISION_TOWER: return n_rows / (config->pool * config->pool);
+    case G4_AUDIO_TOWER: return halved(halved(n_rows));
+    default: return n_rows;
+    }
+}
+
+static int64_t encoder_axis_size(const g4_encoder_config *c, char letter, int n_rows)
+{
+    switch (letter) {
+    case 'T':
+    case 'S': return c->kind == G4_AUDIO_TOWER ? g4_encoder_soft_tokens(c, n_rows) : n_rows;
+    case 'N': return g4_encoder_soft_tokens(c, n_rows);
+    case 'U': return halved(n_rows);
+    case 'B': return halved(c->d_in);
+    case 'b': return halved(halved(c->d_in));
+    case 'C': return c->conv_channels[0];
+    case 'c': return c->conv_channels[1];
+    case 'X': return c->d_in;
+    case 'D': return c->d_model;
+    case 'I': return c->d_soft;
+    case 'O': return c->d_out;
+    case 'H': return c->n_heads;
+    case 'K': return c->n_kv_heads;
+    case 'h': return c->head_dim;
+    case 'F': return c->d_mlp;
+    default: return 1;
+    }
+}
+
+int g4_encoder_site_shape(const g4_encoder_config *config, g4_site site, int n_rows, int64_t shape[G4_MAX_DIMS])
+{
+    const char *dims = sites[site].dims;
+    int n_dims = (int)strlen(dims);
+    for (int i = 0; i < n_dims; i++)
+        shape[i] = encoder_axis_size(config, dims[i], n_rows);
     return n_dims;
 }

@@ -2,28 +2,21 @@
 #include "model/weights.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
+#include "model/bind.h"
 #include "model/config.h"
 
-typedef enum { MATRIX, VECTOR } kind;
-typedef enum { ALWAYS, OWN_KV, OWN_V, IF_PLE, IF_MOE } condition;
+#define MATRIX G4_BIND_MATRIX
+#define VECTOR G4_BIND_VECTOR
 
-typedef struct {
-    const char *name;
-    size_t offset; /* of the member it fills */
-    kind kind;
-    const char *axes; /* axes separated by spaces, each a product of the letters of base/tensor.h and digits */
-    condition when;
-    g4_op op; /* of a matrix */
-} row;
+typedef enum { ALWAYS, OWN_KV, OWN_V, IF_PLE, IF_MOE } condition;
 
 #define MODEL(member) offsetof(g4_weights, member)
 #define LAYER(member) offsetof(g4_layer_weights, member)
 
 /* clang-format off */
-static const row model_rows[] = {
+static const g4_bind_row model_rows[] = {
     {"embed_tokens.weight",               MODEL(embed),            MATRIX, "V D",   ALWAYS, G4_OP_EMBED},
     {"norm.weight",                       MODEL(final_norm),       VECTOR, "D",     ALWAYS, G4_OP_OTHER},
     {"embed_tokens_per_layer.weight",     MODEL(ple_table),        MATRIX, "W LP",  IF_PLE, G4_OP_PLE_TABLE},
@@ -31,7 +24,7 @@ static const row model_rows[] = {
     {"per_layer_projection_norm.weight",  MODEL(ple_context_norm), VECTOR, "P",     IF_PLE, G4_OP_OTHER},
 };
 
-static const row layer_rows[] = {
+static const g4_bind_row layer_rows[] = {
     {"input_layernorm.weight",              LAYER(ln1),              VECTOR, "D",     ALWAYS, G4_OP_OTHER},
     {"post_attention_layernorm.weight",     LAYER(ln1_post),         VECTOR, "D",     ALWAYS, G4_OP_OTHER},
     {"pre_feedforward_layernorm.weight",    LAYER(ln2),              VECTOR, "D",     ALWAYS, G4_OP_OTHER},
@@ -59,27 +52,21 @@ static const row layer_rows[] = {
 };
 /* clang-format on */
 
-static const row head_row = {"lm_head.weight", MODEL(head), MATRIX, "V D", ALWAYS, G4_OP_HEAD};
+static const g4_bind_row head_row = {"lm_head.weight", MODEL(head), MATRIX, "V D", ALWAYS, G4_OP_HEAD};
 
 /* Gate rows first within an expert, or each in a tensor of its own (older GGUF). */
-static const row gate_up_row = {"experts.gate_up_proj", LAYER(experts_gate), MATRIX, "E 2M D", IF_MOE,
-                                G4_OP_EXPERTS_GATE_UP};
-static const row gate_row = {"experts.gate_proj", LAYER(experts_gate), MATRIX, "E M D", IF_MOE, G4_OP_EXPERTS_GATE_UP};
-static const row up_row = {"experts.up_proj", LAYER(experts_up), MATRIX, "E M D", IF_MOE, G4_OP_EXPERTS_GATE_UP};
+static const g4_bind_row gate_up_row = {"experts.gate_up_proj", LAYER(experts_gate), MATRIX, "E 2M D", IF_MOE,
+                                        G4_OP_EXPERTS_GATE_UP};
+static const g4_bind_row gate_row = {"experts.gate_proj",  LAYER(experts_gate), MATRIX, "E M D", IF_MOE,
+                                     G4_OP_EXPERTS_GATE_UP};
+static const g4_bind_row up_row = {"experts.up_proj",    LAYER(experts_up), MATRIX, "E M D", IF_MOE,
+                                   G4_OP_EXPERTS_GATE_UP};
 
 enum { N_MODEL_ROWS = sizeof model_rows / sizeof *model_rows, N_LAYER_ROWS = sizeof layer_rows / sizeof *layer_rows };
 
-typedef struct {
-    const g4_config *config;
-    const g4_named_tensor **sorted;
-    size_t n_tensors;
-    g4_arena *arena;
-    size_t n_bytes;
-    g4_error *err;
-} binder;
-
-static int64_t letter_size(const g4_config *c, const g4_layer_config *layer, char letter)
+static int64_t letter_size(const void *config, int layer, char letter)
 {
+    const g4_config *c = config;
     switch (letter) {
     case 'D': return c->d_model;
     case 'V': return c->d_vocab;
@@ -89,28 +76,13 @@ static int64_t letter_size(const g4_config *c, const g4_layer_config *layer, cha
     case 'H': return c->n_heads;
     case 'E': return c->n_experts;
     case 'M': return c->d_expert;
-    case 'K': return layer->n_kv_heads;
-    case 'h': return layer->head_dim;
-    case 'F': return layer->d_mlp;
-    default: return letter - '0';
+    case 'K': return c->layers[layer].n_kv_heads;
+    case 'h': return c->layers[layer].head_dim;
+    default: return c->layers[layer].d_mlp; /* F */
     }
 }
 
-static int expected_shape(const g4_config *c, const g4_layer_config *layer, const char *axes,
-                          int64_t shape[G4_MAX_DIMS])
-{
-    int n = 0;
-    shape[0] = 1;
-    for (; *axes; axes++) {
-        if (*axes == ' ')
-            shape[++n] = 1;
-        else
-            shape[n] *= letter_size(c, layer, *axes);
-    }
-    return n + 1;
-}
-
-static bool is_wanted(const g4_config *c, int layer, condition when)
+static bool is_wanted(const g4_config *c, int layer, int when)
 {
     switch (when) {
     case OWN_KV: return g4_computes_kv(c, layer);
@@ -121,141 +93,53 @@ static bool is_wanted(const g4_config *c, int layer, condition when)
     }
 }
 
-static int compare_names(const void *a, const void *b)
+static const g4_config *config_of(const g4_binder *b)
 {
-    return strcmp((*(const g4_named_tensor *const *)a)->name, (*(const g4_named_tensor *const *)b)->name);
+    return b->config;
 }
 
-static const g4_named_tensor *find(const binder *b, const char *name)
+static g4_status bind_experts(g4_binder *b, int layer, g4_layer_weights *weights)
 {
-    const g4_named_tensor key = {.name = name}, *pointer = &key;
-    const g4_named_tensor **found = bsearch(&pointer, b->sorted, b->n_tensors, sizeof *b->sorted, compare_names);
-    return found ? *found : NULL;
-}
-
-static void print_shape(char *text, size_t size, const int64_t *shape, int n_dims)
-{
-    size_t used = 0;
-    text[0] = 0;
-    for (int i = 0; i < n_dims && used < size; i++)
-        used += (size_t)snprintf(text + used, size - used, "%s%lld", i ? ", " : "", (long long)shape[i]);
-}
-
-static g4_status check_shape(const binder *b, const g4_named_tensor *t, const int64_t *expected, int n_dims)
-{
-    bool same = t->n_dims == n_dims;
-    for (int i = 0; same && i < n_dims; i++)
-        same = t->shape[i] == expected[i];
-    if (same)
-        return G4_OK;
-    char got_text[96], expected_text[96];
-    print_shape(got_text, sizeof got_text, t->shape, t->n_dims);
-    print_shape(expected_text, sizeof expected_text, expected, n_dims);
-    return g4_fail(b->err, G4_EFORMAT, "tensor %s has shape [%s], the config calls for [%s]", t->name, got_text,
-                   expected_text);
-}
-
-static g4_status check_blocks(const binder *b, const g4_named_tensor *t, const row *r, size_t n_cols)
-{
-    if (r->kind == VECTOR && g4_is_quantised(t->dtype))
-        return g4_fail(b->err, G4_EFORMAT, "tensor %s has dtype %s, expected F32, F16 or BF16", t->name,
-                       g4_dtype_name(t->dtype));
-    if (n_cols % g4_block_size(t->dtype))
-        return g4_fail(b->err, G4_EFORMAT,
-                       "tensor %s has rows of %zu values, which is no multiple of the %zu of a %s block", t->name,
-                       n_cols, g4_block_size(t->dtype), g4_dtype_name(t->dtype));
-    return G4_OK;
-}
-
-static float *copy_vector(binder *b, const g4_named_tensor *t, size_t n)
-{
-    float *values = g4_arena_alloc(b->arena, n * sizeof *values);
-    if (!values) {
-        g4_fail_nomem(b->err, n * sizeof *values);
-        return NULL;
-    }
-    for (size_t i = 0; i < n; i++) {
-        const char *at = (const char *)t->data + i * g4_block_bytes(t->dtype);
-        uint16_t half;
-        if (t->dtype == G4_F32) {
-            memcpy(&values[i], at, 4);
-            continue;
-        }
-        memcpy(&half, at, 2);
-        values[i] = t->dtype == G4_F16 ? g4_f16_to_f32(half) : g4_bf16_to_f32(half);
-    }
-    return values;
-}
-
-static g4_status bind_row(binder *b, const row *r, const char *name, const g4_layer_config *layer, void *owner)
-{
-    int64_t shape[G4_MAX_DIMS];
-    int n_dims = expected_shape(b->config, layer, r->axes, shape);
-    const g4_named_tensor *t = find(b, name);
-    if (!t)
-        return g4_fail(b->err, G4_EFORMAT, "the checkpoint has no tensor %s, which its config calls for", name);
-    G4_TRY(check_shape(b, t, shape, n_dims));
-    size_t n = 1;
-    for (int i = 0; i < n_dims; i++)
-        n *= (size_t)shape[i];
-    G4_TRY(check_blocks(b, t, r, (size_t)shape[n_dims - 1]));
-    b->n_bytes += g4_dtype_bytes(t->dtype, n);
-    void *member = (char *)owner + r->offset;
-    if (r->kind == VECTOR) {
-        float *values = copy_vector(b, t, n);
-        memcpy(member, &values, sizeof values);
-        return values ? G4_OK : G4_ENOMEM;
-    }
-    size_t n_cols = (size_t)shape[n_dims - 1];
-    g4_matrix w = {t->data, t->dtype, n / n_cols, n_cols, n_cols, r->op};
-    memcpy(member, &w, sizeof w);
-    return G4_OK;
-}
-
-static g4_status bind_experts(binder *b, int layer, g4_layer_weights *weights)
-{
-    const g4_layer_config *config = &b->config->layers[layer];
-    const size_t m = (size_t)b->config->d_expert;
+    const size_t m = (size_t)config_of(b)->d_expert;
     char name[128];
     snprintf(name, sizeof name, "layers.%d.%s", layer, gate_row.name);
-    if (find(b, name)) {
+    if (g4_binder_find(b, name)) {
         weights->gate_rows = m;
-        G4_TRY(bind_row(b, &gate_row, name, config, weights));
+        G4_TRY(g4_bind(b, &gate_row, name, layer, weights));
         snprintf(name, sizeof name, "layers.%d.%s", layer, up_row.name);
-        return bind_row(b, &up_row, name, config, weights);
+        return g4_bind(b, &up_row, name, layer, weights);
     }
     weights->gate_rows = 2 * m;
     snprintf(name, sizeof name, "layers.%d.%s", layer, gate_up_row.name);
-    G4_TRY(bind_row(b, &gate_up_row, name, config, weights));
+    G4_TRY(g4_bind(b, &gate_up_row, name, layer, weights));
     weights->experts_up = g4_matrix_rows(&weights->experts_gate, m, weights->experts_gate.n_rows - m);
     return G4_OK;
 }
 
-static g4_status bind_layer(binder *b, int layer, g4_layer_weights *weights)
+static g4_status bind_layer(g4_binder *b, int layer, g4_layer_weights *weights)
 {
     char name[128];
     for (int i = 0; i < N_LAYER_ROWS; i++) {
-        if (!is_wanted(b->config, layer, layer_rows[i].when))
+        if (!is_wanted(config_of(b), layer, layer_rows[i].when))
             continue;
         snprintf(name, sizeof name, "layers.%d.%s", layer, layer_rows[i].name);
-        G4_TRY(bind_row(b, &layer_rows[i], name, &b->config->layers[layer], weights));
+        G4_TRY(g4_bind(b, &layer_rows[i], name, layer, weights));
     }
-    return is_wanted(b->config, layer, IF_MOE) ? bind_experts(b, layer, weights) : G4_OK;
+    return is_wanted(config_of(b), layer, IF_MOE) ? bind_experts(b, layer, weights) : G4_OK;
 }
 
-static g4_status bind_head(binder *b, g4_weights *weights)
+static g4_status bind_head(g4_binder *b, g4_weights *weights)
 {
     weights->head = weights->embed;
-    weights->head.op = head_row.op;
-    return find(b, head_row.name) ? bind_row(b, &head_row, head_row.name, NULL, weights) : G4_OK;
+    return g4_binder_find(b, head_row.name) ? g4_bind(b, &head_row, head_row.name, 0, weights) : G4_OK;
 }
 
-static g4_status bind_all(binder *b, g4_weights *weights)
+static g4_status bind_all(g4_binder *b, g4_weights *weights)
 {
-    const g4_config *c = b->config;
+    const g4_config *c = config_of(b);
     for (int i = 0; i < N_MODEL_ROWS; i++)
         if (is_wanted(c, 0, model_rows[i].when))
-            G4_TRY(bind_row(b, &model_rows[i], model_rows[i].name, NULL, weights));
+            G4_TRY(g4_bind(b, &model_rows[i], model_rows[i].name, 0, weights));
     G4_TRY(bind_head(b, weights));
     weights->layers = g4_arena_alloc(b->arena, (size_t)c->n_layers * sizeof *weights->layers);
     if (!weights->layers)
@@ -269,15 +153,10 @@ static g4_status bind_all(binder *b, g4_weights *weights)
 g4_status g4_weights_bind(g4_weights *weights, const g4_config *config, const g4_named_tensor *tensors,
                           size_t n_tensors, g4_arena *arena, g4_error *err)
 {
-    binder b = {.config = config, .n_tensors = n_tensors, .arena = arena, .err = err};
-    b.sorted = malloc((n_tensors + 1) * sizeof *b.sorted);
-    if (!b.sorted)
-        return g4_fail_nomem(err, n_tensors * sizeof *b.sorted);
-    for (size_t i = 0; i < n_tensors; i++)
-        b.sorted[i] = &tensors[i];
-    qsort(b.sorted, n_tensors, sizeof *b.sorted, compare_names);
+    g4_binder b = {.config = config, .letter = letter_size, .arena = arena, .err = err};
+    G4_TRY(g4_binder_open(&b, tensors, n_tensors));
     g4_status status = bind_all(&b, weights);
     weights->n_bytes = b.n_bytes;
-    free(b.sorted);
+    g4_binder_close(&b);
     return status;
 }

@@ -126,6 +126,54 @@ g4_status g4_gelu_rows(g4_exec *exec, const float *x, int n_rows, int n, float *
     return run_rows(exec, (row_cost){G4_OP_GELU, EXP_WORK + 8, 2}, n_rows, (size_t)n, gelu_rows, &o);
 }
 
+static void glu_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context; /* b = gate; n_heads = the stride of both */
+    for (int i = first; i < end; i++)
+        exec->kernels->glu(ROW(o->out, i), o->a + (size_t)i * (size_t)o->n_heads, o->b + (size_t)i * (size_t)o->n_heads,
+                           o->n);
+}
+
+g4_status g4_glu_rows(g4_exec *exec, const float *x, const float *gate, size_t stride, int n_rows, int n, float *out)
+{
+    operands o = {.out = out, .a = x, .b = gate, .n = n, .n_heads = (int)stride};
+    return g4_exec_rows(exec, n_rows, (size_t)n, glu_rows, &o);
+}
+
+typedef struct {
+    float *out;
+    const float *x, *gain, *bias;
+    float low, high; /* of clamp; low is the eps of layer_norm */
+    int n;
+} row_operands;
+
+static void clamp_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const row_operands *o = context;
+    for (int i = first; i < end; i++)
+        exec->kernels->clamp(ROW(o->out, i), ROW(o->x, i), o->low, o->high, o->n);
+}
+
+g4_status g4_clamp_rows(g4_exec *exec, const float *x, float low, float high, int n_rows, int n, float *out)
+{
+    row_operands o = {.out = out, .x = x, .low = low, .high = high, .n = n};
+    return g4_exec_rows(exec, n_rows, (size_t)n / 4 + 1, clamp_rows, &o);
+}
+
+static void layer_norm_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const row_operands *o = context;
+    for (int i = first; i < end; i++)
+        exec->kernels->layer_norm(ROW(o->out, i), ROW(o->x, i), o->gain, o->bias, o->low, o->n);
+}
+
+g4_status g4_layer_norm_rows(g4_exec *exec, const float *x, const float *gain, const float *bias, float eps, int n_rows,
+                             int n, float *out)
+{
+    row_operands o = {out, x, gain, bias, eps, 0, n};
+    return g4_exec_rows(exec, n_rows, (size_t)n, layer_norm_rows, &o);
+}
+
 static void softmax_rows(const g4_exec *exec, void *context, int first, int end)
 {
     const operands *o = context;
@@ -232,4 +280,24 @@ g4_status g4_rope_rows(g4_exec *exec, float *x, const float *cosine, const float
 {
     operands o = {.out = x, .a = cosine, .b = sine, .n = half, .n_heads = n_heads};
     return run_rows(exec, (row_cost){G4_OP_ROPE, 3, 2}, n_rows, (size_t)n_heads * (size_t)half * 2, rope_rows, &o);
+}
+
+static void rope_axes_rows(const g4_exec *exec, void *context, int first, int end)
+{
+    const operands *o = context; /* n = quarter, a = cosine, b = sine */
+    const size_t quarter = (size_t)o->n;
+    for (int i = first; i < end; i++)
+        for (int h = 0; h < o->n_heads; h++)
+            for (size_t axis = 0; axis < 2; axis++) {
+                float *x = o->out + (((size_t)i * (size_t)o->n_heads + (size_t)h) * 2 + axis) * 2 * quarter;
+                const size_t angles = ((size_t)i * 2 + axis) * quarter;
+                exec->kernels->rope(x, o->a + angles, o->b + angles, o->n);
+            }
+}
+
+g4_status g4_rope_axes_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads,
+                            int quarter)
+{
+    operands o = {.out = x, .a = cosine, .b = sine, .n = quarter, .n_heads = n_heads};
+    return g4_exec_rows(exec, n_rows, (size_t)n_heads * (size_t)quarter * 4, rope_axes_rows, &o);
 }

@@ -17,6 +17,12 @@ g4_status g4_rms_norm(g4_exec *exec, const float *x, const float *gain, int n_ro
 g4_status g4_add_rows(g4_exec *exec, const float *a, const float *b, int n_rows, int n, float *out);
 g4_status g4_mul_rows(g4_exec *exec, const float *a, const float *b, int n_rows, int n, float *out);
 g4_status g4_gelu_rows(g4_exec *exec, const float *x, int n_rows, int n, float *out);
+/* x * sigmoid(gate); with gate = x that is silu. Rows of n, at the strides given. */
+g4_status g4_glu_rows(g4_exec *exec, const float *x, const float *gate, size_t stride, int n_rows, int n, float *out);
+g4_status g4_clamp_rows(g4_exec *exec, const float *x, float low, float high, int n_rows, int n, float *out);
+/* Ref: torch.nn.LayerNorm; bias may be NULL. */
+g4_status g4_layer_norm_rows(g4_exec *exec, const float *x, const float *gain, const float *bias, float eps, int n_rows,
+                             int n, float *out);
 g4_status g4_softmax_rows(g4_exec *exec, float *x, int n_rows, int n);
 g4_status g4_softcap_rows(g4_exec *exec, float *x, float cap, int n_rows, int n);
 
@@ -30,5 +36,10 @@ g4_status g4_rope_table(g4_exec *exec, const int32_t *positions, int n_rows, con
 /* Rotates each of the n_heads heads of 2 * half values in every row of x. */
 g4_status g4_rope_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads,
                        int half);
+
+/* Rotates by two positions: the first half of every head by axis 0, the second by axis 1, each as pairs (i, i + quarter)
+ * of its own. cosine, sine [n_rows, 2, quarter]. */
+g4_status g4_rope_axes_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads,
+                            int quarter);
 
 #endif

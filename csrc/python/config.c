@@ -9,7 +9,7 @@ static PyObject *get_item(PyObject *dict, const char *key)
     return value; /* borrowed */
 }
 
-static int read_int(PyObject *dict, const char *key, int *out)
+int engine_read_int(PyObject *dict, const char *key, int *out)
 {
     PyObject *value = get_item(dict, key);
     if (!value)
@@ -25,7 +25,7 @@ static int read_int(PyObject *dict, const char *key, int *out)
     return 0;
 }
 
-static int read_float(PyObject *dict, const char *key, float *out)
+int engine_read_float(PyObject *dict, const char *key, float *out)
 {
     PyObject *value = get_item(dict, key);
     if (!value)
@@ -35,7 +35,7 @@ static int read_float(PyObject *dict, const char *key, float *out)
     return number == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
-static int read_bool(PyObject *dict, const char *key, bool *out)
+int engine_read_bool(PyObject *dict, const char *key, bool *out)
 {
     PyObject *value = get_item(dict, key);
     int truth = value ? PyObject_IsTrue(value) : -1;
@@ -45,10 +45,10 @@ static int read_bool(PyObject *dict, const char *key, bool *out)
 
 static int read_layer(PyObject *dict, g4_layer_config *layer)
 {
-    return read_int(dict, "window", &layer->window) || read_int(dict, "head_dim", &layer->head_dim) ||
-           read_int(dict, "n_kv_heads", &layer->n_kv_heads) || read_int(dict, "d_mlp", &layer->d_mlp) ||
-           read_int(dict, "kv_source", &layer->kv_source) || read_int(dict, "rope", &layer->rope) ||
-           read_bool(dict, "k_eq_v", &layer->k_eq_v) || read_bool(dict, "moe", &layer->moe);
+    return engine_read_int(dict, "window", &layer->window) || engine_read_int(dict, "head_dim", &layer->head_dim) ||
+           engine_read_int(dict, "n_kv_heads", &layer->n_kv_heads) || engine_read_int(dict, "d_mlp", &layer->d_mlp) ||
+           engine_read_int(dict, "kv_source", &layer->kv_source) || engine_read_int(dict, "rope", &layer->rope) ||
+           engine_read_bool(dict, "k_eq_v", &layer->k_eq_v) || engine_read_bool(dict, "moe", &layer->moe);
 }
 
 static int read_layers(PyObject *dict, config_holder *holder)
@@ -105,13 +105,16 @@ int engine_config_read(PyObject *dict, config_holder *holder)
 {
     g4_config *c = &holder->config;
     memset(holder, 0, sizeof *holder);
-    if (read_int(dict, "d_model", &c->d_model) || read_int(dict, "n_heads", &c->n_heads) ||
-        read_int(dict, "d_vocab", &c->d_vocab) || read_int(dict, "d_ple", &c->d_ple) ||
-        read_int(dict, "d_vocab_ple", &c->d_vocab_ple) || read_int(dict, "context_length", &c->context_length) ||
-        read_int(dict, "n_experts", &c->n_experts) || read_int(dict, "top_k_experts", &c->top_k_experts) ||
-        read_int(dict, "d_expert", &c->d_expert) || read_float(dict, "rms_norm_eps", &c->rms_norm_eps) ||
-        read_float(dict, "logit_softcap", &c->logit_softcap) || read_float(dict, "embed_scale", &c->embed_scale) ||
-        read_float(dict, "ple_scale", &c->ple_scale) || read_bool(dict, "ple_on_disk", &c->ple_on_disk) ||
+    if (engine_read_int(dict, "d_model", &c->d_model) || engine_read_int(dict, "n_heads", &c->n_heads) ||
+        engine_read_int(dict, "d_vocab", &c->d_vocab) || engine_read_int(dict, "d_ple", &c->d_ple) ||
+        engine_read_int(dict, "d_vocab_ple", &c->d_vocab_ple) ||
+        engine_read_int(dict, "context_length", &c->context_length) ||
+        engine_read_int(dict, "n_experts", &c->n_experts) ||
+        engine_read_int(dict, "top_k_experts", &c->top_k_experts) || engine_read_int(dict, "d_expert", &c->d_expert) ||
+        engine_read_float(dict, "rms_norm_eps", &c->rms_norm_eps) ||
+        engine_read_float(dict, "logit_softcap", &c->logit_softcap) ||
+        engine_read_float(dict, "embed_scale", &c->embed_scale) ||
+        engine_read_float(dict, "ple_scale", &c->ple_scale) || engine_read_bool(dict, "ple_on_disk", &c->ple_on_disk) ||
         read_layers(dict, holder) || read_ropes(dict, holder)) {
         engine_config_release(holder);
         return -1;

@@ -28,15 +28,43 @@ typedef struct {
 /* errors.c: sets the exception for err->status (unless one is set already) and returns NULL. */
 PyObject *engine_raise(const g4_error *err);
 
-/* model.c, sequence.c, step.c, testing.c */
-extern PyType_Spec engine_model_spec, engine_sequence_spec;
+/* callbacks.c. The thread state that a call gave up: callbacks take it back for as long as they run. */
+typedef struct {
+    PyThreadState *state;
+} engine_gil;
+
+typedef struct {
+    engine_gil *gil;
+    PyObject *callable;
+    int type; /* NPY_FLOAT32 or NPY_INT32 */
+} engine_edit;
+
+int engine_poll_signals(void *gil);
+g4_status engine_run_edit(void *edit, void *data, const int64_t *shape, int n_dims, g4_error *err);
+
+/* Checks that `object` is a C-contiguous array of that type and those axes (-1: any size); NULL and an exception else. */
+PyArrayObject *engine_check_array(PyObject *object, int type, int n_dims, const npy_intp *dims, const char *what);
+
+/* model.c, sequence.c, step.c, encoder.c, testing.c */
+extern PyType_Spec engine_model_spec, engine_sequence_spec, engine_encoder_spec;
 PyObject *engine_sequence_wrap(model_object *owner, g4_sequence *seq); /* takes seq, also when it fails */
 PyTypeObject *engine_sequence_type(PyObject *model);                   /* borrowed */
 PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *engine_testing_module(void);
 
-/* model.c. (dtype, shape, buffer, byte offset): fills tensor and takes a view of the buffer. */
+/* model.c. Reads the values of `items` (a list of name, tensor pairs): n tensors and as many views, or NULL. */
+g4_named_tensor *engine_read_tensors(PyObject *items, Py_buffer **views, size_t *n);
+void engine_release_buffers(Py_buffer *views, size_t n);
+int engine_append_site(PyObject *list, g4_site site, int layer, const int64_t *shape, int n_dims, const char *symbols);
+bool engine_ready(const model_object *model); /* else an exception is set */
+
+/* (dtype, shape, buffer, byte offset): fills tensor and takes a view of the buffer. */
 int engine_read_tensor(const char *name, PyObject *value, g4_named_tensor *tensor, Py_buffer *view);
+
+/* config.c: members of a dict; nonzero and an exception if one is missing or no number in range. */
+int engine_read_int(PyObject *dict, const char *key, int *out);
+int engine_read_float(PyObject *dict, const char *key, float *out);
+int engine_read_bool(PyObject *dict, const char *key, bool *out);
 
 /* config.c: reads the dict of _engine.pyi's Config; release with engine_config_release. */
 typedef struct {

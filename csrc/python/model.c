@@ -59,34 +59,31 @@ int engine_read_tensor(const char *name, PyObject *value, g4_named_tensor *tenso
     return 0;
 }
 
-static void release_buffers(model_object *self)
+void engine_release_buffers(Py_buffer *views, size_t n)
 {
-    for (size_t i = 0; i < self->n_buffers; i++)
-        PyBuffer_Release(&self->buffers[i]);
-    PyMem_Free(self->buffers);
-    self->buffers = NULL;
-    self->n_buffers = 0;
+    for (size_t i = 0; i < n; i++)
+        PyBuffer_Release(&views[i]);
+    PyMem_Free(views);
 }
 
-/* Views of all tensors; names stay valid while `items` (a list of pairs) lives. */
-static g4_named_tensor *read_tensors(model_object *self, PyObject *items)
+g4_named_tensor *engine_read_tensors(PyObject *items, Py_buffer **views, size_t *n)
 {
-    size_t n = (size_t)PyList_GET_SIZE(items);
-    g4_named_tensor *tensors = PyMem_Calloc(n + 1, sizeof *tensors);
-    self->buffers = PyMem_Calloc(n + 1, sizeof *self->buffers);
-    if (!tensors || !self->buffers) {
+    const size_t n_items = (size_t)PyList_GET_SIZE(items);
+    g4_named_tensor *tensors = PyMem_Calloc(n_items + 1, sizeof *tensors);
+    *views = PyMem_Calloc(n_items + 1, sizeof **views);
+    *n = 0;
+    if (!tensors || !*views) {
         PyMem_Free(tensors);
         PyErr_NoMemory();
         return NULL;
     }
-    for (size_t i = 0; i < n; i++) {
-        PyObject *pair = PyList_GET_ITEM(items, (Py_ssize_t)i);
+    for (; *n < n_items; ++*n) {
+        PyObject *pair = PyList_GET_ITEM(items, (Py_ssize_t)*n);
         const char *name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(pair, 0));
-        if (engine_read_tensor(name, PyTuple_GET_ITEM(pair, 1), &tensors[i], &self->buffers[i])) {
+        if (engine_read_tensor(name, PyTuple_GET_ITEM(pair, 1), &tensors[*n], &(*views)[*n])) {
             PyMem_Free(tensors);
             return NULL;
         }
-        self->n_buffers = i + 1;
     }
     return tensors;
 }
@@ -97,7 +94,7 @@ static int build(model_object *self, PyObject *config, PyObject *items, const g4
 {
     config_holder holder;
     g4_error err;
-    g4_named_tensor *tensors = read_tensors(self, items);
+    g4_named_tensor *tensors = engine_read_tensors(items, &self->buffers, &self->n_buffers);
     if (!tensors || engine_config_read(config, &holder)) {
         PyMem_Free(tensors);
         return -1;
@@ -134,8 +131,11 @@ static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
         return -1;
     int failed = build(self, config, items, &options);
     Py_DECREF(items);
-    if (failed)
-        release_buffers(self);
+    if (failed) {
+        engine_release_buffers(self->buffers, self->n_buffers);
+        self->buffers = NULL;
+        self->n_buffers = 0;
+    }
     return failed;
 }
 
@@ -147,12 +147,12 @@ static void model_dealloc(PyObject *object)
         Py_BEGIN_ALLOW_THREADS g4_model_free(self->model);
         Py_END_ALLOW_THREADS
     }
-    release_buffers(self);
+    engine_release_buffers(self->buffers, self->n_buffers);
     type->tp_free(object);
     Py_DECREF(type);
 }
 
-static bool ready(const model_object *self)
+bool engine_ready(const model_object *self)
 {
     if (!self->model)
         PyErr_SetString(PyExc_RuntimeError, "this model was never initialised");
@@ -167,7 +167,7 @@ static PyObject *model_new_sequence(PyObject *object, PyObject *args, PyObject *
     int capacity = 0;
     g4_sequence *seq;
     g4_error err;
-    if (!ready(self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "|$si", names, &dtype_name, &capacity))
+    if (!engine_ready(self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "|$si", names, &dtype_name, &capacity))
         return NULL;
     bool bf16 = strcmp(dtype_name, "bf16") == 0;
     if (!bf16 && strcmp(dtype_name, "f32") != 0)
@@ -177,15 +177,12 @@ static PyObject *model_new_sequence(PyObject *object, PyObject *args, PyObject *
     return engine_sequence_wrap(self, seq);
 }
 
-/* "T" and "S" stay letters: they depend on the run. */
-static PyObject *site_dims(const g4_config *config, g4_site site, int layer)
+/* Sizes that depend on the run stay letters: those of `symbols`. */
+static PyObject *site_dims(const char *letters, const int64_t *shape, int n_dims, const char *symbols)
 {
-    const char *letters = g4_site_dims(site);
-    int64_t shape[G4_MAX_DIMS];
-    int n_dims = g4_site_shape(config, site, layer, 0, 0, shape);
     PyObject *dims = PyTuple_New(n_dims);
     for (int i = 0; dims && i < n_dims; i++) {
-        bool symbolic = letters[i] == 'T' || letters[i] == 'S';
+        bool symbolic = strchr(symbols, letters[i]) != NULL;
         PyObject *size = symbolic ? PyUnicode_FromStringAndSize(&letters[i], 1) : PyLong_FromLongLong(shape[i]);
         if (!size) {
             Py_CLEAR(dims);
@@ -196,7 +193,7 @@ static PyObject *site_dims(const g4_config *config, g4_site site, int layer)
     return dims;
 }
 
-static int append_site(PyObject *list, const g4_config *config, g4_site site, int layer)
+int engine_append_site(PyObject *list, g4_site site, int layer, const int64_t *shape, int n_dims, const char *symbols)
 {
     char name[128];
     const char *template = g4_site_name(site), *hole = strstr(template, "{}");
@@ -204,11 +201,18 @@ static int append_site(PyObject *list, const g4_config *config, g4_site site, in
         snprintf(name, sizeof name, "%.*s%d%s", (int)(hole - template), template, layer, hole + 2);
     else
         snprintf(name, sizeof name, "%s", template);
-    PyObject *dims = site_dims(config, site, layer);
+    PyObject *dims = site_dims(g4_site_dims(site), shape, n_dims, symbols);
     PyObject *row = dims ? Py_BuildValue("(siiN)", name, (int)site, layer, dims) : NULL;
     int failed = row ? PyList_Append(list, row) : -1;
     Py_XDECREF(row);
     return failed;
+}
+
+static int append_site(PyObject *list, const g4_config *config, g4_site site, int layer)
+{
+    int64_t shape[G4_MAX_DIMS];
+    int n_dims = g4_site_shape(config, site, layer, 0, 0, shape);
+    return engine_append_site(list, site, layer, shape, n_dims, "TS");
 }
 
 /* Sites up to PLE_CONTEXT come before the layers, those from FINAL_SCALE on after them. */
@@ -216,7 +220,7 @@ static PyObject *model_sites(PyObject *object, PyObject *unused)
 {
     model_object *self = (model_object *)object;
     (void)unused;
-    if (!ready(self))
+    if (!engine_ready(self))
         return NULL;
     const g4_config *config = g4_model_config(self->model);
     PyObject *list = PyList_New(0);
@@ -239,13 +243,13 @@ static PyObject *model_sites(PyObject *object, PyObject *unused)
 static PyObject *get_threads(PyObject *self, void *unused)
 {
     (void)unused;
-    return ready((model_object *)self) ? PyLong_FromLong(g4_model_threads(((model_object *)self)->model)) : NULL;
+    return engine_ready((model_object *)self) ? PyLong_FromLong(g4_model_threads(((model_object *)self)->model)) : NULL;
 }
 
 static PyObject *get_precision(PyObject *self, void *unused)
 {
     (void)unused;
-    if (!ready((model_object *)self))
+    if (!engine_ready((model_object *)self))
         return NULL;
     return PyUnicode_FromString(g4_model_is_fast(((model_object *)self)->model) ? "fast" : "exact");
 }
@@ -253,13 +257,15 @@ static PyObject *get_precision(PyObject *self, void *unused)
 static PyObject *get_isa(PyObject *self, void *unused)
 {
     (void)unused;
-    return ready((model_object *)self) ? PyUnicode_FromString(g4_model_isa(((model_object *)self)->model)) : NULL;
+    return engine_ready((model_object *)self) ? PyUnicode_FromString(g4_model_isa(((model_object *)self)->model))
+                                              : NULL;
 }
 
 static PyObject *get_weight_bytes(PyObject *self, void *unused)
 {
     (void)unused;
-    return ready((model_object *)self) ? PyLong_FromSize_t(g4_model_weight_bytes(((model_object *)self)->model)) : NULL;
+    return engine_ready((model_object *)self) ? PyLong_FromSize_t(g4_model_weight_bytes(((model_object *)self)->model))
+                                              : NULL;
 }
 
 static PyGetSetDef model_getset[] = {

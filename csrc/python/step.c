@@ -3,110 +3,17 @@
  * while the engine computes without the GIL; float arrays are used where they lie and kept alive. */
 #include "python/engine.h"
 
-/* The thread state that the step gave up: callbacks take it back for as long as they run. */
-typedef struct {
-    PyThreadState *state;
-} gil;
-
-typedef struct {
-    gil *gil;
-    PyObject *callable;
-    int type; /* NPY_FLOAT32 or NPY_INT32 */
-} edit_context;
-
 typedef struct {
     model_object *model;
     PyObject *run_tuple, *tap_tuple; /* own every array in use */
     g4_run *runs;
     g4_tap *taps;
-    edit_context *edits;
+    engine_edit *edits;
     int n_runs, n_taps;
-    gil gil;
+    engine_gil gil;
 } step_args;
 
-/* ---- callbacks ------------------------------------------------------------------------------------------------------ */
-
-static int poll_signals(void *context)
-{
-    gil *g = context;
-    PyEval_RestoreThread(g->state);
-    int failed = PyErr_CheckSignals();
-    g->state = PyEval_SaveThread();
-    return failed;
-}
-
-static int copy_back(PyObject *result, PyArrayObject *given, const edit_context *edit, void *data, size_t n_bytes)
-{
-    if (result == Py_None) {
-        memcpy(data, PyArray_DATA(given), n_bytes);
-        return 0;
-    }
-    PyArrayObject *array =
-        (PyArrayObject *)PyArray_FROM_OTF(result, edit->type, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
-    if (!array)
-        return -1;
-    int failed = PyArray_NDIM(array) != PyArray_NDIM(given) ||
-                 !PyArray_CompareLists(PyArray_DIMS(array), PyArray_DIMS(given), PyArray_NDIM(given));
-    if (failed) {
-        PyObject *got = PyObject_GetAttrString((PyObject *)array, "shape");
-        PyObject *expected = PyObject_GetAttrString((PyObject *)given, "shape");
-        if (got && expected)
-            PyErr_Format(PyExc_ValueError, "an edit returned an array of shape %R, the site has %R", got, expected);
-        Py_XDECREF(got);
-        Py_XDECREF(expected);
-    } else {
-        memcpy(data, PyArray_DATA(array), n_bytes);
-    }
-    Py_DECREF(array);
-    return failed ? -1 : 0;
-}
-
-/* The callable gets an array of its own, so it may keep it: scratch memory is never shown. */
-static int call_edit(const edit_context *edit, void *data, const int64_t *shape, int n_dims)
-{
-    npy_intp dims[G4_MAX_DIMS];
-    for (int i = 0; i < n_dims; i++)
-        dims[i] = (npy_intp)shape[i];
-    PyArrayObject *array = (PyArrayObject *)PyArray_SimpleNew(n_dims, dims, edit->type);
-    if (!array)
-        return -1;
-    size_t n_bytes = (size_t)PyArray_NBYTES(array);
-    memcpy(PyArray_DATA(array), data, n_bytes);
-    PyObject *result = PyObject_CallOneArg(edit->callable, (PyObject *)array);
-    int failed = result ? copy_back(result, array, edit, data, n_bytes) : -1;
-    Py_XDECREF(result);
-    Py_DECREF(array);
-    return failed;
-}
-
-static g4_status run_edit(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err)
-{
-    edit_context *edit = context;
-    PyEval_RestoreThread(edit->gil->state);
-    int failed = call_edit(edit, data, shape, n_dims);
-    edit->gil->state = PyEval_SaveThread();
-    return failed ? g4_fail(err, G4_ECANCELLED, "an edit raised") : G4_OK;
-}
-
 /* ---- arguments ------------------------------------------------------------------------------------------------------ */
-
-/* Checks that `object` is a C-contiguous array of that type and those axes (-1: any size). */
-static PyArrayObject *check_array(PyObject *object, int type, int n_dims, const npy_intp *dims, const char *what)
-{
-    PyArrayObject *array = (PyArrayObject *)object;
-    bool good = PyArray_Check(object) && PyArray_TYPE(array) == type && PyArray_IS_C_CONTIGUOUS(array) &&
-                PyArray_ISALIGNED(array) && PyArray_ISNOTSWAPPED(array) && PyArray_NDIM(array) == n_dims;
-    for (int i = 0; good && i < n_dims; i++)
-        good = dims[i] < 0 || PyArray_DIM(array, i) == dims[i];
-    if (good)
-        return array;
-    PyErr_Format(PyExc_ValueError, "%s: expected a C-contiguous %s array of %d axes, got %R%s", what,
-                 type == NPY_FLOAT32   ? "float32"
-                 : type == NPY_FLOAT64 ? "float64"
-                                       : "int32",
-                 n_dims, (PyObject *)Py_TYPE(object), PyArray_Check(object) ? " of another dtype or shape" : "");
-    return NULL;
-}
 
 /* A copy of a one-dimensional int32 array; None gives NULL and -1. */
 static int copy_ints(PyObject *object, const char *what, int32_t **copy, int *n)
@@ -115,7 +22,7 @@ static int copy_ints(PyObject *object, const char *what, int32_t **copy, int *n)
     *copy = NULL, *n = -1;
     if (object == Py_None)
         return 0;
-    PyArrayObject *array = check_array(object, NPY_INT32, 1, any, what);
+    PyArrayObject *array = engine_check_array(object, NPY_INT32, 1, any, what);
     if (!array)
         return -1;
     if (PyArray_SIZE(array) > 1 << 30) {
@@ -158,7 +65,7 @@ static int read_run(step_args *s, PyObject *tuple, g4_run *run)
     run->n_rows = n_tokens;
     if (embeddings != Py_None) {
         const npy_intp dims[] = {n_tokens, config->d_model};
-        PyArrayObject *array = check_array(embeddings, NPY_FLOAT32, 2, dims, "embeddings");
+        PyArrayObject *array = engine_check_array(embeddings, NPY_FLOAT32, 2, dims, "embeddings");
         if (!array)
             return -1;
         run->embeddings = PyArray_DATA(array);
@@ -170,7 +77,7 @@ static int read_run(step_args *s, PyObject *tuple, g4_run *run)
     run->n_logits = n_logits > 0 ? n_logits : 0;
     if (run->n_logits) {
         const npy_intp dims[] = {n_logits, config->d_vocab};
-        PyArrayObject *array = check_array(logits, NPY_FLOAT32, 2, dims, "logits");
+        PyArrayObject *array = engine_check_array(logits, NPY_FLOAT32, 2, dims, "logits");
         if (!array || PyArray_FailUnlessWriteable(array, "logits"))
             return -1;
         run->logits = PyArray_DATA(array);
@@ -196,8 +103,8 @@ static int read_destination(step_args *s, g4_tap *tap, PyObject *object)
     }
     if (row_axis >= 0 && tap->rows)
         dims[row_axis] = -1;
-    PyArrayObject *array = check_array(object, g4_site_is_int32(tap->site) ? NPY_INT32 : NPY_FLOAT32, n_dims, dims,
-                                       g4_site_name(tap->site));
+    PyArrayObject *array = engine_check_array(object, g4_site_is_int32(tap->site) ? NPY_INT32 : NPY_FLOAT32, n_dims,
+                                              dims, g4_site_name(tap->site));
     if (!array || PyArray_FailUnlessWriteable(array, "a capture"))
         return -1;
     tap->dest = PyArray_DATA(array);
@@ -205,7 +112,7 @@ static int read_destination(step_args *s, g4_tap *tap, PyObject *object)
     return 0;
 }
 
-static int read_tap(step_args *s, PyObject *tuple, g4_tap *tap, edit_context *edit)
+static int read_tap(step_args *s, PyObject *tuple, g4_tap *tap, engine_edit *edit)
 {
     PyObject *target, *rows;
     int site, n_rows;
@@ -227,8 +134,8 @@ static int read_tap(step_args *s, PyObject *tuple, g4_tap *tap, edit_context *ed
     }
     tap->site = (g4_site)site;
     if (PyCallable_Check(target)) {
-        *edit = (edit_context){&s->gil, target, g4_site_is_int32(tap->site) ? NPY_INT32 : NPY_FLOAT32};
-        tap->edit = run_edit;
+        *edit = (engine_edit){&s->gil, target, g4_site_is_int32(tap->site) ? NPY_INT32 : NPY_FLOAT32};
+        tap->edit = engine_run_edit;
         tap->context = edit;
         return 0;
     }
@@ -293,7 +200,7 @@ static int read_profile(PyObject *object, g4_step_options *options)
     const npy_intp dims[] = {G4_N_OPS, (npy_intp)(sizeof(g4_op_total) / sizeof(double))};
     if (object == Py_None)
         return 0;
-    PyArrayObject *array = check_array(object, NPY_FLOAT64, 2, dims, "profile");
+    PyArrayObject *array = engine_check_array(object, NPY_FLOAT64, 2, dims, "profile");
     if (!array || PyArray_FailUnlessWriteable(array, "profile"))
         return -1;
     options->profile = PyArray_DATA(array);
@@ -304,7 +211,7 @@ PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"runs", "taps", "stop_at_layer", "max_chunk", "profile", NULL};
     step_args s = {.model = (model_object *)self};
-    g4_step_options options = {.stop_at_layer = -1, .poll = poll_signals, .poll_context = &s.gil};
+    g4_step_options options = {.stop_at_layer = -1, .poll = engine_poll_signals, .poll_context = &s.gil};
     PyObject *runs, *taps = NULL, *profile = Py_None;
     g4_error err = {0};
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$iiO", names, &runs, &taps, &options.stop_at_layer,

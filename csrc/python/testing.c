@@ -153,6 +153,52 @@ static PyObject *test_weighted_sum(PyObject *self, PyObject *args)
     return (PyObject *)out;
 }
 
+/* matmul_panel(isa, x [m, k], w [k, 16], n, out [m, n] or None) -> [m, n], added to `out` if there is one */
+static PyObject *test_matmul_panel(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x, *w;
+    PyObject *start;
+    int n;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!O!iO", &isa, &PyArray_Type, &x, &PyArray_Type, &w, &n, &start))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 2) || !is_rows(w, NPY_FLOAT32, 2))
+        return NULL;
+    npy_intp dims[] = {PyArray_DIM(x, 0), n};
+    if (n < 1 || n > 16 || !PyArray_IS_C_CONTIGUOUS(w) || PyArray_DIM(w, 0) != PyArray_DIM(x, 1) ||
+        PyArray_DIM(w, 1) != 16)
+        return PyErr_Format(PyExc_ValueError, "expected a dense panel [k, 16] and 1 to 16 columns");
+    PyObject *out =
+        start == Py_None ? PyArray_SimpleNew(2, dims, NPY_FLOAT32) : PyArray_FROM_OF(start, NPY_ARRAY_ENSURECOPY);
+    if (out && PyArray_SIZE((PyArrayObject *)out) == dims[0] * n)
+        kernels->matmul_panel(PyArray_DATA(x), stride_of(x), (int)dims[0], PyArray_DATA(w), (int)PyArray_DIM(x, 1),
+                              PyArray_DATA((PyArrayObject *)out), (size_t)n, n, start != Py_None);
+    return out;
+}
+
+/* pack_panel(isa, w [n <= 16, k]) -> [k, 16] */
+static PyObject *test_pack_panel(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *w;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &w))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(w, NPY_FLOAT32, 2))
+        return NULL;
+    if (PyArray_DIM(w, 0) < 1 || PyArray_DIM(w, 0) > 16)
+        return PyErr_Format(PyExc_ValueError, "expected 1 to 16 rows");
+    npy_intp dims[] = {PyArray_DIM(w, 1), 16};
+    PyObject *out = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
+    if (out)
+        kernels->pack_panel(PyArray_DATA(w), stride_of(w), (int)PyArray_DIM(w, 0), (int)dims[0],
+                            PyArray_DATA((PyArrayObject *)out));
+    return out;
+}
+
 /* The row kernels of one signature each; y may be NULL. Returns false for an unknown name. */
 static bool apply_row(const g4_kernels *k, const char *name, float *out, const float *y, float s, int n)
 {
@@ -166,6 +212,14 @@ static bool apply_row(const g4_kernels *k, const char *name, float *out, const f
         k->axpy(out, s, y, n);
     else if (strcmp(name, "gelu") == 0)
         k->gelu(out, out, n);
+    else if (strcmp(name, "glu") == 0 && y)
+        k->glu(out, out, y, n);
+    else if (strcmp(name, "clamp") == 0)
+        k->clamp(out, out, -s, 0.5f * s, n);
+    else if (strcmp(name, "mul_add") == 0 && y) /* x + y * y */
+        k->mul_add(out, y, y, n);
+    else if (strcmp(name, "layer_norm") == 0 && y) /* gain y; s > 0: bias y, too, and eps s */
+        k->layer_norm(out, out, y, s > 0 ? y : NULL, s > 0 ? s : 1e-6f, n);
     else if (strcmp(name, "softmax") == 0)
         k->softmax(out, n);
     else if (strcmp(name, "softcap") == 0)
@@ -177,8 +231,8 @@ static bool apply_row(const g4_kernels *k, const char *name, float *out, const f
     return true;
 }
 
-/* row(isa, name, x [n], y [n] or None, s) -> [n]; name: scale_mul, add, mul, axpy, gelu, softmax, softcap, rope. The
- * result is computed at x's own misalignment. */
+/* row(isa, name, x [n], y [n] or None, s) -> [n]; name: scale_mul, add, mul, axpy, gelu, glu, clamp (to -s, s/2), mul_add,
+ * layer_norm, softmax, softcap, rope. The result is computed at x's own misalignment. */
 static PyObject *test_row(PyObject *self, PyObject *args)
 {
     const char *isa, *name;
@@ -297,6 +351,9 @@ static PyMethodDef testing_methods[] = {
     {"matmul_int8", test_matmul_int8, METH_VARARGS, "matmul_int8(isa, dtype, quantize_rows(…), w) -> [m, n]"},
     {"weighted_sum", test_weighted_sum, METH_VARARGS,
      "weighted_sum(isa, dtype, p [m, n], v [n, d], acc [m, d]) -> [m, d]"},
+    {"matmul_panel", test_matmul_panel, METH_VARARGS,
+     "matmul_panel(isa, x [m, k], w [k, 16], n, out or None) -> [m, n]"},
+    {"pack_panel", test_pack_panel, METH_VARARGS, "pack_panel(isa, w [n, k]) -> [k, 16]"},
     {"row", test_row, METH_VARARGS, "row(isa, name, x [n], y [n] or None, s) -> [n]"},
     {"sum_squares", test_sum_squares, METH_VARARGS, "sum_squares(isa, x [n]) -> float"},
     {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n] or uint8 [bytes]) -> float32 [n]"},

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.interp.sites import Names, Site, SiteTable
+from gemma4.interp.sites import ENCODER_PREFIXES, Names, Site, SiteTable
 
 Array: TypeAlias = NDArray[Any]
 HookFn: TypeAlias = Callable[[Array, "HookPoint"], Any]
@@ -87,6 +87,25 @@ def _checked_pair(hook: Any) -> Hook:
     if hook[0] is None:
         raise TypeError('a hook needs a site name, glob or predicate; "*" means every site')
     return hook[0], hook[1]
+
+
+def hooks_of(hooks: Iterable[Hook], prefix: str = "") -> list[Hook]:
+    """The hooks whose names begin with an encoder's prefix ("vision.", "audio."), or ("") those of the text model.
+
+    Predicates are asked about every name of both.
+    """
+    chosen: list[Hook] = []
+    for hook in hooks:
+        names, fn = _checked_pair(hook)
+        if not callable(names):
+            names = [name for name in ([names] if isinstance(names, str) else names) if _is_of(name, prefix)]
+        if callable(names) or names:
+            chosen.append((names, fn))
+    return chosen
+
+
+def _is_of(name: str, prefix: str) -> bool:
+    return name.startswith(prefix) if prefix else not str(name).startswith(ENCODER_PREFIXES)
 
 
 def make_edit(site: Site, fns: Sequence[HookFn], point: HookPoint, log: NaNLog) -> Callable[[Array], Array]:

@@ -20,12 +20,14 @@ from gemma4.errors import SiteError
 
 Names: TypeAlias = str | Iterable[str] | Callable[[str], Any] | None
 
+ENCODER_PREFIXES = ("vision.", "audio.")  # of sites of the encoders
+
 # Not kept unless named: they grow with T*S, T*heads*d_model or T*d_vocab, and the logits are returned anyway.
 KEPT_ONLY_WHEN_NAMED = frozenset(
     {"attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result", "hook_logits_raw", "hook_logits"}
 )
 
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"(?:vision\.|audio\.)?blocks\.(\d+)\.(.+)")
 _HF_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)")
 _GLOB = re.compile(r"[*?\[]")
 
@@ -94,7 +96,8 @@ _HF_MODEL = {
 class Site:
     """One named intermediate of the forward pass.
 
-    `dims` holds "T" (positions), "S" (key positions) or a size. `layer` is None for a site of the whole model.
+    `dims` holds "T" (positions), "S" (key positions), an encoder's "N" (soft tokens) and "U", or a size. `layer` is
+    None for a site of the whole model.
     """
 
     name: str
@@ -223,6 +226,8 @@ class SiteTable(Mapping[str, Site]):
 
 def canonical_name(name: str) -> str:
     """Our name for a TransformerLens bridge name or Hugging Face module path; any other string unchanged."""
+    if name.startswith(ENCODER_PREFIXES):
+        return name
     if match := _BLOCK.fullmatch(name):
         return f"blocks.{int(match.group(1))}.{_BRIDGE_BLOCK.get(match.group(2), match.group(2))}"
     if match := _HF_LAYER.fullmatch(name):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gemma4.errors import FormatError, StateError
 from gemma4.load.config import TextConfig
 from gemma4.load.dtypes import ENGINE_DTYPES, is_quantised
+from gemma4.load.encoder_config import EncoderConfig, Modality
 from gemma4.load.mapped import MappedFile, TensorInfo
 from gemma4.load.names import PLE_TABLE
 
@@ -59,15 +60,18 @@ class Checkpoint(ABC):
         self.tensors: Mapping[str, NDArray[Any]] = TensorMap(self._owner)
         self.engine_tensors = {}
         for name, stored in source.items():
-            file = self._owner[stored]
-            info = file.tensors[stored]
-            _check_dtype(file, info)
-            self.engine_tensors[name] = (info.dtype, info.shape, file.buffer, info.offset)
+            self.engine_tensors[name] = self._engine_tensor(stored)
         used = set(source.values())
         self.ignored = tuple(name for name in self._owner if name not in used)
         dtypes = {name: self.engine_tensors[name][0] for name in ("embed_tokens.weight", PLE_TABLE) if name in source}
         self.engine_config = config.engine(dtypes["embed_tokens.weight"], dtypes.get(PLE_TABLE, "F32"))
         self.engine_config["ple_on_disk"] = self._keep_on_disk(source.get(PLE_TABLE))
+
+    def _engine_tensor(self, stored: str) -> EngineTensor:
+        file = self._owner[stored]
+        info = file.tensors[stored]
+        _check_dtype(file, info)
+        return info.dtype, info.shape, file.buffer, info.offset
 
     def _keep_on_disk(self, table: str | None) -> bool:
         """Whether the per-layer table is so large that its rows should be read one by one, and stay on disk else."""
@@ -83,6 +87,15 @@ class Checkpoint(ABC):
     @abstractmethod
     def load_chat_template(self) -> ChatTemplate | None:
         """The chat template, None if there is none. Raises FormatError if it is damaged."""
+
+    @property
+    def encoders(self) -> Mapping[Modality, EncoderConfig]:
+        """Configurations of the image and audio encoders, by modality; {} if it has none."""
+        return {}
+
+    def encoder_tensors(self, modality: Modality) -> dict[str, EngineTensor]:
+        """What `_engine.Encoder` needs, of an encoder in `encoders`. Raises StateError if the files do not hold it."""
+        raise StateError(f"{self.path} holds no {modality} encoder")
 
     @property
     def total_bytes(self) -> int:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma4.errors import FormatError, StateError
-from gemma4.load.checkpoint import Checkpoint, Progress, check_shape, no_double_tensors
+from gemma4.load.checkpoint import Checkpoint, EngineTensor, Progress, check_shape, no_double_tensors
 from gemma4.load.config import TextConfig, parse_config
-from gemma4.load.names import text_prefix, text_tensors
+from gemma4.load.encoder_config import EncoderConfig, Modality, parse_encoders
+from gemma4.load.names import encoder_names, text_prefix, text_tensors
 from gemma4.load.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -36,6 +37,19 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.generation_config = _optional_json(path / "generation_config.json")
         tokenizer = path / "tokenizer.json"
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
+
+    @property
+    def encoders(self) -> Mapping[Modality, EncoderConfig]:
+        return parse_encoders(self.hf_config, self.config)
+
+    def encoder_tensors(self, modality: Modality) -> dict[str, EngineTensor]:
+        names = encoder_names(self._owner, modality)
+        if not names:
+            raise StateError(
+                f"{self.path} describes a {modality} encoder in config.json, but its files hold none of the tensors: "
+                "take the whole checkpoint"
+            )
+        return {name: self._engine_tensor(stored) for name, stored in names.items()}
 
     def load_tokenizer(self) -> Tokenizer:
         from gemma4.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ Ref: transformers models/gemma4/modeling_gemma4.py (Gemma4TextModel and the modu
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from gemma4.errors import FormatError
 from gemma4.load.config import TextConfig
@@ -32,6 +32,25 @@ def text_prefix(stored: Container[str]) -> tuple[str, str]:
             return prefix, head
     tried = ", ".join(prefix + "embed_tokens.weight" for prefix in _LAYOUTS)
     raise FormatError(f"the weights hold no Gemma 4 text decoder: none of {tried} is there")
+
+
+# Folders of an encoder's tensors, where the names inside are told apart. The unified model's were renamed by
+# transformers at loading; files exist under both names.
+_ENCODER_FOLDERS = {
+    "vision": ("vision_tower.", "vision_embedder.", "embed_vision.multimodal_embedder.", "embed_vision."),
+    "audio": ("audio_tower.", "embed_audio."),
+}
+
+
+def encoder_names(stored: Iterable[str], modality: str) -> dict[str, str]:
+    """Engine name -> stored name of every tensor of the "vision" or "audio" encoder; {} if there is none."""
+    folders = [prefix + folder for folder in _ENCODER_FOLDERS[modality] for prefix in ("model.", "")]
+    out: dict[str, str] = {}
+    for name in stored:
+        folder = next((folder for folder in folders if name.startswith(folder)), None)
+        if folder is not None:
+            out[name.removeprefix(folder)] = name
+    return out
 
 
 def text_tensors(config: TextConfig) -> dict[str, Shape]:

@@ -77,12 +77,13 @@ def same(a: F32, b: F32) -> bool:
 
 
 def test_every_kernel_is_swept_here() -> None:
-    rows = {"scale_mul", "add", "mul", "axpy", "gelu", "softmax", "softcap", "rope"}
+    rows = set(ROW_KERNELS)
     by_type = {f"{name}_{dtype.lower()}" for name in ("matmul", "weighted_sum", "widen") for dtype in DTYPES}
     in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", "matmul_int8", "widen") for dtype in FORMATS}
     limits = {"spin_f32", "spin_int8", "read_sum"}  # in test_bench.py
     in_blocks.add("quantize_rows")  # these in test_block_formats.py
-    assert set(testing.names()) == rows | by_type | in_blocks | {"sum_squares", "narrow_bf16"} | limits
+    others = {"sum_squares", "narrow_bf16", "matmul_panel", "pack_panel"}
+    assert set(testing.names()) == rows | by_type | in_blocks | limits | others
     assert ISAS[0] == "scalar"
 
 
@@ -191,20 +192,77 @@ def test_weighted_sum_goes_on_where_it_stopped(isa: str, dtype: str) -> None:
     assert same_bits(np.concatenate(alone), whole)
 
 
+# ---- panels of 16 columns -----------------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+def test_matmul_panel(kind: str) -> None:
+    rng = generator("panel", kind)
+    for m in (1, 2, 3, 5, 6, 7, 12, 23):
+        for n, k in [(16, 1), (1, 7), (15, 64), (16, 72), (16, 300), (3, 1031)]:
+            x, w = placed(rng, values(rng, kind, (m, k))), values(rng, "normal", (k, 16))
+            start = values(rng, "normal", (m, n))
+            for out in (None, start):
+                expected = testing.matmul_panel("scalar", x, w, n, out)
+                for isa in ISAS[1:]:
+                    assert same(testing.matmul_panel(isa, x, w, n, out), expected), (isa, m, n, k)
+                if kind in FINITE:
+                    first = 0 if out is None else start
+                    size = np.abs(first) + _product(np.abs(x), np.abs(w.T[:n]))
+                    assert_near(expected, first + _product(x, w.T[:n]), (k + 1) * ULP / 2 * size, (m, n, k))
+
+
+@EVERY_ISA
+def test_panels_go_on_where_they_stopped(isa: str) -> None:
+    """Inputs in one call or in several, rows together or alone: the same bits."""
+    rng = generator("panels")
+    x, w = values(rng, "wide", (13, 200)), values(rng, "normal", (200, 16))
+    whole = testing.matmul_panel(isa, x, w, 16, None)
+    part = testing.matmul_panel(isa, x[:, :70], w[:70], 16, None)
+    assert same_bits(testing.matmul_panel(isa, x[:, 70:], w[70:], 16, part), whole)
+    assert same_bits(np.concatenate([testing.matmul_panel(isa, row[None], w, 16, None) for row in x]), whole)
+
+
+@EVERY_ISA
+def test_pack_panel(isa: str) -> None:
+    rng = generator("pack")
+    for n, k in [(16, 1), (16, 31), (16, 64), (5, 33), (1, 100)]:
+        w = placed(rng, values(rng, "nonfinite", (n, k)))
+        assert same_bits(np.ascontiguousarray(testing.pack_panel(isa, w)[:, :n]), np.ascontiguousarray(w.T))
+
+
+@EVERY_ISA
+def test_layer_norm(isa: str) -> None:
+    rng = generator("layer_norm")
+    for n in ROW_SIZES:
+        x, gain = values(rng, "normal", (n,)) + 3, values(rng, "normal", (n,))
+        wide = x.astype(np.float64)
+        for eps in (0.0, 0.5):
+            exact = (wide - wide.mean()) / np.sqrt(wide.var() + (eps or 1e-6)) * gain + (gain if eps else 0)
+            if n > 1:
+                bound = 64 * ULP * (np.abs(gain) * (np.abs(exact).max() + 3 / np.sqrt(wide.var() + 1e-6)) + 1)
+                assert_near(testing.row(isa, "layer_norm", x, gain, eps), exact, bound, (n, eps))
+
+
 # ---- rows ---------------------------------------------------------------------------------------------------------
 
 ROW_SIZES = [*range(1, 35), 47, 48, 49, 64, 100, 257, 1000]
 SCALE = 1.7
+ROW_KERNELS = [
+    *("scale_mul", "add", "mul", "axpy", "gelu", "glu", "clamp", "mul_add", "layer_norm", "softmax", "softcap", "rope")
+]
 # name -> float64 of (x, y), and the bound on the error in float32 ulps of the value
 EXACT = {
     "scale_mul": (lambda x, y: x * np.float32(SCALE) * y, 1),
     "add": (lambda x, y: x + y, 0.5),
     "mul": (lambda x, y: x * y, 0.5),
+    "clamp": (lambda x, y: np.clip(x, -np.float32(SCALE), np.float32(SCALE) / 2), 0),
+    "glu": (lambda x, y: x / (1 + np.exp(-y)), 4),
 }
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("name", ["scale_mul", "add", "mul", "axpy", "gelu", "softmax", "softcap", "rope"])
+@pytest.mark.parametrize("name", ROW_KERNELS)
 def test_row_kernels_agree(name: str, kind: str) -> None:
     rng = generator("row", name, kind)
     for n in ROW_SIZES:

@@ -310,7 +310,7 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
         return 3 * normal * shape[-1] ** -0.5
     if name.endswith("embed_tokens_per_layer.weight"):
         return normal * 0.3
-    return normal * shape[-1] ** -0.5  # a linear map keeps the spread of what it is given
+    return normal * (shape or (1,))[-1] ** -0.5  # a linear map keeps the spread of what it is given
 
 
 @torch.no_grad()

@@ -1,0 +1,71 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Encoders of images and audio: their weights, and the state of one pass over several media, whose rows lie one below
+ * the other, never padded. */
+#ifndef GEMMA4_MODEL_ENCODER_H
+#define GEMMA4_MODEL_ENCODER_H
+
+#include "gemma4.h"
+#include "model/bind.h"
+#include "ops/exec.h"
+
+typedef struct {
+    const float *ln1, *ln1_post, *ln2, *ln2_post; /* [D] input_, post_attention_, pre_ and post_feedforward_layernorm */
+    g4_clipped q, k, v, o;                        /* [H*h, D] [K*h, D] [K*h, D] [D, H*h] */
+    const float *q_norm, *k_norm;                 /* [h] */
+    g4_clipped gate, up, down;                    /* [F, D] [F, D] [D, F] */
+} g4_vision_layer;
+
+typedef struct {
+    g4_matrix patch, positions;        /* [D, d_in] [2 * n_positions, D]: those of x, then those of y */
+    const float *std_bias, *std_scale; /* [D] */
+    g4_vision_layer *layers;           /* [L] */
+} g4_vision_weights;
+
+/* What leaves any encoder: norm without gain, then the projection. Ref: Gemma4MultimodalEmbedder. */
+typedef struct {
+    g4_matrix projection; /* [O, I] */
+} g4_soft_weights;
+
+struct g4_encoder {
+    g4_model *model;
+    g4_encoder_config config;
+    g4_arena *vectors; /* owns the weights' float32 copies and the layers' structs */
+    size_t n_bytes;
+    g4_soft_weights soft;
+    g4_vision_weights vision;
+};
+
+/* One pass over media [first_medium, first_medium + n_media). */
+typedef struct {
+    g4_exec exec;
+    const g4_encoder *encoder;
+    const g4_encoder_config *config;
+    const g4_medium *media;
+    int first_medium, n_media;
+    const g4_tap *taps; /* of all media */
+    int n_taps;
+    int n_rows, n_soft; /* input rows and soft tokens of the pass */
+} g4_encode_pass;
+
+/* ---- encoder.c ---- */
+/* Announces a site: the arrays of all media of the pass, one below the other. Costs one compare when nobody listens. */
+g4_status g4_encoder_tap(g4_encode_pass *p, g4_site site, int layer, void *data);
+/* Announces one medium's part of it (index in the pass): scores and patterns exist one medium at a time. */
+g4_status g4_encoder_tap_one(g4_encode_pass *p, g4_site site, int layer, int medium, void *data);
+bool g4_encoder_tapped(const g4_encode_pass *p, g4_site site, int layer);
+
+/* out[i] = clip(W_i clip(x)) for maps that share x [m, n_cols], in one parallel region. */
+g4_status g4_clipped_jobs(g4_exec *exec, const float *x, int m, const g4_clipped *const *maps, float *const *outs,
+                          int n);
+
+/* soft [N, I] normed and projected into the media's own arrays. */
+g4_status g4_encoder_project(g4_encode_pass *p, g4_site soft_site, float *soft);
+
+/* Binds every row of a table; names of layers get the prefix with its number. */
+g4_status g4_bind_table(g4_binder *b, const g4_bind_row *rows, int n_rows, const char *prefix, int layer, void *owner);
+
+/* ---- one file for each encoder ---- */
+g4_status g4_vision_bind(g4_encoder *encoder, g4_binder *b);
+g4_status g4_vision_encode(g4_encode_pass *p);
+
+#endif

@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "ops/panels.h"
+
+enum {
+    PANEL = 16,
+    TASK_COLUMNS = 64, /* of one task: x is read once for four panels */
+    TASK_ROWS = 1536,  /* of one task: packing 64 columns costs some 2 % of the products with so many */
+    BLOCK_K = 256,     /* a panel of so many inputs (16 KB) stays in the first-level cache, with 6 rows of x … */
+    BLOCK_ROWS = 192   /* … and so many rows of x (192 KB) in the second-level one, for the next panel */
+};
+
+typedef struct {
+    const g4_exec *exec;
+    const g4_linear_job *jobs;
+    const int *first_task; /* [n_jobs + 1] */
+    float *scratch;        /* one for each worker */
+} panel_task;
+
+/* Floats of a worker's scratch: the packed columns, and 16 widened rows. */
+enum { SCRATCH = (TASK_COLUMNS + PANEL) * BLOCK_K };
+
+static int n_column_groups(const g4_linear_job *job)
+{
+    return ((int)job->w.n_rows + TASK_COLUMNS - 1) / TASK_COLUMNS;
+}
+
+static int rows_of_task(const g4_linear_job *job)
+{
+    int n_groups = (job->m + TASK_ROWS - 1) / TASK_ROWS;
+    return (job->m + n_groups - 1) / n_groups;
+}
+
+/* Weight rows [first, first + n), inputs [at, at + k) as panels. */
+static void pack(const g4_kernels *kernels, const g4_matrix *w, int first, int n, int at, int k, float *panels,
+                 float *widened)
+{
+    for (int j = 0; j < n; j += PANEL) {
+        const int rows = n - j < PANEL ? n - j : PANEL;
+        const float *source = widened;
+        size_t stride = BLOCK_K;
+        if (w->dtype == G4_F32) {
+            source = (const float *)g4_matrix_row(w, (size_t)(first + j)) + at;
+            stride = w->row_stride;
+        } else {
+            for (int r = 0; r < rows; r++)
+                g4_widen_for(kernels, w->dtype)(
+                    widened + (size_t)r * BLOCK_K,
+                    (const char *)g4_matrix_row(w, (size_t)(first + j + r)) + g4_dtype_bytes(w->dtype, (size_t)at), k);
+        }
+        kernels->pack_panel(source, stride, rows, k, panels + (size_t)j * BLOCK_K);
+    }
+}
+
+static void run_block(const g4_kernels *kernels, const g4_linear_job *job, const float *panels, int row, int m,
+                      int column, int n, int at, int k)
+{
+    const float *x = job->x + (size_t)row * job->x_stride + at;
+    for (int j = 0; j < n; j += PANEL)
+        kernels->matmul_panel(x, job->x_stride, m, panels + (size_t)j * BLOCK_K, k,
+                              job->out + (size_t)row * job->out_stride + (size_t)(column + j), job->out_stride,
+                              n - j < PANEL ? n - j : PANEL, at > 0);
+}
+
+static void run_task(void *context, int task, int worker)
+{
+    const panel_task *t = context;
+    int j = 0;
+    while (task >= t->first_task[j + 1])
+        j++;
+    const g4_linear_job *job = &t->jobs[j];
+    const int local = task - t->first_task[j], groups = n_column_groups(job), rows = rows_of_task(job);
+    const int column = local % groups * TASK_COLUMNS, first_row = local / groups * rows, k = (int)job->w.n_cols;
+    const int n = (int)job->w.n_rows - column < TASK_COLUMNS ? (int)job->w.n_rows - column : TASK_COLUMNS;
+    const int end_row = first_row + rows < job->m ? first_row + rows : job->m;
+    float *panels = t->scratch + (size_t)worker * SCRATCH, *widened = panels + (size_t)TASK_COLUMNS * BLOCK_K;
+    for (int at = 0; at < k; at += BLOCK_K) {
+        const int length = k - at < BLOCK_K ? k - at : BLOCK_K;
+        pack(t->exec->kernels, &job->w, column, n, at, length, panels, widened);
+        for (int row = first_row; row < end_row; row += BLOCK_ROWS)
+            run_block(t->exec->kernels, job, panels, row, end_row - row < BLOCK_ROWS ? end_row - row : BLOCK_ROWS,
+                      column, n, at, length);
+    }
+}
+
+g4_status g4_panel_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
+{
+    g4_arena_mark mark = g4_arena_save(exec->arena);
+    panel_task t = {.exec = exec, .jobs = jobs};
+    int *first_task;
+    double work = 0;
+    G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
+    G4_ALLOC(exec, t.scratch, (size_t)g4_pool_size(exec->pool) * SCRATCH);
+    first_task[0] = 0;
+    for (int j = 0; j < n_jobs; j++) {
+        const int m = jobs[j].m;
+        const int row_groups = m ? (m + rows_of_task(&jobs[j]) - 1) / rows_of_task(&jobs[j]) : 0;
+        first_task[j + 1] = first_task[j] + row_groups * n_column_groups(&jobs[j]);
+        work += (double)m * (double)jobs[j].w.n_rows * (double)jobs[j].w.n_cols;
+    }
+    t.first_task = first_task;
+    g4_status status = g4_exec_run(exec, first_task[n_jobs], work, run_task, &t);
+    g4_arena_restore(exec->arena, mark);
+    return status;
+}
+
+g4_status g4_panel_linear(g4_exec *exec, const float *x, int m, const g4_matrix *w, float *out)
+{
+    g4_linear_job job = {x, w->n_cols, m, *w, out, w->n_rows};
+    return g4_panel_jobs(exec, &job, 1);
+}

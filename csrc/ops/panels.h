@@ -1,0 +1,15 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Linear maps of the encoders, whose inputs are hundreds or thousands of rows at once: panels of 16 outputs. Each output
+ * is one sum over the inputs in their order, so it depends on nothing but its row and its weights. */
+#ifndef GEMMA4_OPS_PANELS_H
+#define GEMMA4_OPS_PANELS_H
+
+#include "ops/linear.h"
+
+/* As g4_linear_jobs; the order of additions differs. */
+g4_status g4_panel_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs);
+
+/* One map between dense arrays. */
+g4_status g4_panel_linear(g4_exec *exec, const float *x, int m, const g4_matrix *w, float *out);
+
+#endif

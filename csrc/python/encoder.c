@@ -1,0 +1,370 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The type Encoder: an image or audio encoder of a model. Contract: gemma4/_engine.pyi. */
+#include "python/engine.h"
+
+typedef struct {
+    PyObject_HEAD model_object *owner;
+    g4_encoder *encoder;
+    Py_buffer *buffers; /* keep the weights' bytes where they are */
+    size_t n_buffers;
+} encoder_object;
+
+/* ---- configuration ------------------------------------------------------------------------------------------------- */
+
+static const char *const kind_names[] = {"vision_tower", "vision_embedder", "audio_tower", "audio_embedder"};
+
+static int read_kind(PyObject *dict, g4_encoder_kind *kind)
+{
+    PyObject *value = PyDict_Check(dict) ? PyDict_GetItemString(dict, "kind") : NULL;
+    const char *name = value && PyUnicode_Check(value) ? PyUnicode_AsUTF8(value) : NULL;
+    for (int i = 0; name && i <= G4_AUDIO_EMBEDDER; i++)
+        if (strcmp(name, kind_names[i]) == 0) {
+            *kind = (g4_encoder_kind)i;
+            return 0;
+        }
+    PyErr_Format(PyExc_ValueError, "encoder config: unknown kind %R", value ? value : Py_None);
+    return -1;
+}
+
+static int read_common(PyObject *dict, g4_encoder_config *c)
+{
+    return read_kind(dict, &c->kind) || engine_read_int(dict, "d_in", &c->d_in) ||
+           engine_read_int(dict, "d_soft", &c->d_soft) || engine_read_int(dict, "d_out", &c->d_out) ||
+           engine_read_float(dict, "rms_norm_eps", &c->rms_norm_eps);
+}
+
+static int read_tower(PyObject *dict, g4_encoder_config *c)
+{
+    return engine_read_int(dict, "d_model", &c->d_model) || engine_read_int(dict, "n_layers", &c->n_layers) ||
+           engine_read_int(dict, "n_heads", &c->n_heads) || engine_read_int(dict, "n_kv_heads", &c->n_kv_heads) ||
+           engine_read_int(dict, "head_dim", &c->head_dim) || engine_read_int(dict, "d_mlp", &c->d_mlp) ||
+           engine_read_bool(dict, "clipped", &c->clipped);
+}
+
+static int read_vision(PyObject *dict, g4_encoder_config *c, PyArrayObject **inv_freq)
+{
+    if (engine_read_int(dict, "n_positions", &c->n_positions) || engine_read_int(dict, "pool", &c->pool) ||
+        engine_read_bool(dict, "standardize", &c->standardize))
+        return -1;
+    const npy_intp quarter[] = {c->head_dim / 4};
+    PyObject *array = PyDict_GetItemString(dict, "rope_inv_freq");
+    *inv_freq = engine_check_array(array ? array : Py_None, NPY_FLOAT32, 1, quarter, "encoder config: rope_inv_freq");
+    if (!*inv_freq)
+        return -1;
+    c->rope_inv_freq = PyArray_DATA(*inv_freq);
+    return 0;
+}
+
+static int read_config(PyObject *dict, g4_encoder_config *c)
+{
+    PyArrayObject *inv_freq = NULL; /* borrowed from the dict */
+    memset(c, 0, sizeof *c);
+    if (read_common(dict, c))
+        return -1;
+    switch (c->kind) {
+    case G4_VISION_TOWER: return read_tower(dict, c) || read_vision(dict, c, &inv_freq);
+    default: return 0;
+    }
+}
+
+/* ---- making one ------------------------------------------------------------------------------------------------------ */
+
+static int build(encoder_object *self, PyObject *config, PyObject *items)
+{
+    g4_encoder_config c;
+    g4_error err;
+    g4_status status;
+    if (read_config(config, &c))
+        return -1;
+    g4_named_tensor *tensors = engine_read_tensors(items, &self->buffers, &self->n_buffers);
+    if (!tensors)
+        return -1;
+    Py_BEGIN_ALLOW_THREADS status =
+        g4_encoder_new(self->owner->model, &c, tensors, self->n_buffers, &self->encoder, &err);
+    Py_END_ALLOW_THREADS PyMem_Free(tensors);
+    if (status != G4_OK)
+        engine_raise(&err);
+    return status == G4_OK ? 0 : -1;
+}
+
+static bool is_model(PyObject *encoder, PyObject *object)
+{
+    PyObject *module = PyType_GetModule(Py_TYPE(encoder));
+    PyObject *type = module ? PyObject_GetAttrString(module, "Model") : NULL;
+    bool is = type && PyObject_TypeCheck(object, (PyTypeObject *)type);
+    Py_XDECREF(type);
+    if (!is && !PyErr_Occurred())
+        PyErr_Format(PyExc_TypeError, "an encoder needs a Model, got %R", (PyObject *)Py_TYPE(object));
+    return is;
+}
+
+static int encoder_init(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"model", "config", "tensors", NULL};
+    encoder_object *self = (encoder_object *)object;
+    PyObject *model, *config, *mapping;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO", names, &model, &config, &mapping))
+        return -1;
+    if (self->owner) {
+        PyErr_SetString(PyExc_RuntimeError, "this encoder is initialised already");
+        return -1;
+    }
+    if (!is_model(object, model) || !engine_ready((model_object *)model))
+        return -1;
+    PyObject *items = PyMapping_Items(mapping);
+    if (!items)
+        return -1;
+    self->owner = (model_object *)Py_NewRef(model);
+    int failed = build(self, config, items);
+    Py_DECREF(items);
+    return failed;
+}
+
+static void encoder_dealloc(PyObject *object)
+{
+    encoder_object *self = (encoder_object *)object;
+    PyTypeObject *type = Py_TYPE(object);
+    g4_encoder_free(self->encoder);
+    engine_release_buffers(self->buffers, self->n_buffers);
+    Py_XDECREF(self->owner);
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+static bool encoder_ready(const encoder_object *self)
+{
+    if (!self->encoder)
+        PyErr_SetString(PyExc_RuntimeError, "this encoder was never initialised");
+    return self->encoder != NULL;
+}
+
+/* ---- encode ------------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const encoder_object *self;
+    PyObject *medium_tuple, *tap_tuple; /* own every array in use */
+    g4_medium *media;
+    g4_tap *taps;
+    engine_edit *edits;
+    int n_media, n_taps;
+    engine_gil gil;
+} encode_args;
+
+static int read_positions(PyObject *object, g4_medium *medium)
+{
+    const npy_intp dims[] = {medium->n_rows, 2};
+    PyArrayObject *array = engine_check_array(object, NPY_INT32, 2, dims, "positions");
+    if (!array)
+        return -1;
+    /* a copy, so that no other thread can change them while the engine computes */
+    const size_t n_bytes = (size_t)medium->n_rows * 2 * sizeof(int32_t);
+    int32_t *copy = PyMem_Malloc(n_bytes + 1);
+    if (!copy) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    memcpy(copy, PyArray_DATA(array), n_bytes);
+    medium->positions = copy;
+    return 0;
+}
+
+static int read_medium(const encode_args *a, PyObject *tuple, g4_medium *medium)
+{
+    const g4_encoder_config *c = g4_encoder_config_of(a->self->encoder);
+    PyObject *rows, *positions, *soft;
+    if (!PyTuple_Check(tuple) ||
+        !PyArg_ParseTuple(tuple, "OOO;a medium is (rows, positions, soft)", &rows, &positions, &soft)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "a medium is a tuple (rows, positions, soft)");
+        return -1;
+    }
+    const npy_intp row_dims[] = {-1, c->d_in};
+    PyArrayObject *array = engine_check_array(rows, NPY_FLOAT32, 2, row_dims, "rows of a medium");
+    if (!array)
+        return -1;
+    if (PyArray_DIM(array, 0) > 1 << 20) {
+        PyErr_Format(PyExc_ValueError, "a medium of %zd rows: at most 1048576", PyArray_DIM(array, 0));
+        return -1;
+    }
+    medium->n_rows = (int)PyArray_DIM(array, 0);
+    medium->rows = PyArray_DATA(array);
+    if ((c->kind == G4_VISION_TOWER || c->kind == G4_VISION_EMBEDDER) && read_positions(positions, medium))
+        return -1;
+    const npy_intp soft_dims[] = {g4_encoder_soft_tokens(c, medium->n_rows), c->d_out};
+    array = engine_check_array(soft, NPY_FLOAT32, 2, soft_dims, "soft tokens");
+    if (!array || PyArray_FailUnlessWriteable(array, "soft tokens"))
+        return -1;
+    medium->soft = PyArray_DATA(array);
+    return 0;
+}
+
+static int read_tap(const encode_args *a, PyObject *tuple, g4_tap *tap, engine_edit *edit)
+{
+    const g4_encoder_config *c = g4_encoder_config_of(a->self->encoder);
+    PyObject *target;
+    int site;
+    if (!PyTuple_Check(tuple) || !PyArg_ParseTuple(tuple, "iiiO;a tap is (site, layer, medium, array or callable)",
+                                                   &site, &tap->layer, &tap->run, &target)) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "a tap is a tuple (site, layer, medium, array or callable)");
+        return -1;
+    }
+    if (site < 0 || site >= G4_N_SITES || !g4_encoder_site_exists(c, (g4_site)site, tap->layer) || tap->run < 0 ||
+        tap->run >= a->n_media) {
+        PyErr_Format(PyExc_ValueError, "no site %d in layer %d of medium %d", site, tap->layer, tap->run);
+        return -1;
+    }
+    tap->site = (g4_site)site;
+    if (PyCallable_Check(target)) {
+        *edit = (engine_edit){(engine_gil *)&a->gil, target, NPY_FLOAT32};
+        tap->edit = engine_run_edit;
+        tap->context = edit;
+        return 0;
+    }
+    int64_t shape[G4_MAX_DIMS];
+    npy_intp dims[G4_MAX_DIMS];
+    const int n_dims = g4_encoder_site_shape(c, tap->site, a->media[tap->run].n_rows, shape);
+    for (int i = 0; i < n_dims; i++)
+        dims[i] = (npy_intp)shape[i];
+    PyArrayObject *array = engine_check_array(target, NPY_FLOAT32, n_dims, dims, g4_site_name(tap->site));
+    if (!array || PyArray_FailUnlessWriteable(array, "a capture"))
+        return -1;
+    tap->dest = PyArray_DATA(array);
+    return 0;
+}
+
+static int read_args(encode_args *a, PyObject *media, PyObject *taps)
+{
+    a->medium_tuple = PySequence_Tuple(media);
+    a->tap_tuple = a->medium_tuple ? taps ? PySequence_Tuple(taps) : PyTuple_New(0) : NULL;
+    if (!a->tap_tuple)
+        return -1;
+    const size_t n_media = (size_t)PyTuple_GET_SIZE(a->medium_tuple), n_taps = (size_t)PyTuple_GET_SIZE(a->tap_tuple);
+    a->media = PyMem_Calloc(n_media + 1, sizeof *a->media);
+    a->taps = PyMem_Calloc(n_taps + 1, sizeof *a->taps);
+    a->edits = PyMem_Calloc(n_taps + 1, sizeof *a->edits);
+    if (!a->media || !a->taps || !a->edits || n_media > 1 << 16 || n_taps > 1 << 24) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (size_t i = 0; i < n_media; i++) {
+        a->n_media = (int)i + 1;
+        if (read_medium(a, PyTuple_GET_ITEM(a->medium_tuple, (Py_ssize_t)i), &a->media[i]))
+            return -1;
+    }
+    for (size_t i = 0; i < n_taps; i++) {
+        a->n_taps = (int)i + 1;
+        if (read_tap(a, PyTuple_GET_ITEM(a->tap_tuple, (Py_ssize_t)i), &a->taps[i], &a->edits[i]))
+            return -1;
+    }
+    return 0;
+}
+
+static void release_args(encode_args *a)
+{
+    for (int i = 0; i < a->n_media; i++)
+        PyMem_Free((void *)a->media[i].positions);
+    PyMem_Free(a->media);
+    PyMem_Free(a->taps);
+    PyMem_Free(a->edits);
+    Py_XDECREF(a->medium_tuple);
+    Py_XDECREF(a->tap_tuple);
+}
+
+static PyObject *encoder_encode(PyObject *object, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"media", "taps", NULL};
+    encode_args a = {.self = (encoder_object *)object};
+    PyObject *media, *taps = NULL;
+    g4_error err = {0};
+    if (!encoder_ready(a.self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &media, &taps))
+        return NULL;
+    g4_status status = G4_EVALUE;
+    if (read_args(&a, media, taps) == 0) {
+        a.gil.state = PyEval_SaveThread();
+        status = g4_encode(a.self->encoder, a.media, a.n_media, a.taps, a.n_taps, engine_poll_signals, &a.gil, &err);
+        PyEval_RestoreThread(a.gil.state);
+        if (status != G4_OK)
+            engine_raise(&err);
+    }
+    release_args(&a);
+    if (status != G4_OK)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* ---- what it is ------------------------------------------------------------------------------------------------------- */
+
+/* In the order of sites.inc, those of layers together layer by layer. */
+static PyObject *encoder_sites(PyObject *object, PyObject *unused)
+{
+    encoder_object *self = (encoder_object *)object;
+    (void)unused;
+    if (!encoder_ready(self))
+        return NULL;
+    const g4_encoder_config *c = g4_encoder_config_of(self->encoder);
+    PyObject *list = PyList_New(0);
+    int failed = list ? 0 : -1;
+    for (int s = 0; s < G4_N_SITES && !failed; s++) {
+        int last = s;
+        while (last < G4_N_SITES && g4_site_is_per_layer((g4_site)last) && g4_encoder_site_exists(c, (g4_site)last, 0))
+            last++;
+        const int n_layers = last > s ? c->n_layers : 1, end = last > s ? last : s + 1;
+        for (int layer = 0; layer < n_layers && !failed; layer++)
+            for (int i = s; i < end && !failed; i++) {
+                int64_t shape[G4_MAX_DIMS];
+                const int n_dims = g4_encoder_site_shape(c, (g4_site)i, 0, shape);
+                if (g4_encoder_site_exists(c, (g4_site)i, layer))
+                    failed = engine_append_site(list, (g4_site)i, layer, shape, n_dims, "TSNU");
+            }
+        s = end - 1;
+    }
+    if (failed)
+        Py_CLEAR(list);
+    return list;
+}
+
+static PyObject *encoder_soft_tokens(PyObject *object, PyObject *n_rows)
+{
+    encoder_object *self = (encoder_object *)object;
+    if (!encoder_ready(self))
+        return NULL;
+    long n = PyLong_AsLong(n_rows);
+    if (n == -1 && PyErr_Occurred())
+        return NULL;
+    if (n < 0 || n > 1 << 20)
+        return PyErr_Format(PyExc_ValueError, "%ld rows: expected 0 to 1048576", n);
+    return PyLong_FromLong(g4_encoder_soft_tokens(g4_encoder_config_of(self->encoder), (int)n));
+}
+
+static PyObject *get_weight_bytes(PyObject *object, void *unused)
+{
+    encoder_object *self = (encoder_object *)object;
+    (void)unused;
+    return encoder_ready(self) ? PyLong_FromSize_t(g4_encoder_weight_bytes(self->encoder)) : NULL;
+}
+
+static PyGetSetDef encoder_getset[] = {
+    {"weight_bytes", get_weight_bytes, NULL, "Bytes of all tensors in use.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMethodDef encoder_methods[] = {
+    {"encode", (PyCFunction)(void (*)(void))encoder_encode, METH_VARARGS | METH_KEYWORDS,
+     "Media to soft tokens, all in one ragged pass."},
+    {"sites", encoder_sites, METH_NOARGS, "Every site of this encoder: (name, site id, layer, dims)."},
+    {"soft_tokens", encoder_soft_tokens, METH_O, "Soft tokens of a medium of so many rows."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot encoder_slots[] = {
+    {Py_tp_doc, "An image or audio encoder. Encoder(model, config, tensors)"},
+    {Py_tp_init, encoder_init},
+    {Py_tp_dealloc, encoder_dealloc},
+    {Py_tp_methods, encoder_methods},
+    {Py_tp_getset, encoder_getset},
+    {0, NULL},
+};
+
+PyType_Spec engine_encoder_spec = {"gemma4._engine.Encoder", sizeof(encoder_object), 0, Py_TPFLAGS_DEFAULT,
+                                   encoder_slots};

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's image and audio encoders: from patches or spectrogram frames to soft tokens, with every intermediate.
+
+An encoder is bound at its first use, so that a model used for text alone pays nothing for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4 import _engine
+from gemma4.errors import StateError
+from gemma4.interp.hooks import HookPoint, SiteHooks, active_hooks, bind_hooks, hooks_of, make_edit
+from gemma4.interp.sites import Names, Site, SiteTable
+from gemma4.load.encoder_config import EncoderConfig, Modality
+
+if TYPE_CHECKING:
+    from gemma4._engine import EncoderTap
+    from gemma4.model import Model
+
+F32: TypeAlias = NDArray[np.float32]
+I32: TypeAlias = NDArray[np.int32]
+# (patches float32 [n, d_in] in 0..1, positions int32 [n, 2] of x and y), or audio frames float32 [n, d_in]
+MediumLike: TypeAlias = "tuple[NDArray[Any], NDArray[Any]] | NDArray[Any]"
+
+_KEPT = 16  # results of the last media, for follow-up questions about them
+
+
+class Encoder:
+    """The "vision" or "audio" encoder of a model. Made by `Model.vision` and `Model.audio`; threads may share it.
+
+    modality  "vision" or "audio"
+    config    EncoderConfig
+    sites     every site by name, in forward order (docs/sites.md)
+    """
+
+    def __init__(self, model: Model, modality: Modality) -> None:
+        checkpoint = model.checkpoint
+        if modality not in checkpoint.encoders:
+            others = ", ".join(checkpoint.encoders) or "none"
+            raise StateError(
+                f"{checkpoint.path} has no {modality} encoder (encoders it has: {others}); "
+                f"{'images and video' if modality == 'vision' else 'audio'} need a model with one"
+            )
+        checkpoint.check()
+        self.modality = modality
+        self.config: EncoderConfig = checkpoint.encoders[modality]
+        self._model = model
+        tensors = checkpoint.encoder_tensors(modality)
+        self.engine = _engine.Encoder(model.engine, self.config.engine(), tensors)
+        self.sites = SiteTable(self.engine.sites(), [{}] * self.config.n_layers)
+        self._results: OrderedDict[bytes, F32] = OrderedDict()
+        self._lock = Lock()
+
+    def __repr__(self) -> str:
+        layers = f", {self.config.n_layers} layers" if self.config.n_layers else ""
+        return f"<gemma4.Encoder {self.config.kind}{layers} of {self._model.checkpoint.path.name}>"
+
+    def encode(self, media: Sequence[MediumLike]) -> list[F32]:
+        """Soft tokens, float32 [n, d_model of the text model], of each medium: all in one pass, ragged, not padded.
+
+        media: for vision pairs (patches float32 [n, d_in] in 0..1, positions int32 [n, 2]: x, y of each patch); for
+        audio arrays float32 [frames, d_in]. The last results are kept and returned again for the same numbers; they
+        are read-only. Hooks of an enclosing `model.hooks` run, and then nothing is kept.
+
+        Raises ValueError (shapes, positions outside the table, a grid that does not pool), FormatError and StateError
+        (weight files changed or closed), KeyboardInterrupt within 100 ms of Ctrl-C.
+        """
+        inputs = [self._checked(medium, i) for i, medium in enumerate(media)]
+        hooks = self._hooks()
+        if hooks:
+            return self._run(inputs, hooks, [])[0]
+        keys = [_digest(medium) for medium in inputs]
+        with self._lock:
+            found = {key: self._results[key] for key in keys if key in self._results}
+        missing = {key: medium for key, medium in zip(keys, inputs, strict=True) if key not in found}
+        if missing:
+            fresh = self._run(list(missing.values()), [], [])[0]
+            for key, soft in zip(missing, fresh, strict=True):
+                soft.flags.writeable = False
+                found[key] = soft
+        with self._lock:
+            for key in keys:
+                self._results[key] = found[key]
+                self._results.move_to_end(key)
+            while len(self._results) > _KEPT:
+                self._results.popitem(last=False)
+        return [found[key] for key in keys]
+
+    def run_with_cache(
+        self, media: Sequence[MediumLike], names: Names = None
+    ) -> tuple[list[F32], list[dict[str, F32]]]:
+        """Soft tokens as `encode` gives them, and the activations of each medium: site name -> float32 array.
+
+        names: as in `Model.run_with_cache`. None = all but attention scores and patterns. Raises SiteError.
+        """
+        inputs = [self._checked(medium, i) for i, medium in enumerate(media)]
+        return self._run(inputs, self._hooks(), self.sites.select(names))
+
+    def _hooks(self) -> SiteHooks:
+        return bind_hooks(self.sites, hooks_of(active_hooks(self._model), f"{self.modality}."))
+
+    def _checked(self, medium: Any, index: int) -> tuple[F32, I32 | None]:
+        if self.modality == "audio":
+            return self._rows(medium, f"audio {index}"), None
+        if not isinstance(medium, Sequence) or len(medium) != 2:
+            raise TypeError(f"image {index}: expected a pair (patches, positions), got {type(medium).__name__}")
+        patches, positions = self._rows(medium[0], f"image {index}"), np.asarray(medium[1])
+        if positions.shape != (len(patches), 2) or positions.dtype.kind not in "iu":
+            raise ValueError(
+                f"image {index}: positions are {positions.dtype} {positions.shape}, expected integers {len(patches), 2}"
+            )
+        if positions.size and (positions.min() < 0 or positions.max() >= self.config.n_positions):
+            raise ValueError(
+                f"image {index}: positions go from {positions.min()} to {positions.max()}, expected 0 to "
+                f"{self.config.n_positions - 1}"
+            )
+        return patches, np.ascontiguousarray(positions, dtype=np.int32)
+
+    def _rows(self, rows: Any, what: str) -> F32:
+        array = np.asarray(rows)
+        if array.ndim != 2 or array.shape[1] != self.config.d_in or array.dtype.kind not in "fiu":
+            raise ValueError(f"{what}: got {array.dtype} {array.shape}, expected float32 [n, {self.config.d_in}]")
+        if not len(array):
+            raise ValueError(f"{what} is empty: there must be at least one row")
+        array = np.ascontiguousarray(array, dtype=np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{what}: it holds NaN or infinity")
+        return array
+
+    def _run(
+        self, inputs: list[tuple[F32, I32 | None]], hooks: SiteHooks, capture: Iterable[Site]
+    ) -> tuple[list[F32], list[dict[str, F32]]]:
+        self._model.checkpoint.check()
+        soft = [np.empty((self.engine.soft_tokens(len(rows)), self.config.d_out), np.float32) for rows, _ in inputs]
+        caches = [{site.name: self._empty(site, len(rows)) for site in capture} for rows, _ in inputs]
+        taps: list[EncoderTap] = []
+        for i, (rows, _) in enumerate(inputs):
+            for site, fns in hooks:
+                positions = np.arange(self._sizes(len(rows))["T" if "T" in site.dims else str(site.dims[0])])
+                point = HookPoint(site.name, site.layer, i, positions)
+                taps.append((site.id, site.layer or 0, i, make_edit(site, fns, point, self._model.nan_log)))
+            taps += [(self.sites[name].id, self.sites[name].layer or 0, i, array) for name, array in caches[i].items()]
+        self.engine.encode([(rows, at, out) for (rows, at), out in zip(inputs, soft, strict=True)], taps)
+        return soft, caches
+
+    def _empty(self, site: Site, n_rows: int) -> F32:
+        sizes = self._sizes(n_rows)
+        return np.empty(tuple(sizes[dim] if isinstance(dim, str) else dim for dim in site.dims), np.float32)
+
+    def _sizes(self, n_rows: int) -> dict[str, int]:
+        """What the letters of a site's dims stand for, for a medium of so many input rows."""
+        n_soft = self.engine.soft_tokens(n_rows)
+        inside = n_soft if self.config.kind == "audio_tower" else n_rows
+        return {"T": inside, "S": inside, "N": n_soft, "U": (n_rows + 1) // 2}
+
+
+def _digest(medium: tuple[F32, I32 | None]) -> bytes:
+    rows, positions = medium
+    digest = hashlib.sha256(str(rows.shape).encode())
+    digest.update(rows.data)
+    if positions is not None:
+        digest.update(positions.data)
+    return digest.digest()
