@@ -6,20 +6,19 @@ An encoder is bound at its first use, so that a model used for text alone pays n
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine
-from gemma4.errors import StateError
 from gemma4.interp.hooks import HookPoint, SiteHooks, active_hooks, bind_hooks, hooks_of, make_edit
 from gemma4.interp.sites import Names, Site, SiteTable
 from gemma4.load.encoder_config import EncoderConfig, Modality
+from gemma4.media import audio as sounds
+from gemma4.media import image as images
+from gemma4.media import video as videos
 
 if TYPE_CHECKING:
     from gemma4._engine import EncoderTap
@@ -29,8 +28,6 @@ F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
 # (patches float32 [n, d_in] in 0..1, positions int32 [n, 2] of x and y), or audio frames float32 [n, d_in]
 MediumLike: TypeAlias = "tuple[NDArray[Any], NDArray[Any]] | NDArray[Any]"
-
-_KEPT = 16  # results of the last media, for follow-up questions about them
 
 
 class Encoder:
@@ -45,9 +42,9 @@ class Encoder:
         checkpoint = model.checkpoint
         if modality not in checkpoint.encoders:
             others = ", ".join(checkpoint.encoders) or "none"
-            raise StateError(
-                f"{checkpoint.path} has no {modality} encoder (encoders it has: {others}); "
-                f"{'images and video' if modality == 'vision' else 'audio'} need a model with one"
+            what = "images and video" if modality == "vision" else "audio"
+            raise NotImplementedError(
+                f"{checkpoint.path} has no {modality} encoder (encoders it has: {others}): {what} need a model with one"
             )
         checkpoint.check()
         self.modality = modality
@@ -56,8 +53,6 @@ class Encoder:
         tensors = checkpoint.encoder_tensors(modality)
         self.engine = _engine.Encoder(model.engine, self.config.engine(), tensors)
         self.sites = SiteTable(self.engine.sites(), [{}] * self.config.n_layers)
-        self._results: OrderedDict[bytes, F32] = OrderedDict()
-        self._lock = Lock()
 
     def __repr__(self) -> str:
         layers = f", {self.config.n_layers} layers" if self.config.n_layers else ""
@@ -67,32 +62,13 @@ class Encoder:
         """Soft tokens, float32 [n, d_model of the text model], of each medium: all in one pass, ragged, not padded.
 
         media: for vision pairs (patches float32 [n, d_in] in 0..1, positions int32 [n, 2]: x, y of each patch); for
-        audio arrays float32 [frames, d_in]. The last results are kept and returned again for the same numbers; they
-        are read-only. Hooks of an enclosing `model.hooks` run, and then nothing is kept.
+        audio arrays float32 [frames, d_in]. Hooks of an enclosing `model.hooks` run.
 
         Raises ValueError (shapes, positions outside the table, a grid that does not pool), FormatError and StateError
         (weight files changed or closed), KeyboardInterrupt within 100 ms of Ctrl-C.
         """
         inputs = [self._checked(medium, i) for i, medium in enumerate(media)]
-        hooks = self._hooks()
-        if hooks:
-            return self._run(inputs, hooks, [])[0]
-        keys = [_digest(medium) for medium in inputs]
-        with self._lock:
-            found = {key: self._results[key] for key in keys if key in self._results}
-        missing = {key: medium for key, medium in zip(keys, inputs, strict=True) if key not in found}
-        if missing:
-            fresh = self._run(list(missing.values()), [], [])[0]
-            for key, soft in zip(missing, fresh, strict=True):
-                soft.flags.writeable = False
-                found[key] = soft
-        with self._lock:
-            for key in keys:
-                self._results[key] = found[key]
-                self._results.move_to_end(key)
-            while len(self._results) > _KEPT:
-                self._results.popitem(last=False)
-        return [found[key] for key in keys]
+        return self._run(inputs, self.hooks(), [])[0]
 
     def run_with_cache(
         self, media: Sequence[MediumLike], names: Names = None
@@ -102,9 +78,10 @@ class Encoder:
         names: as in `Model.run_with_cache`. None = all but attention scores and patterns. Raises SiteError.
         """
         inputs = [self._checked(medium, i) for i, medium in enumerate(media)]
-        return self._run(inputs, self._hooks(), self.sites.select(names))
+        return self._run(inputs, self.hooks(), self.sites.select(names))
 
-    def _hooks(self) -> SiteHooks:
+    def hooks(self) -> SiteHooks:
+        """Those of every open `model.hooks` block that name sites of this encoder."""
         return bind_hooks(self.sites, hooks_of(active_hooks(self._model), f"{self.modality}."))
 
     def _checked(self, medium: Any, index: int) -> tuple[F32, I32 | None]:
@@ -162,10 +139,30 @@ class Encoder:
         return {"T": inside, "S": inside, "N": n_soft, "U": (n_rows + 1) // 2}
 
 
-def _digest(medium: tuple[F32, I32 | None]) -> bytes:
-    rows, positions = medium
-    digest = hashlib.sha256(str(rows.shape).encode())
-    digest.update(rows.data)
-    if positions is not None:
-        digest.update(positions.data)
-    return digest.digest()
+def encode_image(model: Model, image: Any, image_tokens: int = 280) -> F32:
+    """See `Model.encode_image`."""
+    encoder = model.vision
+    [soft] = encoder.encode([_patches(encoder, images.load_image(image), image_tokens)])
+    return soft
+
+
+def encode_video(model: Model, video: Any, image_tokens: int = videos.FRAME_TOKENS, **options: Any) -> F32:
+    """See `Model.encode_video`."""
+    encoder = model.vision
+    if not isinstance(video, videos.VideoFrames):
+        video = videos.load_video(video, **options)
+    return np.concatenate(encoder.encode([_patches(encoder, frame, image_tokens) for frame in video.frames]))
+
+
+def encode_audio(model: Model, audio: Any, rate: int | None = None) -> F32:
+    """See `Model.encode_audio`."""
+    encoder, samples = model.audio, sounds.load_audio(audio, rate)
+    raw = encoder.config.kind == "audio_embedder"
+    [soft] = encoder.encode([sounds.raw_frames(samples) if raw else sounds.log_mel(samples)])
+    return soft
+
+
+def _patches(encoder: Encoder, pixels: Any, image_tokens: int) -> tuple[F32, I32]:
+    unified = encoder.config.kind == "vision_embedder"
+    found = (images.preprocess_unified if unified else images.preprocess)(pixels, image_tokens)
+    return found.patches, found.positions

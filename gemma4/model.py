@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine, info
-from gemma4.encoders import Encoder
+from gemma4.encoders import Encoder, encode_audio, encode_image, encode_video
 from gemma4.inputs import Messages, TokensLike, as_batch, tokenize_prompt
 from gemma4.interp.hooks import Hook, NaNLog, activated, active_hooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, SiteTable
@@ -218,6 +218,40 @@ class Model:
         """Soft tokens of the media seen last, by content."""
         return EncodedMedia()
 
+    @cached_property
+    def vision(self) -> Encoder:
+        """The image encoder, bound at first use. Raises NotImplementedError if the checkpoint has none."""
+        return Encoder(self, "vision")
+
+    @cached_property
+    def audio(self) -> Encoder:
+        """The audio encoder, bound at first use. Raises NotImplementedError if the checkpoint has none."""
+        return Encoder(self, "audio")
+
+    def encode_image(self, image: Any, image_tokens: int = 280) -> F32:
+        """Soft tokens of one picture, float32 [n, d_model], n <= image_tokens: what enters the text model.
+
+        image, image_tokens: see `gemma4.media.image.preprocess`, which says what is raised, too; besides,
+        NotImplementedError if the model has no vision encoder. `model.vision.run_with_cache` shows the inside.
+        """
+        return encode_image(self, image, image_tokens)
+
+    def encode_audio(self, audio: Any, rate: int | None = None) -> F32:
+        """Soft tokens of one recording, float32 [n, d_model], one for every 40 ms.
+
+        audio, rate: see `gemma4.media.audio.load_audio`. Raises what that and `log_mel` raise (over 30 s, too short),
+        and NotImplementedError if the model has no audio encoder.
+        """
+        return encode_audio(self, audio, rate)
+
+    def encode_video(self, video: Any, image_tokens: int = 70, **options: Any) -> F32:
+        """Soft tokens of the frames of one video, float32 [frames * n, d_model], n <= image_tokens.
+
+        video, options (num_frames, fps): see `gemma4.media.video.load_video`; or a VideoFrames. Raises what that
+        raises, and NotImplementedError if the model has no vision encoder.
+        """
+        return encode_video(self, video, image_tokens, **options)
+
     def to_prompt(self, messages: Messages, **options: Any) -> TokenizedPrompt:
         """Chat messages as `forward`, `run_with_cache` and `generate` take them, with the places of their soft tokens.
 
@@ -326,18 +360,6 @@ class Model:
             return run_step(self, batch.prompts, want), many
         finally:
             batch.close()
-
-    # -- images and audio ----------------------------------------------------------------------------------------
-
-    @cached_property
-    def vision(self) -> Encoder:
-        """The image encoder, bound at first use. Raises StateError if the checkpoint has none."""
-        return Encoder(self, "vision")
-
-    @cached_property
-    def audio(self) -> Encoder:
-        """The audio encoder, bound at first use. Raises StateError if the checkpoint has none."""
-        return Encoder(self, "audio")
 
     # -- generation ----------------------------------------------------------------------------------------------
 

@@ -131,6 +131,7 @@ static g4_status bind_layer(g4_binder *b, int layer, g4_layer_weights *weights)
 static g4_status bind_head(g4_binder *b, g4_weights *weights)
 {
     weights->head = weights->embed;
+    weights->head.op = G4_OP_HEAD;
     return g4_binder_find(b, head_row.name) ? g4_bind(b, &head_row, head_row.name, 0, weights) : G4_OK;
 }
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.interp.hooks import active_hooks, hooks_of
+from gemma4.interp.sites import ENCODER_PREFIXES
 from gemma4.media.medium import Medium
 
 if TYPE_CHECKING:
@@ -31,7 +33,12 @@ class EncodedMedia:
         return sum(array.nbytes for array in self._kept.values())
 
     def get(self, model: Model, medium: Medium) -> NDArray[np.float32]:
-        """float32 [n_runs * run_length, d_model], read-only: from here, or else from the model's encoder."""
+        """float32 [n_runs * run_length, d_model], read-only: from here, or else from the model's encoder.
+
+        While hooks name sites of an encoder, every medium is encoded anew and nothing is kept.
+        """
+        if any(not callable(names) for part in ENCODER_PREFIXES for names, _ in hooks_of(active_hooks(model), part)):
+            return encode(model, medium)
         with self._lock:
             found = self._kept.get(medium.digest)
             if found is not None:

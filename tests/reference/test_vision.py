@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import gemma4
-from gemma4.errors import FormatError, SiteError, StateError
+from gemma4.errors import FormatError, SiteError
+from gemma4.media import image as media_image
 
 from . import towers
 from .compare import difference, first_failures, same_bits
@@ -137,12 +138,17 @@ def test_text_runs_do_not_see_hooks_of_encoders(pair: Get) -> None:
         ours.vision.run_with_cache([towers.image(towers.BY_NAME["vision-effective"], 3, 3)], "vision.blocks.9.hook_z")
 
 
-def test_results_are_kept(pair: Get) -> None:
-    tower, _, ours = pair("vision-effective")
-    a, b = towers.image(tower, 6, 6, seed=5), towers.image(tower, 6, 6, seed=6)
-    [first] = ours.vision.encode([a])
-    [other, again] = ours.vision.encode([b, (a[0].copy(), a[1].copy())])
-    assert again is first and not first.flags.writeable and not same_bits(other, first)
+def test_pictures_and_videos(pair: Get) -> None:
+    """From pixels: the patches that gemma4.media makes, of a picture and of every frame."""
+    _, _, ours = pair("vision-wide")
+    rng = np.random.default_rng(3)
+    frames = [rng.integers(0, 256, (60, 90, 3), dtype=np.uint8) for _ in range(3)]
+    found = media_image.preprocess(frames[0], 70)
+    [soft] = ours.vision.encode([(found.patches, found.positions)])
+    assert soft.shape == (found.n_soft_tokens, 64)
+    assert same_bits(ours.encode_image(frames[0], image_tokens=70), soft)
+    video = ours.encode_video(np.stack(frames), fps=1.0)
+    assert same_bits(video[: len(soft)], soft) and len(video) == 3 * len(soft)
 
 
 def test_wrong_media_are_errors(pair: Get) -> None:
@@ -167,7 +173,7 @@ def test_wrong_media_are_errors(pair: Get) -> None:
 
 def test_models_without_the_tower(pair: Get, tiny: gemma4.Model) -> None:
     for model, modality in [(tiny, "vision"), (tiny, "audio"), (pair("vision-effective").ours, "audio")]:
-        with pytest.raises(StateError, match=f"no {modality} encoder"):
+        with pytest.raises(NotImplementedError, match=f"no {modality} encoder"):
             getattr(model, modality)
 
 

@@ -70,6 +70,7 @@ TOWERS = [
     Tower("vision-large", vision=LARGE, text=variants.DENSE),
     Tower("vision-odd", vision=ODD, text=variants.UNIFIED, seed=1),
     Tower("vision-bf16", vision=LARGE | {"use_clipped_linears": True}, text=variants.E2B, dtype="bfloat16"),
+    Tower("vision-wide", vision=EFFECTIVE | {"hidden_size": 272, "head_dim": 72}, text=variants.E2B),
     Tower("vision-f16", vision=EFFECTIVE, text=variants.E2B, dtype="float16", seed=2),
 ]
 BY_NAME = {tower.name: tower for tower in TOWERS}
