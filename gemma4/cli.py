@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `gemma4` command: demo, generate, chat, info, bench, quantize."""
+"""The `gemma4` command: demo, generate, chat, detect, transcribe, info, bench, quantize."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from gemma4 import cli_media
+
 if TYPE_CHECKING:
     from gemma4.model import Model
     from gemma4.quantization import QuantizationResult
 
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 _PROGRESS_AFTER_S = 0.3  # a quick load says nothing
-_HELP = "/reset forgets the conversation, /info shows the model, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
+_HELP = (
+    "/reset forgets the conversation, /info shows the model, /image FILE (/audio, /video) goes with the next message, "
+    "/exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     chat = _command(commands, "chat", _chat, "talk; the history stays in the KV cache")
     chat.add_argument("--system", help="system prompt")
     chat.add_argument("--think", action="store_true", help="let the model think before it answers, and show it")
+    cli_media.add_attachments(chat)
     _add_sampling(chat)
+    detect = _command(commands, "detect", _detect, "draw boxes around what a picture shows")
+    cli_media.add_detect(detect)
+    transcribe = _command(commands, "transcribe", _transcribe, "write down what a recording says, or translate it")
+    cli_media.add_transcribe(transcribe)
     _command(commands, "info", _info, "what a model is and what it costs")
     _add_bench(commands)
     _add_quantize(commands)
@@ -268,18 +278,31 @@ def _chat(args: argparse.Namespace) -> None:
         console.print(_HELP, style="dim")
     with model.new_sequence() as sequence:
         opening = [{"role": "system", "content": args.system}] if args.system else []
-        messages: list[dict[str, Any]] = list(opening)
+        attached = cli_media.attachments(model, args)
+        messages, media = list(opening), list(attached)
         while (line := _read_line()) is not None:
             if line in ("/exit", "/quit"):
                 return
             if line == "/reset":
-                messages = list(opening)
+                messages, media = list(opening), list(attached)
+            elif line.startswith(("/image ", "/audio ", "/video ")):
+                media += cli_media.attach_line(model, line, args, _say)
             elif line == "/info":
                 print(model.info())
             elif line.startswith("/"):
                 console.print(_HELP, style="dim")
             elif line:
-                _answer(model, messages, line, sequence, args, console)
+                content = cli_media.with_media(line, media)
+                if _answer(model, messages, content, sequence, args, console):
+                    media = []
+
+
+def _detect(args: argparse.Namespace) -> None:
+    cli_media.run_detect(_load(args), args, _say)
+
+
+def _transcribe(args: argparse.Namespace) -> None:
+    cli_media.run_transcribe(_load(args), args, _say)
 
 
 def _read_line() -> str | None:
@@ -290,18 +313,23 @@ def _read_line() -> str | None:
 
 
 def _answer(
-    model: Model, messages: list[dict[str, Any]], line: str, sequence: Any, args: argparse.Namespace, console: Console
-) -> None:
-    """One turn; on an error or Ctrl-C the conversation goes on with what was said so far."""
+    model: Model,
+    messages: list[dict[str, Any]],
+    content: Any,
+    sequence: Any,
+    args: argparse.Namespace,
+    console: Console,
+) -> bool:
+    """One turn; on an error or Ctrl-C the conversation goes on with what was said so far. False if it did not fit."""
     from gemma4.errors import CapacityError
 
-    asked = [*messages, {"role": "user", "content": line}]
+    asked = [*messages, {"role": "user", "content": content}]
     options = {**_sampling(args), "think": args.think, "show_thinking": args.think}
     try:
         stream = model.stream(asked, sequence=sequence, **options)
     except CapacityError as error:
         _say(f"error: {_one_line(error)} /reset starts afresh.")
-        return
+        return False
     try:
         for piece in stream:
             console.print(Text(piece, style="dim" if piece.channel == "thinking" else ""), end="")
@@ -312,3 +340,4 @@ def _answer(
     for call in stream.result.tool_calls:
         console.print(Text(f"{call.name}({call.arguments})", style="cyan"))
     messages[:] = [*asked, {"role": "assistant", "content": stream.result.text}]
+    return True

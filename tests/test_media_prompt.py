@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import lzma
 from pathlib import Path
 
 import numpy as np
 import pytest
-from media_files import encoded, picture, tone
+from media_files import Encoders, encoded, picture, tone
 
 import gemma4
 from gemma4.chat import ChatTemplate, encode_chat
 from gemma4.errors import FormatError
-from gemma4.media.medium import Modalities, read_audio, read_image, read_media, read_video
+from gemma4.media.medium import Modalities, read_audio, read_image, read_media
 from gemma4.media.prompt import expander, locate
 from gemma4.tokenizer import Tokenizer
 
@@ -164,31 +163,6 @@ def test_modalities_of_configurations():
 
 
 # -- in a model, with encoders that draw numbers from the content ------------------------------------------------------
-
-
-class Encoders:
-    """Stands where a model's encoders stand, and counts."""
-
-    def __init__(self, model: gemma4.Model) -> None:
-        self.model, self.calls = model, []
-        model.checkpoint.hf_config = {**model.checkpoint.hf_config, "vision_config": {}, "audio_config": {}}
-        for kind in ("image", "audio", "video"):
-            setattr(model, f"encode_{kind}", getattr(self, kind))
-
-    def _rows(self, kind: str, n: int, content: bytes) -> np.ndarray:
-        self.calls.append(kind)
-        seed = int.from_bytes(hashlib.sha256(content).digest()[:4], "little")
-        return np.random.default_rng(seed).normal(0, 1, (n, self.model.engine_config["d_model"])).astype(np.float32)
-
-    def image(self, pixels, image_tokens):
-        return self._rows("image", read_image(pixels, image_tokens).run_length, pixels.tobytes())
-
-    def audio(self, samples):
-        return self._rows("audio", read_audio(samples).run_length, samples.tobytes())
-
-    def video(self, frames, image_tokens):
-        n = read_video(frames, image_tokens=image_tokens).run_length
-        return np.concatenate([self._rows("frame", n, frame.tobytes()) for frame in frames.frames])
 
 
 @pytest.fixture

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the `gemma4` command that see and hear: attachments of a chat, detect, transcribe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma4.media.medium import Kind, Medium
+    from gemma4.media.silence import Segment
+    from gemma4.model import Model
+
+BUDGETS = (70, 140, 280, 560, 1120)
+
+
+def add_attachments(parser: argparse.ArgumentParser) -> None:
+    """--image, --audio, --video (repeatable) and --image-tokens."""
+    text = "attach to the first message (repeatable)"
+    for kind, example in (("image", "a.jpg"), ("audio", "b.mp3"), ("video", "c.mp4")):
+        parser.add_argument(f"--{kind}", action="append", default=[], metavar=example.upper(), help=text)
+    add_image_tokens(parser)
+
+
+def add_image_tokens(parser: argparse.ArgumentParser) -> None:
+    text = "soft tokens per image at most (default: %(default)s); more show small print"
+    parser.add_argument("--image-tokens", type=int, choices=BUDGETS, default=280, help=text)
+
+
+def add_detect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", type=Path, metavar="PHOTO")
+    parser.add_argument("what", nargs="+", help='what to look for: "a car" "the red circle"')
+    parser.add_argument("--output", type=Path, help="the picture with boxes (default: PHOTO-boxes.png beside it)")
+    parser.add_argument("--prompt", help="ask this instead; {} stands for what is looked for")
+    parser.add_argument("--max-tokens", type=int, default=512)
+    add_image_tokens(parser)
+
+
+def add_transcribe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("audio", type=Path, metavar="RECORDING", help="wav, flac, ogg, mp3, of any length")
+    parser.add_argument("--from", dest="source", default="English", metavar="LANGUAGE", help="default: %(default)s")
+    parser.add_argument("--to", dest="target", metavar="LANGUAGE", help="translate, and print the translation")
+    parser.add_argument("--max-tokens", type=int, default=512, help="per 30 seconds (default: %(default)s)")
+
+
+def attachments(model: Model, args: argparse.Namespace) -> list[Medium]:
+    """What the options name, read and checked."""
+    return [
+        attachment(model, kind, path, args.image_tokens)
+        for kind in ("image", "video", "audio")
+        for path in getattr(args, kind)
+    ]
+
+
+def attachment(model: Model, kind: Kind, path: str, image_tokens: int) -> Medium:
+    """One file as a part of a message. Raises as `read_media`."""
+    from gemma4.media.medium import read_media
+
+    message = {"content": [{"type": kind, kind: str(Path(path).expanduser())}]}
+    return read_media([message], modalities=model.modalities, image_tokens=image_tokens)[0]
+
+
+def attach_line(model: Model, line: str, args: argparse.Namespace, say: Callable[[str], None]) -> list[Medium]:
+    """The file that "/image FILE" names; what is wrong with it is said, and the conversation goes on."""
+    kind, _, path = line[1:].partition(" ")
+    try:
+        return [attachment(model, kind, path.strip(), args.image_tokens)]  # type: ignore[arg-type]
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        say(f"error: {error}")
+        return []
+
+
+def with_media(text: str, media: list[Medium]) -> str | list[dict[str, Any]]:
+    """A message's content: pictures before the text, sound after it, as the model card advises."""
+    if not media:
+        return text
+    parts = [{"type": medium.kind, medium.kind: medium} for medium in media]
+    seen, heard = ([part for part in parts if (part["type"] == "audio") == sound] for sound in (False, True))
+    return [*seen, {"type": "text", "text": text}, *heard]
+
+
+def run_detect(model: Model, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Print what was found, one line each, and draw it."""
+    from gemma4.media.boxes import draw_boxes
+    from gemma4.media.image import load_image
+    from gemma4.media.tasks import detect
+
+    pixels = load_image(args.image)
+    options = {"image_tokens": args.image_tokens, "prompt": args.prompt, "max_tokens": args.max_tokens}
+    found = []
+    for what in args.what:  # one question each: the picture is encoded once
+        here, answer = detect(model, pixels, what, **options)
+        found += here
+        if not here:
+            say(f"{what}: no box or point in the answer: {' '.join(answer.text.split())[:300]!r}")
+    height, width = pixels.shape[:2]
+    for one in found:
+        numbers = " ".join(str(round(value)) for value in one.pixels(height, width))
+        print(f"{'box' if one.box else 'point'}\t{numbers}\t{one.label}")
+    if found:
+        output = args.output or args.image.with_name(f"{args.image.stem}-boxes.png")
+        draw_boxes(pixels, found).save(output, "PNG")
+        say(f"{len(found)} found (top left bottom right in pixels, or y x); drawn in {output}")
+
+
+def run_transcribe(model: Model, args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """Print the text passage by passage, with progress on stderr."""
+    from gemma4.media.tasks import transcribe
+
+    def on_start(i: int, n: int, segment: Segment) -> None:
+        if i == 0 and n > 1:
+            say(f"{args.audio}: longer than 30 s, cut at pauses into {n} parts")
+        if n > 1 and sys.stderr.isatty():
+            print(f"\r{_span(segment)}  part {i + 1} of {n} ", end="", file=sys.stderr, flush=True)
+
+    languages = {"source": args.source, "target": args.target}
+    for passage in transcribe(model, args.audio, on_start=on_start, max_tokens=args.max_tokens, **languages):
+        if passage.count > 1 and sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if passage.segment.silent:
+            say(f"{_span(passage.segment)}: silence")
+            continue
+        if args.target and not passage.translation:
+            say(f"{_span(passage.segment)}: the model gave no translation; this is its answer")
+        print(passage.translation or passage.text, flush=True)
+        if not passage.segment.in_pause:
+            say(f"{_span(passage.segment)}: no pause to cut at; a word at the end may be torn")
+
+
+def _span(segment: Segment) -> str:
+    return " to ".join(f"{int(second // 60):02d}:{second % 60:04.1f}" for second in segment.seconds)
