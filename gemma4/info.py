@@ -39,6 +39,7 @@ class ModelInfo:
     kv_dtype: str
     context_length: int
     n_sites: int
+    notes: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -53,6 +54,7 @@ class ModelInfo:
             ("arithmetic", f"{self.isa}, {self.threads} threads, precision {self.precision}, KV cache {self.kv_dtype}"),
             ("context", f"{self.context_length} positions"),
             ("sites", f"{self.n_sites} named activations (Model.sites)"),
+            *(("note", text) for text in self.notes),
             *(("warning", text) for text in self.warnings),
         ]
         return "\n".join(f"{label:<15} {value}" for label, value in rows)
@@ -77,6 +79,7 @@ def describe(model: Model) -> ModelInfo:
         kv_dtype=model.kv_dtype,
         context_length=model.context_length,
         n_sites=len(model.sites),
+        notes=model.checkpoint.notes,
         warnings=[f"an edit produced NaN at {site}" for site in model.nan_log.sites],
     )
 

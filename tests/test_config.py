@@ -374,7 +374,6 @@ def test_not_a_config(raw):
         (change(rope_parameters=ROPE | {F: {"rope_type": "yarn", "rope_theta": 1e4}}), "yarn"),
         (change(per_layer_config={"5": {"intermediate_size": 8}}), "intermediate_size"),
         (change(per_layer_config={"5": {"skip": ["mlp"]}}), "skip"),
-        (change(quantization_config={"quant_method": "compressed-tensors"}), "compressed-tensors"),
     ],
 )
 def test_unsupported_is_named(raw, words):

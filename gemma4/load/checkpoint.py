@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -41,6 +41,7 @@ class Checkpoint(ABC):
     hf_config         the configuration as stored: config.json, or a GGUF file's metadata
     generation_config defaults for generating, under transformers' names; {} if the checkpoint has none
     tokenizer_path    the file that holds the tokenizer, None if there is none
+    notes             what a user should know about how the weights were read, a line each
     """
 
     path: Path
@@ -51,19 +52,30 @@ class Checkpoint(ABC):
     generation_config: dict[str, Any]
     tokenizer_path: Path | None
 
-    def __init__(self, path: Path, config: TextConfig, files: Sequence[MappedFile], source: Mapping[str, str]) -> None:
-        """source: engine name -> stored name of every tensor that the engine needs."""
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        path: Path,
+        config: TextConfig,
+        files: Sequence[MappedFile],
+        source: Mapping[str, str],
+        made: Mapping[str, EngineTensor] = MappingProxyType({}),
+        made_from: Collection[str] = (),
+    ) -> None:
+        """source: engine name -> stored name of every tensor that the engine needs · made: those that are not stored as
+        the engine wants them · made_from: the stored names that they were made of."""
         self.path, self.config = path, config
         self._files = tuple(files)
         self._closed = False
         self._owner = {name: file for file in files for name in file.tensors}
         self.tensors: Mapping[str, NDArray[Any]] = TensorMap(self._owner)
-        self.engine_tensors = {}
+        self.engine_tensors = dict(made)
         for name, stored in source.items():
             self.engine_tensors[name] = self._engine_tensor(stored)
-        used = set(source.values())
+        used = {*source.values(), *made_from}
         self.ignored = tuple(name for name in self._owner if name not in used)
-        dtypes = {name: self.engine_tensors[name][0] for name in ("embed_tokens.weight", PLE_TABLE) if name in source}
+        dtypes = {name: dtype for name, (dtype, *_) in self.engine_tensors.items()}
         self.engine_config = config.engine(dtypes["embed_tokens.weight"], dtypes.get(PLE_TABLE, "F32"))
         self.engine_config["ple_on_disk"] = self._keep_on_disk(source.get(PLE_TABLE))
 

@@ -168,7 +168,6 @@ def parse_config(raw: Any) -> TextConfig:
             raise FormatError(
                 f'config.json: model_type "{model_type}" needs an object "text_config", found {text!r:.60}'
             )
-    _refuse_quantised(raw, text)
     return _text_config(model_type, Fields(text, "config.json"), Fields(raw, "config.json"))
 
 
@@ -180,16 +179,6 @@ def _model_type(raw: dict[str, Any]) -> str:
     if named is None:
         raise FormatError('config.json names no architecture: "model_type" is missing')
     raise NotImplementedError(f"unsupported architecture {named!r:.120}: supported model_type: {', '.join(SUPPORTED)}")
-
-
-def _refuse_quantised(raw: dict[str, Any], text: dict[str, Any]) -> None:
-    for config in (raw, text):
-        quantised = config.get("quantization_config")
-        if quantised is not None:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-            raise NotImplementedError(
-                f"the checkpoint is quantised ({method!r:.80}); unquantised safetensors (bf16, f16, f32) can be read"
-            )
 
 
 def _text_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:

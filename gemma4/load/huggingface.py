@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face directory (config.json + one or many .safetensors) as a `Checkpoint` the engine can run from.
 
-Nothing is downloaded and no weight is copied: the engine gets views of the mapped files.
+Nothing is downloaded and no weight is copied: the engine gets views of the mapped files (quantised ones are repacked,
+see compressed.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma4.errors import FormatError, StateError
-from gemma4.load.checkpoint import Checkpoint, EngineTensor, Progress, check_shape, no_double_tensors
+from gemma4.load.checkpoint import Checkpoint, EngineTensor, Progress, TensorMap, check_shape, no_double_tensors
+from gemma4.load.compressed import CompressedConfig, Packed
 from gemma4.load.config import TextConfig, parse_config
 from gemma4.load.encoder_config import EncoderConfig, Modality, parse_encoders
 from gemma4.load.names import encoder_names, text_prefix, text_tensors
@@ -32,7 +34,12 @@ class HuggingFaceCheckpoint(Checkpoint):
     """A directory with config.json, .safetensors files and, if there, tokenizer, template and generation config."""
 
     def __init__(self, path: Path, raw: dict[str, Any], config: TextConfig, files: list[SafetensorsFile]) -> None:
-        super().__init__(path, config, files, _sources(config, files))
+        stored = {name: file for file in files for name in file.tensors}
+        packed = _packed(raw, stored)
+        source, made = _sources(config, stored, packed)
+        super().__init__(path, config, files, source, made, packed.used if packed else ())
+        if packed:
+            self.notes = (packed.note(),)
         self.hf_config = raw
         self.generation_config = _optional_json(path / "generation_config.json")
         tokenizer = path / "tokenizer.json"
@@ -207,19 +214,32 @@ def _open_shard(path: Path, name: str, expected: list[str]) -> SafetensorsFile:
     return file
 
 
-def _sources(config: TextConfig, files: list[SafetensorsFile]) -> dict[str, str]:
-    """Engine name -> stored name, of the tensors the text decoder needs, their shapes checked."""
-    stored = {name: file for file in files for name in file.tensors}
-    prefix, head = text_prefix(stored)
-    out: dict[str, str] = {}
+def _packed(raw: dict[str, Any], stored: Mapping[str, SafetensorsFile]) -> Packed | None:
+    """The quantised matrices, if config.json says that there are some (at its top, or beside the text model's)."""
+    inner = raw.get("text_config")
+    quantised = raw.get("quantization_config") or (inner or {}).get("quantization_config")
+    return Packed(CompressedConfig(quantised), TensorMap(stored)) if quantised is not None else None
+
+
+def _sources(
+    config: TextConfig, stored: Mapping[str, SafetensorsFile], packed: Packed | None
+) -> tuple[dict[str, str], dict[str, EngineTensor]]:
+    """Engine name -> stored name of the tensors the text decoder needs, and those that had to be unpacked; shapes
+    checked."""
+    unpacked = packed.names() if packed else set()
+    prefix, head = text_prefix({*stored, *unpacked})
+    source: dict[str, str] = {}
+    made: dict[str, EngineTensor] = {}
     for name, shape in text_tensors(config).items():
         full = head if name == "lm_head.weight" else prefix + name
-        file = stored.get(full)
-        if file is None:
+        if full in stored:
+            check_shape(stored[full], full, shape)
+            source[name] = full
+        elif packed and full in unpacked:
+            made[name] = packed.tensor(full, shape)
+        else:
             raise FormatError(_missing(full, stored, config))
-        check_shape(file, full, shape)
-        out[name] = full
-    return out
+    return source, made
 
 
 def _missing(full: str, stored: Mapping[str, Any], config: TextConfig) -> str:
