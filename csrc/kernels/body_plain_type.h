@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Every kernel of one plain type; see the headers for the macros it wants. */
 #define WEIGHTS_IN(k) (k)
+#define ROW_BYTES(k) ((k) * sizeof(weight))
 #include "kernels/body_plain.h"
 
 #include "kernels/body_matmul.h"
 #include "kernels/body_mix.h"
 
 #undef WEIGHTS_IN
+#undef ROW_BYTES
 #undef WEIGHT
 #undef weight
 #undef WEIGHT_TO_F32

@@ -10,6 +10,7 @@
 enum {
     BLOCK_ROWS = 48,      /* queries x heads of a task: enough that each key is loaded for many of them */
     MAX_SCORES = 1 << 20, /* scores a task may hold (4 MB), unless one query's heads need more */
+    KEY_BLOCK = 256,      /* positions [256 i, 256 (i + 1)) are mixed first, then the blocks are added up in order */
 };
 
 static int first_key(const g4_attention *a, int position)
@@ -17,18 +18,32 @@ static int first_key(const g4_attention *a, int position)
     return a->window && position >= a->window ? position - a->window + 1 : 0;
 }
 
+static int min(int a, int b)
+{
+    return a < b ? a : b;
+}
+
+static int max(int a, int b)
+{
+    return a > b ? a : b;
+}
+
+static int group_of(const g4_attention *a)
+{
+    return a->n_heads / a->n_kv_heads;
+}
+
 static const void *kv_row(const g4_attention *a, const void *base, int position, int kv_head)
 {
     size_t slot = (size_t)(position % a->kv.n_slots);
     return (const char *)base +
-           (slot * a->kv.stride + (size_t)kv_head * (size_t)a->head_dim) * g4_block_bytes(a->kv.dtype);
+           g4_dtype_bytes(a->kv.dtype, slot * a->kv.stride + (size_t)kv_head * (size_t)a->head_dim);
 }
 
 /* Positions [first, first + n) that lie in consecutive slots, n <= end - first. */
 static int contiguous(const g4_attention *a, int first, int end)
 {
-    int until_wrap = a->kv.n_slots - first % a->kv.n_slots;
-    return end - first < until_wrap ? end - first : until_wrap;
+    return min(end - first, a->kv.n_slots - first % a->kv.n_slots);
 }
 
 /* scores[i][j - first] = q_i . k_j for j in [first, end); q [n, h] dense. */
@@ -43,130 +58,332 @@ static void score_keys(const g4_kernels *kernels, const g4_attention *a, int kv_
     }
 }
 
-/* z_i = sum over j in [first, end) of weights[i][j - first] * v_j, for n rows that see the same keys. */
-static void mix_values(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *weights,
-                       size_t stride, int n, int first, int end, float *z)
+/* sum_i += sum over j in [first, end) of weights[i][j - first] * v_j, for n rows that see the same keys. */
+static void mix_keys(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *weights, size_t stride,
+                     int n, int first, int end, float *sum)
 {
-    memset(z, 0, (size_t)n * (size_t)a->head_dim * sizeof *z);
     for (int j = first; j < end;) {
         int length = contiguous(a, j, end);
         g4_weighted_sum_for(kernels, a->kv.dtype)(weights + (j - first), stride, n, kv_row(a, a->kv.v, j, kv_head),
-                                                  a->kv.stride, length, a->head_dim, z, (size_t)a->head_dim);
+                                                  a->kv.stride, length, a->head_dim, sum, (size_t)a->head_dim);
         j += length;
     }
 }
 
+static int block_end(int position, int end)
+{
+    return min(position / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK, end);
+}
+
 /* ---- fused ---------------------------------------------------------------------------------------------------- */
 
-/* How one run is cut into tasks: blocks of queries x groups of heads that share a kv head. */
+/* n queries from first_row on, with the heads that share kv_head. Their scores [n * group, stride] begin at position
+ * `first`, which is the first that any of them sees. */
 typedef struct {
-    int heads, n_head_groups; /* query heads per task, tasks per query block */
+    const g4_attention *a;
+    int first_row, n, kv_head, first, end;
+    size_t stride;
+    float *scores;
+} query_block;
+
+static query_block block_of_queries(const g4_attention *a, int first_row, int n, int kv_head, float *scores)
+{
+    query_block b = {.a = a, .first_row = first_row, .n = n, .kv_head = kv_head, .scores = scores};
+    b.first = first_key(a, a->positions[first_row]);
+    b.end = a->positions[first_row + n - 1] + 1;
+    b.stride = (size_t)(b.end - b.first);
+    return b;
+}
+
+static float *scores_of(const query_block *b, int query, int position)
+{
+    return b->scores + (size_t)query * (size_t)group_of(b->a) * b->stride + (position - b->first);
+}
+
+/* Queries and outputs of one kv head's group lie beside each other in a row. */
+static size_t row_offset(const query_block *b, int query)
+{
+    const g4_attention *a = b->a;
+    return ((size_t)(b->first_row + query) * (size_t)a->n_heads + (size_t)(b->kv_head * group_of(a))) *
+           (size_t)a->head_dim;
+}
+
+static size_t group_width(const g4_attention *a)
+{
+    return (size_t)group_of(a) * (size_t)a->head_dim;
+}
+
+static void score_block(const g4_kernels *kernels, const query_block *b, int first, int end, float *q)
+{
+    for (int i = 0; i < b->n; i++)
+        memcpy(q + (size_t)i * group_width(b->a), b->a->q + row_offset(b, i), group_width(b->a) * sizeof *q);
+    score_keys(kernels, b->a, b->kv_head, q, b->n * group_of(b->a), first, end, scores_of(b, 0, first), b->stride);
+}
+
+static void softmax_query(const g4_kernels *kernels, const query_block *b, int query)
+{
+    const int position = b->a->positions[b->first_row + query], first = first_key(b->a, position);
+    for (int h = 0; h < group_of(b->a); h++)
+        kernels->softmax(scores_of(b, query, first) + (size_t)h * b->stride, position + 1 - first);
+}
+
+/* What one query sees of positions [first, end). */
+static void mix_query(const g4_kernels *kernels, const query_block *b, int query, int first, int end, float *sum)
+{
+    const int position = b->a->positions[b->first_row + query];
+    first = max(first, first_key(b->a, position));
+    end = min(end, position + 1);
+    if (first < end)
+        mix_keys(kernels, b->a, b->kv_head, scores_of(b, query, first), b->stride, group_of(b->a), first, end,
+                 sum + (size_t)query * group_width(b->a));
+}
+
+/* sum [n * group, h] = the share of positions [first, end) of one key block. Those that all queries see are read once for
+ * all of them; the others must not be touched with a weight of zero: zero times infinity is no zero. */
+static void mix_block(const g4_kernels *kernels, const query_block *b, int first, int end, float *sum)
+{
+    const int32_t *positions = b->a->positions + b->first_row;
+    int common = max(first, first_key(b->a, positions[b->n - 1])), common_end = min(end, positions[0] + 1);
+    if (common >= common_end)
+        common = common_end = end;
+    memset(sum, 0, (size_t)b->n * group_width(b->a) * sizeof *sum);
+    for (int i = 0; i < b->n; i++)
+        mix_query(kernels, b, i, first, common, sum);
+    if (common < common_end)
+        mix_keys(kernels, b->a, b->kv_head, scores_of(b, 0, common), b->stride, b->n * group_of(b->a), common,
+                 common_end, sum);
+    for (int i = 0; i < b->n; i++)
+        mix_query(kernels, b, i, common_end, end, sum);
+}
+
+static void add_to_z(const g4_kernels *kernels, const query_block *b, int query, const float *sum)
+{
+    float *z = b->a->z + row_offset(b, query);
+    kernels->add(z, z, sum + (size_t)query * group_width(b->a), (int)group_width(b->a));
+}
+
+static void clear_z(const query_block *b, int query)
+{
+    memset(b->a->z + row_offset(b, query), 0, group_width(b->a) * sizeof *b->a->z);
+}
+
+static void attend_block(const g4_kernels *kernels, const query_block *b, float *q, float *sum)
+{
+    score_block(kernels, b, b->first, b->end, q);
+    for (int i = 0; i < b->n; i++) {
+        softmax_query(kernels, b, i);
+        clear_z(b, i);
+    }
+    for (int first = b->first, end; first < b->end; first = end) {
+        end = block_end(first, b->end);
+        mix_block(kernels, b, first, end, sum);
+        for (int i = 0; i < b->n; i++)
+            add_to_z(kernels, b, i, sum);
+    }
+}
+
+/* How one run is cut into tasks: blocks of queries x kv heads, or, if those are too few to keep the threads busy (one
+ * sequence being decoded), all its queries x kv heads x blocks of keys. */
+typedef struct {
     int queries, n_blocks;
     int max_span; /* keys that a block's queries see together, at most */
     int first_task;
+    query_block *whole; /* [K] */
+    float *sums;        /* [K, key blocks, n_rows * group, h] */
+    int n_key_blocks;
 } plan;
 
 typedef struct {
     const g4_exec *exec;
     const g4_attention *runs;
-    const plan *plans;
+    plan *plans;
     int n_runs;
     float *scratch;
     size_t scratch_stride, max_scores, max_queries;
 } attend_task;
 
-/* Long contexts of few queries are cut by heads, so that decoding one sequence keeps several threads busy. */
-static plan make_plan(const g4_attention *a, int n_threads)
+static plan make_plan(const g4_attention *a)
 {
     plan p = {0};
-    int group = a->n_heads / a->n_kv_heads;
-    p.heads = group;
-    if (a->n_rows * a->n_kv_heads < 2 * n_threads && group > 4 && group % 4 == 0)
-        p.heads = 4;
-    p.n_head_groups = a->n_heads / p.heads;
-    int span = a->window && a->window < a->n_keys ? a->window : a->n_keys;
-    p.queries = BLOCK_ROWS / p.heads > 0 ? BLOCK_ROWS / p.heads : 1;
-    while (p.queries > 1 && (size_t)p.queries * (size_t)p.heads * (size_t)(span + p.queries) > MAX_SCORES)
+    const int group = group_of(a), span = a->window ? min(a->window, a->n_keys) : a->n_keys;
+    p.queries = max(1, BLOCK_ROWS / group);
+    while (p.queries > 1 && (size_t)p.queries * (size_t)group * (size_t)(span + p.queries) > MAX_SCORES)
         p.queries /= 2;
     p.n_blocks = (a->n_rows + p.queries - 1) / p.queries;
-    p.max_span = span + p.queries < a->n_keys ? span + p.queries : a->n_keys;
+    p.max_span = min(span + p.queries, a->n_keys);
     /* rows wanted may lie far apart after pruning: then a block spans what its positions say */
     if (a->n_rows && a->positions[a->n_rows - 1] - a->positions[0] >= a->n_rows)
         p.max_span = a->n_keys;
     return p;
 }
 
-static void gather_queries(const g4_attention *a, const plan *p, int first_row, int n, int first_head, float *q)
+/* The run that a task belongs to; *task becomes its number within it. */
+static int run_of_task(const attend_task *t, int *task)
 {
-    size_t width = (size_t)p->heads * (size_t)a->head_dim;
-    for (int i = 0; i < n; i++)
-        memcpy(q + (size_t)i * width,
-               a->q + ((size_t)(first_row + i) * (size_t)a->n_heads + (size_t)first_head) * (size_t)a->head_dim,
-               width * sizeof *q);
-}
-
-static void attend_block(const attend_task *t, const g4_attention *a, const plan *p, int block, int head_group,
-                         float *scratch)
-{
-    const g4_kernels *kernels = t->exec->kernels;
-    const int first_row = block * p->queries, first_head = head_group * p->heads;
-    const int n = a->n_rows - first_row < p->queries ? a->n_rows - first_row : p->queries;
-    const int kv_head = first_head / (a->n_heads / a->n_kv_heads);
-    const int span_first = first_key(a, a->positions[first_row]), span_end = a->positions[first_row + n - 1] + 1;
-    const size_t stride = (size_t)(span_end - span_first);
-    float *scores = scratch, *q = scratch + t->max_scores;
-    float *z_first = a->z + ((size_t)first_row * (size_t)a->n_heads + (size_t)first_head) * (size_t)a->head_dim;
-
-    gather_queries(a, p, first_row, n, first_head, q);
-    score_keys(kernels, a, kv_head, q, n * p->heads, span_first, span_end, scores, stride);
-    for (int i = 0; i < n; i++) {
-        int first = first_key(a, a->positions[first_row + i]), end = a->positions[first_row + i] + 1;
-        float *row = scores + (size_t)i * (size_t)p->heads * stride + (first - span_first);
-        for (int h = 0; h < p->heads; h++)
-            kernels->softmax(row + (size_t)h * stride, end - first);
-        mix_values(kernels, a, kv_head, row, stride, p->heads, first, end,
-                   z_first + (size_t)i * (size_t)a->n_heads * (size_t)a->head_dim);
-    }
+    int r = 0;
+    while (r + 1 < t->n_runs && *task >= t->plans[r + 1].first_task)
+        r++;
+    *task -= t->plans[r].first_task;
+    return r;
 }
 
 static void run_attend_task(void *context, int task, int worker)
 {
     const attend_task *t = context;
-    int r = 0;
-    while (r + 1 < t->n_runs && task >= t->plans[r + 1].first_task)
-        r++;
+    const int r = run_of_task(t, &task);
+    const g4_attention *a = &t->runs[r];
     const plan *p = &t->plans[r];
     /* the last block sees the most keys: start with it, so that the threads finish together */
-    int local = task - p->first_task;
-    int block = p->n_blocks - 1 - local / p->n_head_groups;
-    attend_block(t, &t->runs[r], p, block, local % p->n_head_groups, t->scratch + (size_t)worker * t->scratch_stride);
+    const int first_row = (p->n_blocks - 1 - task / a->n_kv_heads) * p->queries;
+    float *scratch = t->scratch + (size_t)worker * t->scratch_stride;
+    const query_block b =
+        block_of_queries(a, first_row, min(p->queries, a->n_rows - first_row), task % a->n_kv_heads, scratch);
+    attend_block(t->exec->kernels, &b, scratch + t->max_scores, scratch + t->max_scores + t->max_queries);
+}
+
+static g4_status allocate_scratch(g4_exec *exec, attend_task *t)
+{
+    t->scratch_stride = (t->max_scores + 2 * t->max_queries + 15) / 16 * 16;
+    G4_ALLOC(exec, t->scratch, (size_t)g4_pool_size(exec->pool) * t->scratch_stride);
+    return G4_OK;
+}
+
+static g4_status attend_by_queries(g4_exec *exec, attend_task *t, int n_tasks, double work)
+{
+    for (int r = 0; r < t->n_runs; r++) {
+        const plan *p = &t->plans[r];
+        const size_t rows = (size_t)p->queries * (size_t)group_of(&t->runs[r]);
+        const size_t n_scores = rows * (size_t)p->max_span, n_queries = rows * (size_t)t->runs[r].head_dim;
+        t->max_scores = n_scores > t->max_scores ? n_scores : t->max_scores;
+        t->max_queries = n_queries > t->max_queries ? n_queries : t->max_queries;
+    }
+    G4_TRY(allocate_scratch(exec, t));
+    return g4_exec_run(exec, n_tasks, work, run_attend_task, t);
+}
+
+/* ---- by keys: the same sums, and so the same bits ---- */
+
+/* Key block i of all that the run's queries see. */
+static void key_block(const query_block *b, int i, int *first, int *end)
+{
+    *first = i ? (b->first / KEY_BLOCK + i) * KEY_BLOCK : b->first;
+    *end = block_end(*first, b->end);
+}
+
+static float *sum_of(const plan *p, const query_block *b, int i)
+{
+    return p->sums + ((size_t)b->kv_head * (size_t)p->n_key_blocks + (size_t)i) * (size_t)b->n * group_width(b->a);
+}
+
+static void run_score_task(void *context, int task, int worker)
+{
+    const attend_task *t = context;
+    const plan *p = &t->plans[run_of_task(t, &task)];
+    const query_block *b = &p->whole[task / p->n_key_blocks];
+    int first, end;
+    key_block(b, task % p->n_key_blocks, &first, &end);
+    score_block(t->exec->kernels, b, first, end, t->scratch + (size_t)worker * t->scratch_stride);
+}
+
+static void run_mix_task(void *context, int task, int worker)
+{
+    const attend_task *t = context;
+    const plan *p = &t->plans[run_of_task(t, &task)];
+    const query_block *b = &p->whole[task / p->n_key_blocks];
+    int first, end;
+    (void)worker;
+    key_block(b, task % p->n_key_blocks, &first, &end);
+    mix_block(t->exec->kernels, b, first, end, sum_of(p, b, task % p->n_key_blocks));
+}
+
+/* Tasks of one query and kv head each, numbered through all runs. */
+static const query_block *query_of_task(const attend_task *t, int task, const plan **p, int *query)
+{
+    int r = 0;
+    for (; task >= t->runs[r].n_rows * t->runs[r].n_kv_heads; r++)
+        task -= t->runs[r].n_rows * t->runs[r].n_kv_heads;
+    *p = &t->plans[r];
+    *query = task / t->runs[r].n_kv_heads;
+    return &t->plans[r].whole[task % t->runs[r].n_kv_heads];
+}
+
+static void run_softmax_task(void *context, int task, int worker)
+{
+    const attend_task *t = context;
+    const plan *p;
+    int query;
+    const query_block *b = query_of_task(t, task, &p, &query);
+    (void)worker;
+    softmax_query(t->exec->kernels, b, query);
+}
+
+static void run_sum_task(void *context, int task, int worker)
+{
+    const attend_task *t = context;
+    const plan *p;
+    int query;
+    const query_block *b = query_of_task(t, task, &p, &query);
+    (void)worker;
+    clear_z(b, query);
+    for (int i = 0; i < p->n_key_blocks; i++)
+        add_to_z(t->exec->kernels, b, query, sum_of(p, b, i));
+}
+
+static g4_status plan_by_keys(g4_exec *exec, attend_task *t, int *n_tasks, int *n_queries)
+{
+    *n_tasks = *n_queries = 0;
+    for (int r = 0; r < t->n_runs; r++) {
+        const g4_attention *a = &t->runs[r];
+        plan *p = &t->plans[r];
+        p->first_task = *n_tasks;
+        if (!a->n_rows)
+            continue;
+        const size_t rows = (size_t)a->n_rows * (size_t)group_of(a), n = (size_t)a->n_kv_heads;
+        G4_ALLOC(exec, p->whole, n);
+        for (int kv_head = 0; kv_head < a->n_kv_heads; kv_head++) {
+            query_block b = block_of_queries(a, 0, a->n_rows, kv_head, NULL);
+            G4_ALLOC(exec, b.scores, rows * b.stride);
+            p->whole[kv_head] = b;
+        }
+        p->n_key_blocks = (p->whole->end - 1) / KEY_BLOCK - p->whole->first / KEY_BLOCK + 1;
+        G4_ALLOC(exec, p->sums, n * (size_t)p->n_key_blocks * rows * (size_t)a->head_dim);
+        *n_tasks += a->n_kv_heads * p->n_key_blocks;
+        *n_queries += a->n_kv_heads * a->n_rows;
+        t->max_queries = rows * (size_t)a->head_dim > t->max_queries ? rows * (size_t)a->head_dim : t->max_queries;
+    }
+    return G4_OK;
+}
+
+static g4_status attend_by_keys(g4_exec *exec, attend_task *t, double work)
+{
+    int n_tasks, n_queries;
+    G4_TRY(plan_by_keys(exec, t, &n_tasks, &n_queries));
+    G4_TRY(allocate_scratch(exec, t));
+    G4_TRY(g4_exec_run(exec, n_tasks, work, run_score_task, t));
+    G4_TRY(g4_exec_run(exec, n_queries, work / 32, run_softmax_task, t));
+    G4_TRY(g4_exec_run(exec, n_tasks, work, run_mix_task, t));
+    return g4_exec_run(exec, n_queries, work / KEY_BLOCK, run_sum_task, t);
 }
 
 g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
 {
     g4_arena_mark mark = g4_arena_save(exec->arena);
     attend_task t = {.exec = exec, .runs = runs, .n_runs = n_runs};
-    plan *plans;
     int n_tasks = 0;
-    double work = 0;
-    const double start = g4_profile_start(exec);
-    G4_ALLOC(exec, plans, (size_t)n_runs);
+    double work = 0, n_scores = 0;
+    G4_ALLOC(exec, t.plans, (size_t)n_runs);
     for (int r = 0; r < n_runs; r++) {
-        plan *p = &plans[r];
-        *p = make_plan(&runs[r], g4_pool_size(exec->pool));
+        const g4_attention *a = &runs[r];
+        plan *p = &t.plans[r];
+        *p = make_plan(a);
         p->first_task = n_tasks;
-        n_tasks += p->n_blocks * p->n_head_groups;
-        work += 2.0 * runs[r].n_rows * runs[r].n_heads * runs[r].head_dim * p->max_span;
-        size_t n_scores = (size_t)p->queries * (size_t)p->heads * (size_t)p->max_span;
-        size_t n_queries = (size_t)p->queries * (size_t)p->heads * (size_t)runs[r].head_dim;
-        t.max_scores = n_scores > t.max_scores ? n_scores : t.max_scores;
-        t.max_queries = n_queries > t.max_queries ? n_queries : t.max_queries;
+        n_tasks += p->n_blocks * a->n_kv_heads;
+        n_scores += (double)a->n_rows * a->n_heads * p->max_span;
+        work += (double)a->n_rows * a->n_heads * a->head_dim * p->max_span;
     }
-    t.plans = plans;
-    t.scratch_stride = (t.max_scores + t.max_queries + 15) / 16 * 16;
-    G4_ALLOC(exec, t.scratch, (size_t)g4_pool_size(exec->pool) * t.scratch_stride);
-    g4_status status = g4_exec_run(exec, n_tasks, work, run_attend_task, &t);
-    g4_profile_end_attention(exec, start, runs, n_runs);
+    const int n_threads = g4_pool_size(exec->pool);
+    const bool by_keys = n_threads > 1 && n_tasks < 2 * n_threads && n_scores < (double)n_threads * MAX_SCORES;
+    g4_status status = by_keys ? attend_by_keys(exec, &t, work) : attend_by_queries(exec, &t, n_tasks, work);
     g4_arena_restore(exec->arena, mark);
     return status;
 }
@@ -176,6 +393,7 @@ g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
 typedef struct {
     const g4_attention *a;
     float *array;         /* [H, T, n_keys] */
+    float *sums;          /* [T, H, h] of one key block */
     atomic_int forgotten; /* a position that got weight but is not in the cache, or -1 */
 } steps;
 
@@ -200,7 +418,7 @@ static void score_rows(const g4_exec *exec, void *context, int first, int end)
             float *row = array_row(s, h, i);
             const float *q = a->q + ((size_t)i * (size_t)a->n_heads + (size_t)h) * (size_t)a->head_dim;
             fill(row, -INFINITY, from);
-            score_keys(exec->kernels, a, h / (a->n_heads / a->n_kv_heads), q, 1, from, to, row + from, 0);
+            score_keys(exec->kernels, a, h / group_of(a), q, 1, from, to, row + from, 0);
             fill(row + to, -INFINITY, a->n_keys - to);
         }
     }
@@ -248,6 +466,18 @@ g4_status g4_attention_pattern(g4_exec *exec, const g4_attention *run, float *sc
     return g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys, pattern_rows, &s);
 }
 
+static void mix_row(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *weights, int first,
+                    int end, float *sum, float *z)
+{
+    memset(z, 0, (size_t)a->head_dim * sizeof *z);
+    for (int next; first < end; first = next) {
+        next = block_end(first, end);
+        memset(sum, 0, (size_t)a->head_dim * sizeof *sum);
+        mix_keys(kernels, a, kv_head, weights + first, 0, 1, first, next, sum);
+        kernels->add(z, z, sum, a->head_dim);
+    }
+}
+
 static void mix_rows(const g4_exec *exec, void *context, int first, int end)
 {
     steps *s = context;
@@ -265,7 +495,7 @@ static void mix_rows(const g4_exec *exec, void *context, int first, int end)
             if (from < a->kv.first)
                 atomic_store(&s->forgotten, from);
             else
-                mix_values(exec->kernels, a, h / (a->n_heads / a->n_kv_heads), row + from, 0, 1, from, to, z);
+                mix_row(exec->kernels, a, h / group_of(a), row, from, to, s->sums + (z - a->z), z);
         }
     }
 }
@@ -274,6 +504,7 @@ g4_status g4_attention_mix(g4_exec *exec, const g4_attention *run, const float *
 {
     steps s = {.a = run, .array = (float *)pattern};
     atomic_init(&s.forgotten, -1);
+    G4_ALLOC(exec, s.sums, (size_t)run->n_rows * (size_t)run->n_heads * (size_t)run->head_dim);
     G4_TRY(g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * (size_t)run->head_dim / 8,
                         mix_rows, &s));
     int position = atomic_load(&s.forgotten);
