@@ -97,3 +97,37 @@ def write_checkpoint(directory: Path, config: dict[str, Any], seed: int = 0) -> 
     (directory / "config.json").write_text(json.dumps(config))
     save_file(random_tensors(config, seed), directory / "model.safetensors")
     return directory
+
+
+# every width a multiple of 256, the block of K-quants; shared layers as llama.cpp supposes them (S F before them)
+WIDE: dict[str, Any] = E_LIKE | {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 7,
+    "layer_types": [S, S, S, F, S, S, F],
+    "num_kv_shared_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "global_head_dim": 64,
+    "sliding_window": 32,
+    "hidden_size_per_layer_input": 256,
+    "max_position_embeddings": 1024,
+}
+
+
+def write_calm_checkpoint(directory: Path, tokenizer_of: Path) -> Path:
+    """WIDE with random weights and another model's tokenizer. Weights as random as elsewhere make attention all but
+    pick single keys, so that rounding in the first layer is a different answer in the last; here queries and branches
+    are damped, which leaves arithmetic errors about the size that they have in trained models."""
+    vocabulary = json.loads((tokenizer_of / "config.json").read_text())["text_config"]["vocab_size"]
+    config = WIDE | {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
+    tensors = random_tensors(config)
+    for name, values in tensors.items():
+        factor = 0.1 if name.endswith("q_norm.weight") else 0.3 if "post_" in name else 1.0
+        tensors[name] = (values.astype(np.float32) * factor).astype(values.dtype)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((tokenizer_of / name).read_bytes())
+    return directory
