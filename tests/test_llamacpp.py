@@ -27,8 +27,8 @@ FLOOR = 15.9  # the file holds log-probabilities down to 16 below the largest; s
 F64 = NDArray[np.float64]
 
 # Mean KL divergence in nats, llama.cpp's distribution first; about twice what was measured (docs/benchmarks.md). In
-# F32 what is left are the 16 bits in which llama-perplexity stores log-probabilities; in BF16 it rounds activations to bfloat16, in
-# block formats to 8 bits, 32 to a scale (256 for K-quants), as `fast` does.
+# F32 what is left are the 16 bits in which llama-perplexity stores log-probabilities; in BF16 llama.cpp rounds
+# activations to bfloat16, in block formats to 8 bits, 32 to a scale (256 for K-quants), as `fast` does.
 EXACT = {
     "F32": 1e-7,
     "BF16": 3e-5,
