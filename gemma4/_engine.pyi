@@ -79,7 +79,7 @@ class Model:
     isa: str  # read-only: "scalar", "avx2", "avx512"
     weight_bytes: int
     def new_sequence(self, *, kv_dtype: str = "f32", capacity: int = 0) -> Sequence:
-        """An empty timeline. kv_dtype "f32" or "bf16"; capacity in positions, 0 = the model's context."""
+        """An empty timeline. kv_dtype "f32", "f16", "bf16" or "q8_0"; capacity in positions, 0: all of the context."""
     def sites(self) -> list[tuple[str, int, int, tuple[str | int, ...]]]:
         """Every site this model has, in forward order: name, site id, layer, dims ("T", "S" or a size)."""
     def step(
@@ -117,7 +117,7 @@ class Sequence:
     def close(self) -> None: ...
     def state(self) -> dict[str, Any]:
         """{"length": int, "kv_dtype": str, "layers": {layer: (first position, k, v)}}; k, v are copies [n, K, h]
-        (float32, or bf16 bits as uint16)."""
+        (float32, float16, bf16 bits as uint16, or Q8_0 blocks as uint8)."""
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Into an empty sequence of the same model and kv_dtype. Raises ValueError on any mismatch."""
 

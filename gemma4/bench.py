@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from gemma4 import _engine
 from gemma4.info import peak_bytes, size
-from gemma4.model import KVDtype, Model, Precision, load
+from gemma4.model import Model, Precision, load
 from gemma4.profile import Limits, Profile
+from gemma4.sequence import KVDtype
 
 READ_FLOATS = 1 << 26  # 256 MiB: more than any last-level cache of a desktop
 LIMIT_SECONDS, MAX_PASSES = 0.25, 30
@@ -173,7 +174,7 @@ def bench(
     repeats: int = 5,
     threads: int = 0,
     precision: Precision | None = None,
-    kv_dtype: KVDtype = "f32",
+    kv_dtype: KVDtype | None = None,
 ) -> Benchmark:
     """Load a model and measure it: `repeats` prompts of `prompt` random tokens, then `decode` tokens after one.
 

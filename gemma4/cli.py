@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
 from gemma4 import cli_media
+from gemma4.sequence import KVDtype
 
 if TYPE_CHECKING:
     from gemma4.model import Model
@@ -136,7 +137,11 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="0 = the CPUs this process may use")
-    parser.add_argument("--kv-dtype", choices=("f32", "bf16"), default="f32", help="keys and values (default: f32)")
+    parser.add_argument(
+        "--kv-dtype",
+        choices=get_args(KVDtype),
+        help="keys and values (default: f16 if weights are quantised, else f32)",
+    )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from gemma4.media.cache import EncodedMedia
 from gemma4.media.medium import Modalities
 from gemma4.media.prompt import TokenizedPrompt
 from gemma4.profile import Profile, profiling
-from gemma4.sequence import Sequence, restore
+from gemma4.sequence import KVDtype, Sequence, restore
 from gemma4.step import Output, Positions, Want, run_step
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
 Precision: TypeAlias = Literal["exact", "fast"]
-KVDtype: TypeAlias = Literal["f32", "bf16"]
 
 
 def load(
@@ -46,7 +45,7 @@ def load(
     *,
     threads: int = 0,
     precision: Precision | None = None,
-    kv_dtype: KVDtype = "f32",
+    kv_dtype: KVDtype | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Model:
     """Open a checkpoint: a shipped model's name ("tiny-e", "tiny-moe"), a Hugging Face directory, or a .gguf file (any
@@ -54,8 +53,9 @@ def load(
 
     The files are mapped, not read: this takes a moment for any size. threads: 0 = the CPUs this process may use.
     precision: "exact" (the same bits for any thread count, batch and chunking), "fast" (whatever is quickest), or None:
-    "fast" if a weight is quantised, else "exact". kv_dtype: how new sequences keep keys and values. progress(files
-    done, files in all, file name) is called while the files of a checkpoint in parts are opened.
+    "fast" if a weight is quantised, else "exact". kv_dtype: how new sequences keep keys and values: "f32", "f16",
+    "bf16" or "q8_0" (heads of a multiple of 32); None: "f16" when fast, else "f32". progress(files done, files in all,
+    file name) is called while the files of a checkpoint in parts are opened.
 
     Raises FileNotFoundError, FormatError (damaged, missing or misshapen files), NotImplementedError (an architecture
     that this engine does not run; the message lists those it does).
@@ -68,19 +68,25 @@ class Model:
     """A loaded model. Immutable weights: threads may share it, each with its own sequences. Made by `gemma4.load`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, *, threads: int = 0, precision: Precision | None = None, kv_dtype: KVDtype = "f32"
+        self,
+        checkpoint: Checkpoint,
+        *,
+        threads: int = 0,
+        precision: Precision | None = None,
+        kv_dtype: KVDtype | None = None,
     ) -> None:
-        if kv_dtype not in ("f32", "bf16"):
-            raise ValueError(f'kv_dtype must be "f32" or "bf16", got {kv_dtype!r}')
+        if kv_dtype is not None and kv_dtype not in get_args(KVDtype):
+            raise ValueError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))} or None, got {kv_dtype!r}")
+        precision = precision or ("fast" if checkpoint.quantised else "exact")
         self.checkpoint = checkpoint
         self.engine_config = checkpoint.engine_config
         self.engine = _engine.Model(
             checkpoint.engine_config,  # type: ignore[arg-type]
             checkpoint.engine_tensors,
             threads=threads,
-            precision=precision or ("fast" if checkpoint.quantised else "exact"),
+            precision=precision,
         )
-        self.kv_dtype = kv_dtype
+        self.kv_dtype: KVDtype = kv_dtype or ("f16" if precision == "fast" else "f32")
         self.sites = SiteTable(self.engine.sites(), self.engine_config["layers"])
         self.nan_log = NaNLog()
 

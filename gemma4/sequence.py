@@ -8,7 +8,7 @@ import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gemma4._engine import Sequence as EngineSequence
     from gemma4.model import Model
 
+KVDtype: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 _FORMAT = "gemma4-sequence-1"
 
 
@@ -186,7 +187,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         keys = arrays.setdefault("keys", arrays["tokens"])  # older files have none
         complete = complete and keys.shape == arrays["tokens"].shape and keys.dtype.kind == "i"
         wanted = {f"{kind}.{layer}" for kind in "kv" for layer in meta["first_positions"]}
-        if not complete or meta["kv_dtype"] not in ("f32", "bf16") or not wanted <= arrays.keys():
+        if not complete or meta["kv_dtype"] not in get_args(KVDtype) or not wanted <= arrays.keys():
             raise ValueError("missing or inconsistent entries")
     except FileNotFoundError:
         raise

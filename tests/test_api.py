@@ -95,7 +95,7 @@ def test_truncate_within_the_window(random_e, prompt):
     np.testing.assert_array_equal(again, random_e.forward(prompt, logits="last"))
 
 
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "bf16"])
 def test_save_and_restore(random_e, prompt, tmp_path, kv_dtype):
     s = random_e.new_sequence(kv_dtype=kv_dtype)
     random_e.forward(prompt[:9], sequence=s)
@@ -230,6 +230,24 @@ def test_thread_counts_give_the_same_bits(random_dir, prompt):
     np.testing.assert_array_equal(one.forward(prompt), two.forward(prompt))
 
 
-def test_kv_dtype_is_checked(random_dir):
+def test_kv_dtype_is_checked(random_dir, random_e):
     with pytest.raises(ValueError, match="kv_dtype"):
         gemma4.load(random_dir, kv_dtype="q4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="blocks of 32, but layer 0 has heads of 16"):
+        random_e.new_sequence(kv_dtype="q8_0")
+
+
+def test_smaller_caches(tmp_path):
+    """Each type of cache on the shipped model: its size, how far the logits move, and that it can be saved."""
+    model = gemma4.load("tiny-e")
+    ids = model.to_tokens("The old fox lives near the river. One day the old fox meets a small bear in the garden.")
+    exact = model.forward(ids)
+    sizes = {}
+    for kv_dtype, bound in (("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 5e-2)):
+        s = model.new_sequence(kv_dtype=kv_dtype)
+        moved = np.abs(model.forward(ids[:-4], sequence=s) - exact[:-4]).max() / np.abs(exact).max()
+        assert 0 < moved < bound
+        sizes[kv_dtype] = s.nbytes
+        restored = model.restore(s.save(tmp_path / f"{kv_dtype}.npz"))
+        np.testing.assert_array_equal(model.forward(ids[-4:], sequence=restored), model.forward(ids[-4:], sequence=s))
+    assert sizes["q8_0"] * 32 == sizes["f16"] * 17 and sizes["f16"] == sizes["bf16"]

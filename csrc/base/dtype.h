@@ -94,4 +94,7 @@ static inline uint16_t g4_f32_to_bf16(float x)
 
 float g4_f16_to_f32(uint16_t x);
 
+/* Round to nearest even; what is too large becomes infinite, a NaN stays a (quiet) NaN. */
+uint16_t g4_f32_to_f16(float x);
+
 #endif

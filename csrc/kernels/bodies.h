@@ -59,6 +59,7 @@ static INLINE void prefetch_ahead(const void *p, size_t n_bytes)
 #define F16_FACTOR 1
 #define RAISE 0
 #define FIT 0
+#define CACHED 1 /* keys and values may have this type, too */
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q4_0

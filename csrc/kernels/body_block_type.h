@@ -6,6 +6,12 @@
 
 #include "kernels/body_int8.h"
 #include "kernels/body_matmul.h"
+#ifdef CACHED
+#define ROW_BYTES WEIGHTS_IN
+#include "kernels/body_mix.h"
+#undef ROW_BYTES
+#undef CACHED
+#endif
 
 #undef WEIGHTS_IN
 #undef weight

@@ -128,6 +128,22 @@ static void quantize_block(const float x[32], int b, const g4_int8_rows *row)
     row->sum32[b] = scale * (float)(low_sum + high_sum);
 }
 
+/* Blocks of Q8_0: what quantize_block does, the scale rounded to f16. n is a multiple of 32. */
+static void narrow_q8_0(void *out, const float *in, int n)
+{
+    uint8_t *block = out;
+    for (int i = 0; i < n; i += 32, block += 34) {
+        int8_t q[64];
+        float scale, sums[3];
+        const g4_int8_rows row = {q, &scale, sums, sums + 2};
+        quantize_block(in + i, 0, &row);
+        const uint16_t d = g4_f32_to_f16(scale);
+        memcpy(block, &d, 2);
+        memcpy(block + 2, q, 16);
+        memcpy(block + 18, q + 32, 16);
+    }
+}
+
 /* x [m, k] to bytes. Rows are padded with blocks of zeros. */
 static void quantize_rows(const float *x, size_t x_stride, int m, int k, const g4_int8_rows *rows)
 {

@@ -4,8 +4,8 @@
 enum { MIX_VALUES = 4096, MIX_WIDTH = 1024 };
 
 /* 16 columns of m <= 4 accumulators over the keys, in registers. */
-static INLINE void mix_columns(const int m, const float *p, size_t p_stride, const float *v, size_t v_stride, int n_keys,
-                               float *acc, size_t acc_stride)
+static INLINE void mix_columns(const int m, const float *p, size_t p_stride, const float *v, size_t v_stride,
+                               int n_keys, float *acc, size_t acc_stride)
 {
     f32x16 sum[4];
     for (int i = 0; i < m; i++)

@@ -208,11 +208,25 @@ static void widen_bf16(float *out, const void *in, int n)
         out[i] = g4_bf16_to_f32(x[i]);
 }
 
-static void narrow_bf16(uint16_t *out, const float *in, int n)
+/* A row to a cache's type; all to the nearest, ties to even. */
+static void narrow_f32(void *out, const float *in, int n) { memcpy(out, in, (size_t)n * sizeof *in); }
+
+static void narrow_bf16(void *out, const float *in, int n)
 {
+    uint16_t *to = out;
     int i = 0;
     for (; i + 16 <= n; i += 16)
-        x16_store_bf16(out + i, x16_load(in + i));
+        x16_store_bf16(to + i, x16_load(in + i));
     for (; i < n; i++)
-        out[i] = g4_f32_to_bf16(in[i]);
+        to[i] = g4_f32_to_bf16(in[i]);
+}
+
+static void narrow_f16(void *out, const float *in, int n)
+{
+    uint16_t *to = out;
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        x16_store_f16(to + i, x16_load(in + i));
+    for (; i < n; i++)
+        to[i] = g4_f32_to_f16(in[i]);
 }

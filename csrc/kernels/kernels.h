@@ -19,10 +19,7 @@ typedef struct {
 } g4_int8_rows;
 
 /* The decode kernels take 256 inputs at a time. */
-static inline size_t g4_int8_stride(size_t k)
-{
-    return (k + 255) / 256 * 256;
-}
+static inline size_t g4_int8_stride(size_t k) { return (k + 255) / 256 * 256; }
 
 /* Those from row `first` on. */
 static inline g4_int8_rows g4_int8_rows_from(const g4_int8_rows *rows, size_t first, size_t k)
@@ -86,12 +83,27 @@ static inline g4_matmul_int8_q8_0_fn g4_matmul_int8_for(const g4_kernels *kernel
     }
 }
 
-/* Of cached rows, which are never quantised. */
+/* Of the types that cached keys and values may have; others are NULL. */
 static inline g4_weighted_sum_f32_fn g4_weighted_sum_for(const g4_kernels *kernels, g4_dtype dtype)
 {
-    return dtype == G4_F32   ? kernels->weighted_sum_f32
-           : dtype == G4_F16 ? kernels->weighted_sum_f16
-                             : kernels->weighted_sum_bf16;
+    switch (dtype) {
+    case G4_F32: return kernels->weighted_sum_f32;
+    case G4_F16: return kernels->weighted_sum_f16;
+    case G4_BF16: return kernels->weighted_sum_bf16;
+    case G4_Q8_0: return kernels->weighted_sum_q8_0;
+    default: return NULL;
+    }
+}
+
+static inline g4_narrow_f32_fn g4_narrow_for(const g4_kernels *kernels, g4_dtype dtype)
+{
+    switch (dtype) {
+    case G4_F32: return kernels->narrow_f32;
+    case G4_F16: return kernels->narrow_f16;
+    case G4_BF16: return kernels->narrow_bf16;
+    case G4_Q8_0: return kernels->narrow_q8_0;
+    default: return NULL;
+    }
 }
 
 #endif

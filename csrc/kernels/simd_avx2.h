@@ -134,6 +134,12 @@ static inline __m128i narrow_bf16_8(__m256 a)
     return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
 
+static inline void x16_store_f16(uint16_t *p, f32x16 a)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+
 static inline void x16_store_bf16(uint16_t *p, f32x16 a)
 {
     _mm_storeu_si128((__m128i *)p, narrow_bf16_8(a.lo));

@@ -64,6 +64,11 @@ static inline float x16_sum(f32x16 a)
     return _mm_cvtss_f32(_mm_add_ss(by_2, _mm_movehdup_ps(by_2)));
 }
 
+static inline void x16_store_f16(uint16_t *p, f32x16 a)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
+
 static inline void x16_store_bf16(uint16_t *p, f32x16 a)
 {
     __m512i bits = _mm512_castps_si512(a);

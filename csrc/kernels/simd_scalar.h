@@ -60,6 +60,12 @@ static inline void x16_store(float *p, f32x16 a)
         p[l] = a.lane[l];
 }
 
+static inline void x16_store_f16(uint16_t *p, f32x16 a)
+{
+    FOR_LANES
+        p[l] = g4_f32_to_f16(a.lane[l]);
+}
+
 static inline void x16_store_bf16(uint16_t *p, f32x16 a)
 {
     FOR_LANES

@@ -16,7 +16,7 @@ static size_t slot_elements(const g4_config *config, int layer)
 
 static size_t slot_bytes(const g4_sequence *seq, int layer)
 {
-    return slot_elements(&seq->model->config, layer) * g4_block_bytes(seq->dtype);
+    return g4_dtype_bytes(seq->dtype, slot_elements(&seq->model->config, layer));
 }
 
 /* Slots a layer needs before n_rows more rows are written. A sliding layer also keeps one window of slack, so that a
@@ -108,18 +108,12 @@ g4_status g4_kv_reserve(g4_sequence *seq, int n_rows, g4_error *err)
 void g4_kv_store(g4_sequence *seq, const g4_kernels *kernels, int layer, int position, const float *k, const float *v)
 {
     g4_kv_layer *kv = &seq->layers[layer];
-    size_t n = slot_elements(&seq->model->config, layer);
+    const int n = (int)slot_elements(&seq->model->config, layer);
     if (kv->first < position + 1 - kv->n_slots)
         kv->first = position + 1 - kv->n_slots;
-    size_t offset = (size_t)(position % kv->n_slots) * n * g4_block_bytes(seq->dtype);
-    char *k_slot = (char *)g4_buffer_data(kv->k) + offset, *v_slot = (char *)g4_buffer_data(kv->v) + offset;
-    if (seq->dtype == G4_BF16) {
-        kernels->narrow_bf16((uint16_t *)(void *)k_slot, k, (int)n);
-        kernels->narrow_bf16((uint16_t *)(void *)v_slot, v, (int)n);
-    } else {
-        memcpy(k_slot, k, n * sizeof *k);
-        memcpy(v_slot, v, n * sizeof *v);
-    }
+    const size_t offset = (size_t)(position % kv->n_slots) * slot_bytes(seq, layer);
+    g4_narrow_for(kernels, seq->dtype)((char *)g4_buffer_data(kv->k) + offset, k, n);
+    g4_narrow_for(kernels, seq->dtype)((char *)g4_buffer_data(kv->v) + offset, v, n);
 }
 
 g4_kv_view g4_kv_view_of(const g4_sequence *seq, int layer)
@@ -138,8 +132,13 @@ g4_kv_view g4_kv_view_of(const g4_sequence *seq, int layer)
 g4_status g4_sequence_new(const g4_model *model, g4_dtype kv_dtype, int capacity, g4_sequence **result, g4_error *err)
 {
     int context = model->config.context_length;
-    if (kv_dtype == G4_F16)
-        return g4_fail(err, G4_EUNSUPPORTED, "a cache of f16: expected f32 or bf16");
+    for (int layer = 0; layer < model->config.n_layers; layer++)
+        if ((size_t)model->config.layers[layer].head_dim % g4_block_size(kv_dtype))
+            return g4_fail(err, G4_EVALUE,
+                           "keys and values of type %s come in blocks of %zu, but layer %d has heads of %d: expected "
+                           "f32, f16 or bf16",
+                           g4_dtype_name(kv_dtype), g4_block_size(kv_dtype), layer,
+                           model->config.layers[layer].head_dim);
     if (capacity < 0 || capacity > context)
         return g4_fail(err, G4_EVALUE, "capacity %d: expected 1 to %d, the model's context (0 = all of it)", capacity,
                        context);

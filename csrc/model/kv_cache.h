@@ -26,7 +26,7 @@ typedef struct {
 
 struct g4_sequence {
     const g4_model *model;
-    g4_dtype dtype; /* F32 or BF16 */
+    g4_dtype dtype; /* F32, F16, BF16 or Q8_0 */
     int length, capacity;
     atomic_flag busy;
     g4_kv_layer *layers; /* [L] */

@@ -61,11 +61,12 @@ static g4_status cache_keys_and_values(g4_forward *f, int layer, const float *x)
 /* The cached positions that this chunk can see, in order and as float32 [n_keys, K, h]; zeros before them. */
 static g4_status unroll_cache(g4_forward *f, int layer, const g4_attention *run, const void *cached, float **out)
 {
-    const size_t width = kv_width(f, layer), element = g4_block_bytes(run->kv.dtype);
+    const size_t width = kv_width(f, layer);
     G4_ALLOC(&f->exec, *out, (size_t)run->n_keys * width);
     for (int p = 0; p < run->n_keys; p++) {
         float *row = *out + (size_t)p * width;
-        const char *slot = (const char *)cached + (size_t)(p % run->kv.n_slots) * run->kv.stride * element;
+        const char *slot =
+            (const char *)cached + g4_dtype_bytes(run->kv.dtype, (size_t)(p % run->kv.n_slots) * run->kv.stride);
         if (p < run->kv.first)
             memset(row, 0, width * sizeof *row);
         else

@@ -7,6 +7,8 @@
 
 #include "ops/profile.h"
 
+#include "ops/profile.h"
+
 enum {
     BLOCK_ROWS = 48,      /* queries x heads of a task: enough that each key is loaded for many of them */
     MAX_SCORES = 1 << 20, /* scores a task may hold (4 MB), unless one query's heads need more */
@@ -371,6 +373,7 @@ g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
     attend_task t = {.exec = exec, .runs = runs, .n_runs = n_runs};
     int n_tasks = 0;
     double work = 0, n_scores = 0;
+    const double start = g4_profile_start(exec);
     G4_ALLOC(exec, t.plans, (size_t)n_runs);
     for (int r = 0; r < n_runs; r++) {
         const g4_attention *a = &runs[r];
@@ -384,6 +387,7 @@ g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
     const int n_threads = g4_pool_size(exec->pool);
     const bool by_keys = n_threads > 1 && n_tasks < 2 * n_threads && n_scores < (double)n_threads * MAX_SCORES;
     g4_status status = by_keys ? attend_by_keys(exec, &t, work) : attend_by_queries(exec, &t, n_tasks, work);
+    g4_profile_end_attention(exec, start, runs, n_runs);
     g4_arena_restore(exec->arena, mark);
     return status;
 }

@@ -169,10 +169,11 @@ static PyObject *model_new_sequence(PyObject *object, PyObject *args, PyObject *
     g4_error err;
     if (!engine_ready(self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "|$si", names, &dtype_name, &capacity))
         return NULL;
-    bool bf16 = strcmp(dtype_name, "bf16") == 0;
-    if (!bf16 && strcmp(dtype_name, "f32") != 0)
-        return PyErr_Format(PyExc_ValueError, "kv_dtype=\"%s\": expected \"f32\" or \"bf16\"", dtype_name);
-    if (g4_sequence_new(self->model, bf16 ? G4_BF16 : G4_F32, capacity, &seq, &err) != G4_OK)
+    const g4_dtype dtype = engine_kv_dtype(dtype_name);
+    if (dtype == G4_N_DTYPES)
+        return PyErr_Format(PyExc_ValueError, "kv_dtype=\"%s\": expected \"f32\", \"f16\", \"bf16\" or \"q8_0\"",
+                            dtype_name);
+    if (g4_sequence_new(self->model, dtype, capacity, &seq, &err) != G4_OK)
         return engine_raise(&err);
     return engine_sequence_wrap(self, seq);
 }

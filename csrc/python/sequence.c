@@ -93,15 +93,52 @@ static PyObject *sequence_truncate(PyObject *object, PyObject *argument)
 
 /* ---- saving and restoring ------------------------------------------------------------------------------------------- */
 
+/* What a cache's elements look like in Python; blocks as their bytes. */
+static const struct {
+    const char *name;
+    g4_dtype dtype;
+    int numpy_type;
+    const char *numpy_name;
+} kv_dtypes[] = {
+    {"f32", G4_F32, NPY_FLOAT32, "float32"},
+    {"f16", G4_F16, NPY_FLOAT16, "float16"},
+    {"bf16", G4_BF16, NPY_UINT16, "uint16"},
+    {"q8_0", G4_Q8_0, NPY_UINT8, "uint8"},
+};
+enum { N_KV_DTYPES = sizeof kv_dtypes / sizeof *kv_dtypes };
+
+g4_dtype engine_kv_dtype(const char *name)
+{
+    for (int i = 0; i < N_KV_DTYPES; i++)
+        if (strcmp(kv_dtypes[i].name, name) == 0)
+            return kv_dtypes[i].dtype;
+    return G4_N_DTYPES;
+}
+
+static int kv_dtype_index(const g4_sequence *seq)
+{
+    int i = 0;
+    while (kv_dtypes[i].dtype != g4_sequence_dtype(seq))
+        i++;
+    return i;
+}
+
 static int numpy_type(const g4_sequence *seq)
 {
-    return g4_sequence_dtype(seq) == G4_F32 ? NPY_FLOAT32 : NPY_UINT16;
+    return kv_dtypes[kv_dtype_index(seq)].numpy_type;
+}
+
+/* Elements of the NumPy array that a head takes. */
+static npy_intp head_elements(const g4_sequence *seq, const g4_layer_config *layer)
+{
+    const g4_dtype dtype = g4_sequence_dtype(seq);
+    return g4_is_quantised(dtype) ? (npy_intp)g4_dtype_bytes(dtype, (size_t)layer->head_dim) : layer->head_dim;
 }
 
 static PyObject *export_layer(const g4_sequence *seq, const g4_layer_config *layer, int index)
 {
     int first = g4_sequence_first_cached(seq, index);
-    npy_intp shape[] = {g4_sequence_length(seq) - first, layer->n_kv_heads, layer->head_dim};
+    npy_intp shape[] = {g4_sequence_length(seq) - first, layer->n_kv_heads, head_elements(seq, layer)};
     PyObject *k = PyArray_SimpleNew(3, shape, numpy_type(seq)), *v = PyArray_SimpleNew(3, shape, numpy_type(seq));
     if (!k || !v) {
         Py_XDECREF(k);
@@ -135,7 +172,7 @@ static PyObject *sequence_state(PyObject *object, PyObject *unused)
     if (!open_sequence(object) || !acquire(self->seq))
         return NULL;
     PyObject *layers = export_layers(self);
-    const char *dtype = g4_sequence_dtype(self->seq) == G4_F32 ? "f32" : "bf16";
+    const char *dtype = kv_dtypes[kv_dtype_index(self->seq)].name;
     PyObject *state = layers ? Py_BuildValue("{s:i,s:s,s:N}", "length", g4_sequence_length(self->seq), "kv_dtype",
                                              dtype, "layers", layers)
                              : NULL;
@@ -149,9 +186,9 @@ static PyArrayObject *state_array(const g4_sequence *seq, PyObject *object, cons
     PyArrayObject *array = (PyArrayObject *)object;
     if (!PyArray_Check(object) || PyArray_TYPE(array) != numpy_type(seq) || !PyArray_IS_C_CONTIGUOUS(array) ||
         PyArray_NDIM(array) != 3 || PyArray_DIM(array, 0) != n || PyArray_DIM(array, 1) != layer->n_kv_heads ||
-        PyArray_DIM(array, 2) != layer->head_dim) {
+        PyArray_DIM(array, 2) != head_elements(seq, layer)) {
         PyErr_Format(PyExc_ValueError, "state of layer %d: expected C-contiguous %s arrays [%d, %d, %d]", index,
-                     g4_sequence_dtype(seq) == G4_F32 ? "float32" : "uint16", n, layer->n_kv_heads, layer->head_dim);
+                     kv_dtypes[kv_dtype_index(seq)].numpy_name, n, layer->n_kv_heads, (int)head_elements(seq, layer));
         return NULL;
     }
     return array;
@@ -240,7 +277,7 @@ static PyObject *get_kv_dtype(PyObject *self, void *unused)
 {
     (void)unused;
     g4_sequence *seq = open_sequence(self);
-    return seq ? PyUnicode_FromString(g4_sequence_dtype(seq) == G4_F32 ? "f32" : "bf16") : NULL;
+    return seq ? PyUnicode_FromString(kv_dtypes[kv_dtype_index(seq)].name) : NULL;
 }
 
 static PyObject *get_min_truncate(PyObject *self, void *unused)
@@ -266,7 +303,7 @@ static PyObject *get_closed(PyObject *self, void *unused)
 static PyGetSetDef sequence_getset[] = {
     {"length", get_length, NULL, "Positions in the cache.", NULL},
     {"capacity", get_capacity, NULL, "Most positions it may hold.", NULL},
-    {"kv_dtype", get_kv_dtype, NULL, "\"f32\" or \"bf16\".", NULL},
+    {"kv_dtype", get_kv_dtype, NULL, "\"f32\", \"f16\", \"bf16\" or \"q8_0\".", NULL},
     {"closed", get_closed, NULL, "Whether close() was called.", NULL},
     {"min_truncate", get_min_truncate, NULL, "Smallest length > 0 that truncate() can go back to.", NULL},
     {"nbytes", get_nbytes, NULL, "Bytes of the cache.", NULL},

@@ -142,14 +142,14 @@ static PyObject *test_weighted_sum(PyObject *self, PyObject *args)
     g4_dtype dtype = g4_dtype_parse(dtype_name);
     if (!kernels || !is_rows(p, NPY_FLOAT32, 2) || !is_rows(v, type_of(dtype), 2) || !is_rows(acc, NPY_FLOAT32, 2))
         return NULL;
-    if (dtype == G4_N_DTYPES || PyArray_DIM(p, 1) != PyArray_DIM(v, 0) || PyArray_DIM(acc, 0) != PyArray_DIM(p, 0) ||
-        PyArray_DIM(acc, 1) != PyArray_DIM(v, 1))
-        return PyErr_Format(PyExc_ValueError, "unknown dtype, or sizes differ");
+    if (!g4_weighted_sum_for(kernels, dtype) || PyArray_DIM(p, 1) != PyArray_DIM(v, 0) ||
+        PyArray_DIM(acc, 0) != PyArray_DIM(p, 0) || !has_inputs(v, dtype, PyArray_DIM(acc, 1)))
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "no cache's type, or sizes differ");
     PyArrayObject *out = (PyArrayObject *)PyArray_NewCopy(acc, NPY_CORDER);
     if (out)
         g4_weighted_sum_for(kernels, dtype)(PyArray_DATA(p), stride_of(p), (int)PyArray_DIM(p, 0), PyArray_DATA(v),
-                                            stride_of(v), (int)PyArray_DIM(p, 1), (int)PyArray_DIM(v, 1),
-                                            PyArray_DATA(out), (size_t)PyArray_DIM(v, 1));
+                                            weight_stride(v, dtype), (int)PyArray_DIM(p, 1), (int)PyArray_DIM(acc, 1),
+                                            PyArray_DATA(out), (size_t)PyArray_DIM(acc, 1));
     return (PyObject *)out;
 }
 
@@ -307,20 +307,24 @@ static PyObject *test_widen(PyObject *self, PyObject *args)
     return out;
 }
 
-/* narrow_bf16(isa, x float32 [n]) -> uint16 [n] */
-static PyObject *test_narrow_bf16(PyObject *self, PyObject *args)
+/* narrow(isa, dtype, x float32 [n]) -> uint8 [bytes of n values] */
+static PyObject *test_narrow(PyObject *self, PyObject *args)
 {
-    const char *isa;
+    const char *isa, *dtype_name;
     PyArrayObject *x;
     (void)self;
-    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &x))
+    if (!PyArg_ParseTuple(args, "ssO!", &isa, &dtype_name, &PyArray_Type, &x))
         return NULL;
     const g4_kernels *kernels = table_of(isa);
+    const g4_dtype dtype = g4_dtype_parse(dtype_name);
     if (!kernels || !is_rows(x, NPY_FLOAT32, 1))
         return NULL;
-    PyObject *out = PyArray_SimpleNew(1, PyArray_DIMS(x), NPY_UINT16);
+    if (!g4_narrow_for(kernels, dtype) || (size_t)PyArray_SIZE(x) % g4_block_size(dtype))
+        return PyErr_Format(PyExc_ValueError, "%s is no cache's type, or not a whole number of its blocks", dtype_name);
+    npy_intp n_bytes = (npy_intp)g4_dtype_bytes(dtype, (size_t)PyArray_SIZE(x));
+    PyObject *out = PyArray_SimpleNew(1, &n_bytes, NPY_UINT8);
     if (out)
-        kernels->narrow_bf16(PyArray_DATA((PyArrayObject *)out), PyArray_DATA(x), (int)PyArray_SIZE(x));
+        g4_narrow_for(kernels, dtype)(PyArray_DATA((PyArrayObject *)out), PyArray_DATA(x), (int)PyArray_SIZE(x));
     return out;
 }
 
@@ -357,7 +361,7 @@ static PyMethodDef testing_methods[] = {
     {"row", test_row, METH_VARARGS, "row(isa, name, x [n], y [n] or None, s) -> [n]"},
     {"sum_squares", test_sum_squares, METH_VARARGS, "sum_squares(isa, x [n]) -> float"},
     {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n] or uint8 [bytes]) -> float32 [n]"},
-    {"narrow_bf16", test_narrow_bf16, METH_VARARGS, "narrow_bf16(isa, x [n]) -> uint16 [n]"},
+    {"narrow", test_narrow, METH_VARARGS, "narrow(isa, dtype, x [n]) -> uint8 [bytes]"},
     {NULL, NULL, 0, NULL},
 };
 

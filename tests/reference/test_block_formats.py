@@ -196,3 +196,34 @@ def test_int8_at_the_ends_of_the_range(name: str, isa: str) -> None:
                 wanted = x @ reference(name, rows).T.astype(np.float64)
                 got = testing.matmul_int8(isa, name, bytes_of_x, rows)
                 assert np.abs(got - wanted).max() <= 2e-6 * np.abs(wanted).max() + 1e-30
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_narrow_to_q8_0(isa: str) -> None:
+    """A cache's rows: as close as the type allows, and what the kernels read is what gguf reads."""
+    x = (
+        np.random.default_rng(0).normal(size=(40, 256)).astype(np.float32)
+        * np.logspace(-6, 3, 40, dtype=np.float32)[:, None]
+    )
+    x[3, :32] = 0
+    x[4, 5] = np.nan
+    rows = testing.narrow(isa, "Q8_0", x.reshape(-1)).reshape(40, -1)
+    assert np.array_equal(rows, testing.narrow("scalar", "Q8_0", x.reshape(-1)).reshape(40, -1))
+    back = reference("Q8_0", rows)
+    assert np.isnan(back[4, :32]).all() and np.isfinite(np.delete(back, 4, axis=0)).all()
+    largest = np.repeat(np.abs(x).reshape(40, 8, 32).max(-1), 32, axis=1)
+    normal = (largest / 127 > 2**-14) & ~np.isnan(largest) & ~np.isnan(back)
+    assert (np.abs(back - x)[normal] <= largest[normal] / 127 * (0.5 + 127 * 2**-11)).all()
+    with pytest.raises(ValueError, match="Q4_0"):
+        testing.narrow(isa, "Q4_0", x.reshape(-1))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_weighted_sum_of_q8_0(isa: str) -> None:
+    """The bits of the same sum over the rows widened."""
+    rng = np.random.default_rng(1)
+    for m, n, d in ((1, 1, 32), (3, 70, 64), (9, 33, 512), (8, 5, 2080)):
+        p = rng.normal(size=(m, n)).astype(np.float32)
+        rows, start = random_rows("Q8_0", n, d), rng.normal(size=(m, d)).astype(np.float32)
+        plain = testing.weighted_sum(isa, "F32", p, reference("Q8_0", rows), start)
+        assert same_bits(testing.weighted_sum(isa, "Q8_0", p, rows, start), plain)

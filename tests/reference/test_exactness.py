@@ -27,7 +27,8 @@ NAMES = ["e2b", "moe26b", "dense31b", "odd-e", "odd-moe-f16", "everything", "win
 KV = ["f32", "bf16"]
 EVERY = pytest.mark.parametrize("name", NAMES)
 EVERY_KV = pytest.mark.parametrize(
-    ("name", "kv_dtype"), [*((name, "f32") for name in NAMES), ("e2b", "bf16"), ("moe26b", "bf16"), ("odd-e", "bf16")]
+    ("name", "kv_dtype"),
+    [*((name, "f32") for name in NAMES), ("e2b", "bf16"), ("moe26b", "f16"), ("odd-e", "bf16"), ("wide", "q8_0")],
 )
 
 

@@ -78,11 +78,11 @@ def same(a: F32, b: F32) -> bool:
 
 def test_every_kernel_is_swept_here() -> None:
     rows = set(ROW_KERNELS)
-    by_type = {f"{name}_{dtype.lower()}" for name in ("matmul", "weighted_sum", "widen") for dtype in DTYPES}
+    by_type = {f"{name}_{dtype.lower()}" for name in ("matmul", "weighted_sum", "widen", "narrow") for dtype in DTYPES}
     in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", "matmul_int8", "widen") for dtype in FORMATS}
     limits = {"spin_f32", "spin_int8", "read_sum"}  # in test_bench.py
-    in_blocks.add("quantize_rows")  # these in test_block_formats.py
-    others = {"sum_squares", "narrow_bf16", "matmul_panel", "pack_panel"}
+    in_blocks |= {"quantize_rows", "weighted_sum_q8_0", "narrow_q8_0"}  # these in test_block_formats.py
+    others = {"sum_squares", "matmul_panel", "pack_panel"}
     assert set(testing.names()) == rows | by_type | in_blocks | limits | others
     assert ISAS[0] == "scalar"
 
@@ -389,17 +389,18 @@ def test_widen_f32_copies(isa: str) -> None:
 
 
 @EVERY_ISA
-def test_narrow_to_bf16_rounds_to_nearest_even(isa: str) -> None:
+@EVERY_DTYPE
+def test_narrow_rounds_to_nearest_even(isa: str, dtype: str) -> None:
     upper = np.arange(2**16, dtype=np.uint32)[:, None] << 16
-    lower = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)  # each side of, and on, the half-way point
-    x = np.concatenate([(upper | lower).reshape(-1).view(np.float32), all_over()])
-    ours = testing.narrow_bf16(isa, x).view(ml_dtypes.bfloat16)
+    half_ways = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0xFFF, 0x1000, 0x1001, 0x2000, 0x3000], np.uint32)
+    x = np.concatenate([(upper | half_ways).reshape(-1).view(np.float32), all_over()])
+    ours = testing.narrow(isa, dtype, x).view(DTYPES[dtype])
     with np.errstate(over="ignore", invalid="ignore"):
-        expected = x.astype(ml_dtypes.bfloat16)
+        expected = x.astype(DTYPES[dtype])
     assert same(ours.astype(np.float32), expected.astype(np.float32))
     for n in ROW_SIZES:
         part = x[n * 7 : n * 8]
-        assert np.array_equal(testing.narrow_bf16(isa, part), testing.narrow_bf16("scalar", part))
+        assert np.array_equal(testing.narrow(isa, dtype, part), testing.narrow("scalar", dtype, part))
 
 
 def test_unknown_names_are_errors() -> None:
