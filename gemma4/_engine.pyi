@@ -140,6 +140,14 @@ class EncoderConfig(TypedDict):
     pool: int
     standardize: bool
     rope_inv_freq: F32  # [head_dim / 4], of either axis
+    conv_channels: tuple[int, int]
+    conv_kernel: int
+    chunk: int  # of audio attention, and its context, as in transformers' config
+    context_left: int
+    context_right: int
+    logit_cap: float
+    residual_weight: float
+    gradient_clipping: float
 
 # rows float32 [n, d_in] (patches in 0..1, log-mel frames, frames of samples) · positions int32 [n, 2] (x, y of each
 # patch; None for audio) · where the soft tokens go, float32 [soft_tokens(n), d_out]

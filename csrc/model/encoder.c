@@ -37,6 +37,30 @@ static g4_status check_tower(const g4_encoder_config *c, g4_error *err)
     return G4_OK;
 }
 
+static g4_status check_embedder(const g4_encoder_config *c, g4_error *err)
+{
+    G4_TRY(check_range("d_model", c->d_model, 1, 1 << 16, err));
+    return check_range("n_positions", c->n_positions, 1, 1 << 20, err);
+}
+
+static g4_status check_audio(const g4_encoder_config *c, g4_error *err)
+{
+    G4_TRY(check_tower(c, err));
+    G4_TRY(check_range("conv_channels[0]", c->conv_channels[0], 1, 1 << 12, err));
+    G4_TRY(check_range("conv_channels[1]", c->conv_channels[1], 1, 1 << 12, err));
+    G4_TRY(check_range("conv_kernel", c->conv_kernel, 1, 1 << 8, err));
+    G4_TRY(check_range("chunk", c->chunk, 1, 1 << 8, err));
+    G4_TRY(check_range("context_left", c->context_left, 2, 1 << 8, err));
+    G4_TRY(check_range("context_right", c->context_right, 0, 1 << 8, err));
+    if (c->n_heads * c->head_dim != c->d_model || c->d_model % 2 || c->n_kv_heads != c->n_heads)
+        return g4_fail(err, G4_EVALUE, "encoder config: %d heads of %d do not make a d_model of %d, or it is odd",
+                       c->n_heads, c->head_dim, c->d_model);
+    if (!(c->logit_cap > 0) || !(c->gradient_clipping > 0) || !isfinite(c->residual_weight))
+        return g4_fail(err, G4_EVALUE, "encoder config: logit_cap %g, gradient_clipping %g or residual_weight %g",
+                       (double)c->logit_cap, (double)c->gradient_clipping, (double)c->residual_weight);
+    return G4_OK;
+}
+
 static g4_status check_config(const g4_encoder_config *c, g4_error *err)
 {
     G4_TRY(check_range("kind", c->kind, 0, G4_AUDIO_EMBEDDER, err));
@@ -52,7 +76,9 @@ static g4_status check_config(const g4_encoder_config *c, g4_error *err)
         if (c->head_dim % 4)
             return g4_fail(err, G4_EVALUE, "encoder config: head_dim %d is no multiple of 4", c->head_dim);
     }
-    return G4_OK;
+    return c->kind == G4_VISION_EMBEDDER ? check_embedder(c, err)
+           : c->kind == G4_AUDIO_TOWER   ? check_audio(c, err)
+                                         : G4_OK;
 }
 
 g4_status g4_bind_table(g4_binder *b, const g4_bind_row *rows, int n_rows, const char *prefix, int layer, void *owner)
@@ -78,12 +104,26 @@ static int64_t letter_size(const void *config, int layer, char letter)
     case 'X': return c->d_in;
     case 'I': return c->d_soft;
     case 'O': return c->d_out;
+    case 'C': return c->conv_channels[0];
+    case 'c': return c->conv_channels[1];
+    case 'b': return ((c->d_in + 1) / 2 + 1) / 2; /* bins after both convolutions */
+    case 's': return c->conv_kernel;
     default: return c->n_positions; /* P */
     }
 }
 
 static const g4_bind_row projection_row = {
     "embedding_projection.weight", offsetof(g4_soft_weights, projection), G4_BIND_MATRIX, "O I", 0, G4_OP_OTHER};
+
+static g4_status bind_kind(g4_encoder *e, g4_binder *b)
+{
+    switch (e->config.kind) {
+    case G4_VISION_TOWER: return g4_vision_bind(e, b);
+    case G4_VISION_EMBEDDER: return g4_vision_embedder_bind(e, b);
+    case G4_AUDIO_TOWER: return g4_audio_bind(e, b);
+    default: return G4_OK;
+    }
+}
 
 static g4_status bind(g4_encoder *e, const g4_named_tensor *tensors, size_t n_tensors, g4_error *err)
 {
@@ -92,7 +132,7 @@ static g4_status bind(g4_encoder *e, const g4_named_tensor *tensors, size_t n_te
     G4_TRY(g4_binder_open(&b, tensors, n_tensors));
     g4_status status = g4_bind(&b, &projection_row, projection_row.name, 0, &e->soft);
     if (status == G4_OK)
-        status = g4_vision_bind(e, &b);
+        status = bind_kind(e, &b);
     e->n_bytes = b.n_bytes;
     g4_binder_close(&b);
     return status;
@@ -244,6 +284,15 @@ g4_status g4_clipped_jobs(g4_exec *exec, const float *x, int m, const g4_clipped
     return G4_OK;
 }
 
+void g4_encoder_positions(const g4_encode_pass *p, int axis, int factor, int offset, int32_t *out)
+{
+    for (int m = 0; m < p->n_media; m++) {
+        const g4_medium *image = &p->media[p->first_medium + m];
+        for (int i = 0; i < image->n_rows; i++)
+            *out++ = factor * image->positions[2 * i + axis] + offset;
+    }
+}
+
 g4_status g4_encoder_project(g4_encode_pass *p, g4_site soft_site, float *soft)
 {
     const g4_encoder_config *c = p->config;
@@ -296,6 +345,16 @@ static g4_status check(const g4_encoder *e, const g4_medium *media, int n_media,
     return G4_OK;
 }
 
+static g4_status encode_kind(g4_encode_pass *p)
+{
+    switch (p->config->kind) {
+    case G4_VISION_TOWER: return g4_vision_encode(p);
+    case G4_VISION_EMBEDDER: return g4_vision_embedder_encode(p);
+    case G4_AUDIO_TOWER: return g4_audio_encode(p);
+    default: return g4_audio_embedder_encode(p);
+    }
+}
+
 static g4_status run_passes(g4_encode_pass *p, int n_media)
 {
     g4_arena_mark mark = g4_arena_save(p->exec.arena);
@@ -307,7 +366,7 @@ static g4_status run_passes(g4_encode_pass *p, int n_media)
             p->n_rows += p->media[m].n_rows;
             p->n_soft += g4_encoder_soft_tokens(p->config, p->media[m].n_rows);
         }
-        G4_TRY(g4_vision_encode(p));
+        G4_TRY(encode_kind(p));
         g4_arena_restore(p->exec.arena, mark);
     }
     return G4_OK;

@@ -21,6 +21,42 @@ typedef struct {
     g4_vision_layer *layers;           /* [L] */
 } g4_vision_weights;
 
+typedef struct {
+    const float *pre, *post; /* [D] */
+    g4_clipped up, down;     /* [F, D] [D, F] */
+} g4_audio_mlp;
+
+typedef struct {
+    g4_audio_mlp mlp1, mlp2;
+    const float *ln1, *ln1_post, *out_norm; /* [D] norm_pre_attn, norm_post_attn, norm_out */
+    g4_clipped q, k, v, post;               /* [H*h, D] … [D, H*h] */
+    g4_matrix relative_k;                   /* [H*h, D] */
+    const float *per_dim_scale;             /* [h] as stored; then q's factors */
+    const float *conv_pre, *conv_norm;      /* [D] */
+    g4_clipped conv_start, conv_end;        /* [2D, D] [D, D] */
+    const float *depthwise;                 /* [D, 1, size] as stored; then [size, D] */
+} g4_audio_layer;
+
+typedef struct {
+    const float *conv[2], *conv_norm[2]; /* [C, I, 3, 3] as stored, [C] */
+    g4_matrix conv_maps[2];              /* [C, 3 * 3 * I] of those */
+    g4_matrix input, output;             /* [D, b*c] [I, D] */
+    const float *output_bias;            /* [I] */
+    float *distances;                    /* [n_distances, D] sinusoids */
+    int n_distances;
+    g4_audio_layer *layers; /* [L] */
+} g4_audio_weights;
+
+/* Of the unified model's images. */
+typedef struct {
+    const float *ln1, *ln1_bias;           /* [X] */
+    g4_matrix dense;                       /* [D, X] */
+    const float *dense_bias;               /* [D] */
+    const float *ln2, *ln2_bias;           /* [D] */
+    g4_matrix positions;                   /* [n_positions * 2, D]: x and y of each position in turn */
+    const float *pos_norm, *pos_norm_bias; /* [D] */
+} g4_embedder_weights;
+
 /* What leaves any encoder: norm without gain, then the projection. Ref: Gemma4MultimodalEmbedder. */
 typedef struct {
     g4_matrix projection; /* [O, I] */
@@ -32,7 +68,11 @@ struct g4_encoder {
     g4_arena *vectors; /* owns the weights' float32 copies and the layers' structs */
     size_t n_bytes;
     g4_soft_weights soft;
-    g4_vision_weights vision;
+    union { /* by config.kind */
+        g4_vision_weights vision;
+        g4_embedder_weights embedder;
+        g4_audio_weights audio;
+    };
 };
 
 /* One pass over media [first_medium, first_medium + n_media). */
@@ -61,11 +101,19 @@ g4_status g4_clipped_jobs(g4_exec *exec, const float *x, int m, const g4_clipped
 /* soft [N, I] normed and projected into the media's own arrays. */
 g4_status g4_encoder_project(g4_encode_pass *p, g4_site soft_site, float *soft);
 
+/* Positions of all patches of the pass along one axis: factor * position + offset, as rows of a table. */
+void g4_encoder_positions(const g4_encode_pass *p, int axis, int factor, int offset, int32_t *out);
+
 /* Binds every row of a table; names of layers get the prefix with its number. */
 g4_status g4_bind_table(g4_binder *b, const g4_bind_row *rows, int n_rows, const char *prefix, int layer, void *owner);
 
 /* ---- one file for each encoder ---- */
 g4_status g4_vision_bind(g4_encoder *encoder, g4_binder *b);
 g4_status g4_vision_encode(g4_encode_pass *p);
+g4_status g4_audio_bind(g4_encoder *encoder, g4_binder *b);
+g4_status g4_audio_encode(g4_encode_pass *p);
+g4_status g4_vision_embedder_bind(g4_encoder *encoder, g4_binder *b);
+g4_status g4_vision_embedder_encode(g4_encode_pass *p);
+g4_status g4_audio_embedder_encode(g4_encode_pass *p);
 
 #endif

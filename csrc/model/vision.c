@@ -87,16 +87,6 @@ typedef struct {
     float *cosine, *sine; /* [T, 2, h / 4] */
 } tower;
 
-/* Positions of all patches along one axis, each plus an offset. */
-static void gather_positions(const g4_encode_pass *p, int axis, int offset, int32_t *out)
-{
-    for (int m = 0; m < p->n_media; m++) {
-        const g4_medium *image = &p->media[p->first_medium + m];
-        for (int i = 0; i < image->n_rows; i++)
-            *out++ = image->positions[2 * i + axis] + offset;
-    }
-}
-
 static g4_status add_positions(tower *t)
 {
     g4_encode_pass *p = t->pass;
@@ -106,9 +96,9 @@ static g4_status add_positions(tower *t)
     G4_ALLOC(&p->exec, x, n);
     G4_ALLOC(&p->exec, y, n);
     G4_ALLOC(&p->exec, ids, (size_t)p->n_rows);
-    gather_positions(p, 0, 0, ids);
+    g4_encoder_positions(p, 0, 1, 0, ids);
     G4_TRY(g4_gather_rows(&p->exec, &t->weights->positions, ids, p->n_rows, 1.0f, x));
-    gather_positions(p, 1, p->config->n_positions, ids);
+    g4_encoder_positions(p, 1, 1, p->config->n_positions, ids);
     G4_TRY(g4_gather_rows(&p->exec, &t->weights->positions, ids, p->n_rows, 1.0f, y));
     G4_TRY(g4_add_rows(&p->exec, x, y, p->n_rows, p->config->d_model, x));
     return g4_add_rows(&p->exec, t->resid, x, p->n_rows, p->config->d_model, t->resid);

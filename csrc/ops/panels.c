@@ -4,7 +4,8 @@
 enum {
     PANEL = 16,
     TASK_COLUMNS = 64, /* of one task: x is read once for four panels */
-    TASK_ROWS = 1536,  /* of one task: packing 64 columns costs some 2 % of the products with so many */
+    TASK_ROWS = 1536,  /* of one task: packing 64 columns costs some 2 % of the products with so many … */
+    LEAST_ROWS = 96,   /* … and 20 % with so few, which only keeps more threads busy */
     BLOCK_K = 256,     /* a panel of so many inputs (16 KB) stays in the first-level cache, with 6 rows of x … */
     BLOCK_ROWS = 192   /* … and so many rows of x (192 KB) in the second-level one, for the next panel */
 };
@@ -24,9 +25,15 @@ static int n_column_groups(const g4_linear_job *job)
     return ((int)job->w.n_rows + TASK_COLUMNS - 1) / TASK_COLUMNS;
 }
 
-static int rows_of_task(const g4_linear_job *job)
+/* Few columns and many rows (convolutions) are shared out by rows. */
+static int rows_of_task(const g4_exec *exec, const g4_linear_job *job)
 {
-    int n_groups = (job->m + TASK_ROWS - 1) / TASK_ROWS;
+    const int wanted = 4 * g4_pool_size(exec->pool) / n_column_groups(job) + 1; /* groups for this job alone */
+    int rows = (job->m + wanted - 1) / wanted;
+    if (g4_pool_size(exec->pool) == 1 || rows > TASK_ROWS)
+        rows = TASK_ROWS;
+    rows = rows < LEAST_ROWS ? LEAST_ROWS : rows;
+    int n_groups = (job->m + rows - 1) / rows;
     return (job->m + n_groups - 1) / n_groups;
 }
 
@@ -68,7 +75,7 @@ static void run_task(void *context, int task, int worker)
     while (task >= t->first_task[j + 1])
         j++;
     const g4_linear_job *job = &t->jobs[j];
-    const int local = task - t->first_task[j], groups = n_column_groups(job), rows = rows_of_task(job);
+    const int local = task - t->first_task[j], groups = n_column_groups(job), rows = rows_of_task(t->exec, job);
     const int column = local % groups * TASK_COLUMNS, first_row = local / groups * rows, k = (int)job->w.n_cols;
     const int n = (int)job->w.n_rows - column < TASK_COLUMNS ? (int)job->w.n_rows - column : TASK_COLUMNS;
     const int end_row = first_row + rows < job->m ? first_row + rows : job->m;
@@ -93,7 +100,7 @@ g4_status g4_panel_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     first_task[0] = 0;
     for (int j = 0; j < n_jobs; j++) {
         const int m = jobs[j].m;
-        const int row_groups = m ? (m + rows_of_task(&jobs[j]) - 1) / rows_of_task(&jobs[j]) : 0;
+        const int rows = m ? rows_of_task(exec, &jobs[j]) : 1, row_groups = (m + rows - 1) / rows;
         first_task[j + 1] = first_task[j] + row_groups * n_column_groups(&jobs[j]);
         work += (double)m * (double)jobs[j].w.n_rows * (double)jobs[j].w.n_cols;
     }

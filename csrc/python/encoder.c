@@ -55,6 +55,23 @@ static int read_vision(PyObject *dict, g4_encoder_config *c, PyArrayObject **inv
     return 0;
 }
 
+static int read_audio(PyObject *dict, g4_encoder_config *c)
+{
+    PyObject *channels = PyDict_GetItemString(dict, "conv_channels");
+    if (!channels || !PyTuple_Check(channels) ||
+        !PyArg_ParseTuple(channels, "ii", &c->conv_channels[0], &c->conv_channels[1])) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_ValueError, "encoder config: conv_channels is no pair of integers");
+        return -1;
+    }
+    return engine_read_int(dict, "conv_kernel", &c->conv_kernel) || engine_read_int(dict, "chunk", &c->chunk) ||
+           engine_read_int(dict, "context_left", &c->context_left) ||
+           engine_read_int(dict, "context_right", &c->context_right) ||
+           engine_read_float(dict, "logit_cap", &c->logit_cap) ||
+           engine_read_float(dict, "residual_weight", &c->residual_weight) ||
+           engine_read_float(dict, "gradient_clipping", &c->gradient_clipping);
+}
+
 static int read_config(PyObject *dict, g4_encoder_config *c)
 {
     PyArrayObject *inv_freq = NULL; /* borrowed from the dict */
@@ -63,6 +80,9 @@ static int read_config(PyObject *dict, g4_encoder_config *c)
         return -1;
     switch (c->kind) {
     case G4_VISION_TOWER: return read_tower(dict, c) || read_vision(dict, c, &inv_freq);
+    case G4_VISION_EMBEDDER:
+        return engine_read_int(dict, "d_model", &c->d_model) || engine_read_int(dict, "n_positions", &c->n_positions);
+    case G4_AUDIO_TOWER: return read_tower(dict, c) || read_audio(dict, c);
     default: return 0;
     }
 }

@@ -52,12 +52,24 @@ class EncoderConfig:
     pool: int = 0  # patches that a soft token averages (or covers) along each axis
     standardize: bool = False
     rope_theta: float = 0.0
+    conv_channels: tuple[int, int] = (0, 0)  # of the two convolutions that halve the frames
+    conv_kernel: int = 0  # frames that a layer's own convolution sees
+    chunk: int = (
+        0  # audio attention: frame t sees the frames t - (context_left - 1) < j < t + context_right, itself too
+    )
+    context_left: int = 0
+    context_right: int = 0
+    logit_cap: float = 0.0
+    residual_weight: float = 0.0
+    gradient_clipping: float = 0.0
 
     def rope_inv_freq(self) -> NDArray[np.float32]:
-        """Angular frequencies of either axis, float32 [head_dim / 4], radians per patch.
+        """Angular frequencies of either axis, float32 [head_dim / 4], radians per patch; [0] without rotation.
 
         Ref: transformers Gemma4VisionRotaryEmbedding.compute_axial_rope_parameters.
         """
+        if not self.rope_theta:
+            return np.zeros(0, np.float32)
         half = self.head_dim // 2
         exponent = np.arange(0, half, 2, dtype=np.float32) / np.float32(max(half, 1))
         power = np.power(np.float64(np.float32(self.rope_theta)), exponent.astype(np.float64)).astype(np.float32)
@@ -82,6 +94,14 @@ class EncoderConfig:
             "pool": self.pool,
             "standardize": self.standardize,
             "rope_inv_freq": self.rope_inv_freq(),
+            "conv_channels": self.conv_channels,
+            "conv_kernel": self.conv_kernel,
+            "chunk": self.chunk,
+            "context_left": self.context_left,
+            "context_right": self.context_right,
+            "logit_cap": self.logit_cap,
+            "residual_weight": self.residual_weight,
+            "gradient_clipping": self.gradient_clipping,
         }
 
 
@@ -93,6 +113,7 @@ def parse_encoders(raw: dict[str, Any], text: TextConfig) -> dict[Modality, Enco
     unified = text.model_type.startswith("gemma4_unified")
     parsers: dict[Modality, Any] = {
         "vision": _unified_vision if unified else _vision_tower,
+        "audio": _unified_audio if unified else _audio_tower,
     }
     out: dict[Modality, EncoderConfig] = {}
     for modality, parse in parsers.items():
@@ -159,4 +180,64 @@ def _check_activation(f: Fields, name: str, wanted: str) -> None:
 
 
 def _unified_vision(f: Fields, d_out: int) -> EncoderConfig:
-    raise NotImplementedError("the image embedder of gemma4_unified is not supported yet")
+    patch = f.integer("patch_size", 16, 1, 256)
+    pool = f.integer("pooling_kernel_size", 3, 1, 64)
+    side = f.integer("model_patch_size", patch * pool, patch * pool, patch * pool)
+    width = f.integer("mm_embed_dim", 3840, 1, _MAX_WIDTH)
+    if 3 * side**2 > _MAX_WIDTH:
+        f.fail("patch_size * pooling_kernel_size", side, f"at most {int((_MAX_WIDTH / 3) ** 0.5)}")
+    return EncoderConfig(
+        kind="vision_embedder",
+        d_in=3 * side**2,
+        d_soft=f.integer("output_proj_dims", 3840, width, width),
+        d_out=d_out,
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, 1.0),
+        d_model=width,
+        n_positions=f.integer("mm_posemb_size", 1120, 1, _MAX_POSITIONS),
+        patch_size=patch,
+        pool=pool,
+    )
+
+
+def _unified_audio(f: Fields, d_out: int) -> EncoderConfig:
+    width = f.integer("audio_embed_dim", 640, 1, _MAX_WIDTH)
+    eps = f.number("rms_norm_eps", 1e-6, 1e-12, 1.0)
+    return EncoderConfig(kind="audio_embedder", d_in=width, d_soft=width, d_out=d_out, rms_norm_eps=eps)
+
+
+def _audio_tower(f: Fields, d_out: int) -> EncoderConfig:
+    _check_activation(f, "hidden_act", "silu")
+    d_model = f.integer("hidden_size", 1024, 2, _MAX_WIDTH)
+    n_heads = f.integer("num_attention_heads", 8, 1, MAX_HEADS)
+    channels = f.get("subsampling_conv_channels", [128, 32])
+    if not isinstance(channels, list) or len(channels) != 2:
+        f.fail("subsampling_conv_channels", channels, "a list of two integers")
+    first, second = (Fields({"c": c}, f"config.json: audio_config.channels[{i}]") for i, c in enumerate(channels))
+    if d_model % n_heads or d_model % 2:
+        f.fail("hidden_size", d_model, f"an even multiple of {n_heads} heads")
+    # The reference's projection takes channels / 4 bins, which there are if the bins are as many as the channels.
+    d_in = first.integer("c", None, 4, 4096)
+    if d_in % 4:
+        f.fail("subsampling_conv_channels[0]", d_in, "a multiple of 4")
+    return EncoderConfig(
+        kind="audio_tower",
+        d_in=d_in,
+        d_soft=f.integer("output_proj_dims", 1536, 1, _MAX_WIDTH),
+        d_out=d_out,
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, 1.0),
+        d_model=d_model,
+        n_layers=f.integer("num_hidden_layers", 12, 1, MAX_LAYERS),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=d_model // n_heads,
+        d_mlp=4 * d_model,
+        clipped=f.boolean("use_clipped_linears", True),
+        conv_channels=(d_in, second.integer("c", None, 1, 4096)),
+        conv_kernel=f.integer("conv_kernel_size", 5, 1, 256),
+        chunk=f.integer("attention_chunk_size", 12, 1, 128),
+        context_left=f.integer("attention_context_left", 13, 2, 128),
+        context_right=f.integer("attention_context_right", 0, 0, 128),
+        logit_cap=f.number("attention_logit_cap", 50.0, 1e-6, 1e6),
+        residual_weight=f.number("residual_weight", 0.5, -1e6, 1e6),
+        gradient_clipping=f.number("gradient_clipping", 1e10, 1e-6, 1e38),
+    )

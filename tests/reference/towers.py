@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4VisionConfig
 from transformers.models.gemma4 import modeling_gemma4
+from transformers.models.gemma4.configuration_gemma4 import Gemma4AudioConfig
 
 from . import oracle, variants
 
@@ -65,7 +66,38 @@ ODD = EFFECTIVE | {
     "rope_parameters": {"rope_type": "axial", "rope_theta": 20.0},
 }
 
+AUDIO: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "subsampling_conv_channels": [32, 8],
+    "output_proj_dims": 56,
+    "attention_chunk_size": 4,
+    "attention_context_left": 5,
+    "attention_logit_cap": 2.0,
+    "residual_weight": 0.4,
+}
+AUDIO_ODD = AUDIO | {
+    "hidden_size": 54,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "subsampling_conv_channels": [20, 5],
+    "output_proj_dims": 37,
+    "conv_kernel_size": 3,
+    "attention_chunk_size": 3,
+    "attention_context_left": 8,
+    "attention_context_right": 3,
+    "rms_norm_eps": 1e-3,
+    "gradient_clipping": 0.8,
+    "use_clipped_linears": False,
+}
+AUDIO_REAL = AUDIO | {"subsampling_conv_channels": [128, 6], "attention_chunk_size": 12, "attention_context_left": 13}
+
 TOWERS = [
+    Tower("audio", audio=AUDIO, text=variants.E2B),
+    Tower("audio-odd", audio=AUDIO_ODD, text=variants.UNIFIED, seed=3),
+    Tower("audio-real", vision=EFFECTIVE, audio=AUDIO_REAL, text=variants.E2B, dtype="bfloat16"),
+    Tower("audio-f16", audio=AUDIO, text=variants.E4B, dtype="float16", seed=1),
     Tower("vision-effective", vision=EFFECTIVE, text=variants.E2B),
     Tower("vision-large", vision=LARGE, text=variants.DENSE),
     Tower("vision-odd", vision=ODD, text=variants.UNIFIED, seed=1),
@@ -81,7 +113,7 @@ def build(tower: Tower) -> Any:
     config = Gemma4Config(
         text_config=Gemma4TextConfig(**tower.text),
         vision_config=None if tower.vision is None else Gemma4VisionConfig(**tower.vision),
-        audio_config=None,
+        audio_config=None if tower.audio is None else Gemma4AudioConfig(**tower.audio),
     )
     model = Gemma4ForConditionalGeneration._from_config(
         config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
@@ -110,6 +142,10 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
         return -1.0 - uniform
     if name.endswith("position_embedding_table"):
         return 0.3 * torch.randn(shape, generator=generator)
+    if name.endswith("per_dim_scale"):
+        return torch.randn(shape, generator=generator)
+    if name.endswith("conv.weight"):  # 3 x 3 of every input channel
+        return torch.randn(shape, generator=generator) * (9 * shape[1]) ** -0.5
     if name.endswith("std_scale"):
         return 0.5 + uniform
     return None
@@ -130,6 +166,12 @@ def image(tower: Tower, width: int, height: int, seed: int = 0) -> tuple[np.ndar
     y, x = np.divmod(np.arange(width * height), width)
     patches = rng.random((width * height, 3 * config.patch_size**2), dtype=np.float32)
     return patches, np.stack([x, y], axis=1).astype(np.int32)
+
+
+def mel(tower: Tower, frames: int, seed: int = 0) -> np.ndarray:
+    """A random spectrogram, float32 [frames, bins]."""
+    bins = (tower.audio or {})["subsampling_conv_channels"][0]
+    return np.random.default_rng(frames + 100 * seed).standard_normal((frames, bins), dtype=np.float32)
 
 
 # ---- the oracle ---------------------------------------------------------------------------------------------------
@@ -219,3 +261,93 @@ def _vision_layer(tower: Any, r: Recording, layer: int) -> dict[str, Tensor]:
         "hook_resid_post": made[prefix][0][0],
     }
     return sites
+
+
+def audio_sites(model: Any, frames: np.ndarray) -> Sites:
+    """Every site of one recording, in forward order."""
+    tower, conv = model.model.audio_tower, "audio_tower.subsample_conv_projection"
+
+    def run() -> None:
+        features = torch.from_numpy(frames)[None]
+        model.model.get_audio_features(features, torch.ones(features.shape[:2], dtype=torch.bool))
+
+    r = record(model, ["audio_tower", "embed_audio"], run)
+    sites: dict[str, Tensor] = {
+        "audio.hook_conv0": r.made[f"{conv}.layer0"][0][0].permute(1, 2, 0),
+        "audio.hook_conv1": r.made[f"{conv}.layer1"][0][0].permute(1, 2, 0),
+        "audio.hook_embed": r.made[conv][0][0],
+    }
+    for layer in range(len(tower.layers)):
+        for name, value in _audio_layer(tower, r, layer).items():
+            sites[f"audio.blocks.{layer}.{name}"] = value
+    sites["audio.hook_soft"] = r.made["audio_tower.output_proj"][0][0]
+    sites["audio.hook_soft_normed"] = r.made["embed_audio.embedding_pre_projection_norm"][0][0]
+    sites["audio.hook_projected"] = r.made["embed_audio"][0][0]
+    return {name: oracle._numpy(value) for name, value in sites.items()}
+
+
+def _audio_layer(tower: Any, r: Recording, layer: int) -> dict[str, Tensor]:
+    prefix, module = f"audio_tower.layers.{layer}", tower.layers[layer]
+    made, given = r.made, r.given
+    resid = given[prefix][0][0]
+    sites = {"hook_resid_pre": resid}
+    sites |= _audio_mlp(r, f"{prefix}.feed_forward1", module.feed_forward1, "mlp1", resid)
+    sites["ln1.hook_out"] = made[f"{prefix}.norm_pre_attn"][0][0]
+    head = module.self_attn.head_dim
+    for part in "qkv":
+        sites[f"attn.hook_{part}"] = oracle._heads(made[f"{prefix}.self_attn.{part}_proj"][0][0], head)
+    sites |= _audio_attention(tower, r, layer, sites)
+    sites["attn.hook_z"] = oracle._heads(given[f"{prefix}.self_attn.post"][0][0], head)
+    sites["attn.hook_out"] = made[f"{prefix}.self_attn.post"][0][0]
+    sites["hook_attn_out"] = made[f"{prefix}.norm_post_attn"][0][0]
+    sites["hook_resid_mid"] = sites["hook_resid_mlp1"] + sites["hook_attn_out"]
+    sites["conv.hook_in"] = made[f"{prefix}.lconv1d.pre_layer_norm"][0][0]
+    sites["conv.hook_glu"] = given[f"{prefix}.lconv1d.depthwise_conv1d"][0][0].T
+    sites["conv.hook_depthwise"] = made[f"{prefix}.lconv1d.depthwise_conv1d"][0][0].T
+    sites["conv.hook_post"] = given[f"{prefix}.lconv1d.linear_end"][0][0]
+    sites["hook_conv_out"] = sites["hook_resid_conv"] = made[f"{prefix}.lconv1d"][0][0]
+    sites["hook_conv_out"] = sites["hook_resid_conv"] - sites["hook_resid_mid"]
+    sites |= _audio_mlp(r, f"{prefix}.feed_forward2", module.feed_forward2, "mlp2", sites["hook_resid_conv"])
+    sites["hook_resid_post"] = made[prefix][0][0]
+    return sites
+
+
+def _audio_mlp(r: Recording, prefix: str, module: Any, name: str, resid: Tensor) -> dict[str, Tensor]:
+    out = module.post_layer_scale * module.post_layer_norm(
+        torch.clamp(_linear_out(r, f"{prefix}.ffw_layer_2"), -module.gradient_clipping, module.gradient_clipping)
+    )
+    return {
+        f"{name}.hook_in": r.made[f"{prefix}.pre_layer_norm"][0][0],
+        f"{name}.hook_pre": _linear_out(r, f"{prefix}.ffw_layer_1"),
+        f"{name}.hook_post": r.given[f"{prefix}.ffw_layer_2"][0][0],
+        f"{name}.hook_out": _linear_out(r, f"{prefix}.ffw_layer_2"),
+        f"hook_{name}_out": out,
+        f"hook_resid_{name}": resid + out,
+    }
+
+
+def _linear_out(r: Recording, name: str) -> Tensor:
+    return r.made[name][0][0]
+
+
+def _audio_attention(tower: Any, r: Recording, layer: int, sites: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scores and pattern [H, T, T] from the definition: each frame against each, its distance's vector added.
+
+    Tied to the reference by hook_z, which is recorded: it is the pattern times v.
+    """
+    attention = tower.layers[layer].self_attn
+    config, n = attention.config, len(sites["attn.hook_q"])
+    q = sites["attn.hook_q"] * attention.q_scale * torch.nn.functional.softplus(attention.per_dim_scale)
+    k = sites["attn.hook_k"] * attention.k_scale
+    distances = oracle._heads(attention.relative_k_proj(tower.rel_pos_enc(q[None]))[0], attention.head_dim)
+    past = config.attention_context_left - 1
+    back = torch.arange(n)[:, None] - torch.arange(n)[None]  # how far key j lies behind row t
+    index = past - back
+    known = (index >= 0) & (index < len(distances))
+    relative = torch.einsum("thd,phd->htp", q, distances)
+    relative = torch.gather(relative, 2, index.clamp(0, len(distances) - 1).expand(len(relative), n, n)) * known
+    scores = torch.einsum("thd,jhd->htj", q, k) + relative
+    scores = attention.softcap * torch.tanh(scores / attention.softcap)
+    seen = ((back >= 0) & (back < past)) | ((back < 0) & (-back < config.attention_context_right))
+    scores = scores.masked_fill(~seen, -torch.inf)
+    return {"attn.hook_attn_scores": scores, "attn.hook_pattern": torch.softmax(scores, -1)}

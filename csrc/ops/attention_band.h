@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Attention of every frame to a band of frames around it, with a learned vector for each distance. A row's numbers depend
+ * on its own recording only. Ref: transformers models/gemma4 Gemma4AudioAttention, whose chunks cover the same band. */
+#ifndef GEMMA4_OPS_ATTENTION_BAND_H
+#define GEMMA4_OPS_ATTENTION_BAND_H
+
+#include "ops/exec.h"
+
+typedef struct {
+    const float *q, *k, *v; /* [T, H, h], scaled */
+    const float *distances; /* [n_distances, H, h]: number i is added to a key `past - i` frames back */
+    float *z;               /* [T, H, h] */
+    int n_rows, n_heads, head_dim, n_distances;
+    int past, future; /* row t sees the keys t - past < j < t + future, itself included */
+    float cap;        /* scores are cap * tanh(x / cap) */
+} g4_band_attention;
+
+g4_status g4_attend_band(g4_exec *exec, const g4_band_attention *run);
+
+/* The same in three steps over a whole array [H, T, T]. Untouched it gives the same values as g4_attend_band. */
+g4_status g4_band_scores(g4_exec *exec, const g4_band_attention *run, float *scores);  /* outside the band -infinity */
+g4_status g4_band_pattern(g4_exec *exec, const g4_band_attention *run, float *scores); /* softmax in place */
+g4_status g4_band_mix(g4_exec *exec, const g4_band_attention *run, const float *pattern);
+
+#endif
