@@ -25,7 +25,8 @@ class Pair(NamedTuple):
 
 
 Get = Callable[[str], Pair]
-TOWERS = [t.name for t in towers.TOWERS if t.audio is not None]
+TOWERS = [t.name for t in towers.TOWERS if t.audio is not None and not t.unified]
+UNIFIED = [t.name for t in towers.TOWERS if t.unified]
 LENGTHS = [1, 2, 5, 13, 37, 52, 203]
 
 
@@ -56,6 +57,19 @@ def test_every_site(name: str, frames: int, pair: Get) -> None:
     assert difference(soft, expected["audio.hook_projected"]) is None
     patterns = np.einsum("htj,jhd->thd", cache["audio.blocks.1.attn.hook_pattern"], cache["audio.blocks.1.attn.hook_v"])
     assert difference(patterns.astype(np.float32), expected["audio.blocks.1.attn.hook_z"]) is None
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_every_site_without_a_tower(name: str, pair: Get) -> None:
+    tower, theirs, ours = pair(name)
+    for frames in (1, 2, 33):
+        samples = towers.mel(tower, frames)
+        with torch.no_grad():
+            expected = towers.unified_audio_sites(theirs, samples)
+        [soft], [cache] = ours.audio.run_with_cache([samples], "*")
+        assert list(cache) == list(expected) == list(ours.audio.sites)
+        assert first_failures(cache, expected) == []
+        assert difference(soft, expected["audio.hook_projected"]) is None
 
 
 @pytest.mark.parametrize("name", TOWERS)

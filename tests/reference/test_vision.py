@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import gemma4
 from gemma4.errors import FormatError, SiteError
@@ -26,7 +28,8 @@ class Pair(NamedTuple):
 
 
 Get = Callable[[str], Pair]
-TOWERS = [t.name for t in towers.TOWERS if t.vision is not None]
+TOWERS = [t.name for t in towers.TOWERS if t.vision is not None and not t.unified]
+UNIFIED = [t.name for t in towers.TOWERS if t.unified]
 SIZES = [(3, 3), (6, 3), (3, 12), (9, 6), (12, 15)]  # in patches
 
 
@@ -59,6 +62,34 @@ def test_every_site(name: str, size: int, pair: Get) -> None:
     assert list(cache) == list(expected) == list(ours.vision.sites)
     assert first_failures(cache, expected) == []
     assert difference(soft, expected["vision.hook_projected"]) is None
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_every_site_without_a_tower(name: str, pair: Get) -> None:
+    tower, theirs, ours = pair(name)
+    for size in [(1, 1), (5, 3), (2, 39)]:
+        patches, positions = towers.image(tower, *size)
+        expected = towers.unified_vision_sites(theirs, patches, positions)
+        [soft], [cache] = ours.vision.run_with_cache([(patches, positions)], "*")
+        assert list(cache) == list(expected) == list(ours.vision.sites)
+        assert first_failures(cache, expected) == []
+        assert difference(soft, expected["vision.hook_projected"]) is None
+
+
+def test_renamed_tensors_of_the_unified_model(pair: Get, tmp_path: Path) -> None:
+    """Files hold the names of before or after transformers' renaming."""
+    tower, _, ours = pair("unified")
+    tensors = load_file(ours.checkpoint.path / "model.safetensors")
+    assert any(name.startswith("model.vision_embedder.") for name in tensors)
+    save_file({_renamed(name): tensor for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((ours.checkpoint.path / "config.json").read_bytes())
+    image = towers.image(tower, 4, 4)
+    assert same_bits(gemma4.load(tmp_path).vision.encode([image])[0], ours.vision.encode([image])[0])
+
+
+def _renamed(name: str) -> str:
+    name = name.replace("embed_vision.", "embed_vision.multimodal_embedder.")
+    return name.replace("vision_embedder.", "embed_vision.")
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -15,6 +15,13 @@ from torch import Tensor
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4VisionConfig
 from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.gemma4.configuration_gemma4 import Gemma4AudioConfig
+from transformers.models.gemma4_unified.configuration_gemma4_unified import (
+    Gemma4UnifiedAudioConfig,
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedTextConfig,
+    Gemma4UnifiedVisionConfig,
+)
+from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedForConditionalGeneration
 
 from . import oracle, variants
 
@@ -31,6 +38,7 @@ class Tower:
     text: dict[str, Any] = field(default_factory=dict)
     dtype: str = "float32"
     seed: int = 0
+    unified: bool = False  # gemma4_unified: embedders without towers
 
 
 EFFECTIVE: dict[str, Any] = {
@@ -93,7 +101,20 @@ AUDIO_ODD = AUDIO | {
 }
 AUDIO_REAL = AUDIO | {"subsampling_conv_channels": [128, 6], "attention_chunk_size": 12, "attention_context_left": 13}
 
+UNIFIED_VISION: dict[str, Any] = {
+    "patch_size": 4,
+    "pooling_kernel_size": 3,
+    "mm_embed_dim": 52,
+    "output_proj_dims": 52,
+    "mm_posemb_size": 40,
+}
+UNIFIED_AUDIO: dict[str, Any] = {"audio_embed_dim": 40, "rms_norm_eps": 1e-4}
+
 TOWERS = [
+    Tower("unified", vision=UNIFIED_VISION, audio=UNIFIED_AUDIO, text=variants.UNIFIED, unified=True),
+    Tower(
+        "unified-bf16", vision=UNIFIED_VISION, audio=UNIFIED_AUDIO, text=variants.UNIFIED, unified=True, dtype="bfloat16"
+    ),
     Tower("audio", audio=AUDIO, text=variants.E2B),
     Tower("audio-odd", audio=AUDIO_ODD, text=variants.UNIFIED, seed=3),
     Tower("audio-real", vision=EFFECTIVE, audio=AUDIO_REAL, text=variants.E2B, dtype="bfloat16"),
@@ -110,17 +131,30 @@ BY_NAME = {tower.name: tower for tower in TOWERS}
 
 def build(tower: Tower) -> Any:
     """The reference model in float32 with eager attention; its weights are exactly those on disk."""
-    config = Gemma4Config(
+    cls, config = _unified_config(tower) if tower.unified else _config(tower)
+    model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    randomise(model, tower.seed)
+    variants.round_to(model, variants.DTYPES[tower.dtype])
+    return model.eval()
+
+
+def _config(tower: Tower) -> tuple[Any, Any]:
+    return Gemma4ForConditionalGeneration, Gemma4Config(
         text_config=Gemma4TextConfig(**tower.text),
         vision_config=None if tower.vision is None else Gemma4VisionConfig(**tower.vision),
         audio_config=None if tower.audio is None else Gemma4AudioConfig(**tower.audio),
     )
-    model = Gemma4ForConditionalGeneration._from_config(
-        config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32
+
+
+def _unified_config(tower: Tower) -> tuple[Any, Any]:
+    absent = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")  # these models have no such tables
+    text = {key: value for key, value in tower.text.items() if key not in absent}
+    config = Gemma4UnifiedConfig(
+        text_config=Gemma4UnifiedTextConfig(**text),
+        vision_config=Gemma4UnifiedVisionConfig(**(tower.vision or {})),
+        audio_config=Gemma4UnifiedAudioConfig(**(tower.audio or {})),
     )
-    randomise(model, tower.seed)
-    variants.round_to(model, variants.DTYPES[tower.dtype])
-    return model.eval()
+    return Gemma4UnifiedForConditionalGeneration, config
 
 
 @torch.no_grad()
@@ -140,7 +174,7 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
         return 1.0 + uniform
     if name.endswith(("input_min", "output_min")):
         return -1.0 - uniform
-    if name.endswith("position_embedding_table"):
+    if name.endswith(("position_embedding_table", "pos_embedding")):
         return 0.3 * torch.randn(shape, generator=generator)
     if name.endswith("per_dim_scale"):
         return torch.randn(shape, generator=generator)
@@ -161,16 +195,18 @@ def save(tower: Tower, model: Any, directory: Path) -> Path:
 
 def image(tower: Tower, width: int, height: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Random patches [n, d_in] in 0..1 and their positions [n, 2], row after row; sides in patches."""
-    config = Gemma4VisionConfig(**(tower.vision or {}))
+    config = (Gemma4UnifiedVisionConfig if tower.unified else Gemma4VisionConfig)(**(tower.vision or {}))
+    side = config.model_patch_size if tower.unified else config.patch_size
     rng = np.random.default_rng(1000 * width + height + 17 * seed)
     y, x = np.divmod(np.arange(width * height), width)
-    patches = rng.random((width * height, 3 * config.patch_size**2), dtype=np.float32)
+    patches = rng.random((width * height, 3 * side**2), dtype=np.float32)
     return patches, np.stack([x, y], axis=1).astype(np.int32)
 
 
 def mel(tower: Tower, frames: int, seed: int = 0) -> np.ndarray:
     """A random spectrogram, float32 [frames, bins]."""
-    bins = (tower.audio or {})["subsampling_conv_channels"][0]
+    config = tower.audio or {}
+    bins = config["audio_embed_dim"] if tower.unified else config["subsampling_conv_channels"][0]
     return np.random.default_rng(frames + 100 * seed).standard_normal((frames, bins), dtype=np.float32)
 
 
@@ -351,3 +387,34 @@ def _audio_attention(tower: Any, r: Recording, layer: int, sites: dict[str, Tens
     seen = ((back >= 0) & (back < past)) | ((back < 0) & (-back < config.attention_context_right))
     scores = scores.masked_fill(~seen, -torch.inf)
     return {"attn.hook_attn_scores": scores, "attn.hook_pattern": torch.softmax(scores, -1)}
+
+
+def unified_vision_sites(model: Any, patches: np.ndarray, positions: np.ndarray) -> Sites:
+    """Every site of one image in the unified model, in forward order."""
+
+    def run() -> None:
+        model.model.get_image_features(torch.from_numpy(patches)[None], torch.from_numpy(positions).long()[None])
+
+    r = record(model, ["embed_vision"], run)
+    inner = "embed_vision.multimodal_embedder"
+    sites = {
+        "vision.hook_patch_normed": r.made["embed_vision.patch_ln1"][0][0],
+        "vision.hook_patch_dense": r.made["embed_vision.patch_dense"][0][0],
+        "vision.hook_patch_dense_normed": r.made["embed_vision.patch_ln2"][0][0],
+        "vision.hook_pos_added": r.given["embed_vision.pos_norm"][0][0],
+        "vision.hook_soft": r.made["embed_vision.pos_norm"][0][0],
+        "vision.hook_soft_normed": r.made[f"{inner}.embedding_pre_projection_norm"][0][0],
+        "vision.hook_projected": r.made[inner][0][0],
+    }
+    return {name: oracle._numpy(value) for name, value in sites.items()}
+
+
+def unified_audio_sites(model: Any, frames: np.ndarray) -> Sites:
+    """Every site of one recording in the unified model."""
+    r = record(model, ["embed_audio"], lambda: model.model.get_audio_features(torch.from_numpy(frames)[None]))
+    sites = {
+        "audio.hook_soft": torch.from_numpy(frames),
+        "audio.hook_soft_normed": r.made["embed_audio.embedding_pre_projection_norm"][0][0],
+        "audio.hook_projected": r.made["embed_audio"][0][0],
+    }
+    return {name: oracle._numpy(value) for name, value in sites.items()}
