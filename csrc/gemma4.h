@@ -38,7 +38,8 @@ typedef struct {
     float rms_norm_eps, logit_softcap;       /* softcap 0: none */
     float embed_scale, ple_scale;            /* factors of the two tables' rows */
     int context_length;
-    bool ple_on_disk; /* the per-layer table lies in a file mapping: let go of its pages once rows were read */
+    bool bidirectional; /* in sliding layers, the positions of an image or a video frame see each other */
+    bool ple_on_disk;   /* the per-layer table lies in a file mapping: let go of its pages once rows were read */
     int n_ropes;
     int rope_half[G4_MAX_ROPES];              /* h / 2 */
     const float *rope_inv_freq[G4_MAX_ROPES]; /* [h / 2], copied by g4_model_new */
@@ -127,6 +128,10 @@ typedef struct {
 } g4_tap;
 
 /* ---- the step --------------------------------------------------------------------------------------------------- */
+
+/* As a token: this row and below are embeddings of images or video frames; a contiguous run of them is one, which no
+ * chunk divides and whose positions see each other where config.bidirectional says so. */
+enum { G4_IMAGE_ROW = -2 };
 
 typedef struct {
     g4_sequence *seq;

@@ -38,6 +38,7 @@ class Config(TypedDict):
     ple_scale: float  # the same for the per-layer table
     # embed_tokens_per_layer lies in the mapping of a *file*: its pages are let go of (madvise) after rows were read
     ple_on_disk: bool
+    bidirectional: bool  # in sliding layers, the positions of an image or a video frame see each other
     context_length: int
     n_experts: int
     top_k_experts: int
@@ -51,7 +52,8 @@ class Config(TypedDict):
 # "IQ4_XS". Experts: "experts.gate_up_proj" [E, 2M, D], or "experts.gate_proj" and "experts.up_proj" [E, M, D].
 Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
 
-# sequence · token ids int32 [T] (or None; below 0: this position is an embedding) · embeddings float32 [T, d_model] (or
+# sequence · token ids int32 [T] (or None; below 0: this position is an embedding; -2 and below: of an image or a video
+# frame, one for each contiguous run, which no chunk divides) · embeddings float32 [T, d_model] (or
 # None; already scaled; the per-layer table's row is the pad token's, 0; rows that have a token are not read)
 # · positions within the run that want logits int32 [n] ascending (or None) · where the logits go float32 [n, d_vocab]
 # (or None)

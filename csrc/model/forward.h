@@ -38,9 +38,10 @@ typedef struct {
 
     int n_rows; /* T: every array below has so many rows */
     int32_t *positions, *row_in_run, *logits_slot /* row of the run's logits, or -1 */;
-    bool *wanted; /* some output needs this row above the last layer that computes keys */
-    float *resid; /* [T, D] the residual stream */
-    float *ple;   /* [T, L, P] */
+    int32_t *ends; /* row i sees positions before it where images see themselves; NULL: there are none */
+    bool *wanted;  /* some output needs this row above the last layer that computes keys */
+    float *resid;  /* [T, D] the residual stream */
+    float *ple;    /* [T, L, P] */
     float *cosine[G4_MAX_ROPES], *sine[G4_MAX_ROPES]; /* [T, h/2] */
 } g4_forward;
 

@@ -90,6 +90,27 @@ static g4_status check(const step *s)
 
 /* ---- chunks --------------------------------------------------------------------------------------------------------- */
 
+/* Whether rows row - 1 and row of a run belong to one image (or frame) whose positions see each other. */
+static bool is_inside_image(const step *s, int r, int row)
+{
+    const g4_run *run = &s->runs[r];
+    return s->model->config.bidirectional && run->tokens && row > 0 && row < run->n_rows &&
+           run->tokens[row - 1] <= G4_IMAGE_ROW && run->tokens[row] <= G4_IMAGE_ROW;
+}
+
+/* At most n of the rows from `done` on, so that no image is cut: fewer, or, if the chunk holds nothing yet, the whole of
+ * the image that comes first. */
+static int whole_images(const step *s, int r, int n, bool is_first)
+{
+    const int done = s->done[r];
+    int fewer = n, more = n;
+    while (fewer > 0 && is_inside_image(s, r, done + fewer))
+        fewer--;
+    while (is_inside_image(s, r, done + more))
+        more++;
+    return fewer > 0 || !is_first ? fewer : more;
+}
+
 /* The rows of each run that the next chunk takes: [n_runs] counts. Returns how many in all. */
 static int plan_chunk(const step *s, int *take)
 {
@@ -103,7 +124,7 @@ static int plan_chunk(const step *s, int *take)
         if (s->whole[r])
             take[r] = n_rows == 0 || left <= room ? left : 0;
         else
-            take[r] = left < room ? left : room;
+            take[r] = whole_images(s, r, left < room ? left : room, n_rows == 0);
         n_rows += take[r];
     }
     return n_rows;
@@ -128,12 +149,24 @@ static g4_status alloc_rows(g4_forward *f, const step *s, int32_t **tokens, cons
     G4_ALLOC(&f->exec, f->segments, (size_t)s->n_runs);
     G4_ALLOC(&f->exec, f->segment_of_run, (size_t)s->n_runs);
     G4_ALLOC(&f->exec, f->positions, n);
+    if (f->config->bidirectional)
+        G4_ALLOC(&f->exec, f->ends, n);
     G4_ALLOC(&f->exec, f->row_in_run, n);
     G4_ALLOC(&f->exec, f->logits_slot, n);
     G4_ALLOC(&f->exec, f->wanted, n);
     G4_ALLOC(&f->exec, *tokens, n);
     G4_ALLOC(&f->exec, *embeddings, n);
     return G4_OK;
+}
+
+/* Up to which position each row of a segment sees: the end of its image, or its own. */
+static void fill_ends(g4_forward *f, const step *s, int r, int first_row, int n)
+{
+    for (int i = n - 1; i >= 0; i--) {
+        const int row = first_row + i;
+        const bool goes_on = i + 1 < n && is_inside_image(s, r, s->done[r] + i + 1);
+        f->ends[row] = goes_on ? f->ends[row + 1] : f->positions[row] + 1;
+    }
 }
 
 static void fill_segment(g4_forward *f, const step *s, int r, int first_row, int n, int32_t *tokens,
@@ -153,6 +186,8 @@ static void fill_segment(g4_forward *f, const step *s, int r, int first_row, int
         tokens[row] = is_soft ? 0 : run->tokens[in_run];
         embeddings[row] = is_soft ? run->embeddings + (size_t)in_run * (size_t)f->config->d_model : NULL;
     }
+    if (f->ends)
+        fill_ends(f, s, r, first_row, n);
 }
 
 static g4_status run_chunk(step *s, const int *take, int n_rows)

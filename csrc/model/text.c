@@ -51,6 +51,8 @@ static void keep_row(g4_forward *f, int to, int from, float *also)
     f->positions[to] = f->positions[from];
     f->row_in_run[to] = f->row_in_run[from];
     f->logits_slot[to] = f->logits_slot[from];
+    if (f->ends)
+        f->ends[to] = f->ends[from];
     move_row(f->resid, (size_t)c->d_model, to, from);
     move_row(also, (size_t)c->d_model, to, from);
     move_row(f->ple, (size_t)c->n_layers * (size_t)c->d_ple, to, from);

@@ -116,6 +116,7 @@ static g4_status attend(g4_forward *f, int layer, const float *q, float *z)
         runs[s] = (g4_attention){.q = q + (size_t)segment->first_row * width,
                                  .z = z + (size_t)segment->first_row * width,
                                  .positions = f->positions + segment->first_row,
+                                 .ends = lc->window && f->ends ? f->ends + segment->first_row : NULL,
                                  .n_rows = segment->n_rows,
                                  .n_heads = f->config->n_heads,
                                  .n_kv_heads = lc->n_kv_heads,

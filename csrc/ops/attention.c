@@ -20,6 +20,11 @@ static int first_key(const g4_attention *a, int position)
     return a->window && position >= a->window ? position - a->window + 1 : 0;
 }
 
+static int end_key(const g4_attention *a, int row)
+{
+    return a->ends ? a->ends[row] : a->positions[row] + 1;
+}
+
 static int min(int a, int b)
 {
     return a < b ? a : b;
@@ -92,7 +97,7 @@ static query_block block_of_queries(const g4_attention *a, int first_row, int n,
 {
     query_block b = {.a = a, .first_row = first_row, .n = n, .kv_head = kv_head, .scores = scores};
     b.first = first_key(a, a->positions[first_row]);
-    b.end = a->positions[first_row + n - 1] + 1;
+    b.end = end_key(a, first_row + n - 1);
     b.stride = (size_t)(b.end - b.first);
     return b;
 }
@@ -124,17 +129,17 @@ static void score_block(const g4_kernels *kernels, const query_block *b, int fir
 
 static void softmax_query(const g4_kernels *kernels, const query_block *b, int query)
 {
-    const int position = b->a->positions[b->first_row + query], first = first_key(b->a, position);
+    const int row = b->first_row + query, first = first_key(b->a, b->a->positions[row]);
     for (int h = 0; h < group_of(b->a); h++)
-        kernels->softmax(scores_of(b, query, first) + (size_t)h * b->stride, position + 1 - first);
+        kernels->softmax(scores_of(b, query, first) + (size_t)h * b->stride, end_key(b->a, row) - first);
 }
 
 /* What one query sees of positions [first, end). */
 static void mix_query(const g4_kernels *kernels, const query_block *b, int query, int first, int end, float *sum)
 {
-    const int position = b->a->positions[b->first_row + query];
-    first = max(first, first_key(b->a, position));
-    end = min(end, position + 1);
+    const int row = b->first_row + query;
+    first = max(first, first_key(b->a, b->a->positions[row]));
+    end = min(end, end_key(b->a, row));
     if (first < end)
         mix_keys(kernels, b->a, b->kv_head, scores_of(b, query, first), b->stride, group_of(b->a), first, end,
                  sum + (size_t)query * group_width(b->a));
@@ -145,7 +150,7 @@ static void mix_query(const g4_kernels *kernels, const query_block *b, int query
 static void mix_block(const g4_kernels *kernels, const query_block *b, int first, int end, float *sum)
 {
     const int32_t *positions = b->a->positions + b->first_row;
-    int common = max(first, first_key(b->a, positions[b->n - 1])), common_end = min(end, positions[0] + 1);
+    int common = max(first, first_key(b->a, positions[b->n - 1])), common_end = min(end, end_key(b->a, b->first_row));
     if (common >= common_end)
         common = common_end = end;
     memset(sum, 0, (size_t)b->n * group_width(b->a) * sizeof *sum);
@@ -204,10 +209,19 @@ typedef struct {
     size_t scratch_stride, max_scores, max_queries;
 } attend_task;
 
+/* Keys that one query sees, at most. */
+static int most_keys(const g4_attention *a)
+{
+    int most = a->window ? min(a->window, a->n_keys) : a->n_keys;
+    for (int row = 0; a->ends && row < a->n_rows; row++)
+        most = max(most, a->ends[row] - first_key(a, a->positions[row]));
+    return most;
+}
+
 static plan make_plan(const g4_attention *a)
 {
     plan p = {0};
-    const int group = group_of(a), span = a->window ? min(a->window, a->n_keys) : a->n_keys;
+    const int group = group_of(a), span = most_keys(a);
     p.queries = max(1, BLOCK_ROWS / group);
     while (p.queries > 1 && (size_t)p.queries * (size_t)group * (size_t)(span + p.queries) > MAX_SCORES)
         p.queries /= 2;
@@ -417,7 +431,7 @@ static void score_rows(const g4_exec *exec, void *context, int first, int end)
     const steps *s = context;
     const g4_attention *a = s->a;
     for (int i = first; i < end; i++) {
-        int from = first_key(a, a->positions[i]), to = a->positions[i] + 1;
+        int from = first_key(a, a->positions[i]), to = end_key(a, i);
         for (int h = 0; h < a->n_heads; h++) {
             float *row = array_row(s, h, i);
             const float *q = a->q + ((size_t)i * (size_t)a->n_heads + (size_t)h) * (size_t)a->head_dim;

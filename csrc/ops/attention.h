@@ -21,6 +21,7 @@ typedef struct {
     const float *q;           /* [T, H, h], rotated */
     float *z;                 /* [T, H, h] */
     const int32_t *positions; /* [T], ascending */
+    const int32_t *ends;      /* [T], ascending: row i sees positions before ends[i]; NULL: up to its own */
     int n_rows, n_heads, n_kv_heads, head_dim;
     int window; /* keys a query sees, itself included; 0 = all */
     int n_keys; /* positions in the cache, the run's own included */

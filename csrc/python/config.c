@@ -115,7 +115,8 @@ int engine_config_read(PyObject *dict, config_holder *holder)
         engine_read_float(dict, "logit_softcap", &c->logit_softcap) ||
         engine_read_float(dict, "embed_scale", &c->embed_scale) ||
         engine_read_float(dict, "ple_scale", &c->ple_scale) || engine_read_bool(dict, "ple_on_disk", &c->ple_on_disk) ||
-        read_layers(dict, holder) || read_ropes(dict, holder)) {
+        engine_read_bool(dict, "bidirectional", &c->bidirectional) || read_layers(dict, holder) ||
+        read_ropes(dict, holder)) {
         engine_config_release(holder);
         return -1;
     }

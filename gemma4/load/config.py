@@ -131,6 +131,7 @@ class TextConfig:
             "embed_scale": self.table_scale(self.d_model, embed_dtype),
             "ple_scale": self.table_scale(self.d_ple, ple_dtype or embed_dtype),
             "ple_on_disk": False,
+            "bidirectional": self.bidirectional == "vision",
             "context_length": self.context_length,
             "n_experts": self.n_experts,
             "top_k_experts": self.top_k_experts,

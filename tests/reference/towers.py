@@ -110,10 +110,21 @@ UNIFIED_VISION: dict[str, Any] = {
 }
 UNIFIED_AUDIO: dict[str, Any] = {"audio_embed_dim": 40, "rms_norm_eps": 1e-4}
 
+BOTH_WAYS: dict[str, Any] = {"use_bidirectional_attention": "vision"}
+
 TOWERS = [
+    Tower("media-e2b", vision=EFFECTIVE, audio=AUDIO, text=variants.E2B),
+    Tower("media-26b", vision=LARGE, text=variants.MOE | BOTH_WAYS),
+    Tower("media-31b", vision=LARGE, text=variants.DENSE | BOTH_WAYS),
+    Tower("media-12b", vision=UNIFIED_VISION, audio=UNIFIED_AUDIO, text=variants.UNIFIED | BOTH_WAYS, unified=True),
     Tower("unified", vision=UNIFIED_VISION, audio=UNIFIED_AUDIO, text=variants.UNIFIED, unified=True),
     Tower(
-        "unified-bf16", vision=UNIFIED_VISION, audio=UNIFIED_AUDIO, text=variants.UNIFIED, unified=True, dtype="bfloat16"
+        "unified-bf16",
+        vision=UNIFIED_VISION,
+        audio=UNIFIED_AUDIO,
+        text=variants.UNIFIED,
+        unified=True,
+        dtype="bfloat16",
     ),
     Tower("audio", audio=AUDIO, text=variants.E2B),
     Tower("audio-odd", audio=AUDIO_ODD, text=variants.UNIFIED, seed=3),
