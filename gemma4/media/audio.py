@@ -158,10 +158,16 @@ def _read_file(source: FileLike, name: str) -> F32:
             with soundfile.SoundFile(file) as sound:
                 if sound.frames > MAX_SECONDS * sound.samplerate:
                     raise FormatError(f"{name}: more than {MAX_SECONDS // 3600} hours of sound. Cut it first.")
+                if not MIN_RATE <= sound.samplerate <= MAX_RATE:
+                    raise FormatError(f"{name}: {_wrong_rate(sound.samplerate)}")
                 return _Resampler(sound.samplerate, name).join(_blocks(sound, name))
         except (soundfile.SoundFileError, RuntimeError) as error:
             words = reason(error).partition(": ")[2] or reason(error)  # "Error opening <_io.BytesIO …>: words"
             raise FormatError(f"{name}: not audio that can be read ({words})") from error
+
+
+def _wrong_rate(rate: Any) -> str:
+    return f"a rate of {rate} samples per second; expected {MIN_RATE} to {MAX_RATE}"
 
 
 def _blocks(sound: Any, name: str) -> Any:
@@ -179,7 +185,7 @@ class _Resampler:
 
     def __init__(self, rate: int, name: str) -> None:
         if not isinstance(rate, int | np.integer) or not MIN_RATE <= rate <= MAX_RATE:
-            raise ValueError(f"{name}: a rate of {rate} samples per second; expected {MIN_RATE} to {MAX_RATE}")
+            raise ValueError(f"{name}: {_wrong_rate(rate)}")
         self.rate = int(rate)
 
     def join(self, blocks: Any) -> F32:

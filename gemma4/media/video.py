@@ -105,19 +105,23 @@ def _read_file(video: FileLike, num_frames: int) -> VideoFrames:
                 fps = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
                 total = stream.frames or _count(container, stream)
                 frames, indices = _decode(container, stream, sample_indices(max(total, 1), num_frames), name)
-        except av.FFmpegError as error:
+        except (FormatError, MemoryError):
+            raise
+        except Exception as error:  # FFmpegError, and whatever a header that lies makes of PyAV
             raise FormatError(f"{name}: not a video that can be read ({reason(error)})") from error
     return VideoFrames(frames, indices, fps)
 
 
 def _video_stream(container: Any, name: str) -> Any:
     for stream in container.streams.video:
-        if stream.width and stream.height:
-            images.check_pixels(stream.height, stream.width, None, name)
+        width, height = getattr(stream, "width", 0), getattr(stream, "height", 0)  # none without a decoder for it
+        if width and height:
+            images.check_pixels(height, width, None, name)
             stream.thread_type = "AUTO"
             return stream
     kinds = sorted({stream.type for stream in container.streams})
-    raise FormatError(f"{name}: there is no video stream in it (streams: {', '.join(kinds) or 'none'})")
+    what = "no video stream that can be decoded" if "video" in kinds else "no video stream"
+    raise FormatError(f"{name}: there is {what} in it (streams: {', '.join(kinds) or 'none'})")
 
 
 def _count(container: Any, stream: Any) -> int:
