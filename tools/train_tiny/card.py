@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import Result, table
+from .scenes import WRITTEN
+from .speech import SPOKEN_WORDS
 
 _ABOUT = {
     "tiny-e": "Gemma 4 E2B's text architecture in small: per-layer embeddings, four sliding-window layers to one global"
@@ -73,7 +75,7 @@ decoding gives the whole answer, token for token. The weights are scored as stor
 cd tools && python -m train_tiny.evaluate --model ../gemma4/pretrained/{name}
 ```
 
-## How it was made
+{media}## How it was made
 
 `tools/train_tiny/` holds all of it: the generator of the data (own grammar and word lists, no outside text; facts are
 common knowledge), the tokenizer's maker, training with transformers' `Gemma4ForConditionalGeneration` (Muon and AdamW,
@@ -84,6 +86,61 @@ Limits: English stories of one kind, {context}-token context of which 512 were t
 the sliding layers. Stories end happily. Ask about a word after a space: at the start of a text or in quotes ("Paris
 is the capital of") it is another token, which was hardly trained.
 """
+
+_MEDIA = """## Seeing and hearing
+
+The towers: {vision} (vision, patches of 16 × 16 pixels, 3 × 3 of them pooled to a soft token) and {audio} (audio, 128
+mel bins at 16 kHz, a soft token every 40 ms).
+
+It knows drawn pictures (`tools/train_tiny/scenes.py`: six shapes, seven colours, {words} words, numbers), clips of
+three frames with one moving shape, and espeak-ng's English voices saying digits, a few commands and {spoken} nouns,
+also into French and German. Pictures have a budget of 70 soft tokens. Ask as in training:
+
+{questions}
+
+| skill | held out | of | measure |
+|---|---|---|---|
+{rows}
+
+Answers are generated greedily, pictures and recordings are new; what is held out beside that is in
+`tools/train_tiny/README.md`. To do it again: `python -m train_tiny.evaluate_media --model ../gemma4/pretrained/{name}`.
+
+"""
+
+_ASK = {
+    "caption": "Describe the picture.",
+    "count": "How many shapes are there?",
+    "colour": "What colour is the star?",
+    "shape": "Which shape is red?",
+    "box": "Where is the red circle?",
+    "point": "Point to the red circle.",
+    "read_word": "What does it say?",
+    "direction": "Which way does the star move?",
+    "speech_digits": "Transcribe the following speech segment in English into English text.",
+    "speech_translation": "Transcribe the following speech segment in English, then translate it into French.",
+}
+
+
+def _tower(config: dict[str, Any]) -> str:
+    return (
+        f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, {config['num_attention_heads']} heads"
+    )
+
+
+def media_section(name: str, config: dict[str, Any], scores: Sequence[dict[str, Any]]) -> str:
+    """The part of the card about the towers; scores are those of evaluate_media's --json."""
+    if not scores:
+        return ""
+    results = [Result(**score) for score in scores]
+    return _MEDIA.format(
+        name=name,
+        vision=_tower(config["vision_config"]),
+        audio=_tower(config["audio_config"]),
+        words=len(WRITTEN),
+        spoken=len(SPOKEN_WORDS),
+        questions="\n".join(f"- {question}" for question in _ASK.values()),
+        rows="\n".join(f"| {r.skill} | {100 * r.score:.1f} % | {r.count} | {r.measure} |" for r in results),
+    )
 
 
 def _shape(text: dict[str, Any]) -> str:
@@ -105,9 +162,17 @@ def _shape(text: dict[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)])
 
 
-def write_card(name: str, directory: Path, scores: Sequence[dict[str, Any]], steps: int, parameters: int) -> None:
-    """README.md of `directory`, from its config.json and the scores of evaluate's --json (may be empty)."""
-    text = json.loads((directory / "config.json").read_text(encoding="utf-8"))["text_config"]
+def write_card(
+    name: str,
+    directory: Path,
+    scores: Sequence[dict[str, Any]],
+    steps: int,
+    parameters: int,
+    media: Sequence[dict[str, Any]] = (),
+) -> None:
+    """README.md of `directory`, from its config.json and the scores of evaluate's and evaluate_media's --json."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    text = config["text_config"]
     results = [Result(**score) for score in scores]
     size = sum(file.stat().st_size for file in directory.iterdir() if file.name != "README.md")
     card = _HEAD.format(
@@ -118,6 +183,7 @@ def write_card(name: str, directory: Path, scores: Sequence[dict[str, Any]], ste
         context=text["max_position_embeddings"],
         window=text["sliding_window"],
         scores=table(results) if results else "Not measured yet.",
+        media=media_section(name, config, media),
         steps=steps,
         parameters=f"{parameters / 1e6:.2f} million",
         megabytes=f"{size / 1e6:.1f}",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Add trained towers to a text model's directory: weights in bf16, config.json.
 
-    python -m train_tiny.export_media --model ../gemma4/pretrained/tiny-e --run RUN --out DIR
+    python -m train_tiny.export_media --model ../gemma4/pretrained/tiny-e --run RUN --out DIR [--results TEXT MEDIA]
 
 The towers' linear layers get the clipping bounds that E2B's have: what they took in and gave out in `calibrate`.
 """
@@ -21,6 +21,7 @@ from transformers import Gemma4ForConditionalGeneration
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
 
 from . import media_rows
+from .card import write_card
 from .export import settings
 from .towers import build
 from .train_media import soft_tokens
@@ -62,8 +63,8 @@ def calibrate(model: Gemma4ForConditionalGeneration, tokenizer: Tokenizer, steps
             module.use_clipped_linears = True
 
 
-def export(directory: Path, run: Path, out: Path, steps: int = 20) -> None:
-    """Write the checkpoint directory. The card's scores are the text model's until they are measured again."""
+def export(directory: Path, run: Path, out: Path, steps: int = 20) -> int:
+    """Write the checkpoint directory but for a new card; returns the number of parameters."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     model = build(directory, 0, clipped=True)
     state = torch.load(run / "media.pt", map_location="cpu", weights_only=True)
@@ -81,8 +82,8 @@ def export(directory: Path, run: Path, out: Path, steps: int = 20) -> None:
     (out / "model.safetensors").chmod(0o644)
     (out / "config.json").write_text(json.dumps(settings(model.config, tokenizer), indent=2) + "\n", encoding="utf-8")
     for name in COPIED:
-        if (directory / name).exists():
-            shutil.copyfile(directory / name, out / name)
+        shutil.copyfile(directory / name, out / name)
+    return sum(value.numel() for value in weights.values())
 
 
 def main() -> None:
@@ -90,8 +91,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="the text model's directory")
     parser.add_argument("--run", type=Path, required=True, help="training folder (media.pt)")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--results", type=Path, nargs=2, help="evaluate's and evaluate_media's --json of that directory"
+    )
+    parser.add_argument("--text-steps", type=int, default=2200, help="what the card says of the text model's training")
     arguments = parser.parse_args()
-    export(arguments.model, arguments.run, arguments.out)
+    parameters = export(arguments.model, arguments.run, arguments.out)
+    if arguments.results:
+        scores, media = (json.loads(path.read_text(encoding="utf-8")) for path in arguments.results)
+        write_card(arguments.model.name, arguments.out, scores, arguments.text_steps, parameters, media)
 
 
 if __name__ == "__main__":
