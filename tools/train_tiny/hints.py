@@ -124,17 +124,20 @@ def targets(scene: Scene, columns: int, rows: int) -> Targets:
 
 
 class SightHints(nn.Module):
-    """The heads. `words` [len(WRITTEN), text hidden]: the text model's own embeddings, to which words are matched."""
+    """The heads. words, kinds, colours [·, text hidden]: the text model's own embeddings of WRITTEN, KIND_CLASSES and
+    COLOUR_CLASSES. A soft token is to resemble those that say what is there: then the text model can read it.
+    """
 
-    def __init__(self, tower: int, text: int, words: Tensor) -> None:
+    def __init__(self, tower: int, text: int, words: Tensor, kinds: Tensor, colours: Tensor) -> None:
         super().__init__()
         self.patch = nn.Linear(tower, 1 + len(KIND_CLASSES) + 1 + len(COLOUR_CLASSES) + len(CHARACTERS))
         self.patch_place = nn.Linear(tower, 4)
         self.place = nn.Linear(text, 4)
-        sizes = {"kind": 1 + len(KIND_CLASSES), "colour": 1 + len(COLOUR_CLASSES), "centre": 2, "rank": MOST}
-        sizes |= {"count": MOST + 1, "box": 4 * BINS, "digits": SLOTS * 11}
+        sizes = {"centre": 2, "rank": MOST, "count": MOST + 1, "box": 4 * BINS, "digits": SLOTS * 11}
         self.heads = nn.ModuleDict({name: nn.Linear(text, size) for name, size in sizes.items()})
-        self.words = nn.Buffer(nn.functional.normalize(words, dim=1) * 8)
+        self.nothing = nn.Linear(text, 2)
+        for name, rows in (("words", words), ("kinds", kinds), ("colours", colours)):
+            self.register_buffer(name, nn.functional.normalize(rows, dim=1) * 24)
 
     def forward(self, features: Tensor, soft: Tensor, wanted: list[Targets]) -> dict[str, tuple[Tensor, Tensor]]:
         """(loss, share right) of each hint. features [patches, tower] and soft [tokens, text], pictures end to end."""
@@ -148,7 +151,10 @@ class SightHints(nn.Module):
         named |= {name: head(soft) for name, head in self.heads.items()}
         named["box"] = named["box"].view(-1, BINS)
         named["digits"] = named["digits"].view(-1, 11)
-        named["word"] = nn.functional.normalize(soft, dim=1) @ self.words.T * 3
+        unit, nothing = nn.functional.normalize(soft, dim=1), self.nothing(soft)
+        named["word"] = unit @ self.words.T
+        named["kind"] = torch.cat([nothing[:, :1], unit @ self.kinds.T], dim=1)
+        named["colour"] = torch.cat([nothing[:, 1:], unit @ self.colours.T], dim=1)
         result = {}
         for name, logits in named.items():
             goal = truth(name).flatten()

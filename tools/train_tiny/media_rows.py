@@ -16,7 +16,8 @@ from .mixture import ANSWER_WEIGHT, BOS, PAD, Document
 from .pictures import Patches
 from .skills_media import Conversation
 
-REAL_BUDGET, SMALL_BUDGET = 70, 25  # soft tokens of a picture; Gemma 4's smallest, and one that trains in a third
+# Soft tokens of a picture: Gemma 4's smallest budget, its next (one picture in ten), one that trains in a third.
+REAL_BUDGET, LARGE_BUDGET, SMALL_BUDGET = 70, 140, 25
 QUESTION_WEIGHT = 0.02
 
 
@@ -101,7 +102,8 @@ def pictures_stream(tokenizer: Tokenizer, rng: random.Random, *, real: float) ->
             continue
         conversation = skills_media.picture_conversation(rng, scene, turns=rng.choice((2, 3, 4)))
         small = rng.random() >= real and not scene.writing  # letters need their pixels
-        yield tokenize(conversation, tokenizer, SMALL_BUDGET if small else REAL_BUDGET)
+        large = rng.random() < 0.1 * real
+        yield tokenize(conversation, tokenizer, SMALL_BUDGET if small else LARGE_BUDGET if large else REAL_BUDGET)
 
 
 def videos_stream(tokenizer: Tokenizer, rng: random.Random, *, real: float) -> Iterator[MediaDocument]:
@@ -117,7 +119,7 @@ def speech_stream(tokenizer: Tokenizer, rng: random.Random) -> Iterator[MediaDoc
 
 
 LENGTH = 256
-SHARE = {"pictures": 5, "videos": 1, "speech": 3, "text": 4}  # rows of a step
+SHARE = {"pictures": 4, "videos": 1, "speech": 1, "text": 2}  # rows of a step
 
 
 def batch(tokenizer: Tokenizer, seed: int, step: int, *, real: float, kinds: tuple[str, ...] = tuple(SHARE)) -> Rows:

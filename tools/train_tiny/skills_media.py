@@ -140,7 +140,8 @@ def read(scene: Scene, rng: random.Random) -> Turn | None:
     return skill, rng.choice(("What does it say?", "Read the text.")), f"It says {text.text}."
 
 
-_ABOUT_SHAPES: tuple[Callable[..., Any], ...] = (caption, count, colour, shape, box, point)
+# Colours and kinds more often: they are where the text model learns to find a thing on a picture.
+_ABOUT_SHAPES: tuple[Callable[..., Any], ...] = (caption, count, colour, colour, shape, shape, box, point)
 
 
 def picture_conversation(rng: random.Random, scene: Scene, *, turns: int, skill: str | None = None) -> Conversation:
@@ -154,7 +155,7 @@ def picture_conversation(rng: random.Random, scene: Scene, *, turns: int, skill:
         if made is None:
             continue
         turn, place = made if isinstance(made[0], tuple) else (made, ())
-        if skill is None or turn[0] == skill:
+        if (skill is None or turn[0] == skill) and turn not in found:
             found.append(turn)
             wanted = place or wanted
         if len(found) == turns:

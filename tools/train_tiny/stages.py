@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from .muon import Muon
@@ -38,6 +39,12 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     return arguments
+
+
+def embeddings(tokenizer: Tokenizer, table: Tensor, names: Sequence[str]) -> Tensor:
+    """[names, hidden]: the mean embedding of the tokens of each name after a space (of a digit: alone)."""
+    texts = [name if name.isdigit() else " " + name for name in names]
+    return torch.stack([table[tokenizer.encode(text, add_special_tokens=False).ids].mean(0) for text in texts])
 
 
 def optimizers_for(

@@ -14,25 +14,20 @@ import random
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from . import sounds, speech
 from .hints import HearingHints, sound_targets
-from .stages import Stage, add_arguments, optimizers_for, parse
+from .stages import Stage, add_arguments, embeddings, optimizers_for, parse
 from .towers import build, tower_parameters
 
 RECORDINGS = 12  # a step
 
 
-def word_embeddings(tokenizer: Tokenizer, table: Tensor) -> Tensor:
-    """[len(SPOKEN), hidden]: the mean embedding of how each spoken word is written."""
-    rows = []
-    for word in speech.SPOKEN:
-        written = str(speech.DIGITS.index(word)) if word in speech.DIGITS else word
-        written = word.capitalize() if word.capitalize() in speech.CALLED else written
-        ids = tokenizer.encode(written if written.isdigit() else " " + written, add_special_tokens=False).ids
-        rows.append(table[ids].mean(0))
-    return torch.stack(rows)
+def written(word: str) -> str:
+    """How a spoken word is transcribed."""
+    if word in speech.DIGITS:
+        return str(speech.DIGITS.index(word))
+    return word.capitalize() if word.capitalize() in speech.CALLED else word
 
 
 class Trainer:
@@ -45,7 +40,8 @@ class Trainer:
         table = model.get_input_embeddings().weight.detach()
         self.tower, self.embed = model.model.audio_tower, model.model.embed_audio
         width = model.config.audio_config.output_proj_dims
-        self.hints = HearingHints(width, table.shape[1], word_embeddings(tokenizer, table))
+        words = embeddings(tokenizer, table, [written(word) for word in speech.SPOKEN])
+        self.hints = HearingHints(width, table.shape[1], words)
         parameters = [p for _, p in tower_parameters(model, "audio")]
         optimizers = optimizers_for(parameters, self.hints.parameters(), arguments.lr, arguments.adam_lr)
         modules = {"tower": self.tower, "embed": self.embed, "hints": self.hints}

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from . import pictures, scenes
-from .hints import SightHints, targets
-from .stages import Stage, add_arguments, optimizers_for, parse
+from .hints import COLOUR_CLASSES, KIND_CLASSES, SightHints, targets
+from .stages import Stage, add_arguments, embeddings, optimizers_for, parse
 from .towers import build, tower_parameters
 
-SMALL, REAL = (20, 30), (70,)  # budgets of soft tokens: three quarters of the steps use small ones
+# Budgets of soft tokens; two thirds of the steps use small ones.
+SMALL, REAL = (20, 30), (70, 70, 70, 70, 70, 70, 140, 140, 280)
 WEIGHTS = {"patch_character": 3.0}  # of the hints' losses; letters are the hardest
 PATCHES_A_STEP = 8 * 24 * 24
 
@@ -37,7 +38,7 @@ def batch(seed: int, step: int, steps: int) -> tuple[list[scenes.Scene], list[pi
     rng = random.Random(f"sight/{seed}/{step}")
     tokens = budget(step, steps)
     found = []
-    for i in range(PATCHES_A_STEP // (tokens * 9)):
+    for i in range(max(2, PATCHES_A_STEP // (tokens * 9))):
         kind = (scenes.shape_scene, scenes.text_scene, scenes.shape_scene, scenes.page_scene)[i % 4]
         if step > 0.7 * steps and i % 4 == 3:
             kind = scenes.text_scene
@@ -53,9 +54,9 @@ class Trainer:
         model = build(arguments.model, arguments.seed)
         tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
         table = model.get_input_embeddings().weight.detach()
-        words = torch.stack([table[tokenizer.token_to_id("▁" + word)] for word in scenes.WRITTEN])
+        names = (embeddings(tokenizer, table, n) for n in (scenes.WRITTEN, KIND_CLASSES, COLOUR_CLASSES))
         self.tower, self.embed = model.model.vision_tower, model.model.embed_vision
-        self.hints = SightHints(model.config.vision_config.hidden_size, table.shape[1], words)
+        self.hints = SightHints(model.config.vision_config.hidden_size, table.shape[1], *names)
         self.features: Tensor | None = None
         self.tower.encoder.register_forward_hook(self._keep)
         parameters = [p for _, p in tower_parameters(model, "vision")]
