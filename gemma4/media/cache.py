@@ -58,11 +58,12 @@ class EncodedMedia:
 
 def encode(model: Model, medium: Medium) -> NDArray[np.float32]:
     """float32 [n_runs * run_length, d_model], read-only. Raises as the model's encoder does."""
-    encoder = getattr(model, f"encode_{medium.kind}", None)
-    if encoder is None:
-        raise NotImplementedError(f"{medium.name}: this version of gemma4 has no {medium.kind} encoder")
-    options = {"image_tokens": medium.image_tokens} if medium.image_tokens else {}
-    made: NDArray[np.float32] = encoder(medium.content, **options)
+    if medium.kind == "audio":
+        made = model.encode_audio(medium.content)
+    elif medium.kind == "image":
+        made = model.encode_image(medium.content, medium.image_tokens)
+    else:
+        made = model.encode_video(medium.content, medium.image_tokens)
     expected = (medium.n_runs * medium.run_length, model.engine_config["d_model"])
     if made.shape != expected:
         raise RuntimeError(f"{medium.name}: the encoder gave {made.shape} where {expected} soft tokens were announced")
