@@ -135,16 +135,21 @@ static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const ui
         out[(size_t)i * out_stride] = f8_sum(sum[i]) - (HAS_MIN ? 1.0f : (float)RAISE) * f8_sum(below[i]);
 }
 
+/* A row of w stays in the first-level cache for the next four rows of x. */
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
                             size_t out_stride)
 {
     const size_t w_bytes = WEIGHTS_IN(w_stride);
     for (int j = 0; j < n; j++, w += w_bytes)
-        switch (m) {
-        case 1: NAME(int8_dots_)(1, x, w, k, out + j, out_stride); break;
-        case 2: NAME(int8_dots_)(2, x, w, k, out + j, out_stride); break;
-        case 3: NAME(int8_dots_)(3, x, w, k, out + j, out_stride); break;
-        default: NAME(int8_dots_)(4, x, w, k, out + j, out_stride); break;
+        for (int i = 0; i < m; i += FEW_ROWS) {
+            const g4_int8_rows rows = g4_int8_rows_from(x, (size_t)i, (size_t)k);
+            float *to = out + (size_t)i * out_stride + (size_t)j;
+            switch (m - i) {
+            case 1: NAME(int8_dots_)(1, &rows, w, k, to, out_stride); break;
+            case 2: NAME(int8_dots_)(2, &rows, w, k, to, out_stride); break;
+            case 3: NAME(int8_dots_)(3, &rows, w, k, to, out_stride); break;
+            default: NAME(int8_dots_)(4, &rows, w, k, to, out_stride); break;
+            }
         }
 }
 
@@ -175,7 +180,7 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
 static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights, size_t w_stride, int n, int k,
                                float *out, size_t out_stride)
 {
-    if (m <= FEW_ROWS) {
+    if (m <= INT8_FEW) {
         NAME(int8_few_)(x, m, weights, w_stride, n, k, out, out_stride);
         return;
     }

@@ -5,7 +5,12 @@
  * add eight such results before the pairs must be widened to 32 bits, 5 bits four, 6 bits two: that is what makes this
  * three times as fast as float32 on AVX2 (measured: docs/benchmarks.md). Eight-bit weights need their sign moved to x first.
  */
-enum { INT8_M = 256, INT8_N = 16, INT8_K = 512 };
+enum {
+    INT8_M = 256,
+    INT8_N = 16,
+    INT8_K = 512,
+    INT8_FEW = 16 /* up to so many rows of x, putting the weights in place for the tile costs more than it saves */
+};
 
 /* 8 weight rows. Inputs lie by fours, so that one load meets 4 bytes of x repeated. */
 typedef struct {
@@ -21,10 +26,8 @@ static inline int place_in_x(int group, int g, int t)
 }
 
 /* acc[i][16] += x_i . w for m rows of x over k inputs, k a multiple of 32. fit: see body_int8.h. */
-static inline __attribute__((always_inline)) void int8_tile(const int m, const int group, const int fit,
-                                                            const g4_int8_rows *x, size_t row, int input,
-                                                            size_t x_inputs, const int8_panel *panels, int k,
-                                                            float *acc)
+static INLINE void int8_tile(const int m, const int group, const int fit, const g4_int8_rows *x, size_t row, int input,
+                             size_t x_inputs, const int8_panel *panels, int k, float *acc)
 {
     const bool is_signed = fit == 0;
     const int steps = group / 4;

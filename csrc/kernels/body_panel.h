@@ -6,9 +6,8 @@
 /* 6 rows x 16 columns: 12 accumulators, 2 of the panel and 1 of x fill the 16 registers of AVX2. */
 enum { PANEL_ROWS = 6 };
 
-static inline __attribute__((always_inline)) void panel_rows(const int m, const float *x, size_t x_stride,
-                                                             const float *w, int k, float *out, size_t out_stride,
-                                                             int n, bool add_to)
+static INLINE void panel_rows(const int m, const float *x, size_t x_stride, const float *w, int k, float *out,
+                              size_t out_stride, int n, bool add_to)
 {
     f32x16 sum[PANEL_ROWS];
     for (int i = 0; i < m; i++)

@@ -9,6 +9,7 @@
 #include "base/dtype.h"
 
 #define VEC_LANES 16
+#define PLAIN_C
 #define TILE_M 1
 #define TILE_N 4
 
