@@ -1,0 +1,325 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Hostile numbers for the engine's entries: configurations, shapes, dtypes, runs and taps, mostly sane, made of a string of
+ * bytes. Nothing may crash, read outside what it was given or leave a sequence unusable; a refusal must say something.
+ *
+ * With libFuzzer (cmake -DGEMMA4_FUZZ=ON, clang) `LLVMFuzzerTestOneInput` is the target. Without it, main() runs random
+ * strings for a number of seconds: csrc_fuzz [seconds] [seed]. What the C interface leaves to its caller (tensors' bytes are
+ * there, arrays have the sizes that are stated) is kept here, too.
+ */
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "gemma4.h"
+
+enum { MAX_LAYERS = 4, MAX_TENSORS = 128, MAX_RUNS = 3, MAX_ROWS = 40, MAX_TAPS = 6, MAX_BYTES = 1 << 20 };
+
+static long n_models, n_steps; /* that were made, that ran: inputs that are all refused would test little */
+
+typedef struct {
+    const uint8_t *at;
+    size_t left;
+} reader;
+
+static int next(reader *r)
+{
+    return r->left ? (r->left--, *r->at++) : 0;
+}
+
+static int below(reader *r, int n)
+{
+    return next(r) % n;
+}
+
+/* `value` nearly always, else something that it should not be. */
+static int mostly(reader *r, int value)
+{
+    static const int odd[] = {0, -1, 1, 2, 3, 7, 33, 255, 1 << 14, 1 << 20, 1 << 30, INT_MAX, INT_MIN, -255, 31, 64};
+    int byte = next(r);
+    return byte < 250 ? value : odd[next(r) % 16];
+}
+
+/* ---- a model ---------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    g4_config config;
+    g4_layer_config layers[MAX_LAYERS];
+    float inv_freq[32];
+    g4_named_tensor tensors[MAX_TENSORS];
+    char names[MAX_TENSORS][80];
+    int n_tensors;
+} fixture;
+
+static void make_config(reader *r, fixture *f)
+{
+    g4_config *c = &f->config;
+    const int n_heads = 1 << below(r, 3), half = 8 << below(r, 2);
+    *c = (g4_config){.d_model = mostly(r, 32 * (1 + below(r, 2))),
+                     .n_layers = 1 + below(r, MAX_LAYERS),
+                     .n_heads = mostly(r, n_heads),
+                     .d_vocab = mostly(r, 40 + below(r, 40)),
+                     .d_ple = below(r, 2) ? mostly(r, 32) : 0,
+                     .d_vocab_ple = mostly(r, 40),
+                     .n_experts = below(r, 2) ? mostly(r, 4) : 0,
+                     .top_k_experts = mostly(r, 2),
+                     .d_expert = mostly(r, 32),
+                     .rms_norm_eps = 1e-6f,
+                     .logit_softcap = below(r, 2) ? 30.0f : 0,
+                     .embed_scale = (float)mostly(r, 4),
+                     .ple_scale = 2,
+                     .context_length = mostly(r, 64),
+                     .n_ropes = mostly(r, 1),
+                     .rope_half = {half, half, half, half},
+                     .layers = f->layers};
+    for (int i = 0; i < 32; i++)
+        f->inv_freq[i] = 1.0f / (float)(1 + i);
+    for (int i = 0; i < G4_MAX_ROPES; i++)
+        c->rope_inv_freq[i] = f->inv_freq;
+    for (int i = 0; i < c->n_layers; i++)
+        f->layers[i] = (g4_layer_config){.window = mostly(r, below(r, 2) ? 5 : 0),
+                                         .head_dim = mostly(r, 2 * half),
+                                         .n_kv_heads = mostly(r, 1),
+                                         .d_mlp = mostly(r, 64),
+                                         .kv_source = mostly(r, i),
+                                         .k_eq_v = below(r, 4) == 0,
+                                         .moe = c->n_experts > 0,
+                                         .rope = mostly(r, 0)};
+    if (c->n_layers > 1 && below(r, 2)) { /* the last layer reads the first one's keys */
+        f->layers[c->n_layers - 1] = f->layers[0];
+        f->layers[c->n_layers - 1].kv_source = 0;
+    }
+}
+
+/* In range, so that sizes can be multiplied; what is not would be refused before any tensor is looked at. */
+static int64_t fit(int size)
+{
+    return size < 0 ? 1 : size > 4096 ? 4096 : size;
+}
+
+static void add_tensor(reader *r, fixture *f, const char *name, int n_dims, int64_t a, int64_t b, int64_t c)
+{
+    static const g4_dtype types[] = {G4_F32, G4_F32, G4_BF16, G4_F16, G4_Q8_0, G4_Q4_0, G4_Q5_1, G4_MXFP4};
+    if (f->n_tensors == MAX_TENSORS || next(r) == 255)
+        return;
+    g4_named_tensor *t = &f->tensors[f->n_tensors];
+    *t = (g4_named_tensor){.dtype = n_dims > 1 ? types[next(r) % 8] : types[next(r) % 4], .n_dims = n_dims};
+    const int64_t shape[] = {a, b, c};
+    size_t n = 1;
+    for (int i = 0; i < n_dims; i++) {
+        t->shape[i] = fit(mostly(r, (int)shape[i]));
+        n *= (size_t)t->shape[i];
+    }
+    if (n > MAX_BYTES / 4)
+        return;
+    const size_t n_bytes = n / g4_block_size(t->dtype) * g4_block_bytes(t->dtype);
+    uint8_t *data = malloc(n_bytes + 1);
+    const uint8_t salt = (uint8_t)next(r);
+    for (size_t i = 0; i < n_bytes; i++) /* small numbers in every type: a low exponent in every other byte */
+        data[i] = (uint8_t)(i % 2 ? 0x2c + (salt + i / 2) % 5 : salt * 7 + i * 13);
+    t->data = data;
+    t->name = f->names[f->n_tensors];
+    snprintf(f->names[f->n_tensors++], sizeof f->names[0], "%s", name);
+}
+
+static void add_layer(reader *r, fixture *f, int layer, const char *name, int n_dims, int64_t a, int64_t b, int64_t c)
+{
+    char full[80];
+    snprintf(full, sizeof full, "layers.%d.%s", layer, name);
+    add_tensor(r, f, full, n_dims, a, b, c);
+}
+
+static void add_layer_tensors(reader *r, fixture *f, int i)
+{
+    const g4_config *c = &f->config;
+    const g4_layer_config *l = &f->layers[i];
+    static const char *const gains[] = {"input_layernorm.weight",
+                                        "post_attention_layernorm.weight",
+                                        "pre_feedforward_layernorm.weight",
+                                        "post_feedforward_layernorm.weight",
+                                        "post_per_layer_input_norm.weight",
+                                        "pre_feedforward_layernorm_2.weight",
+                                        "router.scale",
+                                        "post_feedforward_layernorm_1.weight",
+                                        "post_feedforward_layernorm_2.weight"};
+    const int64_t d = fit(c->d_model), h = fit(l->head_dim), q = fit(c->n_heads) * h, kv = fit(l->n_kv_heads) * h;
+    for (size_t g = 0; g < sizeof gains / sizeof *gains; g++)
+        add_layer(r, f, i, gains[g], 1, d, 1, 1);
+    add_layer(r, f, i, "self_attn.q_proj.weight", 2, q, d, 1);
+    add_layer(r, f, i, "self_attn.k_proj.weight", 2, kv, d, 1);
+    add_layer(r, f, i, "self_attn.v_proj.weight", 2, kv, d, 1);
+    add_layer(r, f, i, "self_attn.o_proj.weight", 2, d, q, 1);
+    add_layer(r, f, i, "self_attn.q_norm.weight", 1, h, 1, 1);
+    add_layer(r, f, i, "self_attn.k_norm.weight", 1, h, 1, 1);
+    add_layer(r, f, i, "mlp.gate_proj.weight", 2, fit(l->d_mlp), d, 1);
+    add_layer(r, f, i, "mlp.up_proj.weight", 2, fit(l->d_mlp), d, 1);
+    add_layer(r, f, i, "mlp.down_proj.weight", 2, d, fit(l->d_mlp), 1);
+    add_layer(r, f, i, "layer_scalar", 1, 1, 1, 1);
+    add_layer(r, f, i, "per_layer_input_gate.weight", 2, fit(c->d_ple), d, 1);
+    add_layer(r, f, i, "per_layer_projection.weight", 2, d, fit(c->d_ple), 1);
+    add_layer(r, f, i, "router.proj.weight", 2, fit(c->n_experts), d, 1);
+    add_layer(r, f, i, "router.per_expert_scale", 1, fit(c->n_experts), 1, 1);
+    add_layer(r, f, i, "experts.gate_up_proj", 3, fit(c->n_experts), 2 * fit(c->d_expert), d);
+    add_layer(r, f, i, "experts.down_proj", 3, fit(c->n_experts), d, fit(c->d_expert));
+}
+
+static void make_tensors(reader *r, fixture *f)
+{
+    const g4_config *c = &f->config;
+    const int64_t d = fit(c->d_model), wide = fit(c->n_layers) * fit(c->d_ple);
+    add_tensor(r, f, "embed_tokens.weight", 2, fit(c->d_vocab), d, 1);
+    add_tensor(r, f, "norm.weight", 1, d, 1, 1);
+    add_tensor(r, f, "embed_tokens_per_layer.weight", 2, fit(c->d_vocab_ple), wide, 1);
+    add_tensor(r, f, "per_layer_model_projection.weight", 2, wide, d, 1);
+    add_tensor(r, f, "per_layer_projection_norm.weight", 1, fit(c->d_ple), 1, 1);
+    for (int i = 0; i < c->n_layers; i++)
+        add_layer_tensors(r, f, i);
+}
+
+/* ---- a step --------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    g4_run runs[MAX_RUNS];
+    int32_t tokens[MAX_RUNS][MAX_ROWS], rows[MAX_RUNS][MAX_ROWS];
+    int n_runs;
+    g4_tap taps[MAX_TAPS];
+    int n_taps;
+} step;
+
+static void make_run(reader *r, const g4_model *model, g4_sequence *seq, step *s)
+{
+    const g4_config *c = g4_model_config(model);
+    const int i = s->n_runs++, n = below(r, MAX_ROWS);
+    for (int j = 0; j < n; j++)
+        s->tokens[i][j] = mostly(r, next(r) % (c->d_vocab < 40 ? c->d_vocab : 40));
+    int n_logits = 0;
+    for (int j = below(r, 4); j < n && n_logits < 4; j += 1 + below(r, 8))
+        s->rows[i][n_logits++] = mostly(r, j);
+    s->runs[i] = (g4_run){.seq = seq,
+                          .n_rows = n,
+                          .tokens = next(r) == 255 ? NULL : s->tokens[i],
+                          .logits_rows = s->rows[i],
+                          .n_logits = n_logits,
+                          .logits = malloc(((size_t)n_logits * (size_t)c->d_vocab + 1) * sizeof(float))};
+}
+
+static g4_status leave_it(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err)
+{
+    (void)context, (void)data, (void)shape, (void)n_dims, (void)err;
+    return G4_OK;
+}
+
+/* A tap of a site that may not exist; its array is as large as the site says. */
+static void make_tap(reader *r, const g4_model *model, step *s)
+{
+    const g4_config *c = g4_model_config(model);
+    g4_tap *tap = &s->taps[s->n_taps];
+    *tap = (g4_tap){.site = (g4_site)(next(r) % (G4_N_SITES + 2)), .layer = mostly(r, below(r, c->n_layers))};
+    tap->run = mostly(r, s->n_runs ? below(r, s->n_runs) : 0);
+    const bool real = tap->run >= 0 && tap->run < s->n_runs && tap->site < G4_N_SITES && tap->layer >= 0 &&
+                      tap->layer < c->n_layers && g4_site_exists(c, tap->site, tap->layer);
+    if (real && below(r, 2)) {
+        int64_t shape[G4_MAX_DIMS];
+        const g4_run *run = &s->runs[tap->run];
+        const int n_keys = g4_sequence_length(run->seq) + run->n_rows;
+        const int n_dims = g4_site_shape(c, tap->site, tap->layer, run->n_rows, n_keys, shape);
+        size_t n = 1;
+        for (int i = 0; i < n_dims; i++)
+            n *= (size_t)shape[i];
+        tap->dest = calloc(n + 1, sizeof(float));
+        tap->n_dest_rows = run->n_rows;
+    } else if (next(r) < 250) {
+        tap->edit = leave_it;
+    }
+    s->n_taps++;
+}
+
+static void run_step(reader *r, g4_model *model, g4_sequence **seqs)
+{
+    step s = {0};
+    g4_error err = {0};
+    const int n_layers = g4_model_config(model)->n_layers;
+    const g4_step_options options = {.stop_at_layer = below(r, 6) ? -1 : mostly(r, below(r, n_layers + 1)),
+                                     .max_chunk = mostly(r, below(r, 20))};
+    for (int i = 1 + below(r, MAX_RUNS); i > 0; i--)
+        make_run(r, model, seqs[next(r) == 255 ? 0 : s.n_runs], &s);
+    for (int i = below(r, MAX_TAPS + 1); i > 0; i--)
+        make_tap(r, model, &s);
+    g4_status status = g4_step(model, s.runs, s.n_runs, s.taps, s.n_taps, &options, &err);
+    if (status != G4_OK && !err.message[0])
+        abort();
+    n_steps += status == G4_OK;
+    for (int i = 0; i < s.n_runs; i++)
+        free(s.runs[i].logits);
+    for (int i = 0; i < s.n_taps; i++)
+        free(s.taps[i].dest);
+}
+
+static void use_model(reader *r, g4_model *model)
+{
+    g4_sequence *seqs[MAX_RUNS] = {0};
+    g4_error err = {0};
+    bool made = true;
+    for (int i = 0; i < MAX_RUNS; i++)
+        made &= g4_sequence_new(model, below(r, 2) ? G4_F32 : G4_BF16, mostly(r, 0), &seqs[i], &err) == G4_OK;
+    for (int i = 1 + below(r, 3); made && i > 0; i--) {
+        run_step(r, model, seqs);
+        if (below(r, 3) == 0)
+            (void)g4_sequence_truncate(seqs[0], mostly(r, below(r, 20)), &err);
+        g4_sequence *fork = NULL;
+        if (below(r, 3) == 0 && g4_sequence_fork(seqs[0], &fork, &err) == G4_OK) {
+            g4_sequence_free(seqs[1]);
+            seqs[1] = fork;
+        }
+    }
+    for (int i = 0; i < MAX_RUNS; i++)
+        g4_sequence_free(seqs[i]);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    reader r = {data, size};
+    fixture *f = calloc(1, sizeof *f);
+    g4_error err = {0};
+    g4_model *model = NULL;
+    make_config(&r, f);
+    make_tensors(&r, f);
+    const g4_model_options options = {.n_threads = mostly(&r, 1), .fast = below(&r, 2)};
+    g4_status status = g4_model_new(&f->config, f->tensors, (size_t)f->n_tensors, &options, &model, &err);
+    if (status != G4_OK && !err.message[0])
+        abort();
+    n_models += status == G4_OK;
+    if (status == G4_OK)
+        use_model(&r, model);
+    g4_model_free(model);
+    for (int i = 0; i < f->n_tensors; i++)
+        free((void *)f->tensors[i].data);
+    free(f);
+    return 0;
+}
+
+#ifndef G4_LIBFUZZER
+int main(int argc, char **argv)
+{
+    enum { SIZE = 1 << 12 };
+    static uint8_t bytes[SIZE];
+    const double seconds = argc > 1 ? atof(argv[1]) : 10;
+    uint64_t state = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
+    const time_t start = time(NULL);
+    long n = 0;
+    for (; difftime(time(NULL), start) < seconds; n++) {
+        for (int i = 0; i < SIZE; i++) {
+            state = state * 6364136223846793005ull + 1442695040888963407ull;
+            bytes[i] = (uint8_t)(state >> 56);
+        }
+        /* most with hardly an odd number, so that models are made and steps run; those have theirs in the steps */
+        for (int i = 0; n % 4 && i < SIZE / (int)(1 + n % 3); i++)
+            bytes[i] = bytes[i] >= 250 ? (uint8_t)(bytes[i] - 100) : bytes[i];
+        (void)LLVMFuzzerTestOneInput(bytes, SIZE);
+    }
+    printf("%ld inputs, %ld models, %ld steps, no crash\n", n, n_models, n_steps);
+    return n > 100 && (!n_models || !n_steps);
+}
+#endif
