@@ -9,6 +9,7 @@ gemma4.quantize("tiny-e", "tiny-e.gguf", type="Q8_0")
 """
 
 from gemma4._engine import cpu_info
+from gemma4.encoders import Encoder
 from gemma4.errors import CapacityError, FormatError, Gemma4Error, SiteError, StateError
 from gemma4.generate import Generation, TextStream
 from gemma4.info import ModelInfo
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ActivationCache",
     "CapacityError",
+    "Encoder",
     "FormatError",
     "Gemma4Error",
     "Generation",

@@ -182,7 +182,7 @@ class Run:
         self.want = Want(
             logits="last",
             capture=None if opts.capture is None else model.sites.select(opts.capture),
-            hooks=bind_hooks(model.sites, hooks_of([*active_hooks(model), *opts.hooks])),
+            hooks=bind_hooks(model.sites, [*hooks_of(active_hooks(model)), *opts.hooks]),
         )
         self.own_sequences = opts.sequence is None
         self.tracks = [self._track(i, p, row) for i, (p, row) in enumerate(zip(prompts, rows, strict=True))]

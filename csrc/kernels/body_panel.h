@@ -34,18 +34,54 @@ static void matmul_panel(const float *x, size_t x_stride, int m, const float *w,
     for (; i + PANEL_ROWS <= m; i += PANEL_ROWS)
         panel_rows(PANEL_ROWS, x + (size_t)i * x_stride, x_stride, w, k, out + (size_t)i * out_stride, out_stride, n,
                    add_to);
+    for (; i + 4 <= m; i += 4)
+        panel_rows(4, x + (size_t)i * x_stride, x_stride, w, k, out + (size_t)i * out_stride, out_stride, n, add_to);
     for (; i + 2 <= m; i += 2)
         panel_rows(2, x + (size_t)i * x_stride, x_stride, w, k, out + (size_t)i * out_stride, out_stride, n, add_to);
     for (; i < m; i++)
         panel_rows(1, x + (size_t)i * x_stride, x_stride, w, k, out + (size_t)i * out_stride, out_stride, n, add_to);
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define TRANSPOSES 1
+typedef float float4 __attribute__((vector_size(16)));
+
+static inline float4 load4(const float *p)
+{
+    float4 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store4(float *p, float4 v) { memcpy(p, &v, sizeof v); }
+
+/* 4 values of each of 4 rows to 4 rows of a panel. */
+static inline void transpose4(const float *const rows[4], int l, float *panel)
+{
+    float4 a = load4(rows[0] + l), b = load4(rows[1] + l), c = load4(rows[2] + l), d = load4(rows[3] + l);
+    float4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    store4(panel, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+    store4(panel + 16, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+    ab = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    store4(panel + 32, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+    store4(panel + 48, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+}
+#endif
+#endif
+
 static void pack_panel(const float *w, size_t w_stride, int n, int k, float *panel)
 {
     const float *rows[16];
+    int l = 0;
     for (int j = 0; j < 16; j++)
         rows[j] = w + (size_t)(j < n ? j : 0) * w_stride;
-    for (int l = 0; l < k; l++)
+#ifdef TRANSPOSES
+    for (; l + 4 <= k; l += 4)
+        for (int j = 0; j < 16; j += 4)
+            transpose4(rows + j, l, panel + (size_t)l * 16 + (size_t)j);
+#endif
+    for (; l < k; l++)
         for (int j = 0; j < 16; j++)
             panel[(size_t)l * 16 + (size_t)j] = rows[j][l];
 }

@@ -6,6 +6,7 @@ enum {
     TASK_COLUMNS = 64, /* of one task: x is read once for four panels */
     TASK_ROWS = 1536,  /* of one task: packing 64 columns costs some 2 % of the products with so many … */
     LEAST_ROWS = 96,   /* … and 20 % with so few, which only keeps more threads busy */
+    KERNEL_ROWS = 6,   /* that a kernel takes at once: fewer cost as much */
     BLOCK_K = 256,     /* a panel of so many inputs (16 KB) stays in the first-level cache, with 6 rows of x … */
     BLOCK_ROWS = 192   /* … and so many rows of x (192 KB) in the second-level one, for the next panel */
 };
@@ -34,7 +35,8 @@ static int rows_of_task(const g4_exec *exec, const g4_linear_job *job)
         rows = TASK_ROWS;
     rows = rows < LEAST_ROWS ? LEAST_ROWS : rows;
     int n_groups = (job->m + rows - 1) / rows;
-    return (job->m + n_groups - 1) / n_groups;
+    rows = (job->m + n_groups - 1) / n_groups;
+    return (rows + KERNEL_ROWS - 1) / KERNEL_ROWS * KERNEL_ROWS;
 }
 
 /* Weight rows [first, first + n), inputs [at, at + k) as panels. */

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,6 +182,27 @@ def test_pictures_and_videos(pair: Get) -> None:
     assert same_bits(ours.encode_image(frames[0], image_tokens=70), soft)
     video = ours.encode_video(np.stack(frames), fps=1.0)
     assert same_bits(video[: len(soft)], soft) and len(video) == 3 * len(soft)
+
+
+def test_ctrl_c_leaves_everything_usable(pair: Get) -> None:
+    tower, _, ours = pair("vision-wide")
+    image = towers.image(tower, 63, 63)
+    [expected] = ours.vision.encode([image])
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            ours.vision.encode([image] * 100)
+        assert time.monotonic() - start < 10  # all of them take minutes
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert same_bits(ours.vision.encode([image])[0], expected)
 
 
 def test_wrong_media_are_errors(pair: Get) -> None:
