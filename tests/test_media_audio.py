@@ -154,8 +154,9 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
     }
 
 
-@pytest.mark.parametrize("name", bad_files() if pytest.importorskip("soundfile") else [])
+@pytest.mark.parametrize("name", ["empty.wav", "text.wav", "nan.wav", "silent header.wav", "cut.wav", "cut.flac"])
 def test_bad_files_are_refused_by_name(tmp_path, name):
+    pytest.importorskip("soundfile")
     data, words = bad_files()[name]
     path = tmp_path / name
     path.write_bytes(data)
@@ -191,7 +192,7 @@ def test_hours_are_refused_before_they_are_read(tmp_path):
         (lambda: load_audio(np.zeros(9, complex)), "complex"),
         (lambda: load_audio("a.wav", 16_000), "rate="),
         (lambda: load_audio("http://example.org/a.wav"), "nothing is fetched"),
-        (lambda: log_mel(np.zeros(160, np.float32)), "160 samples of audio are too few: at least 161"),
+        (lambda: log_mel(np.zeros(160, np.float32)), "160 samples of audio at 16 kHz are too few: at least 161"),
         (lambda: log_mel(np.zeros(MAX_SAMPLES + 1, np.float32)), "30.0 s of audio.*transcribe"),
         (lambda: log_mel(np.zeros((5, 5), np.float32)), "16 kHz"),
         (lambda: raw_frames(np.zeros(0, np.float32)), "16 kHz"),

@@ -152,8 +152,8 @@ def _from_array(array: NDArray[Any], rate: int, name: str) -> F32:
 
 
 def _read_file(source: FileLike, name: str) -> F32:
-    soundfile = require("soundfile")
     with open_source(source, "audio") as file:
+        soundfile = require("soundfile")
         try:
             with soundfile.SoundFile(file) as sound:
                 if sound.frames > MAX_SECONDS * sound.samplerate:
