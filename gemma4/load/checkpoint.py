@@ -110,6 +110,11 @@ class Checkpoint(ABC):
         raise StateError(f"{self.path} holds no {modality} encoder")
 
     @property
+    def files(self) -> tuple[MappedFile, ...]:
+        """The mapped weight files, in order."""
+        return self._files
+
+    @property
     def total_bytes(self) -> int:
         """Size of the weight files."""
         return sum(file.nbytes for file in self._files)

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 _SHOWN = 4096  # elements of an array that hf_config shows
 _ONE = struct.pack("<f", 1.0)
-_ENDS = ("<turn|>", "<|tool_response>")  # end a turn in Gemma 4's chat format; files name <eos> alone
-_TOKEN_KEYS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
-_SAMPLING = {
+TURN_ENDS = ("<turn|>", "<|tool_response>")  # end a turn in Gemma 4's chat format; files name <eos> alone
+# names of tokenizer_config.json and generation_config.json -> ends of the metadata's keys
+TOKEN_KEYS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+SAMPLING_KEYS = {
     "temp": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
@@ -36,13 +37,14 @@ _SAMPLING = {
 
 
 class GgufCheckpoint(Checkpoint):
-    """One or more GGUF files; the first holds the metadata. `hf_config` leaves out arrays of over 4096 elements."""
+    """One or more GGUF files; the first holds the metadata. `hf_config` leaves out arrays of over 4096
+    elements; `metadata` is the file's own, arrays as `GgufArray`."""
 
     def __init__(self, path: Path, files: list[GgufFile]) -> None:
-        self._metadata = files[0].metadata
-        self.hf_config = {key: _shown(value) for key, value in self._metadata.items()}
-        self.generation_config = _generation_config(self._metadata)
-        self.tokenizer_path = files[0].path if gguf_tokenizer.has_tokenizer(self._metadata) else None
+        self.metadata = files[0].metadata
+        self.hf_config = {key: _shown(value) for key, value in self.metadata.items()}
+        self.generation_config = _generation_config(self.metadata)
+        self.tokenizer_path = files[0].path if gguf_tokenizer.has_tokenizer(self.metadata) else None
         config = _config(self.hf_config, self.generation_config, files)
         super().__init__(path, config, files, _sources(config, files))
         for layer in range(config.n_layers):  # absent in files of models that have none
@@ -54,14 +56,14 @@ class GgufCheckpoint(Checkpoint):
 
         if self.tokenizer_path is None:
             raise StateError(f"{self.path} holds no tokenizer: pass token ids")
-        name = f"tokenizer-{gguf_tokenizer.digest(self._metadata)}.json"
+        name = f"tokenizer-{gguf_tokenizer.digest(self.metadata)}.json"
         cached = cache.read(name)
         if cached is not None:
             try:
                 return Tokenizer.load(cached)
             except (FormatError, OSError):
                 pass  # damaged: made again below
-        text = gguf_tokenizer.tokenizer_json(self._metadata, str(self.tokenizer_path))
+        text = gguf_tokenizer.tokenizer_json(self.metadata, str(self.tokenizer_path))
         tokenizer = Tokenizer.from_json(text, str(self.tokenizer_path))
         cache.write(name, text)
         return tokenizer
@@ -69,7 +71,7 @@ class GgufCheckpoint(Checkpoint):
     def load_chat_template(self) -> ChatTemplate | None:
         from gemma4.chat import ChatTemplate
 
-        source = self._metadata.get("tokenizer.chat_template")
+        source = self.metadata.get("tokenizer.chat_template")
         if source is None:
             return None
         if not isinstance(source, str):
@@ -78,8 +80,8 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:
-        tokens = self._metadata.get("tokenizer.ggml.tokens")
-        ids = {name: self._metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in _TOKEN_KEYS.items()}
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        ids = {name: self.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in TOKEN_KEYS.items()}
         if not isinstance(tokens, GgufArray):
             return {}
         texts = {name: tokens.item(i) for name, i in ids.items() if isinstance(i, int)}
@@ -163,7 +165,7 @@ def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     ends = _end_ids(metadata)
     if ends:
         out["eos_token_id"] = ends
-    sampling = {name: metadata[f"general.sampling.{key}"] for key, name in _SAMPLING.items()
+    sampling = {name: metadata[f"general.sampling.{key}"] for key, name in SAMPLING_KEYS.items()
                 if f"general.sampling.{key}" in metadata}  # fmt: skip
     return out | sampling | ({"do_sample": True} if sampling else {})
 
@@ -173,7 +175,7 @@ def _end_ids(metadata: Mapping[str, Any]) -> list[int]:
     ids = [metadata[key] for key in keys if key in metadata]
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, GgufArray):
-        ids += [i for i in map(tokens.index, _ENDS) if i is not None]
+        ids += [i for i in map(tokens.index, TURN_ENDS) if i is not None]
     bad = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 1 << 31]
     if bad:
         raise FormatError(f"tokenizer.ggml.eos_token_id and its like hold {bad[0]!r:.60}, expected a token id")

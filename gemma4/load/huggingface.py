@@ -119,6 +119,8 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     cached = _cached_snapshot(name)
     if cached is not None:
         return cached
+    if name.lower().endswith((".gguf", ".safetensors")):
+        raise FileNotFoundError(f"no file {name!r:.200}")
     raise FileNotFoundError(
         f"no model {name!r:.200}: not a directory, not in the local Hugging Face cache (nothing is downloaded), and "
         f"not one of the shipped models ({', '.join(shipped_models()) or 'none in this installation'})"

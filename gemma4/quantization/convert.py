@@ -89,7 +89,7 @@ def _check_target(path: Path, force: bool, checkpoint: Checkpoint) -> None:
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no regular file; name the file to write")
-    if path.exists() and any(path.samefile(file.path) for file in checkpoint._files):
+    if path.exists() and any(path.samefile(file.path) for file in checkpoint.files):
         raise ValueError(f"{path} is the source itself; write to another name")
     if path.exists() and not force:
         raise FileExistsError(errno.EEXIST, "exists already; --force (force=True) replaces it", str(path))

@@ -18,7 +18,7 @@ from gemma4.errors import FormatError
 from gemma4.load.checkpoint import Checkpoint
 from gemma4.load.config import FULL, SLIDING, TextConfig
 from gemma4.load.gguf import GgufArray
-from gemma4.load.gguf_checkpoint import _ENDS, _SAMPLING, _TOKEN_KEYS, GgufCheckpoint
+from gemma4.load.gguf_checkpoint import SAMPLING_KEYS, TOKEN_KEYS, TURN_ENDS, GgufCheckpoint
 from gemma4.load.gguf_config import ARCHITECTURE, parse_metadata
 from gemma4.load.gguf_tokenizer import PREFIX
 from gemma4.load.mapped import TensorInfo
@@ -46,7 +46,7 @@ def metadata(checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
     Raises FormatError, NotImplementedError (a tokenizer that such a file cannot hold).
     """
     if isinstance(checkpoint, GgufCheckpoint):
-        stored = checkpoint._metadata
+        stored = checkpoint.metadata
         out = {key: value for key, value in stored.items() if key not in _OURS and not key.startswith("split.")}
     else:
         name = checkpoint.path.resolve().name
@@ -80,7 +80,7 @@ def rope_freqs(config: TextConfig) -> NDArray[np.float32]:
 
 
 def _sampling(defaults: Mapping[str, Any]) -> dict[str, Any]:
-    found = {f"general.sampling.{key}": defaults.get(name) for key, name in _SAMPLING.items()}
+    found = {f"general.sampling.{key}": defaults.get(name) for key, name in SAMPLING_KEYS.items()}
     return {key: value for key, value in found.items() if isinstance(value, (int, float))}
 
 
@@ -180,9 +180,9 @@ def _merge(pair: Any, where: str) -> str:
 
 
 def _special_ids(ids: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, Any]:
-    out = {f"{PREFIX}{key}_token_id": ids.get(f"<{name.removesuffix('_token')}>") for name, key in _TOKEN_KEYS.items()}
+    out = {f"{PREFIX}{key}_token_id": ids.get(f"<{name.removesuffix('_token')}>") for name, key in TOKEN_KEYS.items()}
     ends = checkpoint.generation_config.get("eos_token_id", checkpoint.config.eos_token_ids)
-    end = ids.get(_ENDS[0])
+    end = ids.get(TURN_ENDS[0])
     if end is not None and end in (ends if isinstance(ends, (list, tuple)) else [ends]):
         out[f"{PREFIX}eot_token_id"] = end
     return {key: value for key, value in out.items() if value is not None} | _suppressed(checkpoint)
