@@ -194,7 +194,7 @@ static void release_args(step_args *s)
     Py_XDECREF(s->tap_tuple);
 }
 
-/* float64 [operations, 4], which the caller's argument tuple keeps alive. */
+/* float64 [operations, members of g4_op_total], which the caller's argument tuple keeps alive. */
 static int read_profile(PyObject *object, g4_step_options *options)
 {
     const npy_intp dims[] = {G4_N_OPS, (npy_intp)(sizeof(g4_op_total) / sizeof(double))};

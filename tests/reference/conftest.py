@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import torch
 
-from . import oracle, variants
+from . import oracle, towers, variants
 
 if TYPE_CHECKING:
     import gemma4
@@ -74,3 +74,9 @@ def loaded(checkpoint: Callable[[str], Checkpoint]) -> Callable[..., gemma4.Mode
         return gemma4.load(checkpoint(name).directory, precision="exact", threads=threads)
 
     return get
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> towers.GetPair:
+    """Small random multimodal checkpoints by name."""
+    return towers.pairs(tmp_path_factory.mktemp)

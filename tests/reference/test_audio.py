@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,37 +14,16 @@ from gemma4.errors import FormatError
 
 from . import towers
 from .compare import difference, first_failures, same_bits
+from .towers import GetPair
 
-
-class Pair(NamedTuple):
-    tower: towers.Tower
-    theirs: Any
-    ours: gemma4.Model
-
-
-Get = Callable[[str], Pair]
 TOWERS = [t.name for t in towers.TOWERS if t.audio is not None and not t.unified]
 UNIFIED = [t.name for t in towers.TOWERS if t.unified]
 LENGTHS = [1, 2, 5, 13, 37, 52, 203]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Get:
-    torch.set_num_threads(1)
-
-    @functools.cache
-    def get(name: str) -> Pair:
-        tower = towers.BY_NAME[name]
-        theirs = towers.build(tower)
-        directory = towers.save(tower, theirs, tmp_path_factory.mktemp(name))
-        return Pair(tower, theirs, gemma4.load(directory, precision="exact", threads=2))
-
-    return get
-
-
 @pytest.mark.parametrize("frames", LENGTHS)
 @pytest.mark.parametrize("name", TOWERS)
-def test_every_site(name: str, frames: int, pair: Get) -> None:
+def test_every_site(name: str, frames: int, pair: GetPair) -> None:
     tower, theirs, ours = pair(name)
     mel = towers.mel(tower, frames)
     with torch.no_grad():
@@ -60,7 +37,7 @@ def test_every_site(name: str, frames: int, pair: Get) -> None:
 
 
 @pytest.mark.parametrize("name", UNIFIED)
-def test_every_site_without_a_tower(name: str, pair: Get) -> None:
+def test_every_site_without_a_tower(name: str, pair: GetPair) -> None:
     tower, theirs, ours = pair(name)
     for frames in (1, 2, 33):
         samples = towers.mel(tower, frames)
@@ -73,7 +50,7 @@ def test_every_site_without_a_tower(name: str, pair: Get) -> None:
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_padded_batch_of_the_reference(name: str, pair: Get) -> None:
+def test_padded_batch_of_the_reference(name: str, pair: GetPair) -> None:
     """The reference pads to the longest and masks; ours are as long as they are."""
     tower, theirs, ours = pair(name)
     mels = [towers.mel(tower, n) for n in (30, 7, 53, 52)]
@@ -89,7 +66,7 @@ def test_padded_batch_of_the_reference(name: str, pair: Get) -> None:
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_company_and_threads_change_no_bit(name: str, pair: Get) -> None:
+def test_company_and_threads_change_no_bit(name: str, pair: GetPair) -> None:
     tower, _, ours = pair(name)
     mels = [towers.mel(tower, n) for n in LENGTHS]
     alone = [ours.audio.encode([mel])[0] for mel in mels]
@@ -99,7 +76,7 @@ def test_company_and_threads_change_no_bit(name: str, pair: Get) -> None:
         assert all(same_bits(a, b) for a, b in zip(together[::-1], alone, strict=True))
 
 
-def test_hooks_edit_the_tower(pair: Get) -> None:
+def test_hooks_edit_the_tower(pair: GetPair) -> None:
     tower, _, ours = pair("audio")
     mel = towers.mel(tower, 61)
     [plain], [before] = ours.audio.run_with_cache([mel], "*")
@@ -123,7 +100,7 @@ def test_hooks_edit_the_tower(pair: Get) -> None:
     assert not same_bits(edited, plain) and same_bits(ours.audio.encode([mel])[0], plain)
 
 
-def test_from_samples(pair: Get) -> None:
+def test_from_samples(pair: GetPair) -> None:
     """30 s of sound are 750 soft tokens; what is too long or too short says so."""
     _, _, ours = pair("audio-real")
     samples = np.random.default_rng(0).standard_normal(16_000 * 30).astype(np.float32) / 8
@@ -135,7 +112,7 @@ def test_from_samples(pair: Get) -> None:
             ours.encode_audio(np.resize(samples, n))
 
 
-def test_wrong_media_are_errors(pair: Get) -> None:
+def test_wrong_media_are_errors(pair: GetPair) -> None:
     tower, _, ours = pair("audio")
     mel = towers.mel(tower, 9)
     for wrong, message in [
@@ -148,7 +125,7 @@ def test_wrong_media_are_errors(pair: Get) -> None:
             ours.audio.encode([wrong])
 
 
-def test_damaged_towers(pair: Get) -> None:
+def test_damaged_towers(pair: GetPair) -> None:
     ours = pair("audio").ours
     config, tensors = ours.audio.config.engine(), ours.checkpoint.encoder_tensors("audio")
     for name in ("layers.1.lconv1d.depthwise_conv1d.weight", "output_proj.bias", "layers.0.self_attn.post.input_max"):

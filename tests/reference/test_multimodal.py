@@ -6,28 +6,20 @@ Models like E2B (all causal), like 26B and 31B, and like 12B (images and videos 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-import gemma4
-
 from . import towers
 from .compare import difference, same_bits
+from .towers import GetPair, Pair
 
 IMAGE, VIDEO, AUDIO = 250, 251, 252  # ids of the placeholders, and what the engine calls them
 KINDS = {IMAGE: -2, VIDEO: -3, AUDIO: -1}
 TYPES = {IMAGE: 1, VIDEO: 2, AUDIO: 3}
-
-
-class Pair(NamedTuple):
-    tower: towers.Tower
-    theirs: Any
-    ours: gemma4.Model
 
 
 class Part(NamedTuple):
@@ -39,20 +31,15 @@ class Part(NamedTuple):
     positions: Any = None
 
 
-Get = Callable[[str], Pair]
-
-
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Get:
-    torch.set_num_threads(1)
+def pair(pair: GetPair) -> GetPair:
+    """The same, with the placeholders' ids of these tests."""
 
-    @functools.cache
     def get(name: str) -> Pair:
-        tower = towers.BY_NAME[name]
-        theirs = towers.build(tower)
-        directory = towers.save(tower, theirs, tmp_path_factory.mktemp(name))
-        theirs.config.image_token_id, theirs.config.video_token_id, theirs.config.audio_token_id = IMAGE, VIDEO, AUDIO
-        return Pair(tower, theirs, gemma4.load(directory, precision="exact", threads=2))
+        found = pair(name)
+        config = found.theirs.config
+        config.image_token_id, config.video_token_id, config.audio_token_id = IMAGE, VIDEO, AUDIO
+        return found
 
     return get
 
@@ -165,7 +152,7 @@ VISION = ALL[1:]  # of these, images see themselves
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_one_image(name: str, pair: Get) -> None:
+def test_one_image(name: str, pair: GetPair) -> None:
     p = pair(name)
     for width, height in [(1, 1), (2, 2), (5, 4)]:
         check(p, [text(3), image(p, width, height), text(6)])
@@ -174,7 +161,7 @@ def test_one_image(name: str, pair: Get) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_several_media(name: str, pair: Get) -> None:
+def test_several_media(name: str, pair: GetPair) -> None:
     p = pair(name)
     check(p, [text(2), image(p, 2, 3), text(4), image(p, 4, 1, seed=1), text(9), image(p, 3, 3, seed=2), text(3)])
     frames = [part for i in range(3) for part in (text(4, i), image(p, 2, 2, VIDEO, seed=i))]
@@ -186,7 +173,7 @@ def test_several_media(name: str, pair: Get) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_image_longer_than_the_window(name: str, pair: Get) -> None:
+def test_image_longer_than_the_window(name: str, pair: GetPair) -> None:
     p = pair(name)
     assert p.tower.text["sliding_window"] < 20
     check(p, [text(3), image(p, 6, 6), text(12)])
@@ -196,7 +183,7 @@ def test_image_longer_than_the_window(name: str, pair: Get) -> None:
 
 
 @pytest.mark.parametrize("name", VISION)
-def test_image_at_every_chunk_offset(name: str, pair: Get) -> None:
+def test_image_at_every_chunk_offset(name: str, pair: GetPair) -> None:
     """No chunk ends inside an image, however long a chunk may be: the same bits as in one piece."""
     p = pair(name)
     for before in range(9):
@@ -208,7 +195,7 @@ def test_image_at_every_chunk_offset(name: str, pair: Get) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_image_on_a_later_turn(name: str, pair: Get) -> None:
+def test_image_on_a_later_turn(name: str, pair: GetPair) -> None:
     """On top of a cache that the sliding layers have begun to forget."""
     p = pair(name)
     turns = [[text(7), image(p, 2, 2), text(5)], [text(30, 1)], [text(2, 2), image(p, 4, 3, seed=4), text(6, 3)]]
@@ -218,7 +205,7 @@ def test_image_on_a_later_turn(name: str, pair: Get) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_watched_patterns(name: str, pair: Get) -> None:
+def test_watched_patterns(name: str, pair: GetPair) -> None:
     """Who looks at scores and patterns changes no bit, and sees what the reference sees."""
     p = pair(name)
     parts = [text(4), image(p, 3, 3), text(5)]
@@ -243,7 +230,7 @@ def test_watched_patterns(name: str, pair: Get) -> None:
 
 
 @pytest.mark.parametrize("name", VISION)
-def test_threads_and_company(name: str, pair: Get) -> None:
+def test_threads_and_company(name: str, pair: GetPair) -> None:
     p = pair(name)
     prompts = [[text(3), image(p, 4, 4), text(2)], [text(9)], [image(p, 2, 5), text(1)]]
     alone = [our_logits(p, parts) for parts in prompts]

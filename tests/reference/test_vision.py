@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import functools
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,32 +19,11 @@ from gemma4.media import image as media_image
 
 from . import towers
 from .compare import difference, first_failures, same_bits
+from .towers import GetPair
 
-
-class Pair(NamedTuple):
-    tower: towers.Tower
-    theirs: Any
-    ours: gemma4.Model
-
-
-Get = Callable[[str], Pair]
 TOWERS = [t.name for t in towers.TOWERS if t.vision is not None and not t.unified]
 UNIFIED = [t.name for t in towers.TOWERS if t.unified]
 SIZES = [(3, 3), (6, 3), (3, 12), (9, 6), (12, 15)]  # in patches
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Get:
-    torch.set_num_threads(1)
-
-    @functools.cache
-    def get(name: str) -> Pair:
-        tower = towers.BY_NAME[name]
-        theirs = towers.build(tower)
-        directory = towers.save(tower, theirs, tmp_path_factory.mktemp(name))
-        return Pair(tower, theirs, gemma4.load(directory, precision="exact", threads=2))
-
-    return get
 
 
 def sizes(tower: towers.Tower) -> list[tuple[int, int]]:
@@ -56,7 +33,7 @@ def sizes(tower: towers.Tower) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("size", range(len(SIZES)))
 @pytest.mark.parametrize("name", TOWERS)
-def test_every_site(name: str, size: int, pair: Get) -> None:
+def test_every_site(name: str, size: int, pair: GetPair) -> None:
     tower, theirs, ours = pair(name)
     patches, positions = towers.image(tower, *sizes(tower)[size])
     expected = towers.vision_sites(theirs, patches, positions)
@@ -67,7 +44,7 @@ def test_every_site(name: str, size: int, pair: Get) -> None:
 
 
 @pytest.mark.parametrize("name", UNIFIED)
-def test_every_site_without_a_tower(name: str, pair: Get) -> None:
+def test_every_site_without_a_tower(name: str, pair: GetPair) -> None:
     tower, theirs, ours = pair(name)
     for size in [(1, 1), (5, 3), (2, 39)]:
         patches, positions = towers.image(tower, *size)
@@ -78,7 +55,7 @@ def test_every_site_without_a_tower(name: str, pair: Get) -> None:
         assert difference(soft, expected["vision.hook_projected"]) is None
 
 
-def test_renamed_tensors_of_the_unified_model(pair: Get, tmp_path: Path) -> None:
+def test_renamed_tensors_of_the_unified_model(pair: GetPair, tmp_path: Path) -> None:
     """Files hold the names of before or after transformers' renaming."""
     tower, _, ours = pair("unified")
     tensors = load_file(ours.checkpoint.path / "model.safetensors")
@@ -95,7 +72,7 @@ def _renamed(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_company_and_threads_change_no_bit(name: str, pair: Get) -> None:
+def test_company_and_threads_change_no_bit(name: str, pair: GetPair) -> None:
     """Images of several sizes in one call, watched or not, on one thread or two: what each gives alone."""
     tower, _, ours = pair(name)
     images = [towers.image(tower, *size) for size in sizes(tower)]
@@ -109,7 +86,7 @@ def test_company_and_threads_change_no_bit(name: str, pair: Get) -> None:
                 assert cache["vision.blocks.1.attn.hook_pattern"].shape[1:] == (len(patches), len(patches))
 
 
-def test_patches_in_any_order(pair: Get) -> None:
+def test_patches_in_any_order(pair: GetPair) -> None:
     tower, _, ours = pair("vision-effective")
     patches, positions = towers.image(tower, 6, 9)
     order = np.random.default_rng(0).permutation(len(patches))
@@ -117,7 +94,7 @@ def test_patches_in_any_order(pair: Get) -> None:
     assert np.abs(a - b).max() <= 2e-5 * np.abs(a).max()
 
 
-def test_more_rows_than_one_pass(pair: Get) -> None:
+def test_more_rows_than_one_pass(pair: GetPair) -> None:
     """Many images are cut into passes, and a large one's MLP into slices."""
     tower, theirs, ours = pair("vision-effective")
     patches, positions = towers.image(tower, 60, 30)
@@ -131,7 +108,7 @@ def test_more_rows_than_one_pass(pair: Get) -> None:
     assert difference(soft[0], out.pooler_output[0].numpy()) is None
 
 
-def test_hooks_edit_the_tower(pair: Get) -> None:
+def test_hooks_edit_the_tower(pair: GetPair) -> None:
     tower, _, ours = pair("vision-large")
     image = towers.image(tower, 6, 6)
     [plain], [before] = ours.vision.run_with_cache([image], "*")
@@ -157,7 +134,7 @@ def test_hooks_edit_the_tower(pair: Get) -> None:
     assert same_bits(ours.vision.encode([image])[0], plain) and not same_bits(edited, plain)
 
 
-def test_text_runs_do_not_see_hooks_of_encoders(pair: Get) -> None:
+def test_text_runs_do_not_see_hooks_of_encoders(pair: GetPair) -> None:
     _, _, ours = pair("vision-effective")
 
     def fail(array: np.ndarray, site: gemma4.HookPoint) -> None:
@@ -171,7 +148,7 @@ def test_text_runs_do_not_see_hooks_of_encoders(pair: Get) -> None:
         ours.vision.run_with_cache([towers.image(towers.BY_NAME["vision-effective"], 3, 3)], "vision.blocks.9.hook_z")
 
 
-def test_pictures_and_videos(pair: Get) -> None:
+def test_pictures_and_videos(pair: GetPair) -> None:
     """From pixels: the patches that gemma4.media makes, of a picture and of every frame."""
     _, _, ours = pair("vision-wide")
     rng = np.random.default_rng(3)
@@ -184,7 +161,7 @@ def test_pictures_and_videos(pair: Get) -> None:
     assert same_bits(video[: len(soft)], soft) and len(video) == 3 * len(soft)
 
 
-def test_ctrl_c_leaves_everything_usable(pair: Get) -> None:
+def test_ctrl_c_leaves_everything_usable(pair: GetPair) -> None:
     tower, _, ours = pair("vision-wide")
     image = towers.image(tower, 63, 63)
     [expected] = ours.vision.encode([image])
@@ -205,7 +182,7 @@ def test_ctrl_c_leaves_everything_usable(pair: Get) -> None:
     assert same_bits(ours.vision.encode([image])[0], expected)
 
 
-def test_wrong_media_are_errors(pair: Get) -> None:
+def test_wrong_media_are_errors(pair: GetPair) -> None:
     tower, _, ours = pair("vision-effective")
     patches, positions = towers.image(tower, 6, 6)
     wrong: list[tuple[Any, type[Exception], str]] = [
@@ -225,13 +202,13 @@ def test_wrong_media_are_errors(pair: Get) -> None:
             ours.vision.encode([medium])
 
 
-def test_models_without_the_tower(pair: Get, tiny: gemma4.Model) -> None:
+def test_models_without_the_tower(pair: GetPair, tiny: gemma4.Model) -> None:
     for model, modality in [(tiny, "vision"), (tiny, "audio"), (pair("vision-effective").ours, "audio")]:
         with pytest.raises(NotImplementedError, match=f"no {modality} encoder"):
             getattr(model, modality)
 
 
-def test_damaged_towers(pair: Get) -> None:
+def test_damaged_towers(pair: GetPair) -> None:
     ours = pair("vision-large").ours
     config, tensors = ours.vision.config.engine(), ours.checkpoint.encoder_tensors("vision")
     name = "encoder.layers.1.mlp.up_proj.linear.weight"

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -22,6 +24,8 @@ from transformers.models.gemma4_unified.configuration_gemma4_unified import (
     Gemma4UnifiedVisionConfig,
 )
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedForConditionalGeneration
+
+import gemma4
 
 from . import oracle, variants
 
@@ -429,3 +433,27 @@ def unified_audio_sites(model: Any, frames: np.ndarray) -> Sites:
         "audio.hook_projected": r.made["embed_audio"][0][0],
     }
     return {name: oracle._numpy(value) for name, value in sites.items()}
+
+
+class Pair(NamedTuple):
+    """One checkpoint in transformers and in this package."""
+
+    tower: Tower
+    theirs: Any
+    ours: gemma4.Model
+
+
+GetPair = Callable[[str], Pair]
+
+
+def pairs(folder: Callable[[str], Path]) -> GetPair:
+    """Pairs by the tower's name, each made once, in folder(name)."""
+    torch.set_num_threads(1)
+
+    @functools.cache
+    def get(name: str) -> Pair:
+        theirs = build(BY_NAME[name])
+        directory = save(BY_NAME[name], theirs, folder(name))
+        return Pair(BY_NAME[name], theirs, gemma4.load(directory, precision="exact", threads=2))
+
+    return get
