@@ -67,8 +67,8 @@ static INLINE f32x8 NAME(add_pair_)(const i8x32 q[2], i8x32 first, i8x32 last, f
 {
 #if GROUP == 32
     (void)last_scales;
-    const i32x8 dot = FIT ? i32_from_pairs(i16_add(i16_pairs(q[0], first), i16_pairs(q[1], last)))
-                          : i32_add(i32_fours(q[0], first), i32_fours(q[1], last));
+    const i32x8 dot = FIT ? i32_from_pairs(i16_add_pairs(i16_pairs(q[0], first), q[1], last))
+                          : i32_add_fours(i32_fours(q[0], first), q[1], last);
     return f8_fma(first_scales, f8_from_i32(dot), sum);
 #else
     sum = f8_fma(first_scales, f8_from_i32(i32_from_pairs(i16_pairs(q[0], first))), sum);

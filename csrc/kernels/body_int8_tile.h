@@ -49,11 +49,11 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
                 for (int i = 0; i < m; i++) {
                     const i8x32 xs = i8_load4(q + (size_t)i * x_inputs + place_in_x(group, g, t));
                     if (is_signed) {
-                        dot[i][0] = i32_add(dot[i][0], i32_fours(w0, xs));
-                        dot[i][1] = i32_add(dot[i][1], i32_fours(w1, xs));
+                        dot[i][0] = i32_add_fours(dot[i][0], w0, xs);
+                        dot[i][1] = i32_add_fours(dot[i][1], w1, xs);
                     } else {
-                        pairs[i][0] = i16_add(pairs[i][0], i16_pairs(w0, xs));
-                        pairs[i][1] = i16_add(pairs[i][1], i16_pairs(w1, xs));
+                        pairs[i][0] = i16_add_pairs(pairs[i][0], w0, xs);
+                        pairs[i][1] = i16_add_pairs(pairs[i][1], w1, xs);
                     }
                 }
             }

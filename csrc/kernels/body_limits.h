@@ -35,7 +35,7 @@ static double spin_int8(const int8_t *x, int32_t *sums, int n)
         for (int j = 0; j < FITS; j++) {
             const i8x32 bytes = i8_load(x + 32 * (j + i % FITS));
             for (int c = 0; c < CHAINS; c++)
-                acc[c] = i16_add(acc[c], i16_pairs(w[c], bytes));
+                acc[c] = i16_add_pairs(acc[c], w[c], bytes);
         }
         for (int c = 0; c < CHAINS; c++)
             total = i32_add(total, i32_from_pairs(acc[c]));

@@ -64,8 +64,11 @@ static inline __m256i in_order(__m256i a)
     __asm__("" : "+x"(a));
     return a;
 }
-static inline i16x16 i16_add(i16x16 a, i16x16 b) { return in_order(_mm256_add_epi16(a, b)); }
 static inline i16x16 i16_pairs(i8x32 w, i8x32 x) { return _mm256_maddubs_epi16(w, x); }
+static inline i16x16 i16_add_pairs(i16x16 sum, i8x32 w, i8x32 x)
+{
+    return in_order(_mm256_add_epi16(sum, i16_pairs(w, x)));
+}
 static inline i32x8 i32_zero(void) { return _mm256_setzero_si256(); }
 static inline i32x8 i32_add(i32x8 a, i32x8 b) { return in_order(_mm256_add_epi32(a, b)); }
 static inline i32x8 i32_from_pairs(i16x16 a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
@@ -74,6 +77,7 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x)
 {
     return i32_from_pairs(_mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(x, w)));
 }
+static inline i32x8 i32_add_fours(i32x8 sum, i8x32 w, i8x32 x) { return i32_add(sum, i32_fours(w, x)); }
 
 static inline f32x8 f8_set1(float a) { return _mm256_set1_ps(a); }
 static inline f32x8 f8_load(const float *p) { return _mm256_loadu_ps(p); }

@@ -77,11 +77,15 @@ static inline i8x32 i8_high_halves(i8x32 a, i8x32 b) { RETURN_BYTES(l < 16 ? a.b
 static inline i8x32 i8_load_halves(const uint8_t *a, const uint8_t *b) { RETURN_BYTES(l < 16 ? a[l] : b[l - 16]); }
 
 static inline i16x16 i16_zero(void) { RETURN_LANES(i16x16, 16, 0); }
-static inline i16x16 i16_add(i16x16 a, i16x16 b) { RETURN_LANES(i16x16, 16, (int16_t)(a.lane[l] + b.lane[l])); }
 /* w of 0..63 times x of -127..127, pairs added. */
 static inline i16x16 i16_pairs(i8x32 w, i8x32 x)
 {
     RETURN_LANES(i16x16, 16, (int16_t)(w.byte[2 * l] * x.byte[2 * l] + w.byte[2 * l + 1] * x.byte[2 * l + 1]));
+}
+static inline i16x16 i16_add_pairs(i16x16 sum, i8x32 w, i8x32 x)
+{
+    const i16x16 pairs = i16_pairs(w, x);
+    RETURN_LANES(i16x16, 16, (int16_t)(sum.lane[l] + pairs.lane[l]));
 }
 static inline i32x8 i32_zero(void) { RETURN_LANES(i32x8, 8, 0); }
 static inline i32x8 i32_add(i32x8 a, i32x8 b) { RETURN_LANES(i32x8, 8, a.lane[l] + b.lane[l]); }
@@ -95,6 +99,7 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x)
                   w.byte[4 * l + 2] * x.byte[4 * l + 2] + w.byte[4 * l + 3] * x.byte[4 * l + 3];
     return sum;
 }
+static inline i32x8 i32_add_fours(i32x8 sum, i8x32 w, i8x32 x) { return i32_add(sum, i32_fours(w, x)); }
 
 static inline f32x8 f8_set1(float a) { RETURN_LANES(f32x8, 8, a); }
 static inline f32x8 f8_load(const float *p) { RETURN_LANES(f32x8, 8, p[l]); }
