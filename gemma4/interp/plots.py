@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of what was captured. They need matplotlib: pip install "gemma4[plot]". Every function returns the Figure."""
+"""Plots of what was captured. They need matplotlib: pip install "gemma4[plot]". Every function returns the Figure.
+
+Those over pictures, videos and sound are in gemma4/interp/media_plots.py; this module has them, too.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.interp.lens import LogitLens
+from gemma4.interp.media_plots import frames, picture, pyplot, spectrogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "gemma4[plot]"') from error
-    return plt
+__all__ = [
+    "attention_pattern",
+    "frames",
+    "lens_heatmap",
+    "overview",
+    "picture",
+    "residual_norms",
+    "shown",
+    "spectrogram",
+]
 
 
 def residual_norms(lens: LogitLens, tokens: Sequence[str], ax: Axes | None = None) -> Figure:
@@ -41,7 +48,7 @@ def attention_pattern(
     """One panel per head of attn.hook_pattern, float32 [heads, T, S]: a row looks at columns."""
     chosen = list(range(pattern.shape[0])) if heads is None else list(heads)
     side = min(6.0, max(3.0, 0.28 * len(tokens)))
-    figure, axes = _pyplot().subplots(1, len(chosen), figsize=(side * len(chosen), side), squeeze=False)
+    figure, axes = pyplot().subplots(1, len(chosen), figsize=(side * len(chosen), side), squeeze=False)
     for ax, head in zip(axes[0], chosen, strict=True):
         ax.imshow(pattern[head], vmin=0, vmax=1, cmap="Blues", aspect="auto")
         ax.set_title(f"head {head}")
@@ -54,7 +61,7 @@ def attention_pattern(
 def overview(lens: LogitLens, tokens: Sequence[str]) -> Figure:
     """Logit lens and residual norms below each other."""
     width, height = max(7.0, 0.75 * len(tokens) + 2), 0.3 * len(lens.labels) + 1.6
-    figure, axes = _pyplot().subplots(2, 1, figsize=(width, 2 * height))
+    figure, axes = pyplot().subplots(2, 1, figsize=(width, 2 * height))
     lens_heatmap(lens, tokens, axes[0])
     residual_norms(lens, tokens, axes[1])
     figure.tight_layout()
@@ -83,7 +90,7 @@ def _heat(
 ) -> Figure:
     if ax is None:
         size = (max(6.0, 0.75 * len(tokens) + 2), 0.3 * len(layers) + 1.5)
-        ax = _pyplot().subplots(figsize=size)[1]
+        ax = pyplot().subplots(figsize=size)[1]
     assert ax is not None
     image = ax.imshow(values, aspect="auto", cmap=color, origin="lower", vmin=limits[0], vmax=limits[1])
     ax.figure.colorbar(image, ax=ax, pad=0.01)
