@@ -2,15 +2,16 @@
 # Entry points for work on the project. The build itself is CMakeLists.txt; `pip install` runs it.
 PYTHON ?= python3
 PRESETS = release debug clang asan ubsan tsan
+QEMU = qemu-aarch64 -L /usr/aarch64-linux-gnu
 C_FILES = git ls-files -z --cached --others --exclude-standard 'csrc/*.c' 'csrc/*.h'
 PY_DIRS = gemma4 tests tools benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test lint format notebooks bench ci clean $(PRESETS)
+.PHONY: help dev test lint format notebooks bench ci clean neon $(PRESETS)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  make release | debug | clang | asan | ubsan | tsan     csrc/ without Python, and its C test program"
+	@echo "  make release | debug | clang | asan | ubsan | tsan     csrc/ without Python, and its C test programs"
 
 dev: ## editable install with the test and lint tools (rebuild: run it again)
 	$(PYTHON) -m pip install -e ".[test,dev,plot]"
@@ -34,6 +35,14 @@ $(PRESETS):
 	cmake --preset $@
 	cmake --build --preset $@ --parallel
 	ctest --preset $@
+
+neon: ## csrc/ for 64-bit Arm, its tests under qemu-user (with and without the extensions)
+	@command -v aarch64-linux-gnu-gcc >/dev/null || { echo "skipped: no aarch64 compiler"; exit 0; }; \
+	command -v qemu-aarch64 >/dev/null || { echo "skipped: no qemu-aarch64"; exit 0; }; \
+	set -e; cmake --preset aarch64; cmake --build --preset aarch64 --parallel; \
+	for isa in scalar neon neon_dotprod; do GEMMA4_ISA=$$isa $(QEMU) -cpu max build/aarch64/csrc_test; done; \
+	$(QEMU) -cpu max build/aarch64/kernels_test neon neon_dotprod; \
+	$(QEMU) -cpu cortex-a57 build/aarch64/kernels_test neon
 
 notebooks: ## execute every notebook in place
 	$(PYTHON) -m jupyter execute --inplace notebooks/*.ipynb

@@ -1,12 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "base/cpu.h"
 
-#include <sched.h>
 #include <string.h>
 #include <unistd.h>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 static const char *const names[G4_N_ISAS] = {
-    [G4_ISA_SCALAR] = "scalar", [G4_ISA_AVX2] = "avx2", [G4_ISA_AVX512] = "avx512"};
+    [G4_ISA_SCALAR] = "scalar",
+    [G4_ISA_AVX2] = "avx2",
+    [G4_ISA_AVX_VNNI] = "avx_vnni",
+    [G4_ISA_AVX512] = "avx512",
+    [G4_ISA_AVX512_VNNI] = "avx512_vnni",
+    [G4_ISA_NEON] = "neon",
+    [G4_ISA_NEON_DOTPROD] = "neon_dotprod",
+};
 
 const char *g4_isa_name(g4_isa isa)
 {
@@ -32,34 +42,79 @@ static unsigned long long enabled_state(void)
     return ((unsigned long long)edx << 32) | eax;
 }
 
-g4_isa g4_cpu_best_isa(void)
+bool g4_cpu_has(g4_isa isa)
 {
-    enum { YMM_STATE = 0x06, ZMM_STATE = 0xe6 };
-    unsigned eax, ebx, ecx, edx;
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx))
-        return G4_ISA_SCALAR;
-    unsigned avx2_needs = bit_FMA | bit_AVX | bit_F16C | bit_OSXSAVE;
-    if ((ecx & avx2_needs) != avx2_needs || (enabled_state() & YMM_STATE) != YMM_STATE)
-        return G4_ISA_SCALAR;
+    enum { YMM_STATE = 0x06, ZMM_STATE = 0xe6, ECX_AVX512_VNNI = 1 << 11, EAX_AVX_VNNI = 1 << 4 };
+    const unsigned avx2_needs = bit_FMA | bit_AVX | bit_F16C | bit_OSXSAVE;
+    const unsigned avx512_needs = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    unsigned eax, ebx, ecx, edx, more_eax, unused;
+    if (isa == G4_ISA_SCALAR)
+        return true;
+#ifdef G4_EMULATED_AVX512 /* tests alone: those units are compiled to instructions of AVX2 (GEMMA4_SIMDE) */
+    if (isa == G4_ISA_AVX_VNNI || isa == G4_ISA_AVX512 || isa == G4_ISA_AVX512_VNNI)
+        return g4_cpu_has(G4_ISA_AVX2);
+#endif
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & avx2_needs) != avx2_needs ||
+        (enabled_state() & YMM_STATE) != YMM_STATE)
+        return false;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_AVX2))
-        return G4_ISA_SCALAR;
-    unsigned avx512_needs = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-    if ((ebx & avx512_needs) != avx512_needs || (enabled_state() & ZMM_STATE) != ZMM_STATE)
-        return G4_ISA_AVX2;
-    return G4_ISA_AVX512;
+        return false;
+    const bool avx512 = (ebx & avx512_needs) == avx512_needs && (enabled_state() & ZMM_STATE) == ZMM_STATE;
+    switch (isa) {
+    case G4_ISA_AVX2: return true;
+    case G4_ISA_AVX_VNNI:
+        return eax >= 1 && __get_cpuid_count(7, 1, &more_eax, &unused, &unused, &unused) && (more_eax & EAX_AVX_VNNI);
+    case G4_ISA_AVX512: return avx512;
+    case G4_ISA_AVX512_VNNI: return avx512 && (ecx & ECX_AVX512_VNNI);
+    default: return false;
+    }
+}
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+bool g4_cpu_has(g4_isa isa)
+{
+    enum { HWCAP_OF_DOTPROD = 1 << 20 };
+    switch (isa) {
+    case G4_ISA_SCALAR:
+    case G4_ISA_NEON: return true;
+    case G4_ISA_NEON_DOTPROD: return (getauxval(AT_HWCAP) & HWCAP_OF_DOTPROD) != 0;
+    default: return false;
+    }
+}
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static bool has_feature(const char *name)
+{
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, NULL, 0) == 0 && value;
+}
+
+bool g4_cpu_has(g4_isa isa)
+{
+    switch (isa) {
+    case G4_ISA_SCALAR:
+    case G4_ISA_NEON: return true;
+    case G4_ISA_NEON_DOTPROD: return has_feature("hw.optional.arm.FEAT_DotProd");
+    default: return false;
+    }
 }
 #else
-g4_isa g4_cpu_best_isa(void)
+bool g4_cpu_has(g4_isa isa)
 {
-    return G4_ISA_SCALAR;
+    return isa == G4_ISA_SCALAR;
 }
 #endif
 
 int g4_cpu_count(void)
 {
+#if defined(__linux__)
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0)
         return CPU_COUNT(&set) > 0 ? CPU_COUNT(&set) : 1;
+#endif
     long online = sysconf(_SC_NPROCESSORS_ONLN);
     return online > 0 ? (int)online : 1;
 }

@@ -136,7 +136,7 @@ static g4_status bind_matrix(g4_binder *b, const char *name, const int64_t *shap
 
 static g4_status bind_vector(g4_binder *b, const char *name, const int64_t *shape, int n_dims, void *member)
 {
-    const g4_named_tensor *t;
+    const g4_named_tensor *t = NULL;
     size_t n = 1;
     for (int i = 0; i < n_dims; i++)
         n *= (size_t)shape[i];

@@ -1,0 +1,453 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Every kernel of every instruction set that runs here against the scalar one, to the bit, and a product's rows against
+ * the same rows alone. tests/reference/test_kernels.py does this and compares with float64, too; this is for where no
+ * Python is: cross-compiled programs under an emulator.
+ *
+ *   kernels_test [ISA…]   exit status 0: all passed, and those instruction sets were among the tested ones */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/kernels.h"
+
+static int n_passed, n_failed;
+static const g4_kernels *scalar, *tables[G4_N_ISAS];
+static int n_tables;
+
+static void check(bool good, const g4_kernels *t, const char *what, const char *dtype, int m, int n, int k)
+{
+    n_passed += good;
+    n_failed += !good;
+    if (!good)
+        printf("failed: %s %s %s m=%d n=%d k=%d\n", g4_isa_name(t->isa), what, dtype, m, n, k);
+}
+
+/* The same bits; which NaN a NaN is may differ. */
+static bool same(const float *a, const float *b, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (g4_f32_bits(a[i]) != g4_f32_bits(b[i]) && !(isnan(a[i]) && isnan(b[i])))
+            return false;
+    return true;
+}
+
+static void *allocate(size_t n_bytes)
+{
+    void *data = calloc(n_bytes ? n_bytes : 1, 1);
+    if (!data) {
+        printf("no memory\n");
+        exit(2);
+    }
+    return data;
+}
+
+/* ---- values ------------------------------------------------------------------------------------------------------- */
+
+enum { NORMAL, WIDE, TINY, ZEROS, NONFINITE, N_KINDS };
+
+static uint32_t random_bits(void)
+{
+    static uint64_t state = 88172645463325252u;
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (uint32_t)(state >> 16);
+}
+
+static float random_value(int kind)
+{
+    const float x = (float)(random_bits() >> 8) / (float)(1 << 23) - 1.0f;
+    const uint32_t choice = random_bits();
+    switch (kind) {
+    case WIDE: return ldexpf(x, (int)(choice % 41) - 20);
+    case TINY: return x * 1e-38f;
+    case ZEROS: return choice % 2 ? copysignf(0, x) : x;
+    case NONFINITE: return choice % 97 == 0 ? INFINITY : choice % 97 == 1 ? -INFINITY : choice % 97 == 2 ? NAN : x;
+    default: return x;
+    }
+}
+
+static float *random_row(int kind, size_t n)
+{
+    float *row = allocate(n * sizeof *row);
+    for (size_t i = 0; i < n; i++)
+        row[i] = random_value(kind);
+    return row;
+}
+
+/* Where a block keeps its factors: f16, but MXFP4 an exponent. */
+static const int factors_of[G4_N_DTYPES][2] = {
+    [G4_Q4_1] = {0, 2},     [G4_Q5_1] = {0, 2}, [G4_Q2_K] = {80, 82}, [G4_Q3_K] = {108, 108},
+    [G4_Q6_K] = {208, 208}, [G4_Q4_K] = {0, 2}, [G4_Q5_K] = {0, 2},
+};
+
+/* Random bytes make every whole number; the factors are about 0.01, or infinities would hide all else. */
+static void random_block(g4_dtype dtype, uint8_t *block)
+{
+    const size_t size = g4_block_bytes(dtype);
+    for (size_t i = 0; i < size; i++)
+        block[i] = (uint8_t)random_bits();
+    if (dtype == G4_MXFP4) {
+        block[0] = (uint8_t)(110 + random_bits() % 20);
+        return;
+    }
+    for (int f = 0; f < 2; f++) {
+        const uint16_t d = g4_f32_to_f16(0.02f * random_value(NORMAL));
+        memcpy(block + factors_of[dtype][f], &d, 2);
+    }
+}
+
+static void *random_weights(g4_dtype dtype, int kind, size_t n)
+{
+    const size_t n_blocks = n / g4_block_size(dtype), size = g4_block_bytes(dtype);
+    uint8_t *weights = allocate(n_blocks * size);
+    for (size_t i = 0; i < n_blocks; i++) {
+        const float x = random_value(kind);
+        const uint16_t half = dtype == G4_F16 ? g4_f32_to_f16(x) : g4_f32_to_bf16(x);
+        if (g4_is_quantised(dtype))
+            random_block(dtype, weights + i * size);
+        else
+            memcpy(weights + i * size, dtype == G4_F32 ? (const void *)&x : (const void *)&half, size);
+    }
+    return weights;
+}
+
+/* ---- products ------------------------------------------------------------------------------------------------------- */
+
+static void check_matmul(g4_dtype dtype, int kind, int m, int n, int k)
+{
+    const size_t x_stride = (size_t)k + 3, out_stride = (size_t)n + 2, n_out = (size_t)m * out_stride;
+    float *x = random_row(kind, (size_t)m * x_stride), *wanted = allocate(n_out * 4), *got = allocate(n_out * 4);
+    void *w = random_weights(dtype, NORMAL, (size_t)n * (size_t)k);
+    g4_matmul_for(scalar, dtype)(x, x_stride, m, w, (size_t)k, n, k, wanted, out_stride);
+    for (int t = 0; t < n_tables; t++) {
+        g4_matmul_for(tables[t], dtype)(x, x_stride, m, w, (size_t)k, n, k, got, out_stride);
+        check(same(got, wanted, n_out), tables[t], "matmul", g4_dtype_name(dtype), m, n, k);
+        for (int i = 0; i < m; i += 7)
+            g4_matmul_for(tables[t], dtype)(x + (size_t)i * x_stride, x_stride, 1, w, (size_t)k, n, k,
+                                            got + (size_t)i * out_stride, out_stride);
+        check(same(got, wanted, n_out), tables[t], "matmul of single rows", g4_dtype_name(dtype), m, n, k);
+    }
+    free(x), free(wanted), free(got), free(w);
+}
+
+static g4_int8_rows int8_rows_new(int m, int k)
+{
+    const size_t n = (size_t)m * g4_int8_stride((size_t)k);
+    return (g4_int8_rows){allocate(n), allocate(n / 32 * 4), allocate(n / 16 * 4), allocate(n / 32 * 4)};
+}
+
+static void int8_rows_free(g4_int8_rows rows)
+{
+    free(rows.q), free(rows.scale), free(rows.sum16), free(rows.sum32);
+}
+
+static g4_int8_rows check_quantize(const float *x, int m, int k)
+{
+    const size_t n = (size_t)m * g4_int8_stride((size_t)k);
+    const g4_int8_rows wanted = int8_rows_new(m, k), got = int8_rows_new(m, k);
+    scalar->quantize_rows(x, (size_t)k, m, k, &wanted);
+    for (int t = 0; t < n_tables; t++) {
+        tables[t]->quantize_rows(x, (size_t)k, m, k, &got);
+        check(memcmp(got.q, wanted.q, n) == 0 && same(got.scale, wanted.scale, n / 32) &&
+                  same(got.sum16, wanted.sum16, n / 16) && same(got.sum32, wanted.sum32, n / 32),
+              tables[t], "quantize_rows", "", m, 0, k);
+    }
+    int8_rows_free(got);
+    return wanted;
+}
+
+static void check_matmul_int8(g4_dtype dtype, int kind, int m, int n, int k)
+{
+    const size_t n_out = (size_t)m * (size_t)n;
+    float *x = random_row(kind, (size_t)m * (size_t)k), *wanted = allocate(n_out * 4), *got = allocate(n_out * 4);
+    void *w = random_weights(dtype, NORMAL, (size_t)n * (size_t)k);
+    const g4_int8_rows rows = check_quantize(x, m, k);
+    g4_matmul_int8_for(scalar, dtype)(&rows, m, w, (size_t)k, n, k, wanted, (size_t)n);
+    for (int t = 0; t < n_tables; t++) {
+        g4_matmul_int8_for(tables[t], dtype)(&rows, m, w, (size_t)k, n, k, got, (size_t)n);
+        check(same(got, wanted, n_out), tables[t], "matmul_int8", g4_dtype_name(dtype), m, n, k);
+    }
+    free(x), free(wanted), free(got), free(w);
+    int8_rows_free(rows);
+}
+
+/* The largest products of one sign: nothing may saturate. */
+static void check_int8_at_the_ends(g4_dtype dtype, uint8_t fill, float x_value, int m)
+{
+    enum { N = 20, K = 512 };
+    const size_t n_bytes = g4_dtype_bytes(dtype, N * K), size = g4_block_bytes(dtype);
+    const uint16_t d = g4_f32_to_f16(0.01f);
+    uint8_t *w = allocate(n_bytes);
+    float x[6 * K], wanted[6 * N], got[6 * N];
+    memset(w, fill, n_bytes);
+    for (size_t at = 0; at < n_bytes; at += size)
+        for (int f = 0; f < 2; f++)
+            memcpy(w + at + factors_of[dtype][f], &d, dtype == G4_MXFP4 ? 1 : 2);
+    for (int i = 0; i < m * K; i++)
+        x[i] = x_value;
+    const g4_int8_rows rows = check_quantize(x, m, K);
+    g4_matmul_int8_for(scalar, dtype)(&rows, m, w, K, N, K, wanted, N);
+    for (int t = 0; t < n_tables; t++) {
+        g4_matmul_int8_for(tables[t], dtype)(&rows, m, w, K, N, K, got, N);
+        check(same(got, wanted, (size_t)m * N), tables[t], "largest matmul_int8", g4_dtype_name(dtype), m, N, fill);
+    }
+    free(w);
+    int8_rows_free(rows);
+}
+
+static void test_products(void)
+{
+    static const int sizes[][3] = {{1, 1, 1},     {2, 3, 15},     {3, 4, 16},   {5, 17, 33},
+                                   {24, 31, 100}, {49, 34, 1040}, {73, 65, 31}, {150, 7, 2100}};
+    static const int block_sizes[][3] = {{1, 1, 256}, {3, 5, 768}, {6, 37, 1280}, {75, 9, 512}};
+    static const int int8_sizes[][3] = {{1, 19, 768},  {2, 3, 256},  {3, 17, 512},  {4, 8, 256},
+                                        {5, 40, 1280}, {16, 5, 256}, {17, 19, 768}, {259, 40, 768}};
+    for (g4_dtype dtype = G4_F32; dtype < G4_N_DTYPES; dtype++) {
+        for (int s = 0; !g4_is_quantised(dtype) && s < 8; s++)
+            for (int kind = 0; kind < N_KINDS; kind++)
+                check_matmul(dtype, kind, sizes[s][0], sizes[s][1], sizes[s][2]);
+        for (int s = 0; g4_is_quantised(dtype) && s < 4; s++)
+            check_matmul(dtype, s, block_sizes[s][0], block_sizes[s][1], block_sizes[s][2]);
+        for (int s = 0; g4_is_quantised(dtype) && s < 8; s++)
+            check_matmul_int8(dtype, s % N_KINDS, int8_sizes[s][0], int8_sizes[s][1], int8_sizes[s][2]);
+        for (int m = 1; g4_block_size(dtype) == 32 && m < 40; m += 19) /* a last stretch of less than 256 */
+            check_matmul_int8(dtype, NORMAL, m, 17, 352);
+        static const uint8_t fills[] = {0x00, 0xff, 0x0f, 0xf0, 0x80, 0x7f};
+        for (int f = 0; g4_is_quantised(dtype) && f < 6; f++)
+            for (int m = 1; m <= 6; m += 5) {
+                check_int8_at_the_ends(dtype, fills[f], 1, m);
+                check_int8_at_the_ends(dtype, fills[f], -1, m);
+            }
+    }
+}
+
+/* ---- attention's sums, panels --------------------------------------------------------------------------------------- */
+
+static void check_weighted_sum(g4_dtype dtype, int kind, int m, int n_keys, int d)
+{
+    const size_t p_stride = (size_t)n_keys + 1, n_out = (size_t)m * (size_t)d;
+    float *p = random_row(kind, (size_t)m * p_stride), *start = random_row(NORMAL, n_out);
+    float *wanted = allocate(n_out * 4), *got = allocate(n_out * 4);
+    void *v = random_weights(dtype, NORMAL, (size_t)n_keys * (size_t)d);
+    memcpy(wanted, start, n_out * 4);
+    g4_weighted_sum_for(scalar, dtype)(p, p_stride, m, v, (size_t)d, n_keys, d, wanted, (size_t)d);
+    for (int t = 0; t < n_tables; t++) {
+        memcpy(got, start, n_out * 4);
+        g4_weighted_sum_for(tables[t], dtype)(p, p_stride, m, v, (size_t)d, n_keys, d, got, (size_t)d);
+        check(same(got, wanted, n_out), tables[t], "weighted_sum", g4_dtype_name(dtype), m, n_keys, d);
+    }
+    free(p), free(start), free(wanted), free(got), free(v);
+}
+
+static void check_panel(int kind, int m, int n, int k, bool add)
+{
+    float *w = random_row(kind, (size_t)(n * k)), *x = random_row(kind, (size_t)(m * k));
+    float *panel = allocate((size_t)k * 64), *other = allocate((size_t)k * 64);
+    float *start = random_row(NORMAL, (size_t)(m * n));
+    float *wanted = allocate((size_t)(m * n) * 4), *got = allocate((size_t)(m * n) * 4);
+    scalar->pack_panel(w, (size_t)k, n, k, panel);
+    memcpy(wanted, start, (size_t)(m * n) * 4);
+    scalar->matmul_panel(x, (size_t)k, m, panel, k, wanted, (size_t)n, n, add);
+    for (int t = 0; t < n_tables; t++) {
+        tables[t]->pack_panel(w, (size_t)k, n, k, other);
+        check(same(other, panel, (size_t)k * 16), tables[t], "pack_panel", "", m, n, k);
+        memcpy(got, start, (size_t)(m * n) * 4);
+        tables[t]->matmul_panel(x, (size_t)k, m, panel, k, got, (size_t)n, n, add);
+        check(same(got, wanted, (size_t)(m * n)), tables[t], "matmul_panel", "", m, n, k);
+    }
+    free(w), free(x), free(panel), free(other), free(start), free(wanted), free(got);
+}
+
+static void test_sums_and_panels(void)
+{
+    static const int sizes[][3] = {{1, 1, 32}, {3, 70, 64}, {9, 33, 512}, {4, 5, 2080}};
+    for (int s = 0; s < 4; s++)
+        for (int kind = 0; kind < N_KINDS; kind++) {
+            check_weighted_sum(G4_F32, kind, sizes[s][0], sizes[s][1], sizes[s][2] + 3);
+            check_weighted_sum(G4_F16, kind, sizes[s][0], sizes[s][1], sizes[s][2] + 3);
+            check_weighted_sum(G4_BF16, kind, sizes[s][0], sizes[s][1], sizes[s][2] + 3);
+            check_weighted_sum(G4_Q8_0, kind, sizes[s][0], sizes[s][1], sizes[s][2]);
+        }
+    for (int m = 1; m < 24; m += 3)
+        for (int n = 1; n <= 16; n += 5)
+            check_panel(m % N_KINDS, m, n, 3 * m + n, m % 2 == 0);
+}
+
+/* ---- rows ----------------------------------------------------------------------------------------------------------- */
+
+enum {
+    SUM_SQUARES,
+    SCALE,
+    SCALE_GAIN,
+    ADD,
+    MUL,
+    AXPY,
+    GELU,
+    GLU,
+    CLAMP,
+    NORM,
+    NORM_BIAS,
+    MUL_ADD,
+    SOFTMAX,
+    SOFTCAP,
+    ROPE,
+    READ_SUM,
+    N_ROW_KERNELS
+};
+static const char *const row_names[] = {
+    "sum_squares", "scale_mul",  "scale_mul with a gain",  "add",     "mul",     "axpy",    "gelu", "glu",
+    "clamp",       "layer_norm", "layer_norm with a bias", "mul_add", "softmax", "softcap", "rope", "read_sum"};
+
+/* x is changed, y and z are read. */
+static void run_row(const g4_kernels *t, int kernel, float *x, const float *y, const float *z, int n)
+{
+    switch (kernel) {
+    case SUM_SQUARES: x[0] = t->sum_squares(x, n); break;
+    case SCALE: t->scale_mul(x, x, 0.3f, NULL, n); break;
+    case SCALE_GAIN: t->scale_mul(x, x, 0.3f, y, n); break;
+    case ADD: t->add(x, x, y, n); break;
+    case MUL: t->mul(x, x, y, n); break;
+    case AXPY: t->axpy(x, 0.7f, y, n); break;
+    case GELU: t->gelu(x, x, n); break;
+    case GLU: t->glu(x, x, y, n); break;
+    case CLAMP: t->clamp(x, x, -0.5f, 0.25f, n); break;
+    case NORM: t->layer_norm(x, x, y, NULL, 1e-6f, n); break;
+    case NORM_BIAS: t->layer_norm(x, x, y, z, 1e-6f, n); break;
+    case MUL_ADD: t->mul_add(x, y, z, n); break;
+    case SOFTMAX: t->softmax(x, n); break;
+    case SOFTCAP: t->softcap(x, 0.8f, n); break;
+    case ROPE: t->rope(x, y, z, n / 2); break;
+    default: x[0] = t->read_sum(x, (size_t)n); break;
+    }
+}
+
+static void check_row(int kernel, int kind, int n)
+{
+    const size_t n_bytes = (size_t)n * 4;
+    float *x = random_row(kind, (size_t)n), *y = random_row(kind == NONFINITE ? NORMAL : kind, (size_t)n);
+    float *z = random_row(NORMAL, (size_t)n), *wanted = allocate(n_bytes), *got = allocate(n_bytes);
+    memcpy(wanted, x, n_bytes);
+    run_row(scalar, kernel, wanted, y, z, n);
+    for (int t = 0; t < n_tables; t++) {
+        memcpy(got, x, n_bytes);
+        run_row(tables[t], kernel, got, y, z, n);
+        check(same(got, wanted, (size_t)n), tables[t], row_names[kernel], "", kind, n, 0);
+    }
+    free(x), free(y), free(z), free(wanted), free(got);
+}
+
+/* Over the whole range of exp and tanh: every 4099th float there is. */
+static void check_every_size(int kernel)
+{
+    enum { N = 1 << 10 };
+    static float x[N], wanted[N], got[N];
+    for (uint32_t bits = 0; bits < 0xff000000u; bits += 4099u * N) {
+        for (uint32_t i = 0; i < N; i++)
+            x[i] = wanted[i] = g4_f32_from_bits(bits + i * 4099u);
+        run_row(scalar, kernel, wanted, x, x, N);
+        for (int t = 0; t < n_tables; t++) {
+            memcpy(got, x, sizeof got);
+            run_row(tables[t], kernel, got, x, x, N);
+            check(same(got, wanted, N), tables[t], row_names[kernel], "of every size", 0, N, 0);
+        }
+    }
+}
+
+static void test_rows(void)
+{
+    static const int sizes[] = {1, 2, 15, 16, 17, 33, 64, 100, 1000, 2049};
+    for (int kernel = 0; kernel < N_ROW_KERNELS; kernel++)
+        for (int kind = 0; kind < N_KINDS; kind++)
+            for (int s = 0; s < 10; s++)
+                check_row(kernel, kind, sizes[s]);
+    check_every_size(GELU);
+    check_every_size(SOFTCAP);
+}
+
+/* ---- conversions, and the yardsticks --------------------------------------------------------------------------------- */
+
+static void check_widen(g4_dtype dtype, const void *in, int n)
+{
+    float *wanted = allocate((size_t)n * 4), *got = allocate((size_t)n * 4);
+    g4_widen_for(scalar, dtype)(wanted, in, n);
+    for (int t = 0; t < n_tables; t++) {
+        g4_widen_for(tables[t], dtype)(got, in, n);
+        check(same(got, wanted, (size_t)n), tables[t], "widen", g4_dtype_name(dtype), 0, n, 0);
+    }
+    free(wanted), free(got);
+}
+
+static void check_narrow(g4_dtype dtype, int kind, int n)
+{
+    const size_t n_bytes = g4_dtype_bytes(dtype, (size_t)n);
+    float *x = random_row(kind, (size_t)n);
+    uint8_t *wanted = allocate(n_bytes), *got = allocate(n_bytes);
+    g4_narrow_for(scalar, dtype)(wanted, x, n);
+    for (int t = 0; t < n_tables; t++) {
+        g4_narrow_for(tables[t], dtype)(got, x, n);
+        check(memcmp(got, wanted, n_bytes) == 0, tables[t], "narrow", g4_dtype_name(dtype), kind, n, 0);
+    }
+    free(x), free(wanted), free(got);
+}
+
+static void test_conversions(void)
+{
+    static uint16_t every[1 << 16];
+    for (int i = 0; i < 1 << 16; i++)
+        every[i] = (uint16_t)i;
+    for (int n = 1 << 16; n > 0; n /= 5) {
+        check_widen(G4_F16, every, n);
+        check_widen(G4_BF16, every, n);
+    }
+    for (g4_dtype dtype = G4_F32; dtype < G4_N_DTYPES; dtype++) {
+        void *rows = random_weights(dtype, NORMAL, 4096);
+        for (int n = 256; n <= 4096; n *= 4)
+            check_widen(dtype, rows, n);
+        free(rows);
+        for (int kind = 0; g4_narrow_for(scalar, dtype) && kind < N_KINDS; kind++)
+            for (int n = 32; n <= 4096; n *= 2)
+                check_narrow(dtype, kind, g4_is_quantised(dtype) ? n : n - 3);
+    }
+}
+
+static void test_yardsticks(void)
+{
+    int8_t x[512];
+    int32_t wanted = 0, got = 0;
+    for (int i = 0; i < 512; i++)
+        x[i] = (int8_t)(random_bits() % 255 - 127);
+    const double n_operations = scalar->spin_int8(x, &wanted, 40);
+    for (int t = 0; t < n_tables; t++) {
+        float sums[24 * 16] = {0};
+        check(tables[t]->spin_int8(x, &got, 40) == n_operations && got == wanted, tables[t], "spin_int8", "", 0, 0, 40);
+        check(tables[t]->spin_f32(sums, 40) > 0 && sums[0] > 0.99f && sums[0] <= 1, tables[t], "spin_f32", "", 0, 0,
+              40);
+    }
+}
+
+int main(int n_args, char **args)
+{
+    int n_missing = 0;
+    for (int isa = 0; isa < G4_N_ISAS; isa++)
+        if (g4_kernels_for((g4_isa)isa))
+            tables[n_tables++] = g4_kernels_for((g4_isa)isa);
+    scalar = tables[0];
+    for (int i = 1; i < n_args; i++) {
+        const g4_isa isa = g4_isa_parse(args[i]);
+        if (isa == G4_N_ISAS || !g4_kernels_for(isa)) {
+            printf("not here: %s\n", args[i]);
+            n_missing++;
+        }
+    }
+    test_products();
+    test_sums_and_panels();
+    test_rows();
+    test_conversions();
+    test_yardsticks();
+    for (int t = 0; t < n_tables; t++)
+        printf("%s%s", t ? ", " : "", g4_isa_name(tables[t]->isa));
+    printf(": %d passed, %d failed\n", n_passed, n_failed);
+    return n_failed || n_missing;
+}
