@@ -7,7 +7,7 @@
 
 #include "kernels/kernels.h"
 
-enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES = 512, AHEAD_BYTES = 2048 };
+enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, AHEAD_BYTES = 1024 };
 
 #define x16_load_f32 x16_load
 #define ITSELF(x) (x)
@@ -20,8 +20,8 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, PREFETCH_BYTES =
 #define INLINE inline __attribute__((always_inline))
 #endif
 
-/* Decode reads its weights once, one row after the other. The processor's own prefetching stops at every page of 4 KB and
- * at the end of what it thinks is a stream: with this, two Zen 3 cores read Q4_0 rows at 30 GB/s instead of 22, of 36. */
+/* Decode reads its weights once, in long runs. The processor's own prefetching stops at every page of 4 KB and at the end
+ * of what it thinks is a stream: with this, two Zen 3 cores read Q4_0 rows at 30 GB/s instead of 22. */
 static INLINE void prefetch_ahead(const void *p, size_t n_bytes)
 {
     for (size_t byte = 0; byte < n_bytes; byte += 64)

@@ -26,21 +26,24 @@ static void NAME(widen_)(float *out, const void *in, int n)
         NAME(widen_block_)(out + i, block);
 }
 
-/* out[j] = dot(x, w_j) for up to TILE_N rows, BLOCK inputs of all of them at a time. */
-static void NAME(dot_rows_)(const float *x, const uint8_t *w, size_t w_stride, int n, int k, float *out)
+/* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w: what dot_two_ is in body_matmul.h. */
+static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, const uint8_t *w, size_t far_weights,
+                                  int k, float *out, size_t out_stride, int far)
 {
-    f32x16 sum[TILE_N];
+    f32x16 sum[2][FEW_ROWS];
     float values[BLOCK];
-    for (int r = 0; r < TILE_N; r++)
-        sum[r] = x16_set1(0);
+    for (int i = 0; i < m; i++)
+        sum[0][i] = sum[1][i] = x16_set1(0);
     for (int l = 0; l < k; l += BLOCK)
-        for (int r = 0; r < n; r++) {
-            NAME(widen_block_)(values, w + WEIGHTS_IN((size_t)r * w_stride + (size_t)l));
-            for (int i = 0; i < BLOCK; i += 16)
-                sum[r] = x16_fma(x16_load(x + l + i), x16_load(values + i), sum[r]);
+        for (int r = 0; r < 2; r++) {
+            NAME(widen_block_)(values, w + WEIGHTS_IN((size_t)r * far_weights + (size_t)l));
+            for (int at = 0; at < BLOCK; at += 16)
+                for (int i = 0; i < m; i++)
+                    sum[r][i] = x16_fma(x16_load(x + (size_t)i * x_stride + l + at), x16_load(values + at), sum[r][i]);
         }
-    for (int r = 0; r < n; r++)
-        out[r] = x16_sum(sum[r]);
+    for (int r = 0; r < 2; r++)
+        for (int i = 0; i < m; i++)
+            out[(size_t)i * out_stride + (size_t)(r * far)] = x16_sum(sum[r][i]);
 }
 
 static void NAME(pack_weights_)(const uint8_t *w, size_t w_stride, int n, int k, float *packed)

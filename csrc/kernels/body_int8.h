@@ -10,7 +10,7 @@
  * The products of a group are exact (8 by 8 bits into 32), so what rounds is x, once, and one fma per group.
  */
 
-/* ---- decode: a few rows of x, the weights straight from memory, row after row ------------------------------------ */
+/* ---- decode: a few rows of x, the weights straight from memory -------------------------------------------------- */
 
 /* Scale and minimum of every GROUP of 256 inputs of a row. */
 typedef struct {
@@ -36,7 +36,7 @@ static INLINE NAME(factors_) NAME(read_factors_)(const uint8_t *w)
 
 static INLINE void NAME(read_pair_)(const uint8_t *w, int pair, i8x32 q[2])
 {
-    CONCAT(read_pair_of_, WEIGHT)(w + pair * 2 * BLOCK_BYTES, q);
+    CONCAT(read_pair_of_, WEIGHT)(w + pair * BLOCK_BYTES, q);
 }
 #else
 static INLINE NAME(factors_) NAME(read_factors_)(const uint8_t *w)
@@ -56,99 +56,102 @@ static INLINE void NAME(read_pair_)(const uint8_t *w, int pair, i8x32 q[2])
 {
     block_values v;
     CONCAT(read_, WEIGHT)(w, &v);
-    q[0] = i8_low_halves(v.q[2 * pair], v.q[2 * pair + 1]);
-    q[1] = i8_high_halves(v.q[2 * pair], v.q[2 * pair + 1]);
+    q[0] = i8_low_halves(v.q[pair], v.q[pair + 4]);
+    q[1] = i8_high_halves(v.q[pair], v.q[pair + 4]);
 }
 #endif
 
-/* sum + the products of two blocks, their first halves and their last ones, with the scales of each of those. */
-static INLINE f32x8 NAME(add_pair_)(const i8x32 q[2], i8x32 first, i8x32 last, f32x8 first_scales, f32x8 last_scales,
-                                    f32x8 sum)
+/* q . x of each of 8 blocks: dot[0] of whole ones, or of their first halves and dot[1] of their last where each half has its
+ * own scale. q and x by pairs of blocks: their first halves, their last ones. */
+static INLINE void NAME(dot_blocks_)(const i8x32 q[4][2], const int8_t *x, i32x8 *dot)
 {
-#if GROUP == 32
-    (void)last_scales;
-    const i32x8 dot = FIT ? i32_from_pairs(i16_add_pairs(i16_pairs(q[0], first), q[1], last))
-                          : i32_add_fours(i32_fours(q[0], first), q[1], last);
-    return f8_fma(first_scales, f8_from_i32(dot), sum);
+#define FIRST(pair) q[pair][0], i8_load(x + (pair) * 64)
+#define LAST(pair) q[pair][1], i8_load(x + (pair) * 64 + 32)
+#if GROUP == 32 && FIT
+#define WHOLE(pair) i16_add_pairs(i16_pairs(FIRST(pair)), LAST(pair))
+    dot[0] = i32_sums_of_pairs(WHOLE(0), WHOLE(1), WHOLE(2), WHOLE(3), FIT / 4);
+#undef WHOLE
+#elif GROUP == 32
+#define WHOLE(pair) i32_add_fours(i32_fours(FIRST(pair)), LAST(pair))
+    dot[0] = i32_sums_of_fours(WHOLE(0), WHOLE(1), WHOLE(2), WHOLE(3));
+#undef WHOLE
 #else
-    sum = f8_fma(first_scales, f8_from_i32(i32_from_pairs(i16_pairs(q[0], first))), sum);
-    return f8_fma(last_scales, f8_from_i32(i32_from_pairs(i16_pairs(q[1], last))), sum);
+    dot[0] = i32_sums_of_pairs(i16_pairs(FIRST(0)), i16_pairs(FIRST(1)), i16_pairs(FIRST(2)), i16_pairs(FIRST(3)), FIT / 2);
+    dot[1] = i32_sums_of_pairs(i16_pairs(LAST(0)), i16_pairs(LAST(1)), i16_pairs(LAST(2)), i16_pairs(LAST(3)), FIT / 2);
 #endif
+#undef FIRST
+#undef LAST
 }
 
-/* sum[i] += the products of 256 inputs of x_i, from `at` on, and w; below[i] += what the minima, or q not being raised, make
- * of them too much: (min or scale) . sums of x_i. */
+/* sum[i] += the products of 256 inputs of x_i, from `at` on, and w, lane by lane for 8 blocks; below[i] += what the minima,
+ * or q not being raised, make of them too much: (min or scale) . sums of x_i. */
 static INLINE void NAME(add_stretch_)(const int m, const g4_int8_rows *x, size_t at, size_t stride, const uint8_t *w,
                                       f32x8 *sum, f32x8 *below)
 {
     const NAME(factors_) f = NAME(read_factors_)(w);
-    f32x8 scales[FEW_ROWS][32 / GROUP]; /* lane l of those: l < 4 of the first block of pair l, else of the second */
+    i8x32 q[4][2];
+    NAME(read_pair_)(w, 0, q[0]);
+    NAME(read_pair_)(w, 1, q[1]);
+    NAME(read_pair_)(w, 2, q[2]);
+    NAME(read_pair_)(w, 3, q[3]);
     for (int i = 0; i < m; i++) {
         const size_t at_i = at + (size_t)i * stride;
         const f32x8 dx = f8_load(x->scale + at_i / 32);
+        i32x8 dot[32 / GROUP];
+        NAME(dot_blocks_)(q, x->q + at_i, dot);
 #if GROUP == 32
-        scales[i][0] = f8_evens_odds(f8_mul(f.scale[0], dx));
+        sum[i] = f8_fma(f8_mul(f.scale[0], dx), f8_from_i32(dot[0]), sum[i]);
 #else
-        scales[i][0] = f8_evens_odds(f8_mul(f8_evens(f.scale[0], f.scale[1]), dx));
-        scales[i][1] = f8_evens_odds(f8_mul(f8_odds(f.scale[0], f.scale[1]), dx));
+        sum[i] = f8_fma(f8_mul(f8_evens(f.scale[0], f.scale[1]), dx), f8_from_i32(dot[0]), sum[i]);
+        sum[i] = f8_fma(f8_mul(f8_odds(f.scale[0], f.scale[1]), dx), f8_from_i32(dot[1]), sum[i]);
 #endif
         const float *sums = (GROUP == 32 ? x->sum32 : x->sum16) + at_i / GROUP;
         for (int g = 0; g < 32 / GROUP && (HAS_MIN || RAISE != 0); g++)
             below[i] = f8_fma(HAS_MIN ? f.min[g] : f.scale[g], f8_load(sums + g * 8), below[i]);
     }
-#define ADD_PAIR(pair)                                                                                \
-    do {                                                                                              \
-        i8x32 q[2];                                                                                   \
-        NAME(read_pair_)(w, pair, q);                                                                 \
-        for (int i = 0; i < m; i++) {                                                                 \
-            const int8_t *xs = x->q + at + (size_t)i * stride + (pair) * 64;                          \
-            sum[i] = NAME(add_pair_)(q, i8_load(xs), i8_load(xs + 32), f8_spread(scales[i][0], pair), \
-                                     f8_spread(scales[i][32 / GROUP - 1], pair), sum[i]);             \
-        }                                                                                             \
-    } while (0)
-    ADD_PAIR(0);
-    ADD_PAIR(1);
-    ADD_PAIR(2);
-    ADD_PAIR(3);
-#undef ADD_PAIR
 }
 
-/* out[i] = dot(x_i, w) for m rows of x and one of w: rows one after the other are what memory gives fastest. */
-static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const uint8_t *w, int k, float *out,
-                                    size_t out_stride)
+/* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w (body_matmul.h says why two). */
+static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const uint8_t *w, size_t far_bytes, int k,
+                                    float *out, size_t out_stride, int far)
 {
     const size_t stride = g4_int8_stride((size_t)k);
-    f32x8 sum[FEW_ROWS], below[FEW_ROWS];
+    f32x8 sum[2][FEW_ROWS], below[2][FEW_ROWS];
     int l = 0;
     for (int i = 0; i < m; i++)
-        sum[i] = below[i] = f8_set1(0);
-    for (; l + 256 <= k; l += 256) {
-        prefetch_ahead(w + WEIGHTS_IN(l), WEIGHTS_IN(256));
-        NAME(add_stretch_)(m, x, (size_t)l, stride, w + WEIGHTS_IN(l), sum, below);
-    }
-    if (l < k) { /* x is padded with zeros, too */
+        sum[0][i] = sum[1][i] = below[0][i] = below[1][i] = f8_set1(0);
+    for (; l + 256 <= k; l += 256)
+        for (int r = 0; r < 2; r++) {
+            const uint8_t *stretch = w + (size_t)r * far_bytes + WEIGHTS_IN(l);
+            prefetch_ahead(stretch, WEIGHTS_IN(256));
+            NAME(add_stretch_)(m, x, (size_t)l, stride, stretch, sum[r], below[r]);
+        }
+    for (int r = 0; r < 2 && l < k; r++) { /* x is padded with zeros, too */
         uint8_t padded[WEIGHTS_IN(256)] = {0};
-        memcpy(padded, w + WEIGHTS_IN(l), WEIGHTS_IN(k - l));
-        NAME(add_stretch_)(m, x, (size_t)l, stride, padded, sum, below);
+        memcpy(padded, w + (size_t)r * far_bytes + WEIGHTS_IN(l), WEIGHTS_IN(k - l));
+        NAME(add_stretch_)(m, x, (size_t)l, stride, padded, sum[r], below[r]);
     }
-    for (int i = 0; i < m; i++)
-        out[(size_t)i * out_stride] = f8_sum(sum[i]) - (HAS_MIN ? 1.0f : (float)RAISE) * f8_sum(below[i]);
+    for (int r = 0; r < 2; r++)
+        for (int i = 0; i < m; i++)
+            out[(size_t)i * out_stride + (size_t)(r * far)] =
+                f8_sum(f8_minus_product(sum[r][i], f8_set1(HAS_MIN ? 1.0f : (float)RAISE), below[r][i]));
 }
 
-/* A row of w stays in the first-level cache for the next four rows of x. */
+/* Two rows of w stay in the first-level cache for the next four rows of x. */
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
                             size_t out_stride)
 {
-    const size_t w_bytes = WEIGHTS_IN(w_stride);
-    for (int j = 0; j < n; j++, w += w_bytes)
+    const int far = n / 2;
+    const size_t w_bytes = WEIGHTS_IN(w_stride), far_bytes = (size_t)far * w_bytes;
+    for (int j = 0; j < n - far; j++, w += w_bytes)
         for (int i = 0; i < m; i += FEW_ROWS) {
             const g4_int8_rows rows = g4_int8_rows_from(x, (size_t)i, (size_t)k);
             float *to = out + (size_t)i * out_stride + (size_t)j;
             switch (m - i) {
-            case 1: NAME(int8_dots_)(1, &rows, w, k, to, out_stride); break;
-            case 2: NAME(int8_dots_)(2, &rows, w, k, to, out_stride); break;
-            case 3: NAME(int8_dots_)(3, &rows, w, k, to, out_stride); break;
-            default: NAME(int8_dots_)(4, &rows, w, k, to, out_stride); break;
+            case 1: NAME(int8_dots_)(1, &rows, w, far_bytes, k, to, out_stride, far); break;
+            case 2: NAME(int8_dots_)(2, &rows, w, far_bytes, k, to, out_stride, far); break;
+            case 3: NAME(int8_dots_)(3, &rows, w, far_bytes, k, to, out_stride, far); break;
+            default: NAME(int8_dots_)(4, &rows, w, far_bytes, k, to, out_stride, far); break;
             }
         }
 }

@@ -19,10 +19,12 @@ typedef struct {
 } int8_panel;
 
 /* Where the four inputs t of group g lie in a row of x, whose blocks of 32 are stored in pairs (g4_int8_rows). */
+static inline int block_in_x(int block) { return block / 8 * 256 + block % 4 * 64 + block / 4 % 2 * 16; }
+
 static inline int place_in_x(int group, int g, int t)
 {
     const int block = g * group / 32, four = g * group / 4 % 8 + t;
-    return block / 2 * 64 + block % 2 * 16 + four / 4 * 32 + four % 4 * 4;
+    return block_in_x(block) + four / 4 * 32 + four % 4 * 4;
 }
 
 /* acc[i][16] += x_i . w for m rows of x over k inputs, k a multiple of 32. fit: see body_int8.h. */
@@ -119,7 +121,7 @@ static inline int round_16(f32x16 x, int8_t *q)
  * infinity makes its scale NaN. */
 static void quantize_block(const float x[32], int b, const g4_int8_rows *row)
 {
-    int8_t *q = row->q + b / 2 * 64 + b % 2 * 16;
+    int8_t *q = row->q + block_in_x(b);
     const f32x16 low = x16_load(x), high = x16_load(x + 16);
     const float max = x16_largest(x16_max(x16_abs(low), x16_abs(high)));
     const f32x16 inverse = x16_set1(max > 0 ? 127.0f / max : 0);

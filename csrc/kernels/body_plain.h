@@ -13,30 +13,29 @@ static inline f32x16 NAME(load_some_)(const weight *w, int rest)
     return x16_load(padded);
 }
 
-/* out[j] = dot(x, w_j) for up to TILE_N rows: every weight is read once, straight from memory. */
-static void NAME(dot_rows_)(const float *x, const weight *w, size_t w_stride, int n, int k, float *out)
+/* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w: what dot_two_ is in body_matmul.h. */
+static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, const weight *w, size_t far_weights,
+                                  int k, float *out, size_t out_stride, int far)
 {
     const int k16 = k / 16 * 16;
-    const weight *row[TILE_N];
-    f32x16 sum[TILE_N];
-    for (int r = 0; r < TILE_N; r++) {
-        row[r] = w + (size_t)(r < n ? r : 0) * w_stride;
-        sum[r] = x16_set1(0);
-    }
-    for (int l = 0; l < k16; l += 16) {
-        f32x16 xs = x16_load(x + l);
-        for (int r = 0; r < TILE_N; r++) {
-            __builtin_prefetch(row[r] + l + PREFETCH_BYTES / sizeof(weight));
-            sum[r] = x16_fma(xs, CONCAT(x16_load_, WEIGHT)(row[r] + l), sum[r]);
+    f32x16 sum[2][FEW_ROWS];
+    for (int i = 0; i < m; i++)
+        sum[0][i] = sum[1][i] = x16_set1(0);
+    for (int l = 0; l < k16; l += 16)
+        for (int r = 0; r < 2; r++) {
+            const weight *block = w + (size_t)r * far_weights + l;
+            const f32x16 ws = CONCAT(x16_load_, WEIGHT)(block);
+            __builtin_prefetch((const char *)block + AHEAD_BYTES);
+            for (int i = 0; i < m; i++)
+                sum[r][i] = x16_fma(x16_load(x + (size_t)i * x_stride + l), ws, sum[r][i]);
         }
-    }
-    if (k16 < k) {
-        f32x16 xs = x16_load_some(x + k16, k - k16);
-        for (int r = 0; r < TILE_N; r++)
-            sum[r] = x16_fma(xs, NAME(load_some_)(row[r] + k16, k - k16), sum[r]);
-    }
-    for (int r = 0; r < n; r++)
-        out[r] = x16_sum(sum[r]);
+    for (int r = 0; r < 2; r++)
+        for (int i = 0; i < m; i++) {
+            if (k16 < k)
+                sum[r][i] = x16_fma(x16_load_some(x + (size_t)i * x_stride + k16, k - k16),
+                                    NAME(load_some_)(w + (size_t)r * far_weights + k16, k - k16), sum[r][i]);
+            out[(size_t)i * out_stride + (size_t)(r * far)] = x16_sum(sum[r][i]);
+        }
 }
 
 static void NAME(pack_weights_)(const weight *w, size_t w_stride, int n, int k, float *packed)

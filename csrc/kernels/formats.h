@@ -96,9 +96,9 @@ static inline void read_mxfp4(const uint8_t *b, block_values *v)
     set_scale(v, mxfp4_scale(b[0]), 0);
 }
 
-/* The whole numbers of two blocks of 32 as the decode kernel takes them: the first halves of both, then the last halves.
+/* The whole numbers of two blocks of 32, the fourth after the other, as the decode kernel takes them: the first halves of both, then the last halves.
  * Nibbles come that way almost by themselves. */
-#define TWO_BLOCKS(b, block_bytes, at) i8_load_halves((b) + (at), (b) + (block_bytes) + (at))
+#define TWO_BLOCKS(b, block_bytes, at) i8_load_halves((b) + (at), (b) + 4 * (block_bytes) + (at))
 
 static inline void read_pair_of_q8_0(const uint8_t *b, i8x32 q[2])
 {
@@ -125,13 +125,13 @@ static inline void add_fifth_bits(const uint8_t *first, const uint8_t *second, i
 static inline void read_pair_of_q5_0(const uint8_t *b, i8x32 q[2])
 {
     split_nibbles(TWO_BLOCKS(b, 22, 6), q);
-    add_fifth_bits(b + 2, b + 22 + 2, q);
+    add_fifth_bits(b + 2, b + 4 * 22 + 2, q);
 }
 
 static inline void read_pair_of_q5_1(const uint8_t *b, i8x32 q[2])
 {
     split_nibbles(TWO_BLOCKS(b, 24, 8), q);
-    add_fifth_bits(b + 4, b + 24 + 4, q);
+    add_fifth_bits(b + 4, b + 4 * 24 + 4, q);
 }
 
 static inline void look_up_pair(const int8_t *table, i8x32 q[2])

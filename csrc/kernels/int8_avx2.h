@@ -79,6 +79,29 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x)
 }
 static inline i32x8 i32_add_fours(i32x8 sum, i8x32 w, i8x32 x) { return i32_add(sum, i32_fours(w, x)); }
 
+/* Of every 4 bytes of two registers, within 16 bytes: those with an even number, or an odd one. */
+#define FOURS(a, b, which) _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), which))
+static inline i32x8 i32_neighbours(i32x8 a, i32x8 b)
+{
+    return _mm256_add_epi32(FOURS(a, b, 0x88), FOURS(a, b, 0xdd));
+}
+static inline i32x8 i32_sums_of_fours(i32x8 a, i32x8 b, i32x8 c, i32x8 d)
+{
+    return i32_neighbours(i32_neighbours(a, b), i32_neighbours(c, d));
+}
+static inline i16x16 i16_halves(i16x16 a, i16x16 b)
+{
+    return _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+}
+/* Added in 16 bits while they fit: a third fewer instructions than widening every register. */
+static inline i32x8 i32_sums_of_pairs(i16x16 a, i16x16 b, i16x16 c, i16x16 d, int fit)
+{
+    const i16x16 ab = i16_halves(a, b), cd = i16_halves(c, d);
+    if (fit < 2)
+        return i32_neighbours(i32_from_pairs(ab), i32_from_pairs(cd));
+    return i32_from_pairs(_mm256_add_epi16(FOURS(ab, cd, 0x88), FOURS(ab, cd, 0xdd)));
+}
+
 static inline f32x8 f8_set1(float a) { return _mm256_set1_ps(a); }
 static inline f32x8 f8_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline f32x8 f8_from_i8(uint64_t bytes)
@@ -119,17 +142,12 @@ static inline f32x8 f8_mul(f32x8 a, f32x8 b) { return _mm256_mul_ps(a, b); }
 static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
 static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b) { return _mm256_fnmadd_ps(a, b, c); }
 static inline void f8_store(float *p, f32x8 a) { _mm256_storeu_ps(p, a); }
-static inline f32x8 f8_evens_odds(f32x8 a)
-{
-    return _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-}
 static inline f32x8 f8_in_order(f32x8 a) /* of four pairs of lanes: the first, third, second, fourth */
 {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8));
 }
 static inline f32x8 f8_evens(f32x8 a, f32x8 b) { return f8_in_order(_mm256_shuffle_ps(a, b, 0x88)); }
 static inline f32x8 f8_odds(f32x8 a, f32x8 b) { return f8_in_order(_mm256_shuffle_ps(a, b, 0xdd)); }
-#define f8_spread(a, i) _mm256_permute_ps(a, (i) * 0x55)
 static inline float f8_sum(f32x8 a)
 {
     __m128 by_4 = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -101,6 +101,23 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x)
 }
 static inline i32x8 i32_add_fours(i32x8 sum, i8x32 w, i8x32 x) { return i32_add(sum, i32_fours(w, x)); }
 
+/* Of a, b, c, d each: what its lower half adds up to, in lanes 0..3, and its upper half, in lanes 4..7. */
+static inline i32x8 i32_sums_of_fours(i32x8 a, i32x8 b, i32x8 c, i32x8 d)
+{
+    const i32x8 *const of[] = {&a, &b, &c, &d};
+    i32x8 sums = {{0}};
+    for (int l = 0; l < 8; l++)
+        for (int i = 0; i < 4; i++)
+            sums.lane[l] += of[l % 4]->lane[l / 4 * 4 + i];
+    return sums;
+}
+/* The same of pairs; so many times four lanes of them can be added up in 16 bits: fit >= 1. */
+static inline i32x8 i32_sums_of_pairs(i16x16 a, i16x16 b, i16x16 c, i16x16 d, int fit)
+{
+    (void)fit;
+    return i32_sums_of_fours(i32_from_pairs(a), i32_from_pairs(b), i32_from_pairs(c), i32_from_pairs(d));
+}
+
 static inline f32x8 f8_set1(float a) { RETURN_LANES(f32x8, 8, a); }
 static inline f32x8 f8_load(const float *p) { RETURN_LANES(f32x8, 8, p[l]); }
 /* The bytes of a number, the lowest first, each with a sign. */
@@ -119,13 +136,9 @@ static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b)
     RETURN_LANES(f32x8, 8, fmaf(-a.lane[l], b.lane[l], c.lane[l]));
 }
 static inline void f8_store(float *p, f32x8 a) { memcpy(p, a.lane, sizeof a.lane); }
-/* Lanes 0 2 4 6 1 3 5 7. */
-static inline f32x8 f8_evens_odds(f32x8 a) { RETURN_LANES(f32x8, 8, a.lane[l % 4 * 2 + l / 4]); }
 /* Of the 16 lanes of a and b those with an even number, and those with an odd one. */
 static inline f32x8 f8_evens(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, l < 4 ? a.lane[2 * l] : b.lane[2 * l - 8]); }
 static inline f32x8 f8_odds(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, l < 4 ? a.lane[2 * l + 1] : b.lane[2 * l - 7]); }
-/* Lane i four times, then lane 4 + i; i < 4 is a constant. */
-static inline f32x8 f8_spread(f32x8 a, int i) { RETURN_LANES(f32x8, 8, a.lane[l / 4 * 4 + i]); }
 /* The lanes by halving: l with l + 4, then l + 2, l + 1. */
 static inline float f8_sum(f32x8 a)
 {

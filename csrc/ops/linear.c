@@ -7,8 +7,9 @@
 enum {
     PANEL = 32,                 /* weight rows per task: the kernels' block */
     STREAM_ROWS = 4,            /* up to so many rows of x the weights are streamed: memory is what limits */
-    MIN_STREAM = 32 << 10,      /* bytes of weights per task then: long runs, because each start costs 2 KB of */
-    MAX_STREAM = 256 << 10,     /* prefetching for nothing, yet several for each thread */
+    MIN_STREAM = 64 << 10,      /* bytes of weights per task then: long runs, because each start is slow, */
+    MAX_STREAM = 512 << 10,     /* yet several for each thread */
+    STREAM_TASKS = 4,
     BLAS_MIN_ROWS = 48,         /* below this sgemm does not earn the widening of the weights */
     BLAS_PANEL_FLOATS = 1 << 17 /* a widened panel stays in the second-level cache */
 };
@@ -41,7 +42,7 @@ static bool uses_blas(const g4_exec *exec, const g4_linear_job *job)
 static int stream_rows(const g4_exec *exec, const g4_linear_job *job)
 {
     const size_t row_bytes = g4_dtype_bytes(job->w.dtype, job->w.n_cols);
-    size_t n_bytes = row_bytes * job->w.n_rows / (8 * (size_t)g4_pool_size(exec->pool));
+    size_t n_bytes = row_bytes * job->w.n_rows / (STREAM_TASKS * (size_t)g4_pool_size(exec->pool));
     n_bytes = n_bytes < MIN_STREAM ? MIN_STREAM : n_bytes > MAX_STREAM ? MAX_STREAM : n_bytes;
     return n_bytes < row_bytes ? 1 : (int)(n_bytes / row_bytes);
 }

@@ -122,8 +122,8 @@ def test_matmul_of_a_slice(name: str) -> None:
 
 
 def in_order(q: np.ndarray) -> np.ndarray:
-    """What the kernels keep as first and last halves of two blocks of 32, as [m, blocks, 32]."""
-    return q.reshape(len(q), -1, 2, 2, 16).swapaxes(2, 3).reshape(len(q), -1, 32)
+    """What the kernels keep as first and last halves of blocks b and b + 4 of every 8, as [m, blocks, 32]."""
+    return q.reshape(len(q), -1, 4, 2, 2, 16).transpose(0, 1, 4, 2, 3, 5).reshape(len(q), -1, 32)
 
 
 def rounded(x: np.ndarray, isa: str) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
