@@ -76,7 +76,8 @@ static INLINE void NAME(dot_blocks_)(const i8x32 q[4][2], const int8_t *x, i32x8
     dot[0] = i32_sums_of_fours(WHOLE(0), WHOLE(1), WHOLE(2), WHOLE(3));
 #undef WHOLE
 #else
-    dot[0] = i32_sums_of_pairs(i16_pairs(FIRST(0)), i16_pairs(FIRST(1)), i16_pairs(FIRST(2)), i16_pairs(FIRST(3)), FIT / 2);
+    dot[0] =
+        i32_sums_of_pairs(i16_pairs(FIRST(0)), i16_pairs(FIRST(1)), i16_pairs(FIRST(2)), i16_pairs(FIRST(3)), FIT / 2);
     dot[1] = i32_sums_of_pairs(i16_pairs(LAST(0)), i16_pairs(LAST(1)), i16_pairs(LAST(2)), i16_pairs(LAST(3)), FIT / 2);
 #endif
 #undef FIRST

@@ -81,10 +81,7 @@ static inline i32x8 i32_add_fours(i32x8 sum, i8x32 w, i8x32 x) { return i32_add(
 
 /* Of every 4 bytes of two registers, within 16 bytes: those with an even number, or an odd one. */
 #define FOURS(a, b, which) _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), which))
-static inline i32x8 i32_neighbours(i32x8 a, i32x8 b)
-{
-    return _mm256_add_epi32(FOURS(a, b, 0x88), FOURS(a, b, 0xdd));
-}
+static inline i32x8 i32_neighbours(i32x8 a, i32x8 b) { return _mm256_add_epi32(FOURS(a, b, 0x88), FOURS(a, b, 0xdd)); }
 static inline i32x8 i32_sums_of_fours(i32x8 a, i32x8 b, i32x8 c, i32x8 d)
 {
     return i32_neighbours(i32_neighbours(a, b), i32_neighbours(c, d));

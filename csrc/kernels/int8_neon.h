@@ -116,6 +116,17 @@ static inline i32x8 i32_add_fours(i32x8 sum, i8x32 w, i8x32 x)
 }
 #endif
 
+static inline i32x8 i32_sums_of_fours(i32x8 a, i32x8 b, i32x8 c, i32x8 d)
+{
+    return (i32x8){vpaddq_s32(vpaddq_s32(a.lo, b.lo), vpaddq_s32(c.lo, d.lo)),
+                   vpaddq_s32(vpaddq_s32(a.hi, b.hi), vpaddq_s32(c.hi, d.hi))};
+}
+static inline i32x8 i32_sums_of_pairs(i16x16 a, i16x16 b, i16x16 c, i16x16 d, int fit)
+{
+    (void)fit;
+    return i32_sums_of_fours(i32_from_pairs(a), i32_from_pairs(b), i32_from_pairs(c), i32_from_pairs(d));
+}
+
 static inline f32x8 f8_set1(float a) { return (f32x8){vdupq_n_f32(a), vdupq_n_f32(a)}; }
 static inline f32x8 f8_load(const float *p) { return (f32x8){vld1q_f32(p), vld1q_f32(p + 4)}; }
 static inline f32x8 f8_from_i32(i32x8 a) { return (f32x8){vcvtq_f32_s32(a.lo), vcvtq_f32_s32(a.hi)}; }
@@ -152,10 +163,8 @@ static inline void f8_store(float *p, f32x8 a)
     vst1q_f32(p, a.lo);
     vst1q_f32(p + 4, a.hi);
 }
-static inline f32x8 f8_evens_odds(f32x8 a) { return (f32x8){vuzp1q_f32(a.lo, a.hi), vuzp2q_f32(a.lo, a.hi)}; }
 static inline f32x8 f8_evens(f32x8 a, f32x8 b) { return (f32x8){vuzp1q_f32(a.lo, a.hi), vuzp1q_f32(b.lo, b.hi)}; }
 static inline f32x8 f8_odds(f32x8 a, f32x8 b) { return (f32x8){vuzp2q_f32(a.lo, a.hi), vuzp2q_f32(b.lo, b.hi)}; }
-#define f8_spread(a, i) ((f32x8){vdupq_laneq_f32((a).lo, (i)), vdupq_laneq_f32((a).hi, (i))})
 static inline float f8_sum(f32x8 a)
 {
     const float32x4_t by_4 = vaddq_f32(a.lo, a.hi);

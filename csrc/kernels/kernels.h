@@ -13,8 +13,8 @@
 
 /* Rows of x as bytes: 32 values share a scale. A row's k inputs are padded with zeros to its stride K. */
 typedef struct {
-    int8_t *q;            /* [m, K]: of every 8 blocks of 32, block b with block b + 4: both first halves, then the last */
-    float *scale;         /* [m, K / 32] */
+    int8_t *q;    /* [m, K]: of every 8 blocks of 32, block b with block b + 4: both first halves, then the last */
+    float *scale; /* [m, K / 32] */
     float *sum16, *sum32; /* [m, K / 16], [m, K / 32] scale times the sum of q, for formats with a minimum */
 } g4_int8_rows;
 

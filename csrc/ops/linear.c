@@ -5,10 +5,10 @@
 #include "ops/profile.h"
 
 enum {
-    PANEL = 32,                 /* weight rows per task: the kernels' block */
-    STREAM_ROWS = 4,            /* up to so many rows of x the weights are streamed: memory is what limits */
-    MIN_STREAM = 64 << 10,      /* bytes of weights per task then: long runs, because each start is slow, */
-    MAX_STREAM = 512 << 10,     /* yet several for each thread */
+    PANEL = 32,             /* weight rows per task: the kernels' block */
+    STREAM_ROWS = 4,        /* up to so many rows of x the weights are streamed: memory is what limits */
+    MIN_STREAM = 64 << 10,  /* bytes of weights per task then: long runs, because each start is slow, */
+    MAX_STREAM = 512 << 10, /* yet several for each thread */
     STREAM_TASKS = 4,
     BLAS_MIN_ROWS = 48,         /* below this sgemm does not earn the widening of the weights */
     BLAS_PANEL_FLOATS = 1 << 17 /* a widened panel stays in the second-level cache */
