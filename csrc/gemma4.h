@@ -189,12 +189,15 @@ typedef struct {
     float *soft;              /* [g4_encoder_soft_tokens, d_out] */
 } g4_medium;
 
-/* The model lends its threads and must outlive the encoder. */
+/* The model lends its threads and must outlive the encoder. A fast one copies the layers' weights as whole numbers, which poll (as
+ * in g4_step_options; may be NULL) can stop. */
 g4_status g4_encoder_new(g4_model *model, const g4_encoder_config *config, const g4_named_tensor *tensors,
-                         size_t n_tensors, g4_encoder **encoder, g4_error *err);
+                         size_t n_tensors, int (*poll)(void *context), void *poll_context, g4_encoder **encoder,
+                         g4_error *err);
 void g4_encoder_free(g4_encoder *encoder);
 const g4_encoder_config *g4_encoder_config_of(const g4_encoder *encoder);
 size_t g4_encoder_weight_bytes(const g4_encoder *encoder);
+size_t g4_encoder_copied_bytes(const g4_encoder *encoder); /* of its own, besides the weights */
 int g4_encoder_soft_tokens(const g4_encoder_config *config, int n_rows);
 
 bool g4_encoder_site_exists(const g4_encoder_config *config, g4_site site, int layer);

@@ -163,9 +163,11 @@ class Encoder:
     def __init__(self, model: Model, config: EncoderConfig, tensors: Tensors) -> None:
         """An image or audio encoder that computes on the model's threads. tensors: names as in Hugging Face files,
         without the folder ("encoder.layers.0.mlp.up_proj.linear.weight", "embedding_projection.weight").
-        Raises FormatError and ValueError as Model does.
+        A model of precision "fast" copies the weights of layers as whole numbers. Raises FormatError and ValueError as
+        Model does, KeyboardInterrupt.
         """
     weight_bytes: int
+    copied_bytes: int  # of its own, besides those
     def sites(self) -> list[tuple[str, int, int, tuple[str | int, ...]]]:
         """As Model.sites(); dims: "T", "S" rows inside the encoder, "N" soft tokens, "U" half the input rows."""
     def soft_tokens(self, n_rows: int) -> int:

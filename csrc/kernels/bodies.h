@@ -34,6 +34,7 @@ static INLINE void prefetch_ahead(const void *p, size_t n_bytes)
 #include "kernels/body_tile.h"
 #include "kernels/body_mix_rows.h"
 #include "kernels/body_int8_tile.h"
+#include "kernels/body_panel16.h"
 #include "kernels/formats.h"
 #include "kernels/body_limits.h"
 

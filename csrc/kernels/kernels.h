@@ -28,6 +28,32 @@ static inline g4_int8_rows g4_int8_rows_from(const g4_int8_rows *rows, size_t fi
     return (g4_int8_rows){rows->q + n, rows->scale + n / 32, rows->sum16 + n / 16, rows->sum32 + n / 32};
 }
 
+/* Both sides of the products of body_panel16.h: whole numbers of 12 bits; G4_GROUP16 inputs of a row share a scale. */
+enum { G4_GROUP16 = 256 };
+
+/* A row's k inputs are padded with zeros to a multiple of 4. */
+static inline int g4_stride16(int k) { return (k + 3) / 4 * 4; }
+static inline int g4_groups16(int k) { return (k + G4_GROUP16 - 1) / G4_GROUP16; }
+
+/* Rows of x. */
+typedef struct {
+    int16_t *q;   /* [m, stride] */
+    float *scale; /* [m, groups] */
+    int stride;
+} g4_rows16;
+
+/* 16 rows of weights, over as many inputs. */
+typedef struct {
+    int16_t *q;   /* [stride / 2, 16, 2] */
+    float *scale; /* [groups, 16] */
+} g4_panel16;
+
+static inline g4_rows16 g4_rows16_from(const g4_rows16 *rows, int first)
+{
+    return (g4_rows16){rows->q + (size_t)first * (size_t)rows->stride,
+                       rows->scale + (size_t)first * (size_t)g4_groups16(rows->stride), rows->stride};
+}
+
 #define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;
 #include "kernels/kernels.inc"
 #undef G4_KERNEL

@@ -7,6 +7,7 @@
 #include "base/arena.h"
 #include "base/tensor.h"
 #include "gemma4.h"
+#include "ops/panels16.h"
 
 typedef enum {
     G4_BIND_MATRIX, /* g4_matrix: a view; the last axis is the row, the others are its number */
@@ -17,6 +18,7 @@ typedef enum {
 /* A linear map whose input and output are clamped. Ref: Gemma4ClippableLinear. */
 typedef struct {
     g4_matrix w;
+    const g4_matrix16 *w16;                             /* its copy as whole numbers; NULL: there is none */
     float input_min, input_max, output_min, output_max; /* -inf, inf: none */
 } g4_clipped;
 
@@ -38,8 +40,9 @@ typedef struct {
     bool clipped; /* G4_BIND_CLIPPED rows have bounds */
     const g4_named_tensor **sorted;
     size_t n_tensors;
-    g4_arena *arena; /* of the float32 copies */
-    size_t n_bytes;  /* of all tensors bound so far */
+    g4_arena *arena;          /* of the float32 copies */
+    g4_exec *copy_with;       /* copies as whole numbers the maps with bounds; NULL: there are none */
+    size_t n_bytes, n_copied; /* of all tensors bound so far, and of those copies */
     g4_error *err;
 } g4_binder;
 

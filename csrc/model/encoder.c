@@ -1,194 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What all encoders share: making one, announcing sites, clipped maps, the projection, and the pass over the media. */
+/* What all encoders share: announcing sites, clipped maps, the projection, and the pass over the media. */
 #include "model/encoder.h"
 
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "model/model.h"
 #include "ops/panels.h"
+#include "ops/profile.h"
 #include "ops/rows.h"
 
 /* Rows of one pass: two images of 280 soft tokens (2,520 patches each). More only cost memory. */
 enum { PASS_ROWS = 5120 };
-
-/* ---- making one ----------------------------------------------------------------------------------------------------- */
-
-static g4_status check_range(const char *name, long value, long low, long high, g4_error *err)
-{
-    if (value < low || value > high)
-        return g4_fail(err, G4_EVALUE, "encoder config: %s is %ld, expected %ld to %ld", name, value, low, high);
-    return G4_OK;
-}
-
-static g4_status check_tower(const g4_encoder_config *c, g4_error *err)
-{
-    G4_TRY(check_range("d_model", c->d_model, 1, 1 << 16, err));
-    G4_TRY(check_range("n_layers", c->n_layers, 1, 1 << 10, err));
-    G4_TRY(check_range("n_heads", c->n_heads, 1, 1 << 10, err));
-    G4_TRY(check_range("n_kv_heads", c->n_kv_heads, 1, c->n_heads, err));
-    G4_TRY(check_range("head_dim", c->head_dim, 1, 1 << 12, err));
-    G4_TRY(check_range("d_mlp", c->d_mlp, 1, 1 << 18, err));
-    if (c->n_heads % c->n_kv_heads)
-        return g4_fail(err, G4_EVALUE, "encoder config: %d key/value heads do not divide %d heads", c->n_kv_heads,
-                       c->n_heads);
-    return G4_OK;
-}
-
-static g4_status check_embedder(const g4_encoder_config *c, g4_error *err)
-{
-    G4_TRY(check_range("d_model", c->d_model, 1, 1 << 16, err));
-    return check_range("n_positions", c->n_positions, 1, 1 << 20, err);
-}
-
-static g4_status check_audio(const g4_encoder_config *c, g4_error *err)
-{
-    G4_TRY(check_tower(c, err));
-    G4_TRY(check_range("conv_channels[0]", c->conv_channels[0], 1, 1 << 12, err));
-    G4_TRY(check_range("conv_channels[1]", c->conv_channels[1], 1, 1 << 12, err));
-    G4_TRY(check_range("conv_kernel", c->conv_kernel, 1, 1 << 8, err));
-    G4_TRY(check_range("chunk", c->chunk, 1, 1 << 8, err));
-    G4_TRY(check_range("context_left", c->context_left, 2, 1 << 8, err));
-    G4_TRY(check_range("context_right", c->context_right, 0, 1 << 8, err));
-    if (c->n_heads * c->head_dim != c->d_model || c->d_model % 2 || c->n_kv_heads != c->n_heads)
-        return g4_fail(err, G4_EVALUE, "encoder config: %d heads of %d do not make a d_model of %d, or it is odd",
-                       c->n_heads, c->head_dim, c->d_model);
-    if (!(c->logit_cap > 0) || !(c->gradient_clipping > 0) || !isfinite(c->residual_weight))
-        return g4_fail(err, G4_EVALUE, "encoder config: logit_cap %g, gradient_clipping %g or residual_weight %g",
-                       (double)c->logit_cap, (double)c->gradient_clipping, (double)c->residual_weight);
-    return G4_OK;
-}
-
-static g4_status check_config(const g4_encoder_config *c, g4_error *err)
-{
-    G4_TRY(check_range("kind", c->kind, 0, G4_AUDIO_EMBEDDER, err));
-    G4_TRY(check_range("d_in", c->d_in, 1, 1 << 16, err));
-    G4_TRY(check_range("d_soft", c->d_soft, 1, 1 << 16, err));
-    G4_TRY(check_range("d_out", c->d_out, 1, 1 << 17, err));
-    if (!(c->rms_norm_eps >= 0 && c->rms_norm_eps < 1))
-        return g4_fail(err, G4_EVALUE, "encoder config: rms_norm_eps %g out of range", (double)c->rms_norm_eps);
-    if (c->kind == G4_VISION_TOWER) {
-        G4_TRY(check_tower(c, err));
-        G4_TRY(check_range("n_positions", c->n_positions, 1, 1 << 20, err));
-        G4_TRY(check_range("pool", c->pool, 1, 64, err));
-        if (c->head_dim % 4)
-            return g4_fail(err, G4_EVALUE, "encoder config: head_dim %d is no multiple of 4", c->head_dim);
-    }
-    return c->kind == G4_VISION_EMBEDDER ? check_embedder(c, err)
-           : c->kind == G4_AUDIO_TOWER   ? check_audio(c, err)
-                                         : G4_OK;
-}
-
-g4_status g4_bind_table(g4_binder *b, const g4_bind_row *rows, int n_rows, const char *prefix, int layer, void *owner)
-{
-    char name[128];
-    for (int i = 0; i < n_rows; i++) {
-        snprintf(name, sizeof name, "%s%s", prefix, rows[i].name);
-        G4_TRY(g4_bind(b, &rows[i], name, layer, owner));
-    }
-    return G4_OK;
-}
-
-static int64_t letter_size(const void *config, int layer, char letter)
-{
-    const g4_encoder_config *c = config;
-    (void)layer;
-    switch (letter) {
-    case 'D': return c->d_model;
-    case 'H': return c->n_heads;
-    case 'K': return c->n_kv_heads;
-    case 'h': return c->head_dim;
-    case 'F': return c->d_mlp;
-    case 'X': return c->d_in;
-    case 'I': return c->d_soft;
-    case 'O': return c->d_out;
-    case 'C': return c->conv_channels[0];
-    case 'c': return c->conv_channels[1];
-    case 'b': return ((c->d_in + 1) / 2 + 1) / 2; /* bins after both convolutions */
-    case 's': return c->conv_kernel;
-    default: return c->n_positions; /* P */
-    }
-}
-
-static const g4_bind_row projection_row = {
-    "embedding_projection.weight", offsetof(g4_soft_weights, projection), G4_BIND_MATRIX, "O I", 0, G4_OP_OTHER};
-
-static g4_status bind_kind(g4_encoder *e, g4_binder *b)
-{
-    switch (e->config.kind) {
-    case G4_VISION_TOWER: return g4_vision_bind(e, b);
-    case G4_VISION_EMBEDDER: return g4_vision_embedder_bind(e, b);
-    case G4_AUDIO_TOWER: return g4_audio_bind(e, b);
-    default: return G4_OK;
-    }
-}
-
-static g4_status bind(g4_encoder *e, const g4_named_tensor *tensors, size_t n_tensors, g4_error *err)
-{
-    g4_binder b = {
-        .config = &e->config, .letter = letter_size, .clipped = e->config.clipped, .arena = e->vectors, .err = err};
-    G4_TRY(g4_binder_open(&b, tensors, n_tensors));
-    g4_status status = g4_bind(&b, &projection_row, projection_row.name, 0, &e->soft);
-    if (status == G4_OK)
-        status = bind_kind(e, &b);
-    e->n_bytes = b.n_bytes;
-    g4_binder_close(&b);
-    return status;
-}
-
-static g4_status copy_frequencies(g4_encoder *e, g4_error *err)
-{
-    const size_t n = (size_t)e->config.head_dim / 4;
-    if (e->config.kind != G4_VISION_TOWER)
-        return G4_OK;
-    float *copy = g4_arena_alloc(e->vectors, n * sizeof *copy + 1);
-    if (!copy)
-        return g4_fail_nomem(err, n * sizeof *copy);
-    memcpy(copy, e->config.rope_inv_freq, n * sizeof *copy);
-    e->config.rope_inv_freq = copy;
-    return G4_OK;
-}
-
-g4_status g4_encoder_new(g4_model *model, const g4_encoder_config *config, const g4_named_tensor *tensors,
-                         size_t n_tensors, g4_encoder **encoder, g4_error *err)
-{
-    G4_TRY(check_config(config, err));
-    g4_encoder *e = calloc(1, sizeof *e);
-    if (!e)
-        return g4_fail_nomem(err, sizeof *e);
-    e->model = model;
-    e->config = *config;
-    e->vectors = g4_arena_new();
-    g4_status status = e->vectors ? copy_frequencies(e, err) : g4_fail_nomem(err, sizeof(void *));
-    if (status == G4_OK)
-        status = bind(e, tensors, n_tensors, err);
-    if (status != G4_OK) {
-        g4_encoder_free(e);
-        return status;
-    }
-    *encoder = e;
-    return G4_OK;
-}
-
-void g4_encoder_free(g4_encoder *encoder)
-{
-    if (!encoder)
-        return;
-    g4_arena_free(encoder->vectors);
-    free(encoder);
-}
-
-const g4_encoder_config *g4_encoder_config_of(const g4_encoder *encoder)
-{
-    return &encoder->config;
-}
-
-size_t g4_encoder_weight_bytes(const g4_encoder *encoder)
-{
-    return encoder->n_bytes;
-}
 
 /* ---- sites ---------------------------------------------------------------------------------------------------------- */
 
@@ -263,9 +86,30 @@ static g4_status clipped_input(g4_exec *exec, const float *x, int m, const g4_cl
     return g4_clamp_rows(exec, x, map->input_min, map->input_max, m, (int)map->w.n_cols, copy);
 }
 
+/* The same with the maps' copies as whole numbers, which clamp what they read and write. */
+static g4_status clipped_jobs16(g4_exec *exec, const float *x, int m, const g4_clipped *const *maps, float *const *outs,
+                                int n)
+{
+    g4_arena_mark mark = g4_arena_save(exec->arena);
+    g4_job16 *jobs;
+    G4_ALLOC(exec, jobs, (size_t)n);
+    for (int i = 0; i < n; i++)
+        jobs[i] = (g4_job16){.w = maps[i]->w16,
+                             .input_min = maps[i]->input_min,
+                             .input_max = maps[i]->input_max,
+                             .output_min = maps[i]->output_min,
+                             .output_max = maps[i]->output_max,
+                             .out = outs[i]};
+    G4_TRY(g4_jobs16(exec, x, m, jobs, n));
+    g4_arena_restore(exec->arena, mark);
+    return G4_OK;
+}
+
 g4_status g4_clipped_jobs(g4_exec *exec, const float *x, int m, const g4_clipped *const *maps, float *const *outs,
                           int n)
 {
+    if (maps[0]->w16)
+        return clipped_jobs16(exec, x, m, maps, outs, n);
     g4_arena_mark mark = g4_arena_save(exec->arena);
     g4_linear_job *jobs;
     G4_ALLOC(exec, jobs, (size_t)n);

@@ -66,7 +66,7 @@ struct g4_encoder {
     g4_model *model;
     g4_encoder_config config;
     g4_arena *vectors; /* owns the weights' float32 copies and the layers' structs */
-    size_t n_bytes;
+    size_t n_bytes, n_copied;
     g4_soft_weights soft;
     union { /* by config.kind */
         g4_vision_weights vision;
@@ -87,7 +87,7 @@ typedef struct {
     int n_rows, n_soft; /* input rows and soft tokens of the pass */
 } g4_encode_pass;
 
-/* ---- encoder.c ---- */
+/* ---- encoder.c, encoder_new.c ---- */
 /* Announces a site: the arrays of all media of the pass, one below the other. Costs one compare when nobody listens. */
 g4_status g4_encoder_tap(g4_encode_pass *p, g4_site site, int layer, void *data);
 /* Announces one medium's part of it (index in the pass): scores and patterns exist one medium at a time. */

@@ -99,9 +99,11 @@ static int build(encoder_object *self, PyObject *config, PyObject *items)
     g4_named_tensor *tensors = engine_read_tensors(items, &self->buffers, &self->n_buffers);
     if (!tensors)
         return -1;
-    Py_BEGIN_ALLOW_THREADS status =
-        g4_encoder_new(self->owner->model, &c, tensors, self->n_buffers, &self->encoder, &err);
-    Py_END_ALLOW_THREADS PyMem_Free(tensors);
+    engine_gil gil = {PyEval_SaveThread()};
+    status = g4_encoder_new(self->owner->model, &c, tensors, self->n_buffers, engine_poll_signals, &gil, &self->encoder,
+                            &err);
+    PyEval_RestoreThread(gil.state);
+    PyMem_Free(tensors);
     if (status != G4_OK)
         engine_raise(&err);
     return status == G4_OK ? 0 : -1;
@@ -364,7 +366,15 @@ static PyObject *get_weight_bytes(PyObject *object, void *unused)
     return encoder_ready(self) ? PyLong_FromSize_t(g4_encoder_weight_bytes(self->encoder)) : NULL;
 }
 
+static PyObject *get_copied_bytes(PyObject *object, void *unused)
+{
+    encoder_object *self = (encoder_object *)object;
+    (void)unused;
+    return encoder_ready(self) ? PyLong_FromSize_t(g4_encoder_copied_bytes(self->encoder)) : NULL;
+}
+
 static PyGetSetDef encoder_getset[] = {
+    {"copied_bytes", get_copied_bytes, NULL, "Bytes of its own copy of weights, besides those.", NULL},
     {"weight_bytes", get_weight_bytes, NULL, "Bytes of all tensors in use.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };

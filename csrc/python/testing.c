@@ -199,6 +199,87 @@ static PyObject *test_pack_panel(PyObject *self, PyObject *args)
     return out;
 }
 
+/* quantize_rows16(isa, x [m, k], low, high) -> q int16 [m, stride], scale [m, groups] */
+static PyObject *test_quantize_rows16(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x;
+    float low, high;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!ff", &isa, &PyArray_Type, &x, &low, &high))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 2))
+        return NULL;
+    const npy_intp m = PyArray_DIM(x, 0);
+    const int k = (int)PyArray_DIM(x, 1);
+    PyObject *q = PyArray_SimpleNew(2, ((npy_intp[]){m, g4_stride16(k)}), NPY_INT16);
+    PyObject *scale = PyArray_SimpleNew(2, ((npy_intp[]){m, g4_groups16(k)}), NPY_FLOAT32);
+    if (q && scale) {
+        g4_rows16 rows = {PyArray_DATA((PyArrayObject *)q), PyArray_DATA((PyArrayObject *)scale), g4_stride16(k)};
+        kernels->quantize_rows16(PyArray_DATA(x), stride_of(x), (int)m, k, low, high, &rows);
+    }
+    return Py_BuildValue("(NN)", q, scale);
+}
+
+/* pack_panel16(isa, w [n <= 16, k]) -> q int16 [stride / 2, 16, 2], scale [groups, 16] */
+static PyObject *test_pack_panel16(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *w;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &w))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(w, NPY_FLOAT32, 2))
+        return NULL;
+    if (PyArray_DIM(w, 0) < 1 || PyArray_DIM(w, 0) > 16)
+        return PyErr_Format(PyExc_ValueError, "expected 1 to 16 rows");
+    const int k = (int)PyArray_DIM(w, 1);
+    PyObject *q = PyArray_SimpleNew(3, ((npy_intp[]){g4_stride16(k) / 2, 16, 2}), NPY_INT16);
+    PyObject *scale = PyArray_SimpleNew(2, ((npy_intp[]){g4_groups16(k), 16}), NPY_FLOAT32);
+    if (q && scale) {
+        g4_panel16 panel = {PyArray_DATA((PyArrayObject *)q), PyArray_DATA((PyArrayObject *)scale)};
+        kernels->pack_panel16(PyArray_DATA(w), stride_of(w), (int)PyArray_DIM(w, 0), k, &panel);
+    }
+    return Py_BuildValue("(NN)", q, scale);
+}
+
+static bool is_dense(PyArrayObject *array, int type, npy_intp size)
+{
+    bool good = PyArray_TYPE(array) == type && PyArray_IS_C_CONTIGUOUS(array) && PyArray_SIZE(array) == size;
+    if (!good)
+        PyErr_SetString(PyExc_ValueError, "expected what quantize_rows16 and pack_panel16 return, of one k");
+    return good;
+}
+
+/* matmul_panel16(isa, quantize_rows16(…), pack_panel16(…), n) -> [m, n] */
+static PyObject *test_matmul_panel16(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *q, *scale, *w, *w_scale;
+    int n;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "s(O!O!)(O!O!)i", &isa, &PyArray_Type, &q, &PyArray_Type, &scale, &PyArray_Type, &w,
+                          &PyArray_Type, &w_scale, &n))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(q, NPY_INT16, 2))
+        return NULL;
+    const npy_intp m = PyArray_DIM(q, 0), stride = PyArray_DIM(q, 1), groups = g4_groups16((int)stride);
+    if (n < 1 || n > 16 || stride % 4)
+        return PyErr_Format(PyExc_ValueError, "expected 1 to 16 columns and inputs by fours");
+    if (!is_dense(q, NPY_INT16, m * stride) || !is_dense(scale, NPY_FLOAT32, m * groups) ||
+        !is_dense(w, NPY_INT16, stride * 16) || !is_dense(w_scale, NPY_FLOAT32, groups * 16))
+        return NULL;
+    PyObject *out = PyArray_SimpleNew(2, ((npy_intp[]){m, n}), NPY_FLOAT32);
+    const g4_rows16 rows = {PyArray_DATA(q), PyArray_DATA(scale), (int)stride};
+    const g4_panel16 panel = {PyArray_DATA(w), PyArray_DATA(w_scale)};
+    if (out)
+        kernels->matmul_panel16(&rows, (int)m, &panel, PyArray_DATA((PyArrayObject *)out), (size_t)n, n);
+    return out;
+}
+
 /* The row kernels of one signature each; y may be NULL. Returns false for an unknown name. */
 static bool apply_row(const g4_kernels *k, const char *name, float *out, const float *y, float s, int n)
 {
@@ -358,6 +439,10 @@ static PyMethodDef testing_methods[] = {
     {"matmul_panel", test_matmul_panel, METH_VARARGS,
      "matmul_panel(isa, x [m, k], w [k, 16], n, out or None) -> [m, n]"},
     {"pack_panel", test_pack_panel, METH_VARARGS, "pack_panel(isa, w [n, k]) -> [k, 16]"},
+    {"quantize_rows16", test_quantize_rows16, METH_VARARGS, "quantize_rows16(isa, x [m, k], low, high) -> q, scale"},
+    {"pack_panel16", test_pack_panel16, METH_VARARGS, "pack_panel16(isa, w [n, k]) -> q, scale"},
+    {"matmul_panel16", test_matmul_panel16, METH_VARARGS,
+     "matmul_panel16(isa, quantize_rows16(…), pack_panel16(…), n) -> [m, n]"},
     {"row", test_row, METH_VARARGS, "row(isa, name, x [n], y [n] or None, s) -> [n]"},
     {"sum_squares", test_sum_squares, METH_VARARGS, "sum_squares(isa, x [n]) -> float"},
     {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n] or uint8 [bytes]) -> float32 [n]"},

@@ -82,7 +82,7 @@ def test_every_kernel_is_swept_here() -> None:
     in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", "matmul_int8", "widen") for dtype in FORMATS}
     limits = {"spin_f32", "spin_int8", "read_sum"}  # in test_bench.py
     in_blocks |= {"quantize_rows", "weighted_sum_q8_0", "narrow_q8_0"}  # these in test_block_formats.py
-    others = {"sum_squares", "matmul_panel", "pack_panel"}
+    others = {"sum_squares", "matmul_panel", "pack_panel", "quantize_rows16", "pack_panel16", "matmul_panel16"}
     assert set(testing.names()) == rows | by_type | in_blocks | limits | others
     assert ISAS[0] == "scalar"
 
@@ -229,6 +229,69 @@ def test_pack_panel(isa: str) -> None:
     for n, k in [(16, 1), (16, 31), (16, 64), (5, 33), (1, 100)]:
         w = placed(rng, values(rng, "nonfinite", (n, k)))
         assert same_bits(np.ascontiguousarray(testing.pack_panel(isa, w)[:, :n]), np.ascontiguousarray(w.T))
+
+
+# ---- panels of whole numbers --------------------------------------------------------------------------------------
+
+SIZES16 = [(16, 1), (1, 7), (15, 64), (16, 72), (16, 255), (16, 300), (3, 1031)]
+
+
+@EVERY_ISA
+@EVERY_KIND
+def test_quantize_rows16(isa: str, kind: str) -> None:
+    """Within half a step of 256 values' largest / 2047, or a NaN scale; zeros up to a multiple of 4."""
+    rng = generator("rows16", kind)
+    for m, k in [(1, 1), (3, 20), (2, 256), (3, 1031)]:
+        x = placed(rng, values(rng, kind, (m, k)))
+        q, scale = testing.quantize_rows16(isa, x, -np.inf, np.inf)
+        assert same(scale, testing.quantize_rows16("scalar", x, -np.inf, np.inf)[1])
+        padded = np.pad(x.astype(np.float64), [(0, 0), (0, -k % 256)]).reshape(m, -1, 256)
+        finite = np.isfinite(padded).all(-1)
+        assert np.array_equal(np.isnan(scale), ~finite)
+        assert not q[:, k:].any() and q.shape[1] == (k + 3) // 4 * 4
+        if kind in FINITE:
+            assert np.array_equal(q, testing.quantize_rows16("scalar", x, -np.inf, np.inf)[0])
+            steps = np.pad(q.astype(np.float64), [(0, 0), (0, -q.shape[1] % 256)]).reshape(m, -1, 256)
+            assert np.abs(steps).max() <= 2047
+            tiny = 2047 / np.finfo(np.float32).max  # groups without anything larger are zero: 2047 / x overflows
+            bound = np.abs(padded).max(-1, keepdims=True) / 2047 * (0.5 + 2047 * 3 * ULP) + tiny
+            assert (np.abs(steps * scale[..., None] - padded) <= bound).all()
+        clamped = testing.quantize_rows16(isa, x, -0.5, 0.25)
+        for ours, theirs in zip(clamped, testing.quantize_rows16(isa, np.clip(x, -0.5, 0.25), -9, 9), strict=True):
+            assert same(ours.astype(np.float32), theirs.astype(np.float32)) or kind == "nonfinite"
+
+
+@EVERY_KIND
+def test_matmul_panel16(kind: str) -> None:
+    rng = generator("panel16", kind)
+    for m in (1, 3, 4, 5, 11):
+        for n, k in SIZES16:
+            x, w = placed(rng, values(rng, kind, (m, k))), placed(rng, values(rng, "normal", (n, k)))
+            results = []
+            for isa in ISAS:
+                rows, panel = testing.quantize_rows16(isa, x, -np.inf, np.inf), testing.pack_panel16(isa, w)
+                results.append(testing.matmul_panel16(isa, rows, panel, n))
+                alone = [(rows[0][i : i + 1], rows[1][i : i + 1]) for i in range(m)]
+                assert same(np.concatenate([testing.matmul_panel16(isa, row, panel, n) for row in alone]), results[-1])
+            assert all(same(result, results[0]) for result in results[1:])
+            if kind in FINITE:
+                (q, scale), (w_q, w_scale) = rows, panel
+                x_values = q * np.repeat(scale, 256, axis=1)[:, : q.shape[1]].astype(np.float64)
+                w_values = w_q.transpose(1, 0, 2).reshape(16, -1) * np.repeat(w_scale.T, 256, axis=1)[:, : q.shape[1]]
+                bound = (k / 256 + 4) * ULP * _product(np.abs(x_values), np.abs(w_values[:n]))
+                assert_near(results[0], x_values @ w_values[:n].T.astype(np.float64), bound, (m, n, k))
+
+
+@EVERY_ISA
+def test_pack_panel16(isa: str) -> None:
+    """As rows of x are rounded; rows that are not there are zero."""
+    rng = generator("pack16")
+    for n, k in SIZES16:
+        w = placed(rng, values(rng, "wide", (n, k)))
+        q, scale = testing.pack_panel16(isa, w)
+        rows, row_scales = testing.quantize_rows16(isa, w, -np.inf, np.inf)
+        assert np.array_equal(q.transpose(1, 0, 2).reshape(16, -1), np.pad(rows, [(0, 16 - n), (0, 0)]))
+        assert same_bits(scale, np.ascontiguousarray(np.pad(row_scales, [(0, 16 - n), (0, 0)]).T))
 
 
 @EVERY_ISA
