@@ -260,6 +260,30 @@ static void check_panel(int kind, int m, int n, int k, bool add)
     free(w), free(x), free(panel), free(other), free(start), free(wanted), free(got);
 }
 
+/* Products of whole numbers, both sides rounded by the table itself. */
+static void panel16_of(const g4_kernels *table, const float *x, const float *w, int m, int n, int k, float *out)
+{
+    const g4_rows16 rows = {allocate((size_t)(m * g4_stride16(k)) * 2), allocate((size_t)(m * g4_groups16(k)) * 4),
+                            g4_stride16(k)};
+    const g4_panel16 panel = {allocate((size_t)g4_stride16(k) * 32), allocate((size_t)g4_groups16(k) * 64)};
+    table->quantize_rows16(x, (size_t)k, m, k, -0.75f, INFINITY, &rows);
+    table->pack_panel16(w, (size_t)k, n, k, &panel);
+    table->matmul_panel16(&rows, m, &panel, out, (size_t)n, n);
+    free(rows.q), free(rows.scale), free(panel.q), free(panel.scale);
+}
+
+static void check_panel16(int kind, int m, int n, int k)
+{
+    float *w = random_row(NORMAL, (size_t)(n * k)), *x = random_row(kind, (size_t)(m * k));
+    float *wanted = allocate((size_t)(m * n) * 4), *got = allocate((size_t)(m * n) * 4);
+    panel16_of(scalar, x, w, m, n, k, wanted);
+    for (int t = 0; t < n_tables; t++) {
+        panel16_of(tables[t], x, w, m, n, k, got);
+        check(same(got, wanted, (size_t)(m * n)), tables[t], "panel16", "", m, n, k);
+    }
+    free(w), free(x), free(wanted), free(got);
+}
+
 static void test_sums_and_panels(void)
 {
     static const int sizes[][3] = {{1, 1, 32}, {3, 70, 64}, {9, 33, 512}, {4, 5, 2080}};
@@ -273,6 +297,9 @@ static void test_sums_and_panels(void)
     for (int m = 1; m < 24; m += 3)
         for (int n = 1; n <= 16; n += 5)
             check_panel(m % N_KINDS, m, n, 3 * m + n, m % 2 == 0);
+    for (int kind = 0; kind < N_KINDS; kind++)
+        for (int m = 1; m < 10; m += 2)
+            check_panel16(kind, m, m == 3 ? 16 : m, 131 * m);
 }
 
 /* ---- rows ----------------------------------------------------------------------------------------------------------- */

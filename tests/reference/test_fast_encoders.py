@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders with precision="fast" against themselves in "exact": what rounding to 12 bits costs, and that nothing but the
-rounding changes a bit."""
+"""Encoders with precision="fast" against themselves in "exact": what rounding to 12 bits costs, and that nothing but
+the rounding changes a bit."""
 
 from __future__ import annotations
 
@@ -112,7 +112,8 @@ def test_every_instruction_set(pair: GetPair, tmp_path: Path) -> None:
     found = {}
     for isa in gemma4.cpu_info()["available"]:
         command = [sys.executable, "-P", "-c", PROBE, str(ours.checkpoint.path), str(tmp_path / "media.npz")]
-        done = subprocess.run(command, env=os.environ | {"GEMMA4_ISA": isa}, capture_output=True, text=True, check=False)
+        environment = os.environ | {"GEMMA4_ISA": isa}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         name, found[isa] = json.loads(done.stdout)
         assert name == isa
