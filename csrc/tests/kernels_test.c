@@ -406,6 +406,20 @@ static void check_widen(g4_dtype dtype, const void *in, int n)
     free(wanted), free(got);
 }
 
+/* Which NaN the scale of a block with a NaN is may differ. */
+static bool same_narrowed(g4_dtype dtype, const uint8_t *got, const uint8_t *wanted, size_t n_bytes)
+{
+    const size_t block = g4_block_bytes(dtype);
+    for (size_t at = 0; at < n_bytes; at += block) {
+        const bool nan = dtype == G4_Q8_0 && isnan(g4_f16_to_f32((uint16_t)(got[at] | got[at + 1] << 8))) &&
+                         isnan(g4_f16_to_f32((uint16_t)(wanted[at] | wanted[at + 1] << 8)));
+        const size_t skip = nan ? 2 : 0;
+        if (memcmp(got + at + skip, wanted + at + skip, block - skip) != 0)
+            return false;
+    }
+    return true;
+}
+
 static void check_narrow(g4_dtype dtype, int kind, int n)
 {
     const size_t n_bytes = g4_dtype_bytes(dtype, (size_t)n);
@@ -414,7 +428,7 @@ static void check_narrow(g4_dtype dtype, int kind, int n)
     g4_narrow_for(scalar, dtype)(wanted, x, n);
     for (int t = 0; t < n_tables; t++) {
         g4_narrow_for(tables[t], dtype)(got, x, n);
-        check(memcmp(got, wanted, n_bytes) == 0, tables[t], "narrow", g4_dtype_name(dtype), kind, n, 0);
+        check(same_narrowed(dtype, got, wanted, n_bytes), tables[t], "narrow", g4_dtype_name(dtype), kind, n, 0);
     }
     free(x), free(wanted), free(got);
 }
