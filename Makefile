@@ -7,7 +7,7 @@ C_FILES = git ls-files -z --cached --others --exclude-standard 'csrc/*.c' 'csrc/
 PY_DIRS = gemma4 tests tools benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test lint format notebooks bench ci clean neon $(PRESETS)
+.PHONY: help dev test lint format notebooks bench ci clean neon simde $(PRESETS)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,9 +40,17 @@ neon: ## csrc/ for 64-bit Arm, its tests under qemu-user (with and without the e
 	@command -v aarch64-linux-gnu-gcc >/dev/null || { echo "skipped: no aarch64 compiler"; exit 0; }; \
 	command -v qemu-aarch64 >/dev/null || { echo "skipped: no qemu-aarch64"; exit 0; }; \
 	set -e; cmake --preset aarch64; cmake --build --preset aarch64 --parallel; \
-	for isa in scalar neon neon_dotprod; do GEMMA4_ISA=$$isa $(QEMU) -cpu max build/aarch64/csrc_test; done; \
-	$(QEMU) -cpu max build/aarch64/kernels_test neon neon_dotprod; \
+	for isa in scalar neon neon_dotprod neon_i8mm; do GEMMA4_ISA=$$isa $(QEMU) -cpu max build/aarch64/csrc_test; done; \
+	$(QEMU) -cpu max build/aarch64/kernels_test neon neon_dotprod neon_i8mm; \
+	$(QEMU) -cpu neoverse-n1 build/aarch64/kernels_test neon neon_dotprod; \
 	$(QEMU) -cpu cortex-a57 build/aarch64/kernels_test neon
+
+simde: ## AVX-512 and VNNI kernels on a processor with AVX2 alone, out of its instructions
+	@test -e /usr/include/simde/x86/avx512.h || { echo "skipped: no SIMDe (libsimde-dev)"; exit 0; }; \
+	grep -qw avx2 /proc/cpuinfo || { echo "skipped: no AVX2"; exit 0; }; \
+	set -e; cmake --preset simde; cmake --build --preset simde --parallel; \
+	for isa in avx_vnni avx512 avx512_vnni; do GEMMA4_ISA=$$isa build/simde/csrc_test; done; \
+	build/simde/kernels_test avx2 avx_vnni avx512 avx512_vnni
 
 notebooks: ## execute every notebook in place
 	$(PYTHON) -m jupyter execute --inplace notebooks/*.ipynb

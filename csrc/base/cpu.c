@@ -16,6 +16,7 @@ static const char *const names[G4_N_ISAS] = {
     [G4_ISA_AVX512_VNNI] = "avx512_vnni",
     [G4_ISA_NEON] = "neon",
     [G4_ISA_NEON_DOTPROD] = "neon_dotprod",
+    [G4_ISA_NEON_I8MM] = "neon_i8mm",
 };
 
 const char *g4_isa_name(g4_isa isa)
@@ -74,11 +75,13 @@ bool g4_cpu_has(g4_isa isa)
 
 bool g4_cpu_has(g4_isa isa)
 {
-    enum { HWCAP_OF_DOTPROD = 1 << 20 };
+    enum { HWCAP_OF_DOTPROD = 1 << 20, HWCAP2_OF_I8MM = 1 << 13 };
+    const bool dotprod = getauxval(AT_HWCAP) & HWCAP_OF_DOTPROD;
     switch (isa) {
     case G4_ISA_SCALAR:
     case G4_ISA_NEON: return true;
-    case G4_ISA_NEON_DOTPROD: return (getauxval(AT_HWCAP) & HWCAP_OF_DOTPROD) != 0;
+    case G4_ISA_NEON_DOTPROD: return dotprod;
+    case G4_ISA_NEON_I8MM: return dotprod && (getauxval(AT_HWCAP2) & HWCAP2_OF_I8MM);
     default: return false;
     }
 }
@@ -98,6 +101,7 @@ bool g4_cpu_has(g4_isa isa)
     case G4_ISA_SCALAR:
     case G4_ISA_NEON: return true;
     case G4_ISA_NEON_DOTPROD: return has_feature("hw.optional.arm.FEAT_DotProd");
+    case G4_ISA_NEON_I8MM: return has_feature("hw.optional.arm.FEAT_I8MM");
     default: return false;
     }
 }

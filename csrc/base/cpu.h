@@ -14,6 +14,7 @@ typedef enum {
     G4_ISA_AVX512_VNNI,
     G4_ISA_NEON,
     G4_ISA_NEON_DOTPROD,
+    G4_ISA_NEON_I8MM, /* and dot products */
     G4_N_ISAS
 } g4_isa;
 

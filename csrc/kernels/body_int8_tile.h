@@ -27,43 +27,55 @@ static inline int place_in_x(int group, int g, int t)
     return block_in_x(block) + four / 4 * 32 + four % 4 * 4;
 }
 
+#ifdef GROUP_DOTS /* a header of that instruction set */
+#include GROUP_DOTS
+#else
+/* dot[i][half] = x_i . w of the inputs of group g, for m rows of x and 2 x 8 of w. */
+static INLINE void group_dots(const int m, const int group, const int fit, const int8_t *q, size_t x_inputs, int g,
+                              const int8_panel *panels, i32x8 dot[4][2])
+{
+    const bool is_signed = fit == 0;
+    const int steps = group / 4;
+    for (int i = 0; i < m; i++)
+        dot[i][0] = dot[i][1] = i32_zero();
+    for (int s = 0; s < steps; s += is_signed ? steps : fit) {
+        i16x16 pairs[4][2];
+        for (int i = 0; i < m; i++)
+            pairs[i][0] = pairs[i][1] = i16_zero();
+        for (int t = s; t < (is_signed ? steps : s + fit) && t < steps; t++) {
+            const int at = g * steps + t;
+            const i8x32 w0 = i8_load(panels[0].q[at][0]), w1 = i8_load(panels[1].q[at][0]);
+            for (int i = 0; i < m; i++) {
+                const i8x32 xs = i8_load4(q + (size_t)i * x_inputs + place_in_x(group, g, t));
+                if (is_signed) {
+                    dot[i][0] = i32_add_fours(dot[i][0], w0, xs);
+                    dot[i][1] = i32_add_fours(dot[i][1], w1, xs);
+                } else {
+                    pairs[i][0] = i16_add_pairs(pairs[i][0], w0, xs);
+                    pairs[i][1] = i16_add_pairs(pairs[i][1], w1, xs);
+                }
+            }
+        }
+        for (int i = 0; i < m && !is_signed; i++) {
+            dot[i][0] = i32_add(dot[i][0], i32_from_pairs(pairs[i][0]));
+            dot[i][1] = i32_add(dot[i][1], i32_from_pairs(pairs[i][1]));
+        }
+    }
+}
+#endif
+
 /* acc[i][16] += x_i . w for m rows of x over k inputs, k a multiple of 32. fit: see body_int8.h. */
 static INLINE void int8_tile(const int m, const int group, const int fit, const g4_int8_rows *x, size_t row, int input,
                              size_t x_inputs, const int8_panel *panels, int k, float *acc)
 {
     const bool is_signed = fit == 0;
-    const int steps = group / 4;
     const int8_t *q = x->q + row * x_inputs + (size_t)input;
     const float *scale = x->scale + row * (x_inputs / 32) + (size_t)(input / 32);
     const float *sums =
         (group == 32 ? x->sum32 : x->sum16) + row * (x_inputs / (size_t)group) + (size_t)(input / group);
     for (int g = 0; g < k / group; g++) {
         i32x8 dot[4][2];
-        for (int i = 0; i < m; i++)
-            dot[i][0] = dot[i][1] = i32_zero();
-        for (int s = 0; s < steps; s += is_signed ? steps : fit) {
-            i16x16 pairs[4][2];
-            for (int i = 0; i < m; i++)
-                pairs[i][0] = pairs[i][1] = i16_zero();
-            for (int t = s; t < (is_signed ? steps : s + fit) && t < steps; t++) {
-                const int at = g * steps + t;
-                const i8x32 w0 = i8_load(panels[0].q[at][0]), w1 = i8_load(panels[1].q[at][0]);
-                for (int i = 0; i < m; i++) {
-                    const i8x32 xs = i8_load4(q + (size_t)i * x_inputs + place_in_x(group, g, t));
-                    if (is_signed) {
-                        dot[i][0] = i32_add_fours(dot[i][0], w0, xs);
-                        dot[i][1] = i32_add_fours(dot[i][1], w1, xs);
-                    } else {
-                        pairs[i][0] = i16_add_pairs(pairs[i][0], w0, xs);
-                        pairs[i][1] = i16_add_pairs(pairs[i][1], w1, xs);
-                    }
-                }
-            }
-            for (int i = 0; i < m && !is_signed; i++) {
-                dot[i][0] = i32_add(dot[i][0], i32_from_pairs(pairs[i][0]));
-                dot[i][1] = i32_add(dot[i][1], i32_from_pairs(pairs[i][1]));
-            }
-        }
+        group_dots(m, group, fit, q, x_inputs, g, panels, dot);
         for (int i = 0; i < m; i++) {
             const f32x8 dx = f8_set1(scale[(size_t)i * (x_inputs / 32) + (size_t)(g * group / 32)]);
             const f32x8 sum = f8_set1(sums[(size_t)i * (x_inputs / (size_t)group) + (size_t)g]);

@@ -9,10 +9,12 @@
  * bits 83, 7 bits 115, 8 bits 61 as the text's Q8_0, float32 44), and with 7 bits an audio tower's output keeps a cosine of
  * 0.996 only.
  */
-#ifdef __AVX2__
-#include "kernels/int16_x86.h"
-#else
+#if defined PLAIN_C
 #include "kernels/int16_portable.h"
+#elif defined __aarch64__
+#include "kernels/int16_neon.h"
+#else
+#include "kernels/int16_x86.h"
 #endif
 
 enum { ROWS16 = 4, MOST16 = 2047 };

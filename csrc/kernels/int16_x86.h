@@ -7,13 +7,18 @@ static inline int32_t two_i16(const int16_t *p)
     return two;
 }
 
-#ifdef __AVX512BW__
+#ifndef DPWSSD /* VNNI does both in one instruction */
+#define DPWSSD(sum, w, x) in_order(_mm256_add_epi32((sum), _mm256_madd_epi16((w), (x))))
+#define DPWSSD_512(sum, w, x) _mm512_add_epi32((sum), _mm512_madd_epi16((w), (x)))
+#endif
+
+#if VEC_LANES == 16
 typedef __m512i i32x16;
 
 static inline i32x16 i32x16_zero(void) { return _mm512_setzero_si512(); }
 static inline i32x16 i32x16_add_pairs(i32x16 sum, const int16_t *w, const int16_t *x)
 {
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_loadu_si512(w), _mm512_set1_epi32(two_i16(x))));
+    return DPWSSD_512(sum, _mm512_loadu_si512(w), _mm512_set1_epi32(two_i16(x)));
 }
 static inline f32x16 x16_from_i32(i32x16 a) { return _mm512_cvtepi32_ps(a); }
 #else
@@ -25,8 +30,8 @@ static inline i32x16 i32x16_zero(void) { return (i32x16){_mm256_setzero_si256(),
 static inline i32x16 i32x16_add_pairs(i32x16 sum, const int16_t *w, const int16_t *x)
 {
     const __m256i two = _mm256_set1_epi32(two_i16(x));
-    sum.low = in_order(_mm256_add_epi32(sum.low, _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)w), two)));
-    sum.high = in_order(_mm256_add_epi32(sum.high, _mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)w + 1), two)));
+    sum.low = DPWSSD(sum.low, _mm256_loadu_si256((const __m256i *)w), two);
+    sum.high = DPWSSD(sum.high, _mm256_loadu_si256((const __m256i *)w + 1), two);
     return sum;
 }
 static inline f32x16 x16_from_i32(i32x16 a) { return (f32x16){_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The vocabulary of int8_scalar.h on NEON. With the dotprod extension (Armv8.2) one instruction multiplies 16 bytes and adds
- * the products by fours into 32 bits: sums of pairs are then sums of fours, and never need widening. */
+ * the products by fours into 32 bits: sums of pairs are then sums of fours, and never need widening. i8mm: dots_i8mm.h. */
 typedef struct {
     int8x16_t lo, hi;
 } i8x32;
@@ -82,6 +82,15 @@ static inline i8x32 i8_load_halves(const uint8_t *a, const uint8_t *b)
 static inline i32x8 i32_zero(void) { return (i32x8){vdupq_n_s32(0), vdupq_n_s32(0)}; }
 static inline i32x8 i32_add(i32x8 a, i32x8 b) { return (i32x8){vaddq_s32(a.lo, b.lo), vaddq_s32(a.hi, b.hi)}; }
 
+static inline int32x4_t sums_of_4(int32x4_t a, int32x4_t b, int32x4_t c, int32x4_t d)
+{
+    return vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
+}
+static inline i32x8 i32_sums_of_fours(i32x8 a, i32x8 b, i32x8 c, i32x8 d)
+{
+    return (i32x8){sums_of_4(a.lo, b.lo, c.lo, d.lo), sums_of_4(a.hi, b.hi, c.hi, d.hi)};
+}
+
 #ifdef __ARM_FEATURE_DOTPROD
 typedef i32x8 i16x16;
 static inline i16x16 i16_zero(void) { return i32_zero(); }
@@ -93,6 +102,11 @@ static inline i32x8 i32_fours(i8x32 w, i8x32 x) { return i32_add_fours(i32_zero(
 static inline i16x16 i16_add_pairs(i16x16 sum, i8x32 w, i8x32 x) { return i32_add_fours(sum, w, x); }
 static inline i16x16 i16_pairs(i8x32 w, i8x32 x) { return i32_fours(w, x); }
 static inline i32x8 i32_from_pairs(i16x16 a) { return a; }
+static inline i32x8 i32_sums_of_pairs(i16x16 a, i16x16 b, i16x16 c, i16x16 d, int fit)
+{
+    (void)fit;
+    return i32_sums_of_fours(a, b, c, d);
+}
 #else
 typedef struct {
     int16x8_t lo, hi;
@@ -109,23 +123,21 @@ static inline i16x16 i16_add_pairs(i16x16 sum, i8x32 w, i8x32 x)
     return (i16x16){vaddq_s16(sum.lo, pairs_16(w.lo, x.lo)), vaddq_s16(sum.hi, pairs_16(w.hi, x.hi))};
 }
 static inline i32x8 i32_from_pairs(i16x16 a) { return (i32x8){vpaddlq_s16(a.lo), vpaddlq_s16(a.hi)}; }
+static inline int32x4_t sums_of_8(int16x8_t a, int16x8_t b, int16x8_t c, int16x8_t d, int fit)
+{
+    const int16x8_t ab = vpaddq_s16(a, b), cd = vpaddq_s16(c, d);
+    return fit < 2 ? vpaddq_s32(vpaddlq_s16(ab), vpaddlq_s16(cd)) : vpaddlq_s16(vpaddq_s16(ab, cd));
+}
+static inline i32x8 i32_sums_of_pairs(i16x16 a, i16x16 b, i16x16 c, i16x16 d, int fit)
+{
+    return (i32x8){sums_of_8(a.lo, b.lo, c.lo, d.lo, fit), sums_of_8(a.hi, b.hi, c.hi, d.hi, fit)};
+}
 static inline i32x8 i32_fours(i8x32 w, i8x32 x) { return i32_from_pairs(i16_pairs(w, x)); }
 static inline i32x8 i32_add_fours(i32x8 sum, i8x32 w, i8x32 x)
 {
     return (i32x8){vpadalq_s16(sum.lo, pairs_16(w.lo, x.lo)), vpadalq_s16(sum.hi, pairs_16(w.hi, x.hi))};
 }
 #endif
-
-static inline i32x8 i32_sums_of_fours(i32x8 a, i32x8 b, i32x8 c, i32x8 d)
-{
-    return (i32x8){vpaddq_s32(vpaddq_s32(a.lo, b.lo), vpaddq_s32(c.lo, d.lo)),
-                   vpaddq_s32(vpaddq_s32(a.hi, b.hi), vpaddq_s32(c.hi, d.hi))};
-}
-static inline i32x8 i32_sums_of_pairs(i16x16 a, i16x16 b, i16x16 c, i16x16 d, int fit)
-{
-    (void)fit;
-    return i32_sums_of_fours(i32_from_pairs(a), i32_from_pairs(b), i32_from_pairs(c), i32_from_pairs(d));
-}
 
 static inline f32x8 f8_set1(float a) { return (f32x8){vdupq_n_f32(a), vdupq_n_f32(a)}; }
 static inline f32x8 f8_load(const float *p) { return (f32x8){vld1q_f32(p), vld1q_f32(p + 4)}; }
@@ -172,6 +184,19 @@ static inline float f8_sum(f32x8 a)
     return vget_lane_f32(by_2, 0) + vget_lane_f32(by_2, 1);
 }
 
+#ifdef __ARM_FEATURE_MATMUL_INT8
+/* The matrix instruction's order instead (dots_i8mm.h): 8 bytes of rows 0 and 1, then of 2 and 3, … */
+static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to)
+{
+    for (int r = 0; r < 8; r += 2)
+        for (int c = 0; c < 32; c += 16) {
+            const int64x2_t even = vreinterpretq_s64_s8(vld1q_s8(from + (size_t)r * stride + c));
+            const int64x2_t odd = vreinterpretq_s64_s8(vld1q_s8(from + (size_t)(r + 1) * stride + c));
+            vst1q_s8(to + c * 8 + r * 8, vreinterpretq_s8_s64(vtrn1q_s64(even, odd)));
+            vst1q_s8(to + c * 8 + 64 + r * 8, vreinterpretq_s8_s64(vtrn2q_s64(even, odd)));
+        }
+}
+#else
 /* 4 groups of 4 bytes of each of 4 rows, `stride` apart, to the same 4 groups of 4 rows, 32 bytes apart. */
 static inline void transpose_4_fours(const int8_t *from, size_t stride, int8_t *to)
 {
@@ -194,3 +219,4 @@ static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to
         for (int c = 0; c < 8; c += 4)
             transpose_4_fours(from + (size_t)r * stride + c * 4, stride, to + c * 32 + r * 4);
 }
+#endif

@@ -10,7 +10,7 @@ extern const g4_kernels g4_kernels_avx2, g4_kernels_avx512;
 extern const g4_kernels g4_kernels_avx_vnni, g4_kernels_avx512_vnni;
 #endif
 #elif defined(__aarch64__)
-extern const g4_kernels g4_kernels_neon, g4_kernels_neon_dotprod;
+extern const g4_kernels g4_kernels_neon, g4_kernels_neon_dotprod, g4_kernels_neon_i8mm;
 #endif
 
 static const g4_kernels *const tables[G4_N_ISAS] = {
@@ -23,6 +23,7 @@ static const g4_kernels *const tables[G4_N_ISAS] = {
 #elif defined(__aarch64__)
     [G4_ISA_NEON] = &g4_kernels_neon,
     [G4_ISA_NEON_DOTPROD] = &g4_kernels_neon_dotprod,
+    [G4_ISA_NEON_I8MM] = &g4_kernels_neon_i8mm,
 #endif
 };
 
@@ -44,7 +45,8 @@ g4_status g4_kernels_select(const g4_kernels **kernels, g4_error *err)
         g4_isa wanted = g4_isa_parse(mask);
         if (wanted == G4_N_ISAS)
             return g4_fail(err, G4_EVALUE,
-                           "GEMMA4_ISA=%s: expected scalar, avx2, avx_vnni, avx512, avx512_vnni, neon or neon_dotprod",
+                           "GEMMA4_ISA=%s: expected scalar, avx2, avx_vnni, avx512, avx512_vnni, neon, "
+                           "neon_dotprod or neon_i8mm",
                            mask);
         if (!g4_kernels_for(wanted))
             return g4_fail(err, G4_EUNSUPPORTED,

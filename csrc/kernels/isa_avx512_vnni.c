@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define DPBUSD _mm256_dpbusd_epi32
+#define DPWSSD _mm256_dpwssd_epi32
+#define DPWSSD_512 _mm512_dpwssd_epi32
+#define GROUP_DOTS "kernels/dots_vnni.h"
+#include "kernels/simd_avx512.h"
+#include "kernels/int8_vnni.h"
+
+#include "kernels/bodies.h"
+
+extern const g4_kernels g4_kernels_avx512_vnni;
+const g4_kernels g4_kernels_avx512_vnni = {
+    .isa = G4_ISA_AVX512_VNNI,
+#define G4_KERNEL(result, name, args) .name = name,
+#include "kernels/kernels.inc"
+#undef G4_KERNEL
+};
