@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from gemma4.inputs import PromptLike, check_fits, is_messages, tokenize_prompt
 from gemma4.interp.cache import ActivationCache, join_caches
 from gemma4.interp.hooks import active_hooks, bind_hooks, hooks_of
+from gemma4.interp.sites import names_of, reusable
 from gemma4.media.prompt import TokenizedPrompt
+from gemma4.media.taps import EncoderTaps
 from gemma4.sampling import Sample, Sampler, StopCriteria
 from gemma4.sequence import Sequence
 from gemma4.step import Output, Prompt, Want, run_step
@@ -57,7 +59,8 @@ class Generation:
     logprobs:       one Sample per token if logprobs= was given
     thinking, tool_calls:  parsed from a model turn (messages only)
     cache:          with capture=: activations of every position that was run, i.e. of the prompt and of all generated
-                    tokens but the last (which was never fed back); `cache.positions` says where the prompt ends
+                    tokens but the last (which was never fed back); `cache.positions` says where the prompt ends;
+                    `cache.media` holds those inside the encoders
     """
 
     text: str
@@ -86,6 +89,7 @@ class Track:
     sequence: Sequence
     sampler: Sampler
     stops: StopCriteria
+    taps: EncoderTaps
     text: ContinuationText | TurnText
     finish: str = ""
     pieces: list[Piece] = field(default_factory=list)
@@ -103,7 +107,7 @@ class Track:
     def pending(self, model: Model) -> Prompt:
         """What the cache does not hold yet: the prompt, whose media are encoded here, later one token."""
         start = self.sequence.length
-        soft = self.prompt.soft_rows(model, start) if start < self.n_prompt else None
+        soft = self.prompt.soft_rows(model, self.taps, start, self.index) if start < self.n_prompt else None
         return Prompt(self.sequence, self.ids[start:], self.index, soft)
 
     def accept(self, output: Output) -> list[Piece]:
@@ -179,11 +183,13 @@ class Run:
         options: dict[str, Any] = {"tools": opts.tools, "think": opts.think, "image_tokens": opts.image_tokens}
         rows = [tokenize_prompt(model, prompt, **options) for prompt in prompts]
         check_fits(max(len(row) for row in rows), model.context_length)
+        hooks, kept = [*active_hooks(model), *opts.hooks], reusable(opts.capture)
         self.want = Want(
             logits="last",
-            capture=None if opts.capture is None else model.sites.select(opts.capture),
-            hooks=bind_hooks(model.sites, [*hooks_of(active_hooks(model)), *opts.hooks]),
+            capture=None if kept is None else model.sites.select(names_of(kept)),
+            hooks=bind_hooks(model.sites, hooks_of(hooks)),
         )
+        self.taps = EncoderTaps.of(model, hooks, kept)
         self.own_sequences = opts.sequence is None
         self.tracks = [self._track(i, p, row) for i, (p, row) in enumerate(zip(prompts, rows, strict=True))]
 
@@ -203,7 +209,8 @@ class Run:
         )
         sampler, stops = Sampler(opts.sampling(model), stream=index), opts.stops(model)
         buffer = np.append(ids, np.zeros(room, dtype=np.int32))
-        track = Track(index, tokenized, buffer, len(ids), len(ids), sequence, sampler, stops, text)
+        tokenized = self.taps.apart(model, tokenized)
+        track = Track(index, tokenized, buffer, len(ids), len(ids), sequence, sampler, stops, self.taps, text)
         track.reused = sequence.rewind_to(tokenized.keys()) if opts.sequence is not None else 0
         return track
 

@@ -23,6 +23,7 @@ from gemma4.load.mapped import let_go
 from gemma4.media import audio as sounds
 from gemma4.media import image as images
 from gemma4.media import video as videos
+from gemma4.media.medium import Medium
 
 if TYPE_CHECKING:
     from gemma4._engine import EncoderTap
@@ -75,7 +76,7 @@ class Encoder:
         (weight files changed or closed), KeyboardInterrupt within 100 ms of Ctrl-C.
         """
         inputs = [self._checked(medium, i) for i, medium in enumerate(media)]
-        return self._run(inputs, self.hooks(), [])[0]
+        return self.run(inputs, self.hooks())[0]
 
     def run_with_cache(
         self, media: Sequence[MediumLike], names: Names = None
@@ -85,7 +86,7 @@ class Encoder:
         names: as in `Model.run_with_cache`. None = all but attention scores and patterns. Raises SiteError.
         """
         inputs = [self._checked(medium, i) for i, medium in enumerate(media)]
-        return self._run(inputs, self.hooks(), self.sites.select(names))
+        return self.run(inputs, self.hooks(), self.sites.select(names))
 
     def hooks(self) -> SiteHooks:
         """Those of every open `model.hooks` block that name sites of this encoder."""
@@ -119,9 +120,19 @@ class Encoder:
             raise ValueError(f"{what}: it holds NaN or infinity")
         return array
 
-    def _run(
-        self, inputs: list[tuple[F32, I32 | None]], hooks: SiteHooks, capture: Iterable[Site]
+    def run(
+        self,
+        inputs: list[tuple[F32, I32 | None]],
+        hooks: SiteHooks,
+        capture: Iterable[Site] = (),
+        *,
+        sequence: int = 0,
+        first: int = 0,
     ) -> tuple[list[F32], list[dict[str, F32]]]:
+        """`encode` with these hooks alone; sequence and the number of the first medium are for the hooks to know.
+
+        inputs: (rows, positions; None for audio), float32 and int32, checked already.
+        """
         self._model.checkpoint.check()
         soft = [np.empty((self.engine.soft_tokens(len(rows)), self.config.d_out), np.float32) for rows, _ in inputs]
         caches = [{site.name: self._empty(site, len(rows)) for site in capture} for rows, _ in inputs]
@@ -129,7 +140,7 @@ class Encoder:
         for i, (rows, _) in enumerate(inputs):
             for site, fns in hooks:
                 positions = np.arange(self._sizes(len(rows))["T" if "T" in site.dims else str(site.dims[0])])
-                point = HookPoint(site.name, site.layer, i, positions)
+                point = HookPoint(site.name, site.layer, sequence, positions, first + i)
                 taps.append((site.id, site.layer or 0, i, make_edit(site, fns, point, self._model.nan_log)))
             taps += [(self.sites[name].id, self.sites[name].layer or 0, i, array) for name, array in caches[i].items()]
         self.engine.encode([(rows, at, out) for (rows, at), out in zip(inputs, soft, strict=True)], taps)
@@ -167,6 +178,15 @@ def encode_audio(model: Model, audio: Any, rate: int | None = None) -> F32:
     raw = encoder.config.kind == "audio_embedder"
     [soft] = encoder.encode([sounds.raw_frames(samples) if raw else sounds.log_mel(samples)])
     return soft
+
+
+def inputs_of(encoder: Encoder, medium: Medium) -> list[tuple[F32, I32 | None]]:
+    """What the encoder reads of a part of a message: a picture, a recording, or every frame of a video."""
+    if medium.kind == "audio":
+        raw = encoder.config.kind == "audio_embedder"
+        return [(sounds.raw_frames(medium.content) if raw else sounds.log_mel(medium.content), None)]
+    frames = [medium.content] if medium.kind == "image" else medium.content.frames
+    return [_patches(encoder, frame, medium.image_tokens) for frame in frames]
 
 
 def _patches(encoder: Encoder, pixels: Any, image_tokens: int) -> tuple[F32, I32]:

@@ -35,7 +35,7 @@ class Options:
     logprobs:     None, or how many alternatives to report beside each token's log-probability
     stop:         text that ends generation (and is not part of the result), also across pieces
     stop_ids:     ids that end generation; None = the checkpoint's
-    hooks:        (site, fn) pairs for this run, after those of open `model.hooks` blocks
+    hooks:        (site, fn) pairs for this run, after those of open `model.hooks` blocks; sites of the encoders, too
     capture:      sites to keep, as `names` of run_with_cache ("blocks.*.hook_resid_post"); None = nothing
     sequence:     keep the cache here, reusing the longest common prefix with the prompt (chat turns)
     tools, think: for messages, passed to the chat template

@@ -14,6 +14,7 @@ from gemma4.chat import check_messages, encode_chat
 from gemma4.errors import CapacityError, StateError
 from gemma4.media.medium import read_media
 from gemma4.media.prompt import SoftRows, TokenizedPrompt, expander, locate
+from gemma4.media.taps import EncoderTaps
 from gemma4.sequence import Sequence
 from gemma4.step import Prompt
 
@@ -78,19 +79,28 @@ def as_ids(model: Model, prompt: str | NDArray[Any] | Seq[int], *, bos: bool = T
     return np.ascontiguousarray(ids, dtype=np.int32)
 
 
-def as_batch(model: Model, ids: TokensLike, sequence: Sequence | Seq[Sequence] | None) -> tuple[Batch, bool]:
-    """(batch, was it a list). Fresh sequences where none are given, just large enough."""
+def as_batch(
+    model: Model, ids: TokensLike, sequence: Sequence | Seq[Sequence] | None, taps: EncoderTaps
+) -> tuple[Batch, bool]:
+    """(batch, was it a list). Fresh sequences where none are given, just large enough; media are encoded with taps."""
     many = is_batch(ids)
     prompts: list[Any] = list(ids) if many else [ids]  # type: ignore[arg-type]
     sequences = _given_sequences(model, sequence, len(prompts), many)
     if sequences is None:
-        rows = [as_tokenized(model, prompt) for prompt in prompts]
+        rows = [taps.apart(model, as_tokenized(model, prompt)) for prompt in prompts]
         check_fits(max(len(row) for row in rows), model.context_length)
-        soft = [row.soft_rows(model) for row in rows]
+        soft = _soft_rows(model, rows, taps)
         sequences = [model.new_sequence(capacity=len(row)) for row in rows]
         return Batch(_prompts(sequences, rows, soft), own=True), many
-    rows = [as_tokenized(model, prompt, bos=s.length == 0) for prompt, s in zip(prompts, sequences, strict=True)]
-    return Batch(_prompts(sequences, rows, [row.soft_rows(model) for row in rows]), own=False), many
+    rows = [
+        taps.apart(model, as_tokenized(model, prompt, bos=s.length == 0))
+        for prompt, s in zip(prompts, sequences, strict=True)
+    ]
+    return Batch(_prompts(sequences, rows, _soft_rows(model, rows, taps)), own=False), many
+
+
+def _soft_rows(model: Model, rows: list[TokenizedPrompt], taps: EncoderTaps) -> list[SoftRows | None]:
+    return [row.soft_rows(model, taps, sequence=i) for i, row in enumerate(rows)]
 
 
 def _prompts(sequences: list[Sequence], rows: list[TokenizedPrompt], soft: list[SoftRows | None]) -> list[Prompt]:

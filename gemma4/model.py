@@ -18,14 +18,14 @@ from gemma4 import _engine, info
 from gemma4.encoders import Encoder, encode_audio, encode_image, encode_video
 from gemma4.inputs import Messages, TokensLike, as_batch, tokenize_prompt
 from gemma4.interp.hooks import Hook, NaNLog, activated, active_hooks, bind_hooks, hooks_of
-from gemma4.interp.sites import Names, SiteTable
+from gemma4.interp.sites import Names, SiteTable, names_of, reusable
 from gemma4.load import Checkpoint, TextConfig, open_checkpoint
 from gemma4.load.checkpoint import EngineTensor
 from gemma4.load.dtypes import is_quantised, stored_rows
-from gemma4.load.encoder_config import MODALITIES
 from gemma4.media.cache import EncodedMedia
 from gemma4.media.medium import Modalities
 from gemma4.media.prompt import TokenizedPrompt
+from gemma4.media.taps import EncoderTaps
 from gemma4.profile import Profile, profiling
 from gemma4.sequence import KVDtype, Sequence, restore
 from gemma4.step import Output, Positions, Want, run_step
@@ -303,22 +303,24 @@ class Model:
     ) -> tuple[Any, Any]:
         """Logits as `forward` gives them, and the activations: (logits, ActivationCache), lists of both for a list.
 
-        names: None = every site except those that grow with T*S, T*heads*d_model or d_vocab (attn.hook_attn_scores,
-            attn.hook_pattern, attn.hook_result, hook_logits_raw, hook_logits); a name or glob ("*" is really every
-            site); a list of those; a predicate on the name. Only what is named is stored.
+        names: None = every site of the text model except those that grow with T*S, T*heads*d_model or d_vocab
+            (attn.hook_attn_scores, attn.hook_pattern, attn.hook_result, hook_logits_raw, hook_logits); a name or glob
+            ("*" is really every one); a list of those; a predicate on the name. Only what is named is stored. Names
+            that begin with "vision." or "audio." are of the encoders: see `ActivationCache.media`.
         pos: keep only these positions of `ids` (int, slice, list; negative counts from the end). None = all.
         stop_at_layer: run blocks 0..n-1 only; logits are None and the sequence does not grow.
         Raises SiteError for an unknown name, with the closest ones.
         """
         if stop_at_layer is not None:
             stop_at_layer, logits = self._checked_stop(stop_at_layer), None
+        names = reusable(names)
         want = Want(
             logits=logits,
-            capture=self.sites.select(names, stop_at_layer=stop_at_layer),
+            capture=self.sites.select(names_of(names), stop_at_layer=stop_at_layer),
             pos="all" if pos is None else pos,
             stop_at_layer=stop_at_layer,
         )
-        outputs, many = self._run(ids, want, sequence)
+        outputs, many = self._run(ids, want, sequence, names)
         if many:
             return [out.logits for out in outputs], [out.cache for out in outputs]
         return outputs[0].logits, outputs[0].cache
@@ -342,10 +344,7 @@ class Model:
         """
         hooks = list(hooks)
         bind_hooks(self.sites, hooks_of(hooks))  # a wrong name is an error here, not at the first forward pass
-        for modality in MODALITIES:
-            if any(not callable(names) for names, _ in hooks_of(hooks, f"{modality}.")):
-                encoder: Encoder = getattr(self, modality)
-                bind_hooks(encoder.sites, hooks_of(hooks, f"{modality}."))
+        EncoderTaps.of(self, hooks)
         return activated(self, hooks)
 
     def profile(self) -> AbstractContextManager[Profile]:
@@ -358,9 +357,9 @@ class Model:
         return layer
 
     def _run(
-        self, ids: TokensLike, want: Want, sequence: Sequence | list[Sequence] | None
+        self, ids: TokensLike, want: Want, sequence: Sequence | list[Sequence] | None, names: Names = ()
     ) -> tuple[list[Output], bool]:
-        batch, many = as_batch(self, ids, sequence)
+        batch, many = as_batch(self, ids, sequence, EncoderTaps.of(self, active_hooks(self), names))
         want.hooks = bind_hooks(self.sites, hooks_of(active_hooks(self)), stop_at_layer=want.stop_at_layer)
         try:
             return run_step(self, batch.prompts, want), many

@@ -132,7 +132,8 @@ class _Plan:
         if not self.captures:
             return Output(logits, None)
         positions = self.before + self.kept.astype(np.int64)
-        return Output(logits, ActivationCache(model, self.arrays, self.prompt.ids[self.kept], positions))
+        media = self.prompt.soft.caches if self.prompt.soft else ()
+        return Output(logits, ActivationCache(model, self.arrays, self.prompt.ids[self.kept], positions, media))
 
 
 def run_step(model: Model, prompts: list[Prompt], want: Want) -> list[Output]:

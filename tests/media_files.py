@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gemma4
-from gemma4.media.medium import read_audio, read_image, read_video
+from gemma4.media.medium import Medium, read_audio, read_image, read_video
 
 
 def picture(height: int, width: int, seed: int = 0, channels: int = 3) -> NDArray[np.uint8]:
@@ -55,11 +55,17 @@ def video(frames: NDArray[np.uint8], fps: int = 10, container: str = "mp4", code
 class Encoders:
     """Stands where a model's encoders stand, and counts."""
 
-    def __init__(self, model: gemma4.Model) -> None:
+    def __init__(self, model: gemma4.Model, monkeypatch: Any) -> None:
         self.model, self.calls = model, []
         model.checkpoint.hf_config = {**model.checkpoint.hf_config, "vision_config": {}, "audio_config": {}}
-        for kind in ("image", "audio", "video"):
-            setattr(model, f"encode_{kind}", getattr(self, kind))
+        monkeypatch.setattr("gemma4.media.cache.encode", self.encode)
+
+    def encode(self, model: gemma4.Model, medium: Medium) -> tuple[np.ndarray, list]:
+        assert model is self.model
+        options = (medium.image_tokens,) if medium.image_tokens else ()
+        made = getattr(self, medium.kind)(medium.content, *options)
+        made.flags.writeable = False
+        return made, []
 
     def _rows(self, kind: str, n: int, content: bytes) -> np.ndarray:
         self.calls.append(kind)

@@ -42,7 +42,7 @@ class Scripted:
 @pytest.fixture
 def model(monkeypatch):
     with gemma4.load("tiny-e") as model:
-        model.encoders = Encoders(model)
+        model.encoders = Encoders(model, monkeypatch)
         monkeypatch.setattr("gemma4.model.load", lambda *args, **kwargs: model)
         yield model
 

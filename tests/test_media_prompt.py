@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import lzma
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,8 +173,8 @@ def model():
 
 
 @pytest.fixture
-def encoders(model) -> Encoders:
-    return Encoders(model)
+def encoders(model, monkeypatch) -> Encoders:
+    return Encoders(model, monkeypatch)
 
 
 def by_hand(model, prompt, encoders) -> np.ndarray:
@@ -304,10 +305,10 @@ def test_runs_know_their_places(model, encoders):
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
-def test_models_without_encoders_say_so(model):
+def test_models_without_encoders_say_so(model, monkeypatch):
     with pytest.raises(NotImplementedError, match=r"cat\.png: this model has no vision encoder, it takes text"):
         model.generate([user({"type": "image", "image": "cat.png"})])
-    Encoders(model)
+    Encoders(model, monkeypatch)
     model.checkpoint.hf_config.pop("audio_config")
     with pytest.raises(NotImplementedError, match="no audio encoder, it takes text, images, video"):
         model.generate([user(sound())])
@@ -342,7 +343,9 @@ def test_bad_files_are_refused_by_name(model, encoders, tmp_path):
         model.generate([user({"type": "audio", "audio": tmp_path / "nowhere.mp3"})])
 
 
-def test_an_encoder_that_gives_another_number_of_rows(model, encoders):
-    model.encode_image = lambda pixels, image_tokens: np.zeros((3, model.engine_config["d_model"]), np.float32)
+def test_an_encoder_that_gives_another_number_of_rows(model):
+    rows = np.zeros((3, model.engine_config["d_model"]), np.float32)
+    model.checkpoint.hf_config = {**model.checkpoint.hf_config, "vision_config": {}}
+    model.vision = SimpleNamespace(config=SimpleNamespace(kind="vision_tower"), run=lambda *_, **__: ([rows], []))
     with pytest.raises(RuntimeError, match="encoder gave"):
         model.generate([user(image())], max_tokens=1)

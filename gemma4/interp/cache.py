@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from gemma4.errors import SiteError
 from gemma4.info import size
-from gemma4.interp.sites import Site, canonical_name
+from gemma4.interp.sites import ENCODER_PREFIXES, Site, canonical_name
 
 if TYPE_CHECKING:
+    from gemma4.media.prompt import EncoderCache
     from gemma4.model import Model
 
 F32 = NDArray[np.float32]
@@ -42,19 +43,29 @@ class ActivationCache(Mapping[str, NDArray[Any]]):
 
     tokens:     int32 [T], the ids at the kept positions
     positions:  int64 [T], where in the sequence they stand
+    media:      one EncoderCache for each picture, frame and recording of which sites inside the encoders were captured
+                ("vision.…", "audio.…"): `cache.media[0]["vision.blocks.2.hook_resid_post"]`, `.run` says which it is
     """
 
     def __init__(
-        self, model: Model, arrays: dict[str, NDArray[Any]], tokens: NDArray[np.int32], positions: NDArray[np.int64]
+        self,
+        model: Model,
+        arrays: dict[str, NDArray[Any]],
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int64],
+        media: tuple[EncoderCache, ...] = (),
     ) -> None:
         self._model = model
         self._arrays = arrays
         self.tokens = tokens
         self.positions = positions
+        self.media = media
 
     def __getitem__(self, key: str | tuple[str, int]) -> NDArray[Any]:
         name = self._name(key)
         if name not in self._arrays:
+            if name.startswith(ENCODER_PREFIXES):
+                raise SiteError(f"{name!r} is inside an encoder: see cache.media, one cache for each picture or sound")
             site = self._model.sites[name]  # raises, with the closest names, if the model has no such site
             raise SiteError(f"{site.name!r} was not captured in this run: ask for it with names=")
         return self._arrays[name]
@@ -79,7 +90,7 @@ class ActivationCache(Mapping[str, NDArray[Any]]):
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self._arrays.values())
+        return sum(array.nbytes for array in self._arrays.values()) + sum(cache.nbytes for cache in self.media)
 
     def to_dict(self) -> dict[str, NDArray[Any]]:
         """A plain dict of the same arrays, e.g. for `np.savez`."""
@@ -95,6 +106,7 @@ class ActivationCache(Mapping[str, NDArray[Any]]):
             shapes = {self._arrays[site.name].shape for site in sites}
             where = f"  ({len(sites)} layers)" if sites[0].layer is not None else ""
             lines.append(f"  {stem:<28} {' '.join(str(list(shape)) for shape in sorted(shapes))}{where}")
+        lines += [f"  media[{i}]: {cache!r}" for i, cache in enumerate(self.media)]
         return "\n".join(lines)
 
     def stack(self, stem: str) -> NDArray[Any]:
@@ -207,6 +219,7 @@ def join_caches(caches: Sequence[ActivationCache]) -> ActivationCache:
         arrays,
         np.concatenate([cache.tokens for cache in caches]),
         np.concatenate([cache.positions for cache in caches]),
+        tuple(medium for cache in caches for medium in cache.media),
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.interp.sites import ENCODER_PREFIXES, Names, Site, SiteTable
+from gemma4.interp.sites import Names, Site, SiteTable, names_of
 
 Array: TypeAlias = NDArray[Any]
 HookFn: TypeAlias = Callable[[Array, "HookPoint"], Any]
@@ -37,13 +37,16 @@ class HookPoint:
     name:       the site, e.g. "blocks.3.hook_mlp_out"
     layer:      its block, None for a site of the whole model
     sequence:   index of the sequence in the batch (0 for a single prompt)
-    positions:  int64 [T], the sequence positions along the array's "T" axis
+    positions:  int64 [T], the sequence positions along the array's "T" axis; inside an encoder its rows, from 0
+    medium:     inside an encoder: which picture, frame or recording, counted as the prompt's `runs` are, or as the list
+                that was given to `Encoder.encode`
     """
 
     name: str
     layer: int | None
     sequence: int
     positions: NDArray[np.int64]
+    medium: int = 0
 
     @property
     def start(self) -> int:
@@ -98,14 +101,10 @@ def hooks_of(hooks: Iterable[Hook], prefix: str = "") -> list[Hook]:
     for hook in hooks:
         names, fn = _checked_pair(hook)
         if not callable(names):
-            names = [name for name in ([names] if isinstance(names, str) else names) if _is_of(name, prefix)]
+            names = list(names_of(names, prefix))  # type: ignore[arg-type]
         if callable(names) or names:
             chosen.append((names, fn))
     return chosen
-
-
-def _is_of(name: str, prefix: str) -> bool:
-    return name.startswith(prefix) if prefix else not str(name).startswith(ENCODER_PREFIXES)
 
 
 def make_edit(site: Site, fns: Sequence[HookFn], point: HookPoint, log: NaNLog) -> Callable[[Array], Array]:

@@ -92,6 +92,27 @@ _HF_MODEL = {
 }
 
 
+def reusable(names: Names) -> Names:
+    """The same, to be gone through more than once."""
+    return names if names is None or isinstance(names, str) or callable(names) else list(names)
+
+
+def names_of(names: Names, prefix: str = "") -> Names:
+    """Those of `names` that begin with an encoder's prefix ("vision.", "audio."), or ("") that do not.
+
+    A predicate is asked about every name of text model and encoders; None, the usual choice, has none of an encoder.
+    """
+    if names is None:
+        return [] if prefix else None
+    if callable(names):
+        return names
+    return [name for name in ([names] if isinstance(names, str) else names) if _is_of(name, prefix)]
+
+
+def _is_of(name: str, prefix: str) -> bool:
+    return str(name).startswith(prefix) if prefix else not str(name).startswith(ENCODER_PREFIXES)
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """One named intermediate of the forward pass.

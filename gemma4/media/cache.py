@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.interp.hooks import active_hooks, hooks_of
-from gemma4.interp.sites import ENCODER_PREFIXES
+from gemma4.encoders import inputs_of
+from gemma4.interp.hooks import SiteHooks
+from gemma4.interp.sites import Site
 from gemma4.media.medium import Medium
 
 if TYPE_CHECKING:
@@ -33,18 +35,13 @@ class EncodedMedia:
         return sum(array.nbytes for array in self._kept.values())
 
     def get(self, model: Model, medium: Medium) -> NDArray[np.float32]:
-        """float32 [n_runs * run_length, d_model], read-only: from here, or else from the model's encoder.
-
-        While hooks name sites of an encoder, every medium is encoded anew and nothing is kept.
-        """
-        if any(not callable(names) for part in ENCODER_PREFIXES for names, _ in hooks_of(active_hooks(model), part)):
-            return encode(model, medium)
+        """float32 [n_runs * run_length, d_model], read-only: from here, or else from the model's encoder, unedited."""
         with self._lock:
             found = self._kept.get(medium.digest)
             if found is not None:
                 self._kept.move_to_end(medium.digest)
                 return found
-        made = encode(model, medium)
+        [made, _] = encode(model, medium)
         with self._lock:
             self._kept[medium.digest] = made
             while self.nbytes > self.max_bytes and len(self._kept) > 1:
@@ -56,17 +53,17 @@ class EncodedMedia:
             self._kept.clear()
 
 
-def encode(model: Model, medium: Medium) -> NDArray[np.float32]:
-    """float32 [n_runs * run_length, d_model], read-only. Raises as the model's encoder does."""
-    if medium.kind == "audio":
-        made = model.encode_audio(medium.content)
-    elif medium.kind == "image":
-        made = model.encode_image(medium.content, medium.image_tokens)
-    else:
-        made = model.encode_video(medium.content, medium.image_tokens)
-    expected = (medium.n_runs * medium.run_length, model.engine_config["d_model"])
+def encode(
+    model: Model, medium: Medium, hooks: SiteHooks | None = None, capture: Iterable[Site] = (), **place: int
+) -> tuple[NDArray[np.float32], list[dict[str, NDArray[np.float32]]]]:
+    """Soft tokens float32 [n_runs * run_length, d_model], read-only, and what was captured of each run.
+
+    hooks, capture, place: as `Encoder.run` takes them. Raises as the model's encoder does.
+    """
+    encoder = model.audio if medium.kind == "audio" else model.vision
+    soft, caches = encoder.run(inputs_of(encoder, medium), hooks or [], capture, **place)
+    made, expected = np.concatenate(soft), (medium.n_runs * medium.run_length, model.engine_config["d_model"])
     if made.shape != expected:
         raise RuntimeError(f"{medium.name}: the encoder gave {made.shape} where {expected} soft tokens were announced")
-    made = np.ascontiguousarray(made, dtype=np.float32)
     made.flags.writeable = False
-    return made
+    return made, caches

@@ -115,7 +115,7 @@ def test_hooks_edit_the_tower(pair: GetPair) -> None:
     seen = []
 
     def double(array: np.ndarray, site: gemma4.HookPoint) -> np.ndarray:
-        seen.append((site.name, site.layer, site.sequence, len(site.positions)))
+        seen.append((site.name, site.layer, site.medium, len(site.positions)))
         return 2 * array
 
     def uniform(array: np.ndarray, site: gemma4.HookPoint) -> None:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run does inside the encoders while they read its pictures, sounds and videos: edit, and keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.interp.hooks import Hook, SiteHooks, bind_hooks, hooks_of
+from gemma4.interp.sites import Names, Site, names_of
+from gemma4.load.encoder_config import MODALITIES, Modality
+from gemma4.media.cache import encode
+from gemma4.media.medium import Kind, Medium
+from gemma4.media.prompt import TokenizedPrompt
+
+if TYPE_CHECKING:
+    from gemma4.encoders import Encoder
+    from gemma4.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderTaps:
+    """Hooks of one call, and the names of the sites that it keeps; those of the text model among them do nothing here.
+
+    Media that are edited or watched are encoded anew. What edits made of them goes into no cache.
+    """
+
+    hooks: tuple[Hook, ...] = ()
+    names: Names = ()
+
+    @classmethod
+    def of(cls, model: Model, hooks: Iterable[Hook] = (), names: Names = ()) -> EncoderTaps:
+        """Raises SiteError and NotImplementedError for names that the model's encoders lack, now and not at the first
+        picture. Predicates are asked when there is one.
+        """
+        hooks = tuple(hooks)
+        for modality in MODALITIES:
+            named = [hook for hook in hooks_of(hooks, f"{modality}.") if not callable(hook[0])]
+            wanted = [] if callable(names) else names_of(names, f"{modality}.")
+            if named or wanted:
+                encoder: Encoder = getattr(model, modality)
+                bind_hooks(encoder.sites, named)
+                encoder.sites.select(wanted)
+        return cls(hooks, names)
+
+    def encode(
+        self, model: Model, medium: Medium, *, sequence: int, first: int
+    ) -> tuple[NDArray[np.float32], list[dict[str, NDArray[np.float32]]]]:
+        """Soft tokens float32 [n_runs * run_length, d_model], and what was kept of each run ([] if nothing was asked).
+
+        sequence, first: for hooks to know, the prompt's index in the batch and the medium's first run in the prompt.
+        """
+        hooks, sites = self._bound(model, medium.kind)
+        if not hooks and not sites:
+            return model.encoded_media.get(model, medium), []
+        made, caches = encode(model, medium, hooks, sites, sequence=sequence, first=first)
+        return made, caches if sites else []
+
+    def apart(self, model: Model, prompt: TokenizedPrompt) -> TokenizedPrompt:
+        """The prompt, its media like no other's where hooks may edit them: a cached sequence must neither take them
+        for what it holds nor be taken for the unedited ones later.
+        """
+        kinds: set[Kind] = {run.medium.kind for run in prompt.runs}
+        edited = {kind for kind in kinds if self._bound(model, kind)[0]}
+        if not edited:
+            return prompt
+        media = {id(run.medium): run.medium for run in prompt.runs if run.medium.kind in edited}
+        fresh = {key: dataclasses.replace(medium, digest=os.urandom(16)) for key, medium in media.items()}
+        runs = (dataclasses.replace(run, medium=fresh.get(id(run.medium), run.medium)) for run in prompt.runs)
+        return TokenizedPrompt(prompt.ids, tuple(runs))
+
+    def _bound(self, model: Model, kind: Kind) -> tuple[SiteHooks, list[Site]]:
+        modality: Modality = "audio" if kind == "audio" else "vision"
+        hooks, names = hooks_of(self.hooks, f"{modality}."), names_of(self.names, f"{modality}.")
+        if not hooks and not names:  # an encoder that nobody watches need not be bound
+            return [], []
+        encoder: Encoder = getattr(model, modality)
+        return bind_hooks(encoder.sites, hooks), encoder.sites.select(names)
