@@ -201,9 +201,9 @@ def test_which_names_are_of_what(model: gemma4.Model) -> None:
     assert len(cache) == model.n_layers and len(cache.media[0]) == model.vision.config.n_layers
     _, cache = model.run_with_cache(prompt, "vision.*", logits=None)
     assert len(cache) == 0 and set(cache.media[0]) == set(model.vision.sites)
-    with pytest.raises(SiteError, match="see cache.media"):
+    with pytest.raises(SiteError, match=r"see cache\.media"):
         cache["vision.hook_soft"]
-    with pytest.raises(SiteError, match="not captured of this image"):
+    with pytest.raises(SiteError, match=r"not captured of this image"):
         cache.media[0]["vision.hook_sof"]
 
 
