@@ -11,7 +11,10 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+
+import gemma4
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -185,6 +188,29 @@ def test_random_checkpoint_command(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "bfloat16" in done.stderr
+
+
+# ---- tools/random_gguf.py -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size, kind", [("e2b-mini", "Q4_K_M"), ("26b-a4b-mini", "Q4_0")])
+def test_random_gguf_loads(maker, tmp_path, monkeypatch, size, kind):
+    """The file that `gemma4 quantize` would have written, with other values in it."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    tokenizer = ROOT / "gemma4" / "pretrained" / "tiny-e" / "tokenizer.json"
+    vocab = {"vocab_size": 2603, "vocab_size_per_layer_input": 2603}
+    small = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 64, "num_experts": 8}
+    text = maker.text_config(size, "bfloat16", **vocab, **(small if "26b" in size else {"hidden_size": 256}))
+    path, checkpoint = tmp_path / "random.gguf", tmp_path / "checkpoint"
+    nbytes = load_tool("random_gguf").write_gguf(path, text, kind, tokenizer)
+    assert nbytes == path.stat().st_size
+    maker.write_checkpoint(checkpoint, text, multimodal=False, tokenizer=tokenizer)
+    ours = gemma4.quantize(checkpoint, tmp_path / "quantised.gguf", type=kind)
+    assert nbytes == ours.nbytes
+    with gemma4.load(path) as model, gemma4.load(ours.path) as other:
+        assert model.config == other.config
+        logits = model.forward(np.arange(5, 15))
+    assert np.isfinite(logits).all() and logits.std() > 0.01
 
 
 # ---- benchmarks ---------------------------------------------------------------------------------------------------

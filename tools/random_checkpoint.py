@@ -267,8 +267,11 @@ def shards(shapes: Shapes, itemsize: int, limit: int) -> list[Shapes]:
     return files
 
 
-def write_safetensors(file: BinaryIO, shapes: Shapes, dtype: str, weights: RandomWeights) -> int:
-    """Write one file in the safetensors format; returns the number of bytes of tensor data."""
+def write_safetensors(file: BinaryIO, shapes: Shapes, dtype: str, weights: RandomWeights | None) -> int:
+    """Write one file in the safetensors format; returns the number of bytes of tensor data.
+
+    Without weights all values are zeros that take no room on the disk, where the file system can leave holes.
+    """
     code, np_dtype = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -278,6 +281,9 @@ def write_safetensors(file: BinaryIO, shapes: Shapes, dtype: str, weights: Rando
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(struct.pack("<Q", len(text)) + text)
+    if weights is None:
+        file.truncate(file.tell() + end)
+        return end
     for name, shape in shapes.items():
         for chunk in weights.chunks(name, shape):
             file.write(chunk.tobytes())
@@ -324,6 +330,18 @@ def _write_tokenizer(out: Path, tokenizer: Path) -> None:
     _write_json(out / "tokenizer_config.json", {"tokenizer_class": "GemmaTokenizer"} | SPECIAL_TOKENS)
 
 
+def write_configs(out: Path, config: dict[str, Any], tokenizer: Path | None) -> None:
+    """Everything but the weights into the directory `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "config.json", config)
+    generation = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+    _write_json(
+        out / "generation_config.json", generation | {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}
+    )
+    if tokenizer:
+        _write_tokenizer(out, tokenizer)
+
+
 def write_checkpoint(
     out: Path,
     text: dict[str, Any],
@@ -335,14 +353,7 @@ def write_checkpoint(
     shard_bytes: int = 0,
 ) -> int:
     """Write configs, tokenizer (if given) and weights into the directory `out`; returns the bytes of tensor data."""
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "config.json", model_config(text, multimodal))
-    generation = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
-    _write_json(
-        out / "generation_config.json", generation | {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}
-    )
-    if tokenizer:
-        _write_tokenizer(out, tokenizer)
+    write_configs(out, model_config(text, multimodal), tokenizer)
     shapes = tensor_shapes(text, "model.language_model." if multimodal else "model.", dead_kv)
     return write_tensors(out, shapes, text["dtype"], seed, shard_bytes)
 
