@@ -85,12 +85,16 @@ static INLINE void NAME(dot_blocks_)(const i8x32 q[4][2], const int8_t *x, i32x8
 }
 
 /* sum[i] += the products of 256 inputs of x_i, from `at` on, and w, lane by lane for 8 blocks; below[i] += what the minima,
- * or q not being raised, make of them too much: (min or scale) . sums of x_i. */
-static INLINE void NAME(add_stretch_)(const int m, const g4_int8_rows *x, size_t at, size_t stride, const uint8_t *w,
-                                      f32x8 *sum, f32x8 *below)
+ * or q not being raised, make of them too much: (min or scale) . sums of x_i. Blocks from n_blocks on do not count. */
+static INLINE void NAME(add_stretch_)(const int m, const int n_blocks, const g4_int8_rows *x, size_t at, size_t stride,
+                                      const uint8_t *w, f32x8 *sum, f32x8 *below)
 {
-    const NAME(factors_) f = NAME(read_factors_)(w);
+    NAME(factors_) f = NAME(read_factors_)(w);
     i8x32 q[4][2];
+    if (n_blocks < 8) { /* theirs are another row's, or none, and zero times infinity is no zero */
+        f.scale[0] = f8_first(f.scale[0], n_blocks);
+        f.min[0] = f8_first(f.min[0], n_blocks);
+    }
     NAME(read_pair_)(w, 0, q[0]);
     NAME(read_pair_)(w, 1, q[1]);
     NAME(read_pair_)(w, 2, q[2]);
@@ -112,25 +116,41 @@ static INLINE void NAME(add_stretch_)(const int m, const g4_int8_rows *x, size_t
     }
 }
 
+/* The end of a row that is no whole number of stretches. It is read with what follows it, if `reads_on`: a copy is as dear as
+ * two stretches (26B-A4B's experts have rows of 704). */
+static NOINLINE void NAME(add_end_)(int m, int n_inputs, bool reads_on, const g4_int8_rows *x, size_t at, size_t stride,
+                                    const uint8_t *w, f32x8 *sum, f32x8 *below)
+{
+    uint8_t end[WEIGHTS_IN(256)];
+    if (!reads_on) {
+        memset(end, 0, sizeof end);
+        w = memcpy(end, w, WEIGHTS_IN(n_inputs));
+    }
+    NAME(add_stretch_)(m, n_inputs / 32, x, at, stride, w, sum, below);
+}
+
 /* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w (body_matmul.h says why two). */
 static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const uint8_t *w, size_t far_bytes, int k,
-                                    float *out, size_t out_stride, int far)
+                                    bool reads_on, float *out, size_t out_stride, int far)
 {
     const size_t stride = g4_int8_stride((size_t)k);
     f32x8 sum[2][FEW_ROWS], below[2][FEW_ROWS];
-    int l = 0;
     for (int i = 0; i < m; i++)
         sum[0][i] = sum[1][i] = below[0][i] = below[1][i] = f8_set1(0);
+    int l = 0;
     for (; l + 256 <= k; l += 256)
         for (int r = 0; r < 2; r++) {
             const uint8_t *stretch = w + (size_t)r * far_bytes + WEIGHTS_IN(l);
             prefetch_ahead(stretch, WEIGHTS_IN(256));
-            NAME(add_stretch_)(m, x, (size_t)l, stride, stretch, sum[r], below[r]);
+            NAME(add_stretch_)(m, 8, x, (size_t)l, stride, stretch, sum[r], below[r]);
         }
-    for (int r = 0; r < 2 && l < k; r++) { /* x is padded with zeros, too */
-        uint8_t padded[WEIGHTS_IN(256)] = {0};
-        memcpy(padded, w + (size_t)r * far_bytes + WEIGHTS_IN(l), WEIGHTS_IN(k - l));
-        NAME(add_stretch_)(m, x, (size_t)l, stride, padded, sum[r], below[r]);
+    for (int r = 0; r < 2 && l < k; r++) {
+        f32x8 s[FEW_ROWS], b[FEW_ROWS]; /* copies, for what has an address stays out of the registers */
+        memcpy(s, sum[r], sizeof s);
+        memcpy(b, below[r], sizeof b);
+        NAME(add_end_)(m, k - l, reads_on, x, (size_t)l, stride, w + (size_t)r * far_bytes + WEIGHTS_IN(l), s, b);
+        memcpy(sum[r], s, sizeof s);
+        memcpy(below[r], b, sizeof b);
     }
     for (int r = 0; r < 2; r++)
         for (int i = 0; i < m; i++)
@@ -144,17 +164,19 @@ static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size
 {
     const int far = n / 2;
     const size_t w_bytes = WEIGHTS_IN(w_stride), far_bytes = (size_t)far * w_bytes;
-    for (int j = 0; j < n - far; j++, w += w_bytes)
+    for (int j = 0; j < n - far; j++, w += w_bytes) {
+        const bool reads_on = (size_t)(n - far - 1 - j) * w_bytes >= WEIGHTS_IN(256);
         for (int i = 0; i < m; i += FEW_ROWS) {
             const g4_int8_rows rows = g4_int8_rows_from(x, (size_t)i, (size_t)k);
             float *to = out + (size_t)i * out_stride + (size_t)j;
             switch (m - i) {
-            case 1: NAME(int8_dots_)(1, &rows, w, far_bytes, k, to, out_stride, far); break;
-            case 2: NAME(int8_dots_)(2, &rows, w, far_bytes, k, to, out_stride, far); break;
-            case 3: NAME(int8_dots_)(3, &rows, w, far_bytes, k, to, out_stride, far); break;
-            default: NAME(int8_dots_)(4, &rows, w, far_bytes, k, to, out_stride, far); break;
+            case 1: NAME(int8_dots_)(1, &rows, w, far_bytes, k, reads_on, to, out_stride, far); break;
+            case 2: NAME(int8_dots_)(2, &rows, w, far_bytes, k, reads_on, to, out_stride, far); break;
+            case 3: NAME(int8_dots_)(3, &rows, w, far_bytes, k, reads_on, to, out_stride, far); break;
+            default: NAME(int8_dots_)(4, &rows, w, far_bytes, k, reads_on, to, out_stride, far); break;
             }
         }
+    }
 }
 
 /* ---- prefill ------------------------------------------------------------------------------------------------------ */

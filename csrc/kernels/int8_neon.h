@@ -175,6 +175,13 @@ static inline void f8_store(float *p, f32x8 a)
     vst1q_f32(p, a.lo);
     vst1q_f32(p + 4, a.hi);
 }
+static inline float32x4_t first_of_4(float32x4_t a, int first, int n)
+{
+    const int32x4_t lane =
+        vaddq_s32(vcombine_s32(vcreate_s32(0x100000000), vcreate_s32(0x300000002)), vdupq_n_s32(first));
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(a), vcgtq_s32(vdupq_n_s32(n), lane)));
+}
+static inline f32x8 f8_first(f32x8 a, int n) { return (f32x8){first_of_4(a.lo, 0, n), first_of_4(a.hi, 4, n)}; }
 static inline f32x8 f8_evens(f32x8 a, f32x8 b) { return (f32x8){vuzp1q_f32(a.lo, a.hi), vuzp1q_f32(b.lo, b.hi)}; }
 static inline f32x8 f8_odds(f32x8 a, f32x8 b) { return (f32x8){vuzp2q_f32(a.lo, a.hi), vuzp2q_f32(b.lo, b.hi)}; }
 static inline float f8_sum(f32x8 a)

@@ -136,6 +136,8 @@ static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b)
     RETURN_LANES(f32x8, 8, fmaf(-a.lane[l], b.lane[l], c.lane[l]));
 }
 static inline void f8_store(float *p, f32x8 a) { memcpy(p, a.lane, sizeof a.lane); }
+/* The first n lanes, then zeros. */
+static inline f32x8 f8_first(f32x8 a, int n) { RETURN_LANES(f32x8, 8, l < n ? a.lane[l] : 0); }
 /* Of the 16 lanes of a and b those with an even number, and those with an odd one. */
 static inline f32x8 f8_evens(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, l < 4 ? a.lane[2 * l] : b.lane[2 * l - 8]); }
 static inline f32x8 f8_odds(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, l < 4 ? a.lane[2 * l + 1] : b.lane[2 * l - 7]); }

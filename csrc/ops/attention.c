@@ -7,8 +7,6 @@
 
 #include "ops/profile.h"
 
-#include "ops/profile.h"
-
 enum {
     BLOCK_ROWS = 48,      /* queries x heads of a task: enough that each key is loaded for many of them */
     MAX_SCORES = 1 << 20, /* scores a task may hold (4 MB), unless one query's heads need more */
