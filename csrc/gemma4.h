@@ -204,8 +204,8 @@ bool g4_encoder_site_exists(const g4_encoder_config *config, g4_site site, int l
 int g4_encoder_site_shape(const g4_encoder_config *config, g4_site site, int n_rows, int64_t shape[G4_MAX_DIMS]);
 
 /* All media in one ragged pass, without padding. A tap's run is the medium; it copies all rows. Threads may share an
- * encoder. */
+ * encoder. profile: as in g4_step_options. */
 g4_status g4_encode(const g4_encoder *encoder, const g4_medium *media, int n_media, const g4_tap *taps, int n_taps,
-                    int (*poll)(void *context), void *poll_context, g4_error *err);
+                    int (*poll)(void *context), void *poll_context, g4_profile *profile, g4_error *err);
 
 #endif

@@ -172,8 +172,8 @@ class Encoder:
         """As Model.sites(); dims: "T", "S" rows inside the encoder, "N" soft tokens, "U" half the input rows."""
     def soft_tokens(self, n_rows: int) -> int:
         """Soft tokens of a medium of so many input rows."""
-    def encode(self, media: Seq[Medium], taps: Seq[EncoderTap] = ()) -> None:
-        """All media in one ragged pass; each one's numbers do not depend on its company.
+    def encode(self, media: Seq[Medium], taps: Seq[EncoderTap] = (), *, profile: F64 | None = None) -> None:
+        """All media in one ragged pass; each one's numbers do not depend on its company. profile: as in Model.step.
 
         Raises ValueError (positions out of range, a grid that does not pool), KeyboardInterrupt, and what an edit
         raises.

@@ -24,6 +24,7 @@ from gemma4.media import audio as sounds
 from gemma4.media import image as images
 from gemma4.media import video as videos
 from gemma4.media.medium import Medium
+from gemma4.profile import step_array
 
 if TYPE_CHECKING:
     from gemma4._engine import EncoderTap
@@ -52,7 +53,7 @@ class Encoder:
                 f"{checkpoint.path} has no {modality} encoder (encoders it has: {others}): {what} need a model with one"
             )
         checkpoint.check()
-        self.modality = modality
+        self.modality: Modality = modality
         self.config: EncoderConfig = checkpoint.encoders[modality]
         self._model = model
         tensors = checkpoint.encoder_tensors(modality)
@@ -143,7 +144,9 @@ class Encoder:
                 point = HookPoint(site.name, site.layer, sequence, positions, first + i)
                 taps.append((site.id, site.layer or 0, i, make_edit(site, fns, point, self._model.nan_log)))
             taps += [(self.sites[name].id, self.sites[name].layer or 0, i, array) for name, array in caches[i].items()]
-        self.engine.encode([(rows, at, out) for (rows, at), out in zip(inputs, soft, strict=True)], taps)
+        media = [(rows, at, out) for (rows, at), out in zip(inputs, soft, strict=True)]
+        with step_array(self._model, self.modality) as profile:
+            self.engine.encode(media, taps, profile=profile)
         return soft, caches
 
     def _empty(self, site: Site, n_rows: int) -> F32:

@@ -7,7 +7,7 @@
 
 The engine notes the time, the arithmetic and the bytes of every operation it runs for this model while the block is
 open; what is left of a step (bookkeeping, storing keys and values, captures and hooks) is the row "other", so the
-seconds add up to those spent in the engine.
+seconds add up to those spent in the engine. Images and sound that are encoded meanwhile have rows of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 F64: TypeAlias = NDArray[np.float64]
 
 # Operations on rows of activations, which seldom leave the caches: their bytes are no traffic of the memory.
-ROW_OPS = frozenset({"rope table", "norm", "rope", "add", "gelu", "multiply", "router softmax", "scale", "softcap"})
+ROW_OPS = frozenset(
+    {"rope table", "norm", "rope", "add", "gelu", "glu", "multiply", "clamp", "router softmax", "scale", "softcap"}
+)
+Part: TypeAlias = Literal["text", "vision", "audio"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,9 @@ class Limits:
 class OpTotal(NamedTuple):
     """All calls of one operation.
 
-    work, int8_work: float32 arithmetic, and products of bytes (precision="fast" with quantised weights); a multiply-add
-    counts as two. bytes: weights, cached keys and values, and rows of activations, each once per call.
+    work, int8_work: float32 arithmetic, and products of whole numbers (precision="fast": bytes with quantised weights,
+    16 bits in encoders); a multiply-add counts as two. bytes: weights, cached keys and values, and rows of activations,
+    each once per call. part: of the model that ran it, the text model or an encoder.
     """
 
     name: str
@@ -61,6 +65,7 @@ class OpTotal(NamedTuple):
     work: float
     int8_work: float
     bytes: float
+    part: Part = "text"
 
     @property
     def streamed(self) -> float:
@@ -77,14 +82,24 @@ class Profile:
     """Totals for each operation; `print()` it, or take `ops`. One step at a time may add to it."""
 
     def __init__(self) -> None:
-        self.array: F64 = np.zeros((len(_engine.profile_ops()), 5))
+        self.arrays: dict[Part, F64] = {part: np.zeros((len(_engine.profile_ops()), 5)) for part in get_args(Part)}
+
+    @property
+    def parts(self) -> list[Part]:
+        """Those that ran."""
+        return [part for part, array in self.arrays.items() if array[:, 0].any()]
 
     @property
     def ops(self) -> list[OpTotal]:
-        """Every operation that ran, in the order of a forward pass; "other" last."""
+        """Every operation that ran: the text model's, then the encoders', each in the order of a forward pass with
+        "other" last."""
+        return [op for part in self.arrays for op in self.ops_of(part)]
+
+    def ops_of(self, part: Part) -> list[OpTotal]:
+        """Those of the text model ("text"), or of an encoder."""
         totals = [
-            OpTotal(name, int(row[0]), *(float(x) for x in row[1:]))
-            for name, row in zip(_engine.profile_ops(), self.array, strict=True)
+            OpTotal(name, int(row[0]), *(float(x) for x in row[1:]), part=part)
+            for name, row in zip(_engine.profile_ops(), self.arrays[part], strict=True)
             if row[0]
         ]
         return sorted(totals, key=lambda op: op.name == "other")
@@ -92,10 +107,7 @@ class Profile:
     @property
     def total(self) -> OpTotal:
         """All operations together; `calls` is the number of engine steps, `bytes` those from memory only."""
-        ops = self.ops
-        steps = sum(op.calls for op in ops if op.name == "other")
-        seconds, work, int8_work = (float(column) for column in self.array[:, 1:4].sum(axis=0))
-        return OpTotal("all", steps, seconds, work, int8_work, sum(op.streamed for op in ops))
+        return _sum(self.ops)
 
     def table(self, limits: Limits | None = None, title: str | None = None) -> Table:
         """A row for each operation: calls and milliseconds in a step, share of the time, giga-operations and gigabytes
@@ -104,11 +116,14 @@ class Profile:
         grid = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
         for i, head in enumerate(heads):
             grid.add_column(head, justify="right" if i else "left", no_wrap=True)
-        total = self.total
-        for op in self.ops:
-            grid.add_row(*_cells(op, total, limits))
-        grid.add_section()
-        grid.add_row(*_cells(total, total, limits))
+        for part in self.parts:
+            ops = self.ops_of(part)
+            total = _sum(ops, part)
+            for op in ops:
+                grid.add_row(*_cells(op, total, limits))
+            grid.add_section()
+            grid.add_row(*_cells(total, total, limits))
+            grid.add_section()
         return grid
 
     def __str__(self) -> str:
@@ -120,10 +135,20 @@ class Profile:
         return text.get().strip("\n")
 
 
+def _sum(ops: list[OpTotal], part: Part = "text") -> OpTotal:
+    steps = sum(op.calls for op in ops if op.name == "other")
+    seconds, work, int8_work = (
+        sum(op.seconds for op in ops),
+        sum(op.work for op in ops),
+        sum(op.int8_work for op in ops),
+    )
+    return OpTotal("all", steps, seconds, work, int8_work, sum(op.streamed for op in ops), part)
+
+
 def _cells(op: OpTotal, total: OpTotal, limits: Limits | None) -> list[str]:
     steps, seconds = max(total.calls, 1), max(op.seconds, 1e-12)
     cells = [
-        op.name,
+        op.name if op.part == "text" else f"{op.part}: {op.name}",
         f"{op.calls / steps:.4g}",
         f"{1e3 * op.seconds / steps:.3f}",
         f"{op.seconds / max(total.seconds, 1e-12):.1%}",
@@ -156,15 +181,15 @@ def profiling(model: Model) -> Iterator[Profile]:
 
 
 @contextmanager
-def step_array(model: Model) -> Iterator[F64 | None]:
+def step_array(model: Model, part: Part = "text") -> Iterator[F64 | None]:
     """Where the engine's step is to add its times; None if nobody asked. Nested blocks all get them."""
     profiles = [profile for owner, profile in _ACTIVE.get() if owner is model]
     if not profiles:
         yield None
         return
-    array = np.zeros_like(profiles[0].array)
+    array = np.zeros_like(profiles[0].arrays[part])
     try:
         yield array
     finally:
         for profile in profiles:
-            profile.array += array
+            profile.arrays[part] += array

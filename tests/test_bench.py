@@ -140,7 +140,7 @@ def test_profiling_changes_no_bit_and_ends_with_its_block(random_e, random_moe, 
         with random_e.profile() as inner:
             np.testing.assert_array_equal(random_e.forward(prompt), plain)
     random_e.forward(prompt)
-    np.testing.assert_array_equal(inner.array, outer.array)
+    assert inner.ops == outer.ops
     assert outer.total.calls == 1
 
 

@@ -12,6 +12,8 @@
     op(PLE_TABLE,       "per-layer rows")       \
     op(PLE_CONTEXT,     "per-layer context")    \
     op(NORM,            "norm")                 \
+    op(INPUT,           "input")                \
+    op(QKV,             "q, k, v")              \
     op(KV,              "k, v")                 \
     op(Q,               "q")                    \
     op(ROPE,            "rope")                 \
@@ -29,7 +31,11 @@
     op(EXPERTS_DOWN,    "experts down")         \
     op(PLE_GATE,        "per-layer gate")       \
     op(PLE_PROJECTION,  "per-layer projection") \
+    op(CONV,            "light convolution")    \
+    op(GLU,             "glu")                  \
+    op(CLAMP,           "clamp")                \
     op(SCALE,           "scale")                \
+    op(PROJECTION,      "projection")           \
     op(HEAD,            "head")                 \
     op(SOFTCAP,         "softcap")
 /* clang-format on */

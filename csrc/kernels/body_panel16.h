@@ -19,15 +19,12 @@
 
 enum { ROWS16 = 4, MOST16 = 2047 };
 
-/* sum[i] = x_i . w for m rows of x, whose groups have `groups` scales a row. */
-static INLINE void panel16_rows(const int m, const int16_t *x, const float *x_scale, int stride, const g4_panel16 *w,
-                                f32x16 sum[ROWS16])
+/* sum[i] += x_i . w for m rows of x over k inputs. */
+static INLINE void panel16_rows(const int m, const g4_rows16 *x, const g4_panel16 *w, int k, f32x16 sum[ROWS16])
 {
-    const int groups = g4_groups16(stride);
-    for (int i = 0; i < m; i++)
-        sum[i] = x16_set1(0);
-    for (int g = 0; g < groups; g++) {
-        const int first = g * G4_GROUP16, end = stride - first < G4_GROUP16 ? stride : first + G4_GROUP16;
+    const int stride = x->stride, groups = g4_groups16(stride);
+    for (int g = 0; g < g4_groups16(k); g++) {
+        const int first = g * G4_GROUP16, end = k - first < G4_GROUP16 ? k : first + G4_GROUP16;
         const f32x16 dw = x16_load(w->scale + g * 16);
         i32x16 dot[ROWS16];
         for (int i = 0; i < m; i++)
@@ -36,35 +33,40 @@ static INLINE void panel16_rows(const int m, const int16_t *x, const float *x_sc
             for (int half = 0; half < 4; half += 2)
                 for (int i = 0; i < m; i++)
                     dot[i] = i32x16_add_pairs(dot[i], w->q + (size_t)(l + half) * 16,
-                                              x + (size_t)i * (size_t)stride + (size_t)(l + half));
+                                              x->q + (size_t)i * (size_t)stride + (size_t)(l + half));
         for (int i = 0; i < m; i++)
-            sum[i] = x16_fma(x16_mul(dw, x16_set1(x_scale[(size_t)i * (size_t)groups + (size_t)g])),
+            sum[i] = x16_fma(x16_mul(dw, x16_set1(x->scale[(size_t)i * (size_t)groups + (size_t)g])),
                              x16_from_i32(dot[i]), sum[i]);
     }
 }
 
-static INLINE void panel16_block(const int m, const g4_rows16 *x, int row, const g4_panel16 *w, float *out,
-                                 size_t out_stride, int n)
+static INLINE void panel16_block(const int m, const g4_rows16 *x, int row, const g4_panel16 *w, int k, float *out,
+                                 size_t out_stride, int n, bool add_to)
 {
     const g4_rows16 from = g4_rows16_from(x, row);
     f32x16 sum[ROWS16];
-    panel16_rows(m, from.q, from.scale, x->stride, w, sum);
+    out += (size_t)row * out_stride;
+    for (int i = 0; i < m; i++)
+        sum[i] = !add_to   ? x16_set1(0)
+                 : n == 16 ? x16_load(out + (size_t)i * out_stride)
+                           : x16_load_some(out + (size_t)i * out_stride, n);
+    panel16_rows(m, &from, w, k, sum);
     for (int i = 0; i < m; i++) {
-        float *to = out + (size_t)(row + i) * out_stride;
         if (n == 16)
-            x16_store(to, sum[i]);
+            x16_store(out + (size_t)i * out_stride, sum[i]);
         else
-            x16_store_some(to, sum[i], n);
+            x16_store_some(out + (size_t)i * out_stride, sum[i], n);
     }
 }
 
-static void matmul_panel16(const g4_rows16 *x, int m, const g4_panel16 *w, float *out, size_t out_stride, int n)
+static void matmul_panel16(const g4_rows16 *x, int m, const g4_panel16 *w, int k, float *out, size_t out_stride, int n,
+                           bool add_to)
 {
     int i = 0;
     for (; i + ROWS16 <= m; i += ROWS16)
-        panel16_block(ROWS16, x, i, w, out, out_stride, n);
+        panel16_block(ROWS16, x, i, w, k, out, out_stride, n, add_to);
     for (; i < m; i++)
-        panel16_block(1, x, i, w, out, out_stride, n);
+        panel16_block(1, x, i, w, k, out, out_stride, n, add_to);
 }
 
 /* Up to 256 values, clamped to low..high, as whole numbers of -2047..2047 in q, which ends with zeros up to a multiple of

@@ -54,6 +54,17 @@ static inline g4_rows16 g4_rows16_from(const g4_rows16 *rows, int first)
                        rows->scale + (size_t)first * (size_t)g4_groups16(rows->stride), rows->stride};
 }
 
+/* Those of inputs from `at` on, where a group begins. */
+static inline g4_rows16 g4_rows16_at(const g4_rows16 *rows, int at)
+{
+    return (g4_rows16){rows->q + at, rows->scale + at / G4_GROUP16, rows->stride};
+}
+
+static inline g4_panel16 g4_panel16_at(const g4_panel16 *w, int at)
+{
+    return (g4_panel16){w->q + (size_t)at * 16, w->scale + (size_t)(at / G4_GROUP16) * 16};
+}
+
 #define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;
 #include "kernels/kernels.inc"
 #undef G4_KERNEL

@@ -39,33 +39,33 @@ static const g4_bind_row tower_rows[] = {
     {"subsample_conv_projection.layer0.norm.weight",      TOWER(conv_norm[0]), VECTOR, "C",       0, G4_OP_OTHER},
     {"subsample_conv_projection.layer1.conv.weight",      TOWER(conv[1]),      VECTOR, "c C 3 3", 0, G4_OP_OTHER},
     {"subsample_conv_projection.layer1.norm.weight",      TOWER(conv_norm[1]), VECTOR, "c",       0, G4_OP_OTHER},
-    {"subsample_conv_projection.input_proj_linear.weight", TOWER(input),       MATRIX, "D bc",    0, G4_OP_OTHER},
-    {"output_proj.weight",                                TOWER(output),       MATRIX, "I D",     0, G4_OP_OTHER},
+    {"subsample_conv_projection.input_proj_linear.weight", TOWER(input),       MATRIX, "D bc",    0, G4_OP_INPUT},
+    {"output_proj.weight",                                TOWER(output),       MATRIX, "I D",     0, G4_OP_PROJECTION},
     {"output_proj.bias",                                  TOWER(output_bias),  VECTOR, "I",       0, G4_OP_OTHER},
 };
 
 static const g4_bind_row layer_rows[] = {
     {"feed_forward1.pre_layer_norm.weight",  LAYER(mlp1.pre),      VECTOR,  "D",     0, G4_OP_OTHER},
-    {"feed_forward1.ffw_layer_1",            LAYER(mlp1.up),       CLIPPED, "F D",   0, G4_OP_OTHER},
-    {"feed_forward1.ffw_layer_2",            LAYER(mlp1.down),     CLIPPED, "D F",   0, G4_OP_OTHER},
+    {"feed_forward1.ffw_layer_1",            LAYER(mlp1.up),       CLIPPED, "F D",   0, G4_OP_GATE_UP},
+    {"feed_forward1.ffw_layer_2",            LAYER(mlp1.down),     CLIPPED, "D F",   0, G4_OP_DOWN},
     {"feed_forward1.post_layer_norm.weight", LAYER(mlp1.post),     VECTOR,  "D",     0, G4_OP_OTHER},
     {"feed_forward2.pre_layer_norm.weight",  LAYER(mlp2.pre),      VECTOR,  "D",     0, G4_OP_OTHER},
-    {"feed_forward2.ffw_layer_1",            LAYER(mlp2.up),       CLIPPED, "F D",   0, G4_OP_OTHER},
-    {"feed_forward2.ffw_layer_2",            LAYER(mlp2.down),     CLIPPED, "D F",   0, G4_OP_OTHER},
+    {"feed_forward2.ffw_layer_1",            LAYER(mlp2.up),       CLIPPED, "F D",   0, G4_OP_GATE_UP},
+    {"feed_forward2.ffw_layer_2",            LAYER(mlp2.down),     CLIPPED, "D F",   0, G4_OP_DOWN},
     {"feed_forward2.post_layer_norm.weight", LAYER(mlp2.post),     VECTOR,  "D",     0, G4_OP_OTHER},
     {"norm_pre_attn.weight",                 LAYER(ln1),           VECTOR,  "D",     0, G4_OP_OTHER},
     {"norm_post_attn.weight",                LAYER(ln1_post),      VECTOR,  "D",     0, G4_OP_OTHER},
     {"norm_out.weight",                      LAYER(out_norm),      VECTOR,  "D",     0, G4_OP_OTHER},
-    {"self_attn.q_proj",                     LAYER(q),             CLIPPED, "Hh D",  0, G4_OP_OTHER},
-    {"self_attn.k_proj",                     LAYER(k),             CLIPPED, "Hh D",  0, G4_OP_OTHER},
-    {"self_attn.v_proj",                     LAYER(v),             CLIPPED, "Hh D",  0, G4_OP_OTHER},
-    {"self_attn.post",                       LAYER(post),          CLIPPED, "D Hh",  0, G4_OP_OTHER},
-    {"self_attn.relative_k_proj.weight",     LAYER(relative_k),    MATRIX,  "Hh D",  0, G4_OP_OTHER},
+    {"self_attn.q_proj",                     LAYER(q),             CLIPPED, "Hh D",  0, G4_OP_QKV},
+    {"self_attn.k_proj",                     LAYER(k),             CLIPPED, "Hh D",  0, G4_OP_QKV},
+    {"self_attn.v_proj",                     LAYER(v),             CLIPPED, "Hh D",  0, G4_OP_QKV},
+    {"self_attn.post",                       LAYER(post),          CLIPPED, "D Hh",  0, G4_OP_O},
+    {"self_attn.relative_k_proj.weight",     LAYER(relative_k),    MATRIX,  "Hh D",  0, G4_OP_O},
     {"self_attn.per_dim_scale",              LAYER(per_dim_scale), VECTOR,  "h",     0, G4_OP_OTHER},
     {"lconv1d.pre_layer_norm.weight",        LAYER(conv_pre),      VECTOR,  "D",     0, G4_OP_OTHER},
     {"lconv1d.conv_norm.weight",             LAYER(conv_norm),     VECTOR,  "D",     0, G4_OP_OTHER},
-    {"lconv1d.linear_start",                 LAYER(conv_start),    CLIPPED, "2D D",  0, G4_OP_OTHER},
-    {"lconv1d.linear_end",                   LAYER(conv_end),      CLIPPED, "D D",   0, G4_OP_OTHER},
+    {"lconv1d.linear_start",                 LAYER(conv_start),    CLIPPED, "2D D",  0, G4_OP_CONV},
+    {"lconv1d.linear_end",                   LAYER(conv_end),      CLIPPED, "D D",   0, G4_OP_CONV},
     {"lconv1d.depthwise_conv1d.weight",      LAYER(depthwise),     VECTOR,  "D 1 s", 0, G4_OP_OTHER},
 };
 /* clang-format on */
@@ -95,7 +95,7 @@ static g4_status make_conv_maps(g4_binder *b, const g4_encoder_config *c, g4_aud
         const float *map = transposed(b, w->conv[i], outputs, inputs, 9);
         if (!map)
             return G4_ENOMEM;
-        w->conv_maps[i] = (g4_matrix){map, G4_F32, outputs, 9 * inputs, 9 * inputs, G4_OP_OTHER};
+        w->conv_maps[i] = (g4_matrix){map, G4_F32, outputs, 9 * inputs, 9 * inputs, G4_OP_INPUT};
     }
     return G4_OK;
 }

@@ -217,7 +217,7 @@ static g4_status run_passes(g4_encode_pass *p, int n_media)
 }
 
 g4_status g4_encode(const g4_encoder *encoder, const g4_medium *media, int n_media, const g4_tap *taps, int n_taps,
-                    int (*poll)(void *context), void *poll_context, g4_error *err)
+                    int (*poll)(void *context), void *poll_context, g4_profile *profile, g4_error *err)
 {
     G4_TRY(check(encoder, media, n_media, taps, n_taps, err));
     g4_arena *arena = g4_model_take_scratch(encoder->model);
@@ -229,13 +229,16 @@ g4_status g4_encode(const g4_encoder *encoder, const g4_medium *media, int n_med
                                  .fast = encoder->model->fast,
                                  .poll = poll,
                                  .poll_context = poll_context,
+                                 .profile = profile,
                                  .err = err},
                         .encoder = encoder,
                         .config = &encoder->config,
                         .media = media,
                         .taps = taps,
                         .n_taps = n_taps};
+    const double before = g4_profile_seconds(&p.exec), start = g4_profile_start(&p.exec);
     g4_status status = run_passes(&p, n_media);
+    g4_profile_end_step(&p.exec, start, before);
     g4_model_give_scratch(encoder->model, arena);
     return status;
 }

@@ -119,7 +119,7 @@ static int64_t letter_size(const void *config, int layer, char letter)
 }
 
 static const g4_bind_row projection_row = {
-    "embedding_projection.weight", offsetof(g4_soft_weights, projection), G4_BIND_MATRIX, "O I", 0, G4_OP_OTHER};
+    "embedding_projection.weight", offsetof(g4_soft_weights, projection), G4_BIND_MATRIX, "O I", 0, G4_OP_PROJECTION};
 
 static g4_status bind_kind(g4_encoder *e, g4_binder *b)
 {

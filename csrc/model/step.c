@@ -266,23 +266,12 @@ static g4_status prepare(step *s)
     return G4_OK;
 }
 
-static double timed_seconds(const g4_profile *profile)
-{
-    double sum = 0;
-    for (int op = 0; op < G4_N_OPS; op++)
-        sum += profile->ops[op].seconds;
-    return sum;
-}
-
-/* What no operation accounts for goes to "other", so that the seconds of a profile add up to those of its steps. */
 static g4_status run_profiled(step *s)
 {
     g4_exec exec = {.profile = s->options->profile};
-    if (!exec.profile)
-        return run_chunks(s);
-    const double before = timed_seconds(exec.profile), start = g4_profile_start(&exec);
+    const double before = g4_profile_seconds(&exec), start = g4_profile_start(&exec);
     g4_status status = run_chunks(s);
-    g4_profile_end(&exec, G4_OP_OTHER, start + timed_seconds(exec.profile) - before, 0, 0);
+    g4_profile_end_step(&exec, start, before);
     return status;
 }
 

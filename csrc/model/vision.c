@@ -31,8 +31,8 @@ enum { MLP_ROWS = 1536 };
 
 /* clang-format off */
 static const g4_bind_row tower_rows[] = {
-    {"patch_embedder.input_proj.weight",         TOWER(patch),     MATRIX, "D X", 0, G4_OP_OTHER},
-    {"patch_embedder.position_embedding_table",  TOWER(positions), MATRIX, "2 P D", 0, G4_OP_OTHER},
+    {"patch_embedder.input_proj.weight",         TOWER(patch),     MATRIX, "D X", 0, G4_OP_INPUT},
+    {"patch_embedder.position_embedding_table",  TOWER(positions), MATRIX, "2 P D", 0, G4_OP_EMBED},
 };
 
 static const g4_bind_row standardize_rows[] = {
@@ -45,15 +45,15 @@ static const g4_bind_row layer_rows[] = {
     {"post_attention_layernorm.weight",   LAYER(ln1_post), VECTOR,  "D", 0, G4_OP_OTHER},
     {"pre_feedforward_layernorm.weight",  LAYER(ln2),      VECTOR,  "D", 0, G4_OP_OTHER},
     {"post_feedforward_layernorm.weight", LAYER(ln2_post), VECTOR,  "D", 0, G4_OP_OTHER},
-    {"self_attn.q_proj",                  LAYER(q),        CLIPPED, "Hh D", 0, G4_OP_OTHER},
-    {"self_attn.k_proj",                  LAYER(k),        CLIPPED, "Kh D", 0, G4_OP_OTHER},
-    {"self_attn.v_proj",                  LAYER(v),        CLIPPED, "Kh D", 0, G4_OP_OTHER},
-    {"self_attn.o_proj",                  LAYER(o),        CLIPPED, "D Hh", 0, G4_OP_OTHER},
+    {"self_attn.q_proj",                  LAYER(q),        CLIPPED, "Hh D", 0, G4_OP_QKV},
+    {"self_attn.k_proj",                  LAYER(k),        CLIPPED, "Kh D", 0, G4_OP_QKV},
+    {"self_attn.v_proj",                  LAYER(v),        CLIPPED, "Kh D", 0, G4_OP_QKV},
+    {"self_attn.o_proj",                  LAYER(o),        CLIPPED, "D Hh", 0, G4_OP_O},
     {"self_attn.q_norm.weight",           LAYER(q_norm),   VECTOR,  "h", 0, G4_OP_OTHER},
     {"self_attn.k_norm.weight",           LAYER(k_norm),   VECTOR,  "h", 0, G4_OP_OTHER},
-    {"mlp.gate_proj",                     LAYER(gate),     CLIPPED, "F D", 0, G4_OP_OTHER},
-    {"mlp.up_proj",                       LAYER(up),       CLIPPED, "F D", 0, G4_OP_OTHER},
-    {"mlp.down_proj",                     LAYER(down),     CLIPPED, "D F", 0, G4_OP_OTHER},
+    {"mlp.gate_proj",                     LAYER(gate),     CLIPPED, "F D", 0, G4_OP_GATE_UP},
+    {"mlp.up_proj",                       LAYER(up),       CLIPPED, "F D", 0, G4_OP_GATE_UP},
+    {"mlp.down_proj",                     LAYER(down),     CLIPPED, "D F", 0, G4_OP_DOWN},
 };
 /* clang-format on */
 

@@ -4,6 +4,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "ops/profile.h"
+
 enum { MAX_BAND = 256 }; /* keys of a row; the models have 12 */
 
 typedef struct {
@@ -77,7 +79,10 @@ static g4_status run_rows(g4_exec *exec, const g4_band_attention *run, float *ar
                        "audio attention over %d frames before and %d after: expected 1 to %d in all", run->past,
                        run->future, MAX_BAND);
     task t = {run, array};
-    return g4_exec_rows(exec, run->n_rows, row_width(run) * (size_t)(run->past + run->future) / 2, fn, &t);
+    const double start = g4_profile_start(exec), n_values = (double)run->n_rows * (double)row_width(run);
+    G4_TRY(g4_exec_rows(exec, run->n_rows, row_width(run) * (size_t)(run->past + run->future) / 2, fn, &t));
+    g4_profile_end(exec, G4_OP_ATTEND_LOCAL, start, 6 * n_values * (run->past + run->future), 4 * 4 * n_values);
+    return G4_OK;
 }
 
 g4_status g4_attend_band(g4_exec *exec, const g4_band_attention *run)

@@ -1,42 +1,84 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "ops/attention_full.h"
 
+#include <math.h>
+
+#include "ops/profile.h"
+
 enum {
     PANEL = 16,
-    BLOCK_KEYS = 256,        /* of the mix: 16 KB of values stay in the first-level cache for a block of queries */
-    MAX_QUERIES = 96,        /* of a task … */
-    SCORES_FLOATS = 96 << 10 /* … and fewer where their scores would leave the second-level cache (384 KB) */
+    BLOCK_KEYS = 256,          /* of the mix: 16 KB of values stay in the first-level cache for a block of queries */
+    MAX_QUERIES = 96,          /* of a task … */
+    SCORES_FLOATS = 96 << 10,  /* … and fewer where their scores would leave the second-level cache (384 KB) … */
+    SCORES_FLOATS16 = 64 << 10 /* … with the whole numbers that they become */
 };
 
-/* Keys and values of one kv head as panels: keys [T / 16][h][16], values [h / 16][T][16], both padded. */
-typedef struct {
-    float *k, *v;
-} packed;
+_Static_assert(BLOCK_KEYS % G4_GROUP16 == 0, "a block of keys is whole groups");
 
+/* Keys and values as panels, kv head after kv head: keys [T / 16][h][16], values [h / 16][T][16], both padded. Fast, they
+ * and the queries (head after head) are whole numbers of 12 bits instead; values are turned for that. */
 typedef struct {
     const g4_full_attention *run;
-    packed heads;
+    bool fast;
+    float *k, *v; /* v fast: [K, h, T] */
+    g4_panel16 k16, v16;
+    g4_rows16 q16;
     size_t k_floats, v_floats; /* of one kv head */
     int queries, n_blocks;
     int first_task;
 } plan;
 
-static size_t round_up(int n)
+static int n_panels(int n)
 {
-    return (size_t)((n + PANEL - 1) / PANEL * PANEL);
+    return (n + PANEL - 1) / PANEL;
+}
+
+static g4_panel16 panel16_of(const g4_panel16 *panels, int index, int k)
+{
+    return (g4_panel16){panels->q + (size_t)index * PANEL * (size_t)g4_stride16(k),
+                        panels->scale + (size_t)index * PANEL * (size_t)g4_groups16(k)};
+}
+
+static g4_status alloc_panels16(g4_exec *exec, int n, int k, g4_panel16 *panels)
+{
+    G4_ALLOC(exec, panels->q, (size_t)n * PANEL * (size_t)g4_stride16(k));
+    G4_ALLOC(exec, panels->scale, (size_t)n * PANEL * (size_t)g4_groups16(k));
+    return G4_OK;
+}
+
+static g4_status alloc_rows16(g4_exec *exec, size_t n, int k, g4_rows16 *rows)
+{
+    rows->stride = g4_stride16(k);
+    G4_ALLOC(exec, rows->q, n * (size_t)rows->stride);
+    G4_ALLOC(exec, rows->scale, n * (size_t)g4_groups16(k));
+    return G4_OK;
+}
+
+static g4_status alloc_operands(g4_exec *exec, plan *p)
+{
+    const g4_full_attention *run = p->run;
+    const int n_kv = run->n_kv_heads;
+    G4_ALLOC(exec, p->v, p->v_floats * (size_t)n_kv);
+    if (!p->fast) {
+        G4_ALLOC(exec, p->k, p->k_floats * (size_t)n_kv);
+        return G4_OK;
+    }
+    G4_TRY(alloc_panels16(exec, n_kv * n_panels(run->n_rows), run->head_dim, &p->k16));
+    G4_TRY(alloc_panels16(exec, n_kv * n_panels(run->head_dim), run->n_rows, &p->v16));
+    return alloc_rows16(exec, (size_t)run->n_heads * (size_t)run->n_rows, run->head_dim, &p->q16);
 }
 
 static g4_status make_plan(g4_exec *exec, const g4_full_attention *run, plan *p)
 {
     *p = (plan){.run = run,
-                .k_floats = round_up(run->n_rows) * (size_t)run->head_dim,
-                .v_floats = round_up(run->head_dim) * (size_t)run->n_rows};
-    p->queries = run->n_rows ? SCORES_FLOATS / run->n_rows / 6 * 6 : MAX_QUERIES;
-    p->queries = p->queries < 6 ? 6 : p->queries > MAX_QUERIES ? MAX_QUERIES : p->queries;
+                .fast = exec->fast,
+                .k_floats = (size_t)n_panels(run->n_rows) * PANEL * (size_t)run->head_dim,
+                .v_floats = (size_t)n_panels(run->head_dim) * PANEL * (size_t)run->n_rows};
+    const int floats = p->fast ? SCORES_FLOATS16 : SCORES_FLOATS;
+    p->queries = run->n_rows ? floats / run->n_rows / 12 * 12 : MAX_QUERIES;
+    p->queries = p->queries < 12 ? 12 : p->queries > MAX_QUERIES ? MAX_QUERIES : p->queries;
     p->n_blocks = (run->n_rows + p->queries - 1) / p->queries;
-    G4_ALLOC(exec, p->heads.k, p->k_floats * (size_t)run->n_kv_heads);
-    G4_ALLOC(exec, p->heads.v, p->v_floats * (size_t)run->n_kv_heads);
-    return G4_OK;
+    return alloc_operands(exec, p);
 }
 
 /* ---- packing ----------------------------------------------------------------------------------------------------- */
@@ -46,32 +88,72 @@ typedef struct {
     int n_plans;
 } pack_task;
 
-/* Item i of all plans: a kv head. */
+static void pack_head(const g4_kernels *kernels, const plan *p, int head)
+{
+    const g4_full_attention *run = p->run;
+    const size_t stride = (size_t)run->n_kv_heads * (size_t)run->head_dim;
+    const float *k = run->k + (size_t)head * (size_t)run->head_dim, *v = run->v + (size_t)head * (size_t)run->head_dim;
+    float *k_panels = p->k + (size_t)head * p->k_floats, *v_panels = p->v + (size_t)head * p->v_floats;
+    for (int j = 0; j < run->n_rows; j += PANEL)
+        kernels->pack_panel(k + (size_t)j * stride, stride, run->n_rows - j < PANEL ? run->n_rows - j : PANEL,
+                            run->head_dim, k_panels + (size_t)j * (size_t)run->head_dim);
+    for (int c = 0; c < run->head_dim; c += PANEL) {
+        const int n = run->head_dim - c < PANEL ? run->head_dim - c : PANEL;
+        float *panel = v_panels + (size_t)c * (size_t)run->n_rows;
+        for (int j = 0; j < run->n_rows; j++)
+            for (int l = 0; l < PANEL; l++)
+                panel[(size_t)j * PANEL + (size_t)l] = l < n ? v[(size_t)j * stride + (size_t)(c + l)] : 0;
+    }
+}
+
+static void pack_head16(const g4_kernels *kernels, const plan *p, int head)
+{
+    const g4_full_attention *run = p->run;
+    const int n_rows = run->n_rows, h = run->head_dim;
+    const size_t stride = (size_t)run->n_kv_heads * (size_t)h;
+    const float *k = run->k + (size_t)head * (size_t)h, *v = run->v + (size_t)head * (size_t)h;
+    float *turned = p->v + (size_t)head * p->v_floats;
+    for (int j = 0; j < n_rows; j += PANEL) {
+        const g4_panel16 panel = panel16_of(&p->k16, head * n_panels(n_rows) + j / PANEL, h);
+        kernels->pack_panel16(k + (size_t)j * stride, stride, n_rows - j < PANEL ? n_rows - j : PANEL, h, &panel);
+    }
+    for (int j = 0; j < n_rows; j++)
+        for (int c = 0; c < h; c++)
+            turned[(size_t)c * (size_t)n_rows + (size_t)j] = v[(size_t)j * stride + (size_t)c];
+    for (int c = 0; c < h; c += PANEL) {
+        const g4_panel16 panel = panel16_of(&p->v16, head * n_panels(h) + c / PANEL, n_rows);
+        kernels->pack_panel16(turned + (size_t)c * (size_t)n_rows, (size_t)n_rows, h - c < PANEL ? h - c : PANEL,
+                              n_rows, &panel);
+    }
+}
+
+static g4_rows16 queries16(const plan *p, int head, int row)
+{
+    return g4_rows16_from(&p->q16, head * p->run->n_rows + row);
+}
+
+static size_t q_offset(const g4_full_attention *run, int row, int head)
+{
+    return ((size_t)row * (size_t)run->n_heads + (size_t)head) * (size_t)run->head_dim;
+}
+
+/* Item i of all plans: a head of queries, and a kv head while there are some. */
 static void pack_heads(const g4_exec *exec, void *context, int first, int end)
 {
     const pack_task *t = context;
-    for (int i = 0, from = 0; i < t->n_plans; from += t->plans[i++].run->n_kv_heads) {
+    for (int i = 0, from = 0; i < t->n_plans; from += t->plans[i++].run->n_heads) {
         const plan *p = &t->plans[i];
         const g4_full_attention *run = p->run;
-        const size_t stride = (size_t)run->n_kv_heads * (size_t)run->head_dim;
-        for (int head = 0; head < run->n_kv_heads; head++) {
+        for (int head = 0; head < run->n_heads; head++) {
             if (from + head < first || from + head >= end)
                 continue;
-            const float *k = run->k + (size_t)head * (size_t)run->head_dim;
-            const float *v = run->v + (size_t)head * (size_t)run->head_dim;
-            float *k_panels = p->heads.k + (size_t)head * p->k_floats,
-                  *v_panels = p->heads.v + (size_t)head * p->v_floats;
-            for (int j = 0; j < run->n_rows; j += PANEL)
-                exec->kernels->pack_panel(k + (size_t)j * stride, stride,
-                                          run->n_rows - j < PANEL ? run->n_rows - j : PANEL, run->head_dim,
-                                          k_panels + (size_t)j * (size_t)run->head_dim);
-            for (int c = 0; c < run->head_dim; c += PANEL) {
-                const int n = run->head_dim - c < PANEL ? run->head_dim - c : PANEL;
-                float *panel = v_panels + (size_t)c * (size_t)run->n_rows;
-                for (int j = 0; j < run->n_rows; j++)
-                    for (int l = 0; l < PANEL; l++)
-                        panel[(size_t)j * PANEL + (size_t)l] = l < n ? v[(size_t)j * stride + (size_t)(c + l)] : 0;
+            if (p->fast) {
+                const g4_rows16 rows = queries16(p, head, 0);
+                exec->kernels->quantize_rows16(run->q + q_offset(run, 0, head), q_offset(run, 1, 0), run->n_rows,
+                                               run->head_dim, -INFINITY, INFINITY, &rows);
             }
+            if (head < run->n_kv_heads)
+                (p->fast ? pack_head16 : pack_head)(exec->kernels, p, head);
         }
     }
 }
@@ -81,7 +163,7 @@ static g4_status pack_all(g4_exec *exec, plan *plans, int n_plans)
     int n_heads = 0;
     size_t most = 0;
     for (int i = 0; i < n_plans; i++) {
-        n_heads += plans[i].run->n_kv_heads;
+        n_heads += plans[i].run->n_heads;
         most = plans[i].k_floats > most ? plans[i].k_floats : most;
     }
     pack_task t = {plans, n_plans};
@@ -90,31 +172,41 @@ static g4_status pack_all(g4_exec *exec, plan *plans, int n_plans)
 
 /* ---- a block of queries of one head ---------------------------------------------------------------------------------- */
 
-static size_t q_offset(const g4_full_attention *run, int row, int head)
+static int kv_head(const g4_full_attention *run, int head)
 {
-    return ((size_t)row * (size_t)run->n_heads + (size_t)head) * (size_t)run->head_dim;
+    return head / (run->n_heads / run->n_kv_heads);
 }
 
 /* scores[i][j] = q_i . k_j for n queries from `row` on. */
-static void score_block(const g4_kernels *kernels, const plan *p, int head, int row, int n, float *scores,
-                        size_t stride)
+static void score_block(const g4_kernels *kernels, const plan *p, int head, int row, int n, float *scores)
 {
     const g4_full_attention *run = p->run;
-    const size_t q_stride = (size_t)run->n_heads * (size_t)run->head_dim;
-    const float *panels = p->heads.k + (size_t)(head / (run->n_heads / run->n_kv_heads)) * p->k_floats;
+    const size_t q_stride = q_offset(run, 1, 0), stride = (size_t)run->n_rows;
+    const float *panels = p->k + (size_t)kv_head(run, head) * p->k_floats;
     for (int j = 0; j < run->n_rows; j += PANEL)
         kernels->matmul_panel(run->q + q_offset(run, row, head), q_stride, n,
                               panels + (size_t)j * (size_t)run->head_dim, run->head_dim, scores + j, stride,
                               run->n_rows - j < PANEL ? run->n_rows - j : PANEL, false);
 }
 
-/* z_i = sum over j of weights[i][j] * v_j */
-static void mix_block(const g4_kernels *kernels, const plan *p, int head, int row, int n, const float *weights,
-                      size_t stride)
+static void score_block16(const g4_kernels *kernels, const plan *p, int head, int row, int n, float *scores)
 {
     const g4_full_attention *run = p->run;
-    const size_t z_stride = (size_t)run->n_heads * (size_t)run->head_dim;
-    const float *panels = p->heads.v + (size_t)(head / (run->n_heads / run->n_kv_heads)) * p->v_floats;
+    const g4_rows16 q = queries16(p, head, row);
+    const int first = kv_head(run, head) * n_panels(run->n_rows);
+    for (int j = 0; j < run->n_rows; j += PANEL) {
+        const g4_panel16 panel = panel16_of(&p->k16, first + j / PANEL, run->head_dim);
+        kernels->matmul_panel16(&q, n, &panel, q.stride, scores + j, (size_t)run->n_rows,
+                                run->n_rows - j < PANEL ? run->n_rows - j : PANEL, false);
+    }
+}
+
+/* z_i = sum over j of weights[i][j] * v_j */
+static void mix_block(const g4_kernels *kernels, const plan *p, int head, int row, int n, const float *weights)
+{
+    const g4_full_attention *run = p->run;
+    const size_t z_stride = q_offset(run, 1, 0), stride = (size_t)run->n_rows;
+    const float *panels = p->v + (size_t)kv_head(run, head) * p->v_floats;
     for (int j = 0; j < run->n_rows; j += BLOCK_KEYS) {
         const int keys = run->n_rows - j < BLOCK_KEYS ? run->n_rows - j : BLOCK_KEYS;
         for (int c = 0; c < run->head_dim; c += PANEL)
@@ -124,116 +216,134 @@ static void mix_block(const g4_kernels *kernels, const plan *p, int head, int ro
     }
 }
 
-/* ---- fused ----------------------------------------------------------------------------------------------------------- */
+static void mix_block16(const g4_kernels *kernels, const plan *p, int head, int row, int n, const float *weights,
+                        const g4_rows16 *rows)
+{
+    const g4_full_attention *run = p->run;
+    const int first = kv_head(run, head) * n_panels(run->head_dim);
+    kernels->quantize_rows16(weights, (size_t)run->n_rows, n, run->n_rows, -INFINITY, INFINITY, rows);
+    for (int j = 0; j < rows->stride; j += BLOCK_KEYS) {
+        const g4_rows16 x = g4_rows16_at(rows, j);
+        const int keys = rows->stride - j < BLOCK_KEYS ? rows->stride - j : BLOCK_KEYS;
+        for (int c = 0; c < run->head_dim; c += PANEL) {
+            const g4_panel16 panel = panel16_of(&p->v16, first + c / PANEL, run->n_rows), w = g4_panel16_at(&panel, j);
+            kernels->matmul_panel16(&x, n, &w, keys, run->z + q_offset(run, row, head) + c, q_offset(run, 1, 0),
+                                    run->head_dim - c < PANEL ? run->head_dim - c : PANEL, j > 0);
+        }
+    }
+}
 
+/* ---- tasks ----------------------------------------------------------------------------------------------------------- */
+
+enum { SCORE = 1, PATTERN = 2, MIX = 4 };
+
+/* A task is a block of queries of one head; what it does of the three steps. */
 typedef struct {
     const g4_exec *exec;
     const plan *plans;
-    int n_plans;
-    float *scratch;
+    int n_plans, steps;
+    float *array;   /* [H, T, T] of the only plan; NULL: each worker has scores of its own */
+    float *scratch; /* [workers, scratch_stride] */
     size_t scratch_stride;
+    g4_rows16 *weights; /* [workers] fast: patterns as whole numbers */
 } attend_task;
 
 static void run_attend_task(void *context, int task, int worker)
 {
     const attend_task *t = context;
+    const g4_kernels *kernels = t->exec->kernels;
     int i = 0;
     while (i + 1 < t->n_plans && task >= t->plans[i + 1].first_task)
         i++;
     const plan *p = &t->plans[i];
     const int local = task - p->first_task, head = local / p->n_blocks, row = local % p->n_blocks * p->queries;
     const int n = p->run->n_rows - row < p->queries ? p->run->n_rows - row : p->queries;
-    const size_t stride = (size_t)p->run->n_rows;
-    float *scores = t->scratch + (size_t)worker * t->scratch_stride;
-    score_block(t->exec->kernels, p, head, row, n, scores, stride);
-    for (int r = 0; r < n; r++)
-        t->exec->kernels->softmax(scores + (size_t)r * stride, p->run->n_rows);
-    mix_block(t->exec->kernels, p, head, row, n, scores, stride);
+    const size_t n_rows = (size_t)p->run->n_rows;
+    float *scores = t->array ? t->array + ((size_t)head * n_rows + (size_t)row) * n_rows
+                             : t->scratch + (size_t)worker * t->scratch_stride;
+    if (t->steps & SCORE)
+        (p->fast ? score_block16 : score_block)(kernels, p, head, row, n, scores);
+    for (int r = 0; t->steps & PATTERN && r < n; r++)
+        kernels->softmax(scores + (size_t)r * n_rows, p->run->n_rows);
+    if (t->steps & MIX && p->fast) {
+        g4_rows16 weights = t->weights[worker];
+        weights.stride = g4_stride16(p->run->n_rows);
+        mix_block16(kernels, p, head, row, n, scores, &weights);
+    } else if (t->steps & MIX) {
+        mix_block(kernels, p, head, row, n, scores);
+    }
 }
 
-g4_status g4_attend_full(g4_exec *exec, const g4_full_attention *runs, int n_runs)
+static g4_status alloc_scratch(g4_exec *exec, attend_task *t)
+{
+    const int n_workers = g4_pool_size(exec->pool);
+    size_t most_numbers = 0, most_scales = 0;
+    for (int i = 0; i < t->n_plans; i++) {
+        const plan *p = &t->plans[i];
+        const size_t queries = (size_t)p->queries, n = queries * (size_t)p->run->n_rows,
+                     numbers = queries * (size_t)g4_stride16(p->run->n_rows),
+                     scales = queries * (size_t)g4_groups16(p->run->n_rows);
+        t->scratch_stride = n > t->scratch_stride ? n : t->scratch_stride;
+        most_numbers = numbers > most_numbers ? numbers : most_numbers;
+        most_scales = scales > most_scales ? scales : most_scales;
+    }
+    if (!t->array)
+        G4_ALLOC(exec, t->scratch, (size_t)n_workers * t->scratch_stride);
+    if (!exec->fast)
+        return G4_OK;
+    G4_ALLOC(exec, t->weights, (size_t)n_workers);
+    for (int worker = 0; worker < n_workers; worker++) {
+        G4_ALLOC(exec, t->weights[worker].q, most_numbers);
+        G4_ALLOC(exec, t->weights[worker].scale, most_scales);
+    }
+    return G4_OK;
+}
+
+static g4_status attend(g4_exec *exec, const g4_full_attention *runs, int n_runs, int steps, float *array)
 {
     g4_arena_mark mark = g4_arena_save(exec->arena);
-    attend_task t = {.exec = exec, .n_plans = n_runs};
+    const double start = g4_profile_start(exec);
+    attend_task t = {.exec = exec, .n_plans = n_runs, .steps = steps, .array = array};
     plan *plans;
     int n_tasks = 0;
     double work = 0;
     G4_ALLOC(exec, plans, (size_t)n_runs + 1);
     for (int i = 0; i < n_runs; i++) {
-        plan *p = &plans[i];
-        G4_TRY(make_plan(exec, &runs[i], p));
-        p->first_task = n_tasks;
-        n_tasks += p->n_blocks * runs[i].n_heads;
-        const size_t scores = (size_t)p->queries * (size_t)runs[i].n_rows;
-        t.scratch_stride = scores > t.scratch_stride ? scores : t.scratch_stride;
+        G4_TRY(make_plan(exec, &runs[i], &plans[i]));
+        plans[i].first_task = n_tasks;
+        n_tasks += plans[i].n_blocks * runs[i].n_heads;
         work += 2.0 * runs[i].n_rows * (double)runs[i].n_rows * runs[i].n_heads * runs[i].head_dim;
     }
     t.plans = plans;
-    G4_TRY(pack_all(exec, plans, n_runs));
-    G4_ALLOC(exec, t.scratch, (size_t)g4_pool_size(exec->pool) * t.scratch_stride);
+    if (steps != PATTERN)
+        G4_TRY(pack_all(exec, plans, n_runs));
+    G4_TRY(alloc_scratch(exec, &t));
     g4_status status = g4_exec_run(exec, n_tasks, work, run_attend_task, &t);
+    if (steps & MIX) { /* of steps one by one the last is noted for all */
+        g4_profile_end(exec, G4_OP_ATTEND_GLOBAL, start, exec->fast ? 0 : 2 * work, 0);
+        if (exec->profile && exec->fast)
+            exec->profile->ops[G4_OP_ATTEND_GLOBAL].int8_work += 2 * work;
+    }
     g4_arena_restore(exec->arena, mark);
     return status;
 }
 
-/* ---- in steps -------------------------------------------------------------------------------------------------------- */
-
-typedef struct {
-    const plan *plan;
-    float *array; /* [H, T, T] */
-} steps;
-
-/* Item i: query i % T of head i / T; of the mix and the scores a whole head, so that panels serve many queries. */
-static void score_heads(const g4_exec *exec, void *context, int first, int end)
+g4_status g4_attend_full(g4_exec *exec, const g4_full_attention *runs, int n_runs)
 {
-    const steps *s = context;
-    const size_t n = (size_t)s->plan->run->n_rows;
-    for (int head = first; head < end; head++)
-        score_block(exec->kernels, s->plan, head, 0, (int)n, s->array + (size_t)head * n * n, n);
-}
-
-static void pattern_rows(const g4_exec *exec, void *context, int first, int end)
-{
-    const steps *s = context;
-    const int n = s->plan->run->n_rows;
-    for (int i = first; i < end; i++)
-        exec->kernels->softmax(s->array + (size_t)i * (size_t)n, n);
-}
-
-static void mix_heads(const g4_exec *exec, void *context, int first, int end)
-{
-    const steps *s = context;
-    const size_t n = (size_t)s->plan->run->n_rows;
-    for (int head = first; head < end; head++)
-        mix_block(exec->kernels, s->plan, head, 0, (int)n, s->array + (size_t)head * n * n, n);
-}
-
-static g4_status in_steps(g4_exec *exec, const g4_full_attention *run, float *array, g4_rows_fn fn)
-{
-    g4_arena_mark mark = g4_arena_save(exec->arena);
-    plan p;
-    G4_TRY(make_plan(exec, run, &p));
-    G4_TRY(pack_all(exec, &p, 1));
-    steps s = {&p, array};
-    const size_t row_size = (size_t)run->n_rows * (size_t)run->n_rows * (size_t)run->head_dim / 8;
-    g4_status status = g4_exec_rows(exec, run->n_heads, row_size, fn, &s);
-    g4_arena_restore(exec->arena, mark);
-    return status;
+    return attend(exec, runs, n_runs, SCORE | PATTERN | MIX, NULL);
 }
 
 g4_status g4_full_scores(g4_exec *exec, const g4_full_attention *run, float *scores)
 {
-    return in_steps(exec, run, scores, score_heads);
+    return attend(exec, run, 1, SCORE, scores);
 }
 
 g4_status g4_full_pattern(g4_exec *exec, const g4_full_attention *run, float *scores)
 {
-    plan p = {.run = run};
-    steps s = {&p, scores};
-    return g4_exec_rows(exec, run->n_heads * run->n_rows, (size_t)run->n_rows, pattern_rows, &s);
+    return attend(exec, run, 1, PATTERN, scores);
 }
 
 g4_status g4_full_mix(g4_exec *exec, const g4_full_attention *run, const float *pattern)
 {
-    return in_steps(exec, run, (float *)pattern, mix_heads);
+    return attend(exec, run, 1, MIX, (float *)pattern);
 }

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "ops/panels.h"
+#include "ops/profile.h"
 
 enum { PATCH_FLOATS = 4 << 20 }; /* patches laid out at once: 16 MB, where all of 30 s would take 110 MB */
 
@@ -78,5 +79,8 @@ static void depthwise_rows(const g4_exec *exec, void *context, int first, int en
 g4_status g4_conv_depthwise(g4_exec *exec, const float *x, const float *w, int size, int n_rows, int n, float *out)
 {
     depthwise_task t = {x, w, out, size, n};
-    return g4_exec_rows(exec, n_rows, (size_t)n * (size_t)size / 8 + 1, depthwise_rows, &t);
+    const double start = g4_profile_start(exec), n_values = (double)n_rows * (double)n;
+    G4_TRY(g4_exec_rows(exec, n_rows, (size_t)n * (size_t)size / 8 + 1, depthwise_rows, &t));
+    g4_profile_end(exec, G4_OP_CONV, start, 2 * n_values * size, 2 * n_values * (double)sizeof(float));
+    return G4_OK;
 }

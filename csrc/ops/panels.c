@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "ops/panels.h"
 
+#include "ops/profile.h"
+
 enum {
     PANEL = 16,
     TASK_COLUMNS = 64, /* of one task: x is read once for four panels */
@@ -91,6 +93,16 @@ static void run_task(void *context, int task, int worker)
     }
 }
 
+static void note(g4_exec *exec, double start, const g4_linear_job *jobs, int n_jobs)
+{
+    double work = 0, bytes = 0;
+    for (int i = 0; i < n_jobs; i++) {
+        work += 2.0 * jobs[i].m * (double)jobs[i].w.n_rows * (double)jobs[i].w.n_cols;
+        bytes += (double)jobs[i].w.n_rows * (double)g4_dtype_bytes(jobs[i].w.dtype, jobs[i].w.n_cols);
+    }
+    g4_profile_end(exec, jobs[0].w.op, start, work, bytes);
+}
+
 g4_status g4_panel_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
 {
     g4_arena_mark mark = g4_arena_save(exec->arena);
@@ -107,7 +119,9 @@ g4_status g4_panel_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
         work += (double)m * (double)jobs[j].w.n_rows * (double)jobs[j].w.n_cols;
     }
     t.first_task = first_task;
+    const double start = g4_profile_start(exec);
     g4_status status = g4_exec_run(exec, first_task[n_jobs], work, run_task, &t);
+    note(exec, start, jobs, n_jobs);
     g4_arena_restore(exec->arena, mark);
     return status;
 }

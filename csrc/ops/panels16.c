@@ -10,7 +10,8 @@ enum {
     TASK_BYTES = 192 << 10, /* of x in a task: they stay in the second-level cache for panel after panel */
     MIN_ROWS = 24,
     MAX_ROWS = 256,
-    TASK_COLUMNS = 256
+    TASK_COLUMNS = 256,
+    BLOCK_K = 2 * G4_GROUP16 /* a panel of so many inputs (16 KB) stays in the first-level cache */
 };
 
 static int n_panels(const g4_matrix16 *w)
@@ -167,7 +168,12 @@ static void run_task(void *context, int task, int worker)
     float *out = job->out + (size_t)row * (size_t)n_rows + (size_t)column;
     for (int at = 0; at < n; at += PANEL) {
         const g4_panel16 panel = panel_of(job->w, (column + at) / PANEL);
-        t->exec->kernels->matmul_panel16(&x, m, &panel, out + at, (size_t)n_rows, n - at < PANEL ? n - at : PANEL);
+        for (int l = 0; l < x.stride; l += BLOCK_K) {
+            const g4_rows16 x_block = g4_rows16_at(&x, l);
+            const g4_panel16 w_block = g4_panel16_at(&panel, l);
+            t->exec->kernels->matmul_panel16(&x_block, m, &w_block, x.stride - l < BLOCK_K ? x.stride - l : BLOCK_K,
+                                             out + at, (size_t)n_rows, n - at < PANEL ? n - at : PANEL, l > 0);
+        }
     }
     if (job->output_min > -INFINITY || job->output_max < INFINITY)
         for (int i = 0; i < m; i++)

@@ -26,6 +26,19 @@ void g4_profile_end(g4_exec *exec, g4_op op, double start, double work, double b
     total->bytes += bytes;
 }
 
+double g4_profile_seconds(const g4_exec *exec)
+{
+    double sum = 0;
+    for (int op = 0; exec->profile && op < G4_N_OPS; op++)
+        sum += exec->profile->ops[op].seconds;
+    return sum;
+}
+
+void g4_profile_end_step(g4_exec *exec, double start, double before)
+{
+    g4_profile_end(exec, G4_OP_OTHER, start + g4_profile_seconds(exec) - before, 0, 0);
+}
+
 void g4_profile_end_linear(g4_exec *exec, double start, const g4_linear_job *jobs, int n_jobs)
 {
     double work[2] = {0}, bytes = 0;

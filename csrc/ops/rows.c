@@ -137,7 +137,7 @@ static void glu_rows(const g4_exec *exec, void *context, int first, int end)
 g4_status g4_glu_rows(g4_exec *exec, const float *x, const float *gate, size_t stride, int n_rows, int n, float *out)
 {
     operands o = {.out = out, .a = x, .b = gate, .n = n, .n_heads = (int)stride};
-    return g4_exec_rows(exec, n_rows, (size_t)n, glu_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_GLU, EXP_WORK + 3, 3}, n_rows, (size_t)n, glu_rows, &o);
 }
 
 typedef struct {
@@ -157,7 +157,10 @@ static void clamp_rows(const g4_exec *exec, void *context, int first, int end)
 g4_status g4_clamp_rows(g4_exec *exec, const float *x, float low, float high, int n_rows, int n, float *out)
 {
     row_operands o = {.out = out, .x = x, .low = low, .high = high, .n = n};
-    return g4_exec_rows(exec, n_rows, (size_t)n / 4 + 1, clamp_rows, &o);
+    const double start = g4_profile_start(exec), n_values = (double)n_rows * (double)n;
+    G4_TRY(g4_exec_rows(exec, n_rows, (size_t)n / 4 + 1, clamp_rows, &o));
+    g4_profile_end(exec, G4_OP_CLAMP, start, 2 * n_values, 2 * n_values * (double)sizeof(float));
+    return G4_OK;
 }
 
 static void layer_norm_rows(const g4_exec *exec, void *context, int first, int end)
@@ -171,7 +174,7 @@ g4_status g4_layer_norm_rows(g4_exec *exec, const float *x, const float *gain, c
                              int n, float *out)
 {
     row_operands o = {out, x, gain, bias, eps, 0, n};
-    return g4_exec_rows(exec, n_rows, (size_t)n, layer_norm_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_NORM, 8, 2}, n_rows, (size_t)n, layer_norm_rows, &o);
 }
 
 static void softmax_rows(const g4_exec *exec, void *context, int first, int end)
@@ -299,5 +302,6 @@ g4_status g4_rope_axes_rows(g4_exec *exec, float *x, const float *cosine, const 
                             int quarter)
 {
     operands o = {.out = x, .a = cosine, .b = sine, .n = quarter, .n_heads = n_heads};
-    return g4_exec_rows(exec, n_rows, (size_t)n_heads * (size_t)quarter * 4, rope_axes_rows, &o);
+    return run_rows(exec, (row_cost){G4_OP_ROPE, 3, 2}, n_rows, (size_t)n_heads * (size_t)quarter * 4, rope_axes_rows,
+                    &o);
 }

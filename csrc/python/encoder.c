@@ -295,16 +295,20 @@ static void release_args(encode_args *a)
 
 static PyObject *encoder_encode(PyObject *object, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"media", "taps", NULL};
+    static char *names[] = {"media", "taps", "profile", NULL};
     encode_args a = {.self = (encoder_object *)object};
-    PyObject *media, *taps = NULL;
+    PyObject *media, *taps = NULL, *profile_array = Py_None;
+    g4_profile *profile = NULL;
     g4_error err = {0};
-    if (!encoder_ready(a.self) || !PyArg_ParseTupleAndKeywords(args, kwargs, "O|O", names, &media, &taps))
+    if (!encoder_ready(a.self) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$O", names, &media, &taps, &profile_array) ||
+        engine_read_profile(profile_array, &profile))
         return NULL;
     g4_status status = G4_EVALUE;
     if (read_args(&a, media, taps) == 0) {
         a.gil.state = PyEval_SaveThread();
-        status = g4_encode(a.self->encoder, a.media, a.n_media, a.taps, a.n_taps, engine_poll_signals, &a.gil, &err);
+        status = g4_encode(a.self->encoder, a.media, a.n_media, a.taps, a.n_taps, engine_poll_signals, &a.gil, profile,
+                           &err);
         PyEval_RestoreThread(a.gil.state);
         if (status != G4_OK)
             engine_raise(&err);

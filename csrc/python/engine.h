@@ -50,6 +50,8 @@ extern PyType_Spec engine_model_spec, engine_sequence_spec, engine_encoder_spec;
 PyObject *engine_sequence_wrap(model_object *owner, g4_sequence *seq); /* takes seq, also when it fails */
 PyTypeObject *engine_sequence_type(PyObject *model);                   /* borrowed */
 g4_dtype engine_kv_dtype(const char *name);                            /* G4_N_DTYPES: there is none of that name */
+int engine_read_profile(PyObject *object,
+                        g4_profile **profile); /* an array or None; nonzero and an exception if neither */
 PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *engine_testing_module(void);
 

@@ -195,7 +195,7 @@ static void release_args(step_args *s)
 }
 
 /* float64 [operations, members of g4_op_total], which the caller's argument tuple keeps alive. */
-static int read_profile(PyObject *object, g4_step_options *options)
+int engine_read_profile(PyObject *object, g4_profile **profile)
 {
     const npy_intp dims[] = {G4_N_OPS, (npy_intp)(sizeof(g4_op_total) / sizeof(double))};
     if (object == Py_None)
@@ -203,7 +203,7 @@ static int read_profile(PyObject *object, g4_step_options *options)
     PyArrayObject *array = engine_check_array(object, NPY_FLOAT64, 2, dims, "profile");
     if (!array || PyArray_FailUnlessWriteable(array, "profile"))
         return -1;
-    options->profile = PyArray_DATA(array);
+    *profile = PyArray_DATA(array);
     return 0;
 }
 
@@ -216,7 +216,7 @@ PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs)
     g4_error err = {0};
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$iiO", names, &runs, &taps, &options.stop_at_layer,
                                      &options.max_chunk, &profile) ||
-        read_profile(profile, &options))
+        engine_read_profile(profile, &options.profile))
         return NULL;
     if (!s.model->model)
         return PyErr_Format(PyExc_RuntimeError, "this model was never initialised");

@@ -253,30 +253,35 @@ static bool is_dense(PyArrayObject *array, int type, npy_intp size)
     return good;
 }
 
-/* matmul_panel16(isa, quantize_rows16(…), pack_panel16(…), n) -> [m, n] */
+/* matmul_panel16(isa, quantize_rows16(…), pack_panel16(…), n, groups at once) -> [m, n] */
 static PyObject *test_matmul_panel16(PyObject *self, PyObject *args)
 {
     const char *isa;
     PyArrayObject *q, *scale, *w, *w_scale;
-    int n;
+    int n, at_once;
     (void)self;
-    if (!PyArg_ParseTuple(args, "s(O!O!)(O!O!)i", &isa, &PyArray_Type, &q, &PyArray_Type, &scale, &PyArray_Type, &w,
-                          &PyArray_Type, &w_scale, &n))
+    if (!PyArg_ParseTuple(args, "s(O!O!)(O!O!)ii", &isa, &PyArray_Type, &q, &PyArray_Type, &scale, &PyArray_Type, &w,
+                          &PyArray_Type, &w_scale, &n, &at_once))
         return NULL;
     const g4_kernels *kernels = table_of(isa);
     if (!kernels || !is_rows(q, NPY_INT16, 2))
         return NULL;
     const npy_intp m = PyArray_DIM(q, 0), stride = PyArray_DIM(q, 1), groups = g4_groups16((int)stride);
-    if (n < 1 || n > 16 || stride % 4)
-        return PyErr_Format(PyExc_ValueError, "expected 1 to 16 columns and inputs by fours");
+    if (n < 1 || n > 16 || stride % 4 || at_once < 1 || at_once > 1 << 20)
+        return PyErr_Format(PyExc_ValueError, "expected 1 to 16 columns, inputs by fours and 1 group or more");
     if (!is_dense(q, NPY_INT16, m * stride) || !is_dense(scale, NPY_FLOAT32, m * groups) ||
         !is_dense(w, NPY_INT16, stride * 16) || !is_dense(w_scale, NPY_FLOAT32, groups * 16))
         return NULL;
     PyObject *out = PyArray_SimpleNew(2, ((npy_intp[]){m, n}), NPY_FLOAT32);
     const g4_rows16 rows = {PyArray_DATA(q), PyArray_DATA(scale), (int)stride};
     const g4_panel16 panel = {PyArray_DATA(w), PyArray_DATA(w_scale)};
-    if (out)
-        kernels->matmul_panel16(&rows, (int)m, &panel, PyArray_DATA((PyArrayObject *)out), (size_t)n, n);
+    for (int at = 0; out && at < (int)stride; at += at_once * G4_GROUP16) {
+        const g4_rows16 rows_at = g4_rows16_at(&rows, at);
+        const g4_panel16 panel_at = g4_panel16_at(&panel, at);
+        const int k = (int)stride - at < at_once * G4_GROUP16 ? (int)stride - at : at_once * G4_GROUP16;
+        kernels->matmul_panel16(&rows_at, (int)m, &panel_at, k, PyArray_DATA((PyArrayObject *)out), (size_t)n, n,
+                                at > 0);
+    }
     return out;
 }
 
@@ -442,7 +447,7 @@ static PyMethodDef testing_methods[] = {
     {"quantize_rows16", test_quantize_rows16, METH_VARARGS, "quantize_rows16(isa, x [m, k], low, high) -> q, scale"},
     {"pack_panel16", test_pack_panel16, METH_VARARGS, "pack_panel16(isa, w [n, k]) -> q, scale"},
     {"matmul_panel16", test_matmul_panel16, METH_VARARGS,
-     "matmul_panel16(isa, quantize_rows16(…), pack_panel16(…), n) -> [m, n]"},
+     "matmul_panel16(isa, quantize_rows16(…), pack_panel16(…), n, groups at once) -> [m, n]"},
     {"row", test_row, METH_VARARGS, "row(isa, name, x [n], y [n] or None, s) -> [n]"},
     {"sum_squares", test_sum_squares, METH_VARARGS, "sum_squares(isa, x [n]) -> float"},
     {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n] or uint8 [bytes]) -> float32 [n]"},

@@ -268,7 +268,12 @@ static void panel16_of(const g4_kernels *table, const float *x, const float *w, 
     const g4_panel16 panel = {allocate((size_t)g4_stride16(k) * 32), allocate((size_t)g4_groups16(k) * 64)};
     table->quantize_rows16(x, (size_t)k, m, k, -0.75f, INFINITY, &rows);
     table->pack_panel16(w, (size_t)k, n, k, &panel);
-    table->matmul_panel16(&rows, m, &panel, out, (size_t)n, n);
+    for (int at = 0; at < rows.stride; at += G4_GROUP16) {
+        const g4_rows16 x_at = g4_rows16_at(&rows, at);
+        const g4_panel16 w_at = g4_panel16_at(&panel, at);
+        const int length = rows.stride - at < G4_GROUP16 ? rows.stride - at : G4_GROUP16;
+        table->matmul_panel16(&x_at, m, &w_at, length, out, (size_t)n, n, at > 0);
+    }
     free(rows.q), free(rows.scale), free(panel.q), free(panel.scale);
 }
 

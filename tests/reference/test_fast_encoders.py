@@ -95,6 +95,32 @@ def test_a_large_image_in_slices(pair: GetPair) -> None:
     assert cosines(a, ours.vision.encode([image])[0]).min() >= 0.99999
 
 
+@EVERY
+def test_profile(modality: Literal["vision", "audio"], name: str, pair: GetPair) -> None:
+    """Operations of an encoder have rows of their own; products are the same number of operations, of which kind."""
+    tower, _, ours = pair(name)
+    found, fast = media(tower, modality)[-1:], open_fast(ours)
+    totals = []
+    for model in (ours, fast):
+        with model.profile() as profile:
+            encoder(model, modality).encode(found)
+        assert profile.parts == [modality] and profile.total.calls == 1
+        ops = {op.name: op for op in profile.ops}
+        n_layers = encoder(model, modality).config.n_layers
+        assert ops["q, k, v"].calls == n_layers and ops["input"].calls >= 1 and ops["projection"].calls >= 1
+        assert ops["gate, up"].calls == n_layers * (2 if modality == "audio" else 1)
+        assert ops["other"].seconds < profile.total.seconds
+        totals.append(ops)
+        assert f"{modality}: q, k, v" in str(profile)
+    exact, rounded = totals
+    for op in ("q, k, v", "gate, up", "down", *(["attention, global"] if modality == "vision" else [])):
+        assert exact[op].work == rounded[op].int8_work > 0 == exact[op].int8_work == rounded[op].work
+    with fast.profile() as both:
+        encoder(fast, modality).encode(found)
+        fast.forward(np.array([5], np.int32))
+    assert both.parts == ["text", modality] and both.total.calls == 2
+
+
 PROBE = """
 import json, sys, hashlib, numpy as np, gemma4
 model = gemma4.load(sys.argv[1], precision="fast", threads=2)

@@ -270,9 +270,10 @@ def test_matmul_panel16(kind: str) -> None:
             results = []
             for isa in ISAS:
                 rows, panel = testing.quantize_rows16(isa, x, -np.inf, np.inf), testing.pack_panel16(isa, w)
-                results.append(testing.matmul_panel16(isa, rows, panel, n))
-                alone = [(rows[0][i : i + 1], rows[1][i : i + 1]) for i in range(m)]
-                assert same(np.concatenate([testing.matmul_panel16(isa, row, panel, n) for row in alone]), results[-1])
+                results.append(testing.matmul_panel16(isa, rows, panel, n, 9))
+                alone = [(rows[0][i : i + 1], rows[1][i : i + 1]) for i in range(m)]  # and the inputs group by group
+                parts = [testing.matmul_panel16(isa, row, panel, n, 1) for row in alone]
+                assert same(np.concatenate(parts), results[-1])
             assert all(same(result, results[0]) for result in results[1:])
             if kind in FINITE:
                 (q, scale), (w_q, w_scale) = rows, panel
