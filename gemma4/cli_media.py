@@ -26,8 +26,8 @@ def add_attachments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_image_tokens(parser: argparse.ArgumentParser) -> None:
-    text = "soft tokens per image at most (default: %(default)s); more show small print"
-    parser.add_argument("--image-tokens", type=int, choices=BUDGETS, default=280, help=text)
+    text = "soft tokens per image at most (default: what the checkpoint says, else 280); more show small print"
+    parser.add_argument("--image-tokens", type=int, choices=BUDGETS, help=text)
 
 
 def add_detect(parser: argparse.ArgumentParser) -> None:
@@ -55,12 +55,12 @@ def attachments(model: Model, args: argparse.Namespace) -> list[Medium]:
     ]
 
 
-def attachment(model: Model, kind: Kind, path: str, image_tokens: int) -> Medium:
+def attachment(model: Model, kind: Kind, path: str, image_tokens: int | None) -> Medium:
     """One file as a part of a message. Raises as `read_media`."""
     from gemma4.media.medium import read_media
 
     message = {"content": [{"type": kind, kind: str(Path(path).expanduser())}]}
-    return read_media([message], modalities=model.modalities, image_tokens=image_tokens)[0]
+    return read_media([message], modalities=model.modalities, image_tokens=image_tokens or model.image_tokens)[0]
 
 
 def attach_line(model: Model, line: str, args: argparse.Namespace, say: Callable[[str], None]) -> list[Medium]:

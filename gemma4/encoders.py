@@ -160,7 +160,7 @@ class Encoder:
         return {"T": inside, "S": inside, "N": n_soft, "U": (n_rows + 1) // 2}
 
 
-def encode_image(model: Model, image: Any, image_tokens: int = 280) -> F32:
+def encode_image(model: Model, image: Any, image_tokens: int) -> F32:
     """See `Model.encode_image`."""
     encoder = model.vision
     [soft] = encoder.encode([_patches(encoder, images.load_image(image), image_tokens)])

@@ -39,7 +39,7 @@ class Options:
     capture:      sites to keep, as `names` of run_with_cache ("blocks.*.hook_resid_post"); None = nothing
     sequence:     keep the cache here, reusing the longest common prefix with the prompt (chat turns)
     tools, think: for messages, passed to the chat template
-    image_tokens: budget of soft tokens for each image of the messages: 70, 140, 280, 560, 1120
+    image_tokens: budget of soft tokens for each image of the messages: 70, 140, 280, 560, 1120; None = the model's own
     show_thinking: stream() also yields the pieces of the thinking channel (`piece.channel == "thinking"`)
     """
 
@@ -62,7 +62,7 @@ class Options:
     sequence: Sequence | None = None
     tools: Seq[Mapping[str, Any]] | None = None
     think: bool | None = None
-    image_tokens: int = 280
+    image_tokens: int | None = None
     show_thinking: bool = False
 
     def __post_init__(self) -> None:

@@ -134,7 +134,7 @@ def tokenize_prompt(
     *,
     tools: Seq[Mapping[str, Any]] | None = None,
     think: bool | None = None,
-    image_tokens: int = 280,
+    image_tokens: int | None = None,
 ) -> TokenizedPrompt:
     """Any kind of prompt: text, ids, chat messages, whose images, sounds and videos are read here.
 
@@ -148,7 +148,8 @@ def tokenize_prompt(
     if model.chat_template is None:
         raise StateError(f"{model.checkpoint.path} has no chat template: pass text or token ids instead of messages")
     check_messages(prompt)  # type: ignore[arg-type]
-    media = read_media(prompt, image_tokens=image_tokens, modalities=model.modalities)  # type: ignore[arg-type]
+    budget = model.image_tokens if image_tokens is None else image_tokens
+    media = read_media(prompt, image_tokens=budget, modalities=model.modalities)  # type: ignore[arg-type]
     ids = encode_chat(
         model.tokenizer,
         model.chat_template,

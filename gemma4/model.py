@@ -23,6 +23,7 @@ from gemma4.load import Checkpoint, TextConfig, open_checkpoint
 from gemma4.load.checkpoint import EngineTensor
 from gemma4.load.dtypes import is_quantised, stored_rows
 from gemma4.media.cache import EncodedMedia
+from gemma4.media.image import BUDGETS
 from gemma4.media.medium import Modalities
 from gemma4.media.prompt import TokenizedPrompt
 from gemma4.media.taps import EncoderTaps
@@ -220,6 +221,13 @@ class Model:
         return Modalities.of(self.checkpoint.hf_config)
 
     @cached_property
+    def image_tokens(self) -> int:
+        """How many soft tokens a picture takes at most where nobody says: 280, or what processor_config.json says."""
+        processor = self.checkpoint.processor_config.get("image_processor")
+        found = processor.get("max_soft_tokens") if isinstance(processor, Mapping) else None
+        return int(found) if isinstance(found, int) and found in BUDGETS else 280
+
+    @cached_property
     def encoded_media(self) -> EncodedMedia:
         """Soft tokens of the media seen last, by content."""
         return EncodedMedia()
@@ -234,13 +242,14 @@ class Model:
         """The audio encoder, bound at first use. Raises NotImplementedError if the checkpoint has none."""
         return Encoder(self, "audio")
 
-    def encode_image(self, image: Any, image_tokens: int = 280) -> F32:
+    def encode_image(self, image: Any, image_tokens: int | None = None) -> F32:
         """Soft tokens of one picture, float32 [n, d_model], n <= image_tokens: what enters the text model.
 
-        image, image_tokens: see `gemma4.media.image.preprocess`, which says what is raised, too; besides,
-        NotImplementedError if the model has no vision encoder. `model.vision.run_with_cache` shows the inside.
+        image_tokens: None = `Model.image_tokens`. `gemma4.media.image.preprocess` says what an image may be and what is
+        raised; besides, NotImplementedError if the model has no vision encoder. `model.vision.run_with_cache` shows
+        the inside.
         """
-        return encode_image(self, image, image_tokens)
+        return encode_image(self, image, self.image_tokens if image_tokens is None else image_tokens)
 
     def encode_audio(self, audio: Any, rate: int | None = None) -> F32:
         """Soft tokens of one recording, float32 [n, d_model], one for every 40 ms.

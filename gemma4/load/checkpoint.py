@@ -40,6 +40,7 @@ class Checkpoint(ABC):
     ignored           stored names that no part of the text decoder uses (dead k/v of shared layers, towers, copies)
     hf_config         the configuration as stored: config.json, or a GGUF file's metadata
     generation_config defaults for generating, under transformers' names; {} if the checkpoint has none
+    processor_config  how images and sounds are prepared, as transformers stores it; {} if the checkpoint does not say
     tokenizer_path    the file that holds the tokenizer, None if there is none
     notes             what a user should know about how the weights were read, a line each
     """
@@ -52,6 +53,7 @@ class Checkpoint(ABC):
     generation_config: dict[str, Any]
     tokenizer_path: Path | None
 
+    processor_config: Mapping[str, Any] = MappingProxyType({})
     notes: tuple[str, ...] = ()
 
     def __init__(

@@ -42,6 +42,7 @@ class HuggingFaceCheckpoint(Checkpoint):
             self.notes = (packed.note(),)
         self.hf_config = raw
         self.generation_config = _optional_json(path / "generation_config.json")
+        self.processor_config = _optional_json(path / "processor_config.json")
         tokenizer = path / "tokenizer.json"
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
 

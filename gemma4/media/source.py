@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -13,6 +14,7 @@ from gemma4.errors import FormatError
 
 FileLike: TypeAlias = str | os.PathLike[str] | bytes  # and what is like bytes
 _BYTES = (bytes, bytearray, memoryview)
+_FILES = {"audio": "sound"}
 _PACKAGES = {"PIL": "Pillow", "soundfile": "soundfile", "soxr": "soxr", "av": "PyAV"}
 
 
@@ -48,6 +50,8 @@ def open_source(source: FileLike, kind: str) -> BinaryIO:
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         raise ValueError(f"{source[:80]}: the {kind} must be a file's path or bytes; nothing is fetched from the net")
     path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, f"No such {_FILES.get(kind, kind)} file", str(path))
     if path.is_dir():
         raise IsADirectoryError(21, "Is a directory", str(path))
     file = path.open("rb")

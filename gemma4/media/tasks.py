@@ -38,7 +38,7 @@ def is_shipped(model: Model) -> bool:
 
 
 def detect(
-    model: Model, image: ImageLike, what: str, *, image_tokens: int = 280, prompt: str | None = None, **options: Any
+    model: Model, image: ImageLike, what: str, *, prompt: str | None = None, **options: Any
 ) -> tuple[list[Found], Generation]:
     """Ask where `what` ("a car", "the red circle") is in a picture: what was found, and the whole answer.
 
@@ -54,7 +54,7 @@ def detect(
         raise ValueError(f"the prompt must have {{}} where the thing to look for goes, got {question!r}")
     parts = [{"type": "image", "image": image}, {"type": "text", "text": question.replace("{}", what.strip())}]
     messages = [{"role": "user", "content": parts}]
-    answer = model.generate(messages, **{"temperature": 0.0, "image_tokens": image_tokens, **options})
+    answer = model.generate(messages, **{"temperature": 0.0, **options})
     return parse_boxes(answer.text), answer
 
 
