@@ -227,3 +227,18 @@ def test_weighted_sum_of_q8_0(isa: str) -> None:
         rows, start = random_rows("Q8_0", n, d), rng.normal(size=(m, d)).astype(np.float32)
         plain = testing.weighted_sum(isa, "F32", p, reference("Q8_0", rows), start)
         assert same_bits(testing.weighted_sum(isa, "Q8_0", p, rows, start), plain)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("name", [name for name in FORMATS if block_of(name)[0] == 32])
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_row_does_not_hear_its_neighbour(name: str, isa: str, m: int) -> None:
+    """Decode reads the end of a row together with the next one's beginning: what is infinite there must not matter."""
+    rows = random_rows(name, 17, 96, seed=2)
+    x = testing.quantize_rows(isa, np.random.default_rng(m).normal(size=(m, 96)).astype(np.float32))
+    plain = testing.matmul_int8(isa, name, x, rows)
+    rows[[2, 12], :2] = 0xFF if name == "MXFP4" else [0x00, 0x7C]  # the scale's bytes: 2^127, infinity
+    loud = testing.matmul_int8(isa, name, x, rows)
+    quiet = np.delete(np.arange(17), [2, 12])
+    assert same_bits(loud[:, quiet], plain[:, quiet])
+    assert not same_bits(loud[:, 2], plain[:, 2])
