@@ -329,7 +329,8 @@ def test_runs_know_their_places(model, encoders):
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
-def test_models_without_encoders_say_so(model, monkeypatch):
+def test_models_without_encoders_say_so(monkeypatch):
+    model = gemma4.load("tiny-moe")
     with pytest.raises(NotImplementedError, match=r"cat\.png: this model has no vision encoder, it takes text"):
         model.generate([user({"type": "image", "image": "cat.png"})])
     Encoders(model, monkeypatch)

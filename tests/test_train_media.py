@@ -25,11 +25,22 @@ import gemma4.media.image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from train_tiny import hints, media_rows, pictures, scenes, skills_media, sounds, speech, towers, video  # noqa: E402
+from train_tiny import (  # noqa: E402
+    hints,
+    media_rows,
+    pictures,
+    pool,
+    scenes,
+    skills_media,
+    sounds,
+    speech,
+    towers,
+    video,
+)
 from train_tiny.evaluate_media import overlap, right  # noqa: E402
 from train_tiny.example import is_held_out  # noqa: E402
 from train_tiny.export_media import calibrate  # noqa: E402
-from train_tiny.train_media import Reader, soft_tokens  # noqa: E402
+from train_tiny.train_media import Reader, tensors  # noqa: E402
 
 TINY = Path(gemma4.__file__).parent / "pretrained" / "tiny-e"
 speaks = pytest.mark.skipif(find_library("espeak-ng") is None, reason="speech is made with espeak-ng")
@@ -107,7 +118,7 @@ def test_the_hints_name_what_covers_a_patch() -> None:
     kinds = found.kind.reshape(3, 3)
     star, digits = 1 + scenes.KINDS.index("star"), 1 + hints.KIND_CLASSES.index("number")
     assert kinds.tolist() == [[0, star, 0], [0, 0, 0], [digits, digits, 0]]
-    assert found.digits.reshape(3, 3, 4)[2, 0].tolist() == [4, 2, 10, 10]
+    assert found.digits.reshape(3, 3, hints.SLOTS)[2, 0].tolist() == [4, 2, 10]
     assert found.patch_character.reshape(9, 9)[7, :6].tolist() == [30] * 3 + [28] * 3  # 4 4 4 2 2 2
     assert set(found.count.tolist()) == {1}
     np.testing.assert_allclose(found.place.reshape(3, 3, 4)[0, 1], [0, 1 / 3, 1 / 3, 2 / 3], atol=1e-3)
@@ -181,27 +192,85 @@ def test_mel_features_are_this_projects_and_count_the_soft_tokens(samples: int) 
 # --- rows ---------------------------------------------------------------------------------------------------------
 
 
-def test_rows_give_the_reference_forward_pass(model, tokenizer: Tokenizer) -> None:
-    """Reader with soft tokens put in = Gemma4ForConditionalGeneration on pixels and features."""
-    kinds = ("pictures", "videos", "speech", "text") if find_library("espeak-ng") else ("pictures", "videos", "text")
-    rows = media_rows.batch(tokenizer, 0, 0, real=0.5, kinds=kinds)
-    ids = torch.from_numpy(rows.ids).long()
-    pixels, positions = pictures.stack(rows.pictures)
-    frames = int((ids == model.config.video_token_id).any(1).sum())
-    still = len(rows.pictures) - video.FRAMES * sum(
-        int((row == model.config.boi_token_id).sum()) // video.FRAMES
-        for row in ids[(ids == model.config.video_token_id).any(1)]
-    )
-    assert frames == media_rows.SHARE["videos"]
-    inputs = {"pixel_values": pixels[:still], "image_position_ids": positions[:still]}
-    inputs |= {"pixel_values_videos": pixels[still:], "video_position_ids": positions[still:]}
-    inputs["num_frames_per_video"] = torch.tensor([video.FRAMES] * ((len(pixels) - still) // video.FRAMES))
-    if rows.recordings:
-        inputs["input_features"], inputs["input_features_mask"] = sounds.stack(rows.recordings)
+KINDS = [kind for kind in pool.KINDS if kind != "speech" or find_library("espeak-ng")]
+WINDOW = 32
+
+
+def encoded(model, kind: str, number: int = 0) -> pool.Item:
+    return pool.encode(model, *pool.source(kind, 7, number, small=0.5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_branch_of_a_row_is_the_reference_forward_pass_alone(model, tokenizer: Tokenizer, kind: str) -> None:
+    """Questions packed behind one picture = each asked alone of Gemma4ForConditionalGeneration, with its pixels."""
+    items = [encoded(model, kind, number) for number in (0, 1)]
+    asked = [media_rows.ask(item, random.Random(3), 4) for item in items]
+    docs = [media_rows.about(item, talks, tokenizer) for item, talks in zip(items, asked, strict=True)]
+    rows = media_rows.pack(iter(docs), tokenizer, 800, 1, 128)
+    assert rows.document.max() == 2
     with torch.no_grad():
-        expected = model.model(input_ids=ids, **inputs).last_hidden_state
-        found = Reader(model)(ids, *soft_tokens(model, rows))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        hidden = Reader(model)(*tensors(rows, WINDOW))[0]
+    for number, talk in enumerate(asked[1], 1):
+        alone = media_rows.about(items[1], [talk], tokenizer)
+        own = (rows.document[0] == 2) & np.isin(rows.branch[0], (0, number))
+        np.testing.assert_array_equal(rows.ids[0, own], alone.ids)
+        pixels = {}
+        if talk.said is None:  # soft tokens are stored in half precision
+            budget = pool.source(kind, 7, 1, small=0.5)[1]
+            values, places = pictures.stack(media_rows.tokenize(talk, tokenizer, budget).pictures)
+            pixels = {"pixel_values": values, "image_position_ids": places}
+            if talk.clip:
+                pixels = {"pixel_values_videos": values, "video_position_ids": places}
+                pixels["num_frames_per_video"] = torch.tensor([len(values)])
+        else:  # espeak-ng wavers: the soft tokens themselves, not those of a second recording
+            one = media_rows.pack(iter([alone]), tokenizer, len(alone.ids), 1, 128)
+        with torch.no_grad():
+            ids = torch.from_numpy(alone.ids.astype(np.int64))[None]
+            expected = (
+                Reader(model)(*tensors(one, WINDOW))[0]
+                if talk.said
+                else model.model(input_ids=ids, **pixels).last_hidden_state[0]
+            )
+        torch.testing.assert_close(hidden[own], expected, rtol=0, atol=0.02)
+
+
+def test_a_question_sees_neither_another_nor_another_picture(model, tokenizer: Tokenizer) -> None:
+    items = [encoded(model, "shapes", number) for number in (2, 3)]
+    docs = [media_rows.about(item, media_rows.ask(item, random.Random(1), 3), tokenizer) for item in items]
+    rows = media_rows.pack(iter(docs), tokenizer, 800, 1, 128)
+    sees = media_rows.masks(rows, WINDOW)["full_attention"][0, 0]
+    assert not sees[rows.document[0] == 2][:, rows.document[0] == 1].any()
+    second = (rows.document[0] == 1) & (rows.branch[0] == 2)
+    assert sees[second][:, (rows.document[0] == 1) & (rows.branch[0] == 0)].all()
+    assert not sees[second][:, (rows.document[0] == 1) & (rows.branch[0] == 1)].any()
+    near = media_rows.masks(rows, WINDOW)["sliding_attention"][0, 0]
+    assert near[rows.document[0] > 0].sum(1).max() == WINDOW
+
+
+def test_a_pool_gives_back_what_was_encoded(model, tmp_path: Path) -> None:
+    for kind in ("shapes", "clips"):
+        pool.make(model, tmp_path, kind, count=3, seed=4, small=0.5)
+        found = pool.stored(tmp_path, kind)
+        assert [item.source for item in found] == [pool.source(kind, 4, i, 0.5)[0] for i in range(3)]
+        for number, item in enumerate(found):
+            again = pool.encode(model, *pool.source(kind, 4, number, 0.5))
+            assert item.sizes == again.sizes
+            assert all(np.array_equal(a, b) for a, b in zip(item.soft, again.soft, strict=True))
+    with pytest.raises(ValueError, match="has no writing"):
+        pool.stored(tmp_path, "writing")
+
+
+def test_a_step_has_rows_of_every_kind_and_depends_on_its_number_alone(model, tokenizer: Tokenizer) -> None:
+    items = {kind: [encoded(model, kind)] for kind in KINDS if kind != "speech"}
+    items["speech"] = items["clips"]
+    rows, again = (media_rows.batch(tokenizer, items, 0, 5) for _ in range(2))
+    assert rows.ids.shape == (sum(media_rows.SHARE.values()), media_rows.LENGTH)
+    np.testing.assert_array_equal(rows.ids, again.ids)
+    np.testing.assert_array_equal(rows.soft, again.soft)
+    marks = [tokenizer.token_to_id(mark) for mark in media_rows.MARKS]
+    np.testing.assert_array_equal(np.isin(rows.ids, marks), rows.soft.any(2))
+    text = rows.ids[-media_rows.SHARE["text"] :]
+    assert not np.isin(text, marks).any()
 
 
 def test_answers_count_and_soft_tokens_do_not(tokenizer: Tokenizer) -> None:
@@ -265,17 +334,16 @@ def test_the_first_heads_look_at_their_neighbours() -> None:
 
 
 @speaks
-def test_calibrated_clipping_holds_what_training_data_has_and_clips_what_is_far_outside(tokenizer: Tokenizer) -> None:
+def test_calibrated_clipping_holds_what_training_data_has_and_clips_what_is_far_outside() -> None:
     clipped, free = towers.build(TINY, 0, clipped=True).eval(), towers.build(TINY, 0).eval()
-    calibrate(clipped, tokenizer, steps=1, seed=5)
-    rows = media_rows.batch(tokenizer, 5, 0, real=0.8, kinds=("pictures", "videos", "speech"))
+    calibrate(clipped, steps=1, seed=5)
+    shown = pool.source("shapes", 5, 0, small=0.1)
     linear = clipped.model.vision_tower.encoder.layers[0].mlp.gate_proj
     assert 0 < float(linear.input_max) < 100
     assert -100 < float(linear.output_min) < 0
     assert float(linear.input_max) == float(linear.input_max.to(torch.bfloat16))
     with torch.no_grad():
-        for with_bounds, without in zip(soft_tokens(clipped, rows)[:1], soft_tokens(free, rows)[:1], strict=True):
-            assert torch.equal(with_bounds, without)
+        assert np.array_equal(pool.encode(clipped, *shown).soft[0], pool.encode(free, *shown).soft[0])
         huge = torch.full((1, 96), 1e4)
         assert torch.equal(linear(huge), linear(linear.input_max.expand(1, 96)))
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out score of every skill that needs a picture, a video or a recording, for any engine that can answer.
 
-    python -m train_tiny.evaluate_media --model DIR                # through transformers
-    python -m train_tiny.evaluate_media --model DIR --run RUN      # a training run's media.pt
+    python -m train_tiny.evaluate_media --model DIR                         # through gemma4
+    python -m train_tiny.evaluate_media --model DIR --backend transformers
+    python -m train_tiny.evaluate_media --model DIR --run RUN               # a training run, through transformers
 
 Answers are generated greedily. `exact answer`: the whole text. `box`: the right label and an intersection over union
 of at least 0.5 with the true box. `point`: the right label, inside the true box.
@@ -20,10 +21,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .evaluate import Result, table
-from .media_rows import REAL_BUDGET, MediaDocument, tokenize
+from .media_rows import tokenize
+from .pool import REAL_BUDGET
 from .skills_media import SKILLS, Conversation, held_out
 
-Answer = Callable[[MediaDocument], list[int]]  # prompt (ids[:prompt_len], pictures, recording) → generated ids
+Answer = Callable[[Conversation], str]  # to its first question
 _MEASURES = {"box": "IoU of 0.5 or more", "point": "inside the box"}
 
 
@@ -53,21 +55,14 @@ def right(conversation: Conversation, text: str) -> bool:
 
 
 def evaluate(
-    answer: Answer,
-    tokenizer: Tokenizer,
-    *,
-    skills: Iterable[str] = SKILLS,
-    count: int = 100,
-    seed: int = 1,
-    budget: int = REAL_BUDGET,
-    show: int = 0,
+    answer: Answer, *, skills: Iterable[str] = SKILLS, count: int = 100, seed: int = 1, show: int = 0
 ) -> list[Result]:
     """Score the skills on `count` held-out conversations each; the first `show` of each are printed."""
     results = []
     for skill in skills:
         hits = []
         for i, conversation in enumerate(held_out(skill, count, seed)):
-            text = tokenizer.decode(answer(tokenize(conversation, tokenizer, budget)), skip_special_tokens=True)
+            text = answer(conversation)
             hits.append(right(conversation, text))
             if i < show:
                 print(f"{skill}: {conversation.turns[0][2]!r} -> {text!r}", flush=True)
@@ -77,23 +72,48 @@ def evaluate(
     return results
 
 
-def transformers_answer(directory: Path, run: Path | None = None) -> Answer:
+def gemma4_answer(directory: Path, budget: int = REAL_BUDGET) -> Answer:
+    """This project's engine, from the pictures, frames and samples themselves; float32 on the weights as stored."""
+    import gemma4
+
+    from .speech import RATE, say
+
+    model = gemma4.load(directory)
+
+    def answer(conversation: Conversation) -> str:
+        question = {"type": "text", "text": conversation.turns[0][1]}
+        images: list = conversation.images
+        if conversation.picture:
+            content = [{"type": "image", "image": images[0], "image_tokens": budget}, question]
+        elif conversation.clip:
+            content = [{"type": "video", "video": images, "fps": 1, "image_tokens": budget}, question]
+        else:
+            assert conversation.said is not None
+            content = [question, {"type": "audio", "audio": say(conversation.said).samples, "rate": RATE}]
+        return model.generate([{"role": "user", "content": content}], max_tokens=60, temperature=0).text
+
+    return answer
+
+
+def transformers_answer(directory: Path, run: Path | None = None, budget: int = REAL_BUDGET) -> Answer:
     """The reference in float32: the weights of `directory`, or those of a training run on top of them."""
     import torch
     from transformers import Gemma4ForConditionalGeneration
 
     from . import pictures, sounds
-    from .stages import load
     from .towers import build
+    from .train_media import load_run
 
     if run is None:
         model = Gemma4ForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
     else:
         model = build(directory, 0)
-        print("step", load(run / "media.pt", {"model": model}))
+        print("step", load_run(model, run))
     model.eval()
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
 
-    def answer(doc: MediaDocument) -> list[int]:
+    def answer(conversation: Conversation) -> str:
+        doc = tokenize(conversation, tokenizer, budget)
         ids = torch.from_numpy(doc.ids[: doc.prompt_len]).long()[None]
         inputs = {}
         if doc.pictures:
@@ -107,7 +127,7 @@ def transformers_answer(directory: Path, run: Path | None = None) -> Answer:
             inputs["input_features"], inputs["input_features_mask"] = sounds.stack([doc.recording])
         with torch.no_grad():
             out = model.generate(ids, **inputs, do_sample=False, max_new_tokens=60, eos_token_id=[1, 106])
-        return [i for i in out[0, ids.shape[1] :].tolist() if i not in (1, 106)]
+        return tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
 
     return answer
 
@@ -115,7 +135,8 @@ def transformers_answer(directory: Path, run: Path | None = None) -> Answer:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Held-out accuracy of what a small model sees and hears.")
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--run", type=Path, help="a training run: its media.pt instead of the directory's weights")
+    parser.add_argument("--run", type=Path, help="a training run: its weights instead of the directory's weights")
+    parser.add_argument("--backend", choices=("gemma4", "transformers"), default="gemma4")
     parser.add_argument("--skills", nargs="*", default=SKILLS)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
@@ -123,10 +144,11 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, help="print so many answers of each skill")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     parsed = parser.parse_args()
-    tokenizer = Tokenizer.from_file(str(parsed.model / "tokenizer.json"))
-    answer = transformers_answer(parsed.model, parsed.run)
-    options = {"skills": parsed.skills, "count": parsed.count, "seed": parsed.seed, "budget": parsed.budget}
-    results = evaluate(answer, tokenizer, show=parsed.show, **options)
+    if parsed.run or parsed.backend == "transformers":
+        answer = transformers_answer(parsed.model, parsed.run, parsed.budget)
+    else:
+        answer = gemma4_answer(parsed.model, parsed.budget)
+    results = evaluate(answer, skills=parsed.skills, count=parsed.count, seed=parsed.seed, show=parsed.show)
     print(table(results))
     if parsed.json:
         parsed.json.write_text(json.dumps([asdict(r) for r in results], indent=2) + "\n", encoding="utf-8")

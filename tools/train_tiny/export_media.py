@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import Gemma4ForConditionalGeneration
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
 
-from . import media_rows
+from . import pool
 from .card import write_card
 from .export import settings
 from .towers import build
-from .train_media import soft_tokens
+from .train_media import load_run
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "README.md")
 
@@ -39,8 +39,8 @@ def _widen(module: Gemma4ClippableLinear, side: str, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: Gemma4ForConditionalGeneration, tokenizer: Tokenizer, steps: int, seed: int = 99) -> None:
-    """Set every clipping bound to the range seen on `steps` batches of training data: nothing there is clipped."""
+def calibrate(model: Gemma4ForConditionalGeneration, steps: int, seed: int = 99) -> None:
+    """Set every clipping bound to the range seen on `steps` training items of each kind: nothing there is clipped."""
     handles = []
     for module in model.modules():
         if isinstance(module, Gemma4ClippableLinear):
@@ -55,7 +55,8 @@ def calibrate(model: Gemma4ForConditionalGeneration, tokenizer: Tokenizer, steps
 
             handles.append(module.linear.register_forward_hook(watch))
     for step in range(steps):
-        soft_tokens(model, media_rows.batch(tokenizer, seed, step, real=0.8, kinds=("pictures", "videos", "speech")))
+        for kind in pool.KINDS:
+            pool.encode(model, *pool.source(kind, seed, step, small=0.1))
     for handle in handles:
         handle.remove()
     for module in model.modules():
@@ -63,15 +64,16 @@ def calibrate(model: Gemma4ForConditionalGeneration, tokenizer: Tokenizer, steps
             module.use_clipped_linears = True
 
 
-def export(directory: Path, run: Path, out: Path, steps: int = 20) -> int:
+def export(directory: Path, run: Path, out: Path, steps: int = 200) -> int:
     """Write the checkpoint directory but for a new card; returns the number of parameters."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     model = build(directory, 0, clipped=True)
-    state = torch.load(run / "media.pt", map_location="cpu", weights_only=True)
-    missing, unexpected = model.load_state_dict(state["model"], strict=False)
+    trained = build(directory, 0)  # no clipping bounds in a run
+    load_run(trained, run)
+    missing, unexpected = model.load_state_dict(trained.state_dict(), strict=False)
     if unexpected or any(not key.endswith(("_min", "_max")) for key in missing):
         raise ValueError(f"{run}: missing {missing[:3]}, unexpected {unexpected[:3]}")
-    calibrate(model.eval(), tokenizer, steps)
+    calibrate(model.eval(), steps)
     weights = {
         key: value.to(torch.bfloat16).contiguous()
         for key, value in model.state_dict().items()
@@ -89,7 +91,7 @@ def export(directory: Path, run: Path, out: Path, steps: int = 20) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Export a small model with its towers.")
     parser.add_argument("--model", type=Path, required=True, help="the text model's directory")
-    parser.add_argument("--run", type=Path, required=True, help="training folder (media.pt)")
+    parser.add_argument("--run", type=Path, required=True, help="training folder (sight.pt, hearing.pt, media.pt)")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--results", type=Path, nargs=2, help="evaluate's and evaluate_media's --json of that directory"

@@ -21,7 +21,7 @@ from .sounds import TOKEN
 from .speech import SPOKEN, Sound
 
 BINS = 40  # of a box's coordinate
-SLOTS = 4  # digits of a number
+SLOTS = 3  # digits of a number
 # espeak-ng's names, less what marks a variant; 0 is any other sound
 _SOUNDS = "n s t I k f r l aI @ d D v z E u m 0 a i oU p o@ eI O i@ w O@ T 3 b g j h V aU S N VR A@ @L dZ tS aI@ e@ U A"
 PHONEMES = {name: 1 + i for i, name in enumerate(_SOUNDS.split())}

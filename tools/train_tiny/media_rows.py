@@ -1,143 +1,200 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations with pictures, videos and recordings as rows of token ids, beside what the towers are to encode."""
+"""Questions about pictures, videos and recordings as rows of token ids, with their soft tokens in place.
+
+A picture's soft tokens stand in a row once, many questions after them: each is a branch that sees the picture and
+itself, at the positions it would have alone (`masks`). So a step asks five times as many questions.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from . import mixture, pictures, scenes, skills_media, sounds, speech
+from . import mixture, pictures, skills_media, sounds, speech
 from .mixture import ANSWER_WEIGHT, BOS, PAD, Document
 from .pictures import Patches
+from .pool import REAL_BUDGET, Item
+from .scenes import Scene
 from .skills_media import Conversation
+from .speech import Said
 
-# Soft tokens of a picture: Gemma 4's smallest budget, its next (one picture in ten), one that trains in a third.
-REAL_BUDGET, LARGE_BUDGET, SMALL_BUDGET = 70, 140, 25
-QUESTION_WEIGHT = 0.02
+MARKS = ("<|image|>", "<|video|>", "<|audio|>")
+LENGTH = 320
+OTHERS = ("writing", "speech", "clips", "writing", "speech")
+SHARE = {"shapes": 3, "others": 2, "text": 2}  # rows of a step; others: writing, clips and speech in turn
 
 
 @dataclass(frozen=True)
 class MediaDocument(Document):
-    """A document whose placeholders are expanded: one id for each soft token, in the order of what is encoded."""
+    """A document whose placeholders are expanded: one id for each soft token, in the order of what is encoded.
 
+    branch     [n] 0 up to the end of the picture, then the number of the question
+    position   [n] as if each branch were alone
+    """
+
+    branch: NDArray[np.int32]
+    position: NDArray[np.int32]
     pictures: tuple[Patches, ...] = ()
     recording: NDArray[np.float32] | None = None  # mel [frames, 128]
+    soft: NDArray[np.float16] | None = None  # [soft tokens, hidden], where they are encoded already
 
 
 @dataclass
 class Rows:
-    """ids, weights [rows, length]; pictures and recordings in the order in which the rows use them."""
+    """All [rows, length] but soft [rows, length, hidden]: zeros but where a soft token stands (`media`)."""
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
-    pictures: list[Patches] = field(default_factory=list)
-    recordings: list[NDArray[np.float32]] = field(default_factory=list)
+    document: NDArray[np.int32]
+    branch: NDArray[np.int32]
+    position: NDArray[np.int32]
+    soft: NDArray[np.float32]
 
 
-def expand(conversation: Conversation, cut: tuple[Patches, ...], heard: int) -> str:
-    """What stands in the prompt for the placeholder, as Gemma 4's processor writes it."""
+def expand(conversation: Conversation, sizes: Sequence[int]) -> str:
+    """What stands in the prompt for the placeholder, as Gemma 4's processor writes it; `sizes` in soft tokens."""
     if conversation.picture:
-        return f"<|image>{'<|image|>' * cut[0].tokens}<image|>"
+        return f"<|image>{'<|image|>' * sizes[0]}<image|>"
     if conversation.clip:
-        frames = zip(conversation.clip.seconds, cut, strict=True)
-        return " ".join(f"{t // 60:02d}:{t % 60:02d} <|image>{'<|video|>' * p.tokens}<image|>" for t, p in frames)
-    return f"<|audio>{'<|audio|>' * heard}<audio|>"
+        frames = zip(conversation.clip.seconds, sizes, strict=True)
+        return " ".join(f"{t // 60:02d}:{t % 60:02d} <|image>{'<|video|>' * n}<image|>" for t, n in frames)
+    return f"<|audio>{'<|audio|>' * sizes[0]}<audio|>"
+
+
+def tree(conversations: Sequence[Conversation], tokenizer: Tokenizer, sizes: Sequence[int]) -> MediaDocument:
+    """Conversations about one thing: what they share once, then each as a branch. Only answers count.
+
+    `prompt_len` is where the first answer begins.
+    """
+    ids, weights, branch, position, prompt_len, trunk = [BOS], [0.0], [0], [0], 0, 1
+
+    def add(text: str, weight: float, number: int) -> None:
+        found = tokenizer.encode(text, add_special_tokens=False).ids
+        start = trunk if branch[-1] != number and number else position[-1] + 1
+        ids.extend(found)
+        weights.extend([weight] * len(found))
+        branch.extend([number] * len(found))
+        position.extend(range(start, start + len(found)))
+
+    for number, conversation in enumerate(conversations, 1):
+        for turn, (before, answer) in enumerate(conversation.segments()):
+            if turn == 0:
+                mark = next(mark for mark in MARKS if mark in before)
+                first, before = before.split(mark)
+                if number == 1:
+                    add(first + expand(conversation, sizes), 0.0, 0)
+                    trunk = len(ids)
+            add(before, 0.0, number)
+            prompt_len = prompt_len or len(ids)
+            add(answer, ANSWER_WEIGHT, number)
+    arrays = (np.array(values, np.int32) for values in (branch, position))
+    return MediaDocument(np.array(ids, np.int32), np.array(weights, np.float32), prompt_len, *arrays)
 
 
 def tokenize(conversation: Conversation, tokenizer: Tokenizer, budget: int = REAL_BUDGET) -> MediaDocument:
-    """All turns; answers count in full, questions hardly, soft tokens not at all. `prompt_len`: the first answer."""
+    """One conversation, with what the towers are to encode."""
     cut = tuple(pictures.patches(image, budget) for image in conversation.images)
     recording = sounds.mel(speech.say(conversation.said).samples) if conversation.said else None
-    heard = 0 if recording is None else sounds.tokens(len(recording))
-    marks = ("<|image|>", "<|video|>", "<|audio|>")
-    soft = {tokenizer.token_to_id(mark) for mark in marks}
-    ids, weights, prompt_len = [BOS], [0.0], 0
-    for i, (before, answer) in enumerate(conversation.segments()):
-        if i == 0:
-            mark = next(mark for mark in marks if mark in before)
-            before = before.replace(mark, expand(conversation, cut, heard), 1)
-        question = tokenizer.encode(before, add_special_tokens=False).ids
-        reply = tokenizer.encode(answer, add_special_tokens=False).ids
-        prompt_len = prompt_len or len(ids) + len(question)
-        ids += question + reply
-        weights += [0.0 if token in soft else QUESTION_WEIGHT for token in question] + [ANSWER_WEIGHT] * len(reply)
-    return MediaDocument(np.array(ids, np.int32), np.array(weights, np.float32), prompt_len, cut, recording)
+    sizes = [p.tokens for p in cut] if recording is None else [sounds.tokens(len(recording))]
+    doc = tree([conversation], tokenizer, sizes)
+    return MediaDocument(doc.ids, doc.weights, doc.prompt_len, doc.branch, doc.position, cut, recording)
 
 
-def pack(docs: Iterator[MediaDocument], length: int, count: int) -> Rows:
+def about(item: Item, conversations: Sequence[Conversation], tokenizer: Tokenizer) -> MediaDocument:
+    """Conversations about something encoded."""
+    doc = tree(conversations, tokenizer, item.sizes)
+    soft = np.concatenate(item.soft)
+    return MediaDocument(doc.ids, doc.weights, doc.prompt_len, doc.branch, doc.position, soft=soft)
+
+
+def ask(item: Item, rng: random.Random, questions: int = 6) -> list[Conversation]:
+    """Training questions: about a picture up to so many, one of them followed by a second; else one."""
+    if isinstance(item.source, Scene):
+        turns = skills_media.picture_conversation(rng, item.source, turns=questions).turns
+        pairs = len(turns) > 3 and rng.random() < 0.3
+        groups = [turns[:2], *((turn,) for turn in turns[2:])] if pairs else [(turn,) for turn in turns]
+        return [Conversation(tuple(group), picture=item.source) for group in groups]
+    if isinstance(item.source, Said):
+        return [skills_media.speech_conversation(rng, item.source, translate=rng.random() < 0.6)]
+    return [skills_media.clip_conversation(item.source)]
+
+
+def pack(docs: Iterator[MediaDocument], tokenizer: Tokenizer, length: int, count: int, width: int) -> Rows:
     """Whole documents first-fit into `count` rows of `length`, as mixture.rows does for text."""
-    rows = Rows(np.full((count, length), PAD, np.int32), np.zeros((count, length), np.float32))
-    held: list[list[MediaDocument]] = [[] for _ in range(count)]
-    used = [0] * count
+    rows = Rows(
+        np.full((count, length), PAD, np.int32),
+        *(np.zeros((count, length), dtype) for dtype in (np.float32, np.int32, np.int32, np.int32)),
+        np.zeros((count, length, width), np.float32),
+    )
+    marks = [tokenizer.token_to_id(mark) for mark in MARKS]
+    used, held = [0] * count, [0] * count
     misses = 0
-    while misses < 4:
-        doc = next(docs)
+    while misses < 8:
+        doc = next(docs, None)
+        if doc is None:
+            break
         n = len(doc.ids)
         row = next((i for i in range(count) if used[i] + n <= length), None)
         if row is None:
             misses += 1
             continue
-        rows.ids[row, used[row] : used[row] + n] = doc.ids
-        rows.weights[row, used[row] : used[row] + n] = doc.weights
+        held[row] += 1
+        at = slice(used[row], used[row] + n)
+        rows.ids[row, at], rows.weights[row, at], rows.document[row, at] = doc.ids, doc.weights, held[row]
+        rows.branch[row, at], rows.position[row, at] = doc.branch, doc.position
+        rows.soft[row, at][np.isin(doc.ids, marks)] = doc.soft
         used[row] += n
-        held[row].append(doc)
-    for doc in (doc for row in held for doc in row):
-        rows.pictures += doc.pictures
-        if doc.recording is not None:
-            rows.recordings.append(doc.recording)
     return rows
 
 
-def pictures_stream(tokenizer: Tokenizer, rng: random.Random, *, real: float) -> Iterator[MediaDocument]:
-    """Pictures with two to five questions; a share `real` of them at Gemma 4's smallest budget."""
-    while True:
-        generator = scenes.text_scene if rng.random() < 0.3 else scenes.shape_scene
-        scene = scenes.sample(generator, rng, held_out=False)
-        if not scene.things:
-            continue
-        conversation = skills_media.picture_conversation(rng, scene, turns=rng.choice((2, 3, 4)))
-        small = rng.random() >= real and not scene.writing  # letters need their pixels
-        large = rng.random() < 0.1 * real
-        yield tokenize(conversation, tokenizer, SMALL_BUDGET if small else LARGE_BUDGET if large else REAL_BUDGET)
+def text_rows(tokenizer: Tokenizer, rng: random.Random, length: int, count: int, width: int) -> Rows:
+    """Plain text, each document alone in its row's attention."""
+    ids, weights = mixture.rows(mixture.documents(tokenizer, rng, late=True), length, count)
+    document = np.cumsum(ids == BOS, axis=1).astype(np.int32) * (ids != PAD)
+    position = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
+    return Rows(ids, weights, document, np.zeros_like(ids), position, np.zeros((count, length, width), np.float32))
 
 
-def videos_stream(tokenizer: Tokenizer, rng: random.Random, *, real: float) -> Iterator[MediaDocument]:
-    while True:
-        budget = REAL_BUDGET if rng.random() < real else SMALL_BUDGET
-        yield tokenize(skills_media.video_conversation(rng, held_out=False), tokenizer, budget)
+def masks(rows: Rows, window: int) -> dict[str, NDArray[np.bool_]]:
+    """[rows, 1, length, length] for both kinds of layers: True where the row's token may look at the column's."""
+    order = np.arange(rows.ids.shape[1])
+    same = rows.document[:, :, None] == rows.document[:, None, :]
+    line = (rows.branch[:, None, :] == 0) | (rows.branch[:, :, None] == rows.branch[:, None, :])
+    full = same & line & (order[:, None] >= order)
+    near = rows.position[:, :, None] - rows.position[:, None, :] < window
+    return {"full_attention": full[:, None], "sliding_attention": (full & near)[:, None]}
 
 
-def speech_stream(tokenizer: Tokenizer, rng: random.Random) -> Iterator[MediaDocument]:
-    while True:
-        said = speech.sample(rng, held_out=False)
-        yield tokenize(skills_media.speech_conversation(rng, said, translate=rng.random() < 0.6), tokenizer)
+def join(parts: Sequence[Rows]) -> Rows:
+    fields = ("ids", "weights", "document", "branch", "position", "soft")
+    return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
 
 
-LENGTH = 256
-SHARE = {"pictures": 4, "videos": 1, "speech": 1, "text": 2}  # rows of a step
+def batch(tokenizer: Tokenizer, items: dict[str, list[Item]], seed: int, step: int, *, few: float = 0.0) -> Rows:
+    """The rows of this step, which depend on the arguments alone: SHARE's kinds in order, then plain text.
 
-
-def batch(tokenizer: Tokenizer, seed: int, step: int, *, real: float, kinds: tuple[str, ...] = tuple(SHARE)) -> Rows:
-    """The rows of this step, which depend on (seed, step) alone: pictures, videos, recordings, then plain text."""
+    few   chance that a picture of many shapes gives way to one of one or two
+    """
     rng = random.Random(f"media/{seed}/{step}")
+    width = next(iter(items.values()))[0].soft[0].shape[1]
+
+    def stream(kind: str) -> Iterator[MediaDocument]:
+        for one in cycle(OTHERS if kind == "others" else (kind,)):
+            item = rng.choice(items[one])
+            while one == "shapes" and rng.random() < few and len(item.source.shapes) > 2:
+                item = rng.choice(items[one])
+            yield about(item, ask(item, rng, rng.choice((4, 6, 8))), tokenizer)
+
     parts = []
-    for kind in kinds:
+    for kind, count in SHARE.items():
         if kind == "text":
-            docs = mixture.documents(tokenizer, rng, late=True)
-            parts.append(Rows(*mixture.rows(docs, LENGTH, SHARE[kind])))
-        elif kind == "speech":
-            parts.append(pack(speech_stream(tokenizer, rng), LENGTH, SHARE[kind]))
+            parts.append(text_rows(tokenizer, rng, LENGTH, count, width))
         else:
-            stream = pictures_stream if kind == "pictures" else videos_stream
-            parts.append(pack(stream(tokenizer, rng, real=real), LENGTH, SHARE[kind]))
-    return Rows(
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([part.weights for part in parts]),
-        [picture for part in parts for picture in part.pictures],
-        [recording for part in parts for recording in part.recordings],
-    )
+            parts.append(pack(stream(kind), tokenizer, LENGTH, count, width))
+    return join(parts)

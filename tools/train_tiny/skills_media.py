@@ -71,9 +71,9 @@ def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def tens(values: Sequence[float]) -> list[int]:
-    """Answers give places to the nearest ten thousandths' ten: 347 → 350."""
-    return [10 * round(value / 10) for value in values]
+def coarse(values: Sequence[float]) -> list[int]:
+    """Answers give places to the nearest 50 thousandths: 347 → 350. Finer ones took more questions to learn."""
+    return [50 * round(value / 50) for value in values]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def box(scene: Scene, rng: random.Random) -> tuple[Turn, tuple[int, ...]] | None
         return None
     thing = rng.choice(scene.shapes)
     wanted = scene.box_2d(thing)
-    answer = json.dumps([{"box_2d": tens(wanted), "label": thing.name}])
+    answer = json.dumps([{"box_2d": coarse(wanted), "label": thing.name}])
     return ("box", f"Where is the {thing.name}?", answer), tuple(wanted)
 
 
@@ -127,7 +127,7 @@ def point(scene: Scene, rng: random.Random) -> tuple[Turn, tuple[int, ...]] | No
         return None
     thing = rng.choice(scene.shapes)
     y0, x0, y1, x1 = wanted = scene.box_2d(thing)
-    answer = json.dumps([{"point": tens([(y0 + y1) / 2, (x0 + x1) / 2]), "label": thing.name}])
+    answer = json.dumps([{"point": coarse([(y0 + y1) / 2, (x0 + x1) / 2]), "label": thing.name}])
     return ("point", f"Point to the {thing.name}.", answer), tuple(wanted)
 
 
@@ -140,8 +140,8 @@ def read(scene: Scene, rng: random.Random) -> Turn | None:
     return skill, rng.choice(("What does it say?", "Read the text.")), f"It says {text.text}."
 
 
-# Colours and kinds more often: they are where the text model learns to find a thing on a picture.
-_ABOUT_SHAPES: tuple[Callable[..., Any], ...] = (caption, count, colour, colour, shape, shape, box, point)
+# Some more often: a colour or a kind is where the text model learns to find a thing on a picture, a box is the hardest.
+_ABOUT_SHAPES: tuple[Callable[..., Any], ...] = (*(caption, count, colour, shape, box, box, box, box, point, point),)
 
 
 def picture_conversation(rng: random.Random, scene: Scene, *, turns: int, skill: str | None = None) -> Conversation:
@@ -169,7 +169,10 @@ def video_conversation(rng: random.Random, *, held_out: bool) -> Conversation:
     while True:
         clip = video.clip(rng)
         if is_held_out("video", clip.key) == held_out:
-            break
+            return clip_conversation(clip)
+
+
+def clip_conversation(clip: video.Clip) -> Conversation:
     turn = ("direction", f"Which way does the {clip.shape.kind} move?", f"It moves {clip.direction}.")
     return Conversation((turn,), clip=clip)
 

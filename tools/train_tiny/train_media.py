@@ -1,38 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second stage: the towers from train_sight and train_hearing, and the text model, learn to answer together.
+"""Last stage: the text model learns to read what the towers of train_sight and train_hearing encode.
 
-    python -m train_tiny.train_media --model ../gemma4/pretrained/tiny-e --out RUN --steps 1500
+    python -m train_tiny.train_media --model ../gemma4/pretrained/tiny-e --out RUN --steps 5000
 
-RUN/sight.pt and RUN/hearing.pt are where the towers begin, RUN/media.pt holds this stage. Every step also has plain
-text, so that the text skills stay. `--freeze` leaves the towers as they are: a step then costs what the text costs.
+The towers stay as they are; their soft tokens come from RUN/pool (pool.py). Plain text is held to what the untouched
+text model says about it, by the divergence of the two, so that the text skills stay. RUN/media.pt holds the text model.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import copy
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import Gemma4ForConditionalGeneration
 
-from . import media_rows, pictures, sounds
+from . import media_rows, pool, skills_media
+from .evaluate_media import right
+from .media_rows import Rows
 from .stages import Stage, add_arguments, load, optimizers_for, parse
 from .towers import build
-
-
-def soft_tokens(model: Gemma4ForConditionalGeneration, rows: media_rows.Rows) -> tuple[Tensor, Tensor]:
-    """(soft tokens of all pictures, of all recordings) [tokens, hidden], in the rows' order."""
-    base, width = model.model, model.config.text_config.hidden_size
-    seen = heard = torch.zeros(0, width)
-    if rows.pictures:
-        pixels, positions = pictures.stack(rows.pictures)
-        seen = base.embed_vision(base.vision_tower(pixels, positions).last_hidden_state)
-    if rows.recordings:
-        out = base.audio_tower(*sounds.stack(rows.recordings))
-        heard = base.embed_audio(out.last_hidden_state[out.attention_mask])
-    return seen, heard
 
 
 class Reader(nn.Module):
@@ -40,75 +30,132 @@ class Reader(nn.Module):
 
     def __init__(self, model: Gemma4ForConditionalGeneration) -> None:
         super().__init__()
-        self.model = model
+        config = model.config
+        self.text, self.pad = model.model.language_model, config.text_config.pad_token_id
+        self.media = (config.image_token_id, config.video_token_id, config.audio_token_id)
 
-    def forward(self, ids: Tensor, seen: Tensor, heard: Tensor) -> Tensor:
-        """ids [rows, length] → hidden states [rows, length, hidden] after the last norm."""
-        config, text = self.model.config, self.model.model.language_model
-        sights = (ids == config.image_token_id) | (ids == config.video_token_id)
-        media = sights | (ids == config.audio_token_id)
-        plain = ids.masked_fill(media, config.text_config.pad_token_id)
-        embedded = text.embed_tokens(plain)
-        pad = text.embed_tokens.weight[config.text_config.pad_token_id]
-        per_layer = text.get_per_layer_inputs(plain, torch.where(media[..., None], pad, embedded))
-        embedded = embedded.masked_scatter(sights[..., None].expand_as(embedded), seen)
-        embedded = embedded.masked_scatter((media & ~sights)[..., None].expand_as(embedded), heard)
-        return text(inputs_embeds=embedded, per_layer_inputs=per_layer, use_cache=False).last_hidden_state
+    def forward(self, ids: Tensor, soft: Tensor, position: Tensor, full: Tensor, near: Tensor) -> Tensor:
+        """ids, position [rows, length]; soft [rows, length, hidden]; masks [rows, 1, length, length] of the two kinds
+        of layers → hidden states [rows, length, hidden] after the last norm.
+        """
+        image, video, audio = self.media
+        media = (ids == image) | (ids == video) | (ids == audio)
+        plain = ids.masked_fill(media, self.pad)
+        embedded = self.text.embed_tokens(plain)
+        pad = self.text.embed_tokens.weight[self.pad]
+        per_layer = self.text.get_per_layer_inputs(plain, torch.where(media[..., None], pad, embedded))
+        embedded = torch.where(media[..., None], soft, embedded)
+        masks = {"full_attention": full, "sliding_attention": near}
+        options = {"attention_mask": masks, "position_ids": position, "use_cache": False}
+        return self.text(inputs_embeds=embedded, per_layer_inputs=per_layer, **options).last_hidden_state
 
 
-def answer_loss(model: Gemma4ForConditionalGeneration, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """[rows]·length → weighted cross-entropy of the next token, of those that count; sums are over each row."""
-    counts = weights[:, 1:] > 0
-    logits = model.lm_head(hidden[:, :-1][counts])
-    cap = model.config.text_config.final_logit_softcapping
-    logits = torch.tanh(logits / cap) * cap
-    losses = nn.functional.cross_entropy(logits, ids[:, 1:][counts], reduction="none") * weights[:, 1:][counts]
-    return torch.zeros(ids.shape[0]).index_add(0, counts.nonzero()[:, 0], losses)
+def tensors(rows: Rows, window: int) -> tuple[Tensor, ...]:
+    """What Reader takes."""
+    masks = media_rows.masks(rows, window)
+    parts = (rows.ids.astype("int64"), rows.soft, rows.position.astype("int64"), *masks.values())
+    return tuple(torch.from_numpy(part) for part in parts)
+
+
+def logits(text: nn.Module, hidden: Tensor, cap: float) -> Tensor:
+    """[n, hidden] → [n, vocabulary]; the head is the embedding table."""
+    return torch.tanh(hidden @ text.embed_tokens.weight.T / cap) * cap
+
+
+def load_run(model: Gemma4ForConditionalGeneration, run: Path) -> int:
+    """A training run's towers and text model; returns the last stage's step."""
+    pool.load_towers(model, run)
+    return load(run / "media.pt", {"text": model.model.language_model})
+
+
+class Check:
+    """Held-out conversations, encoded once. An answer is right if every token of it is the likeliest after those
+    before it: the same as generating it greedily, except for boxes and points, where it is close to that.
+    """
+
+    def __init__(self, model: Gemma4ForConditionalGeneration, tokenizer: Tokenizer, count: int) -> None:
+        self.tokenizer = tokenizer
+        self.held: dict[str, list[tuple[skills_media.Conversation, media_rows.MediaDocument]]] = {}
+        for skill in skills_media.SKILLS:
+            talks = skills_media.held_out(skill, count, seed=2)
+            shown = [talk.picture or talk.clip or talk.said for talk in talks]
+            items = [pool.encode(model, one) for one in shown if one]
+            docs = [media_rows.about(item, [talk], tokenizer) for item, talk in zip(items, talks, strict=True)]
+            self.held[skill] = list(zip(talks, docs, strict=True))
+
+    @torch.no_grad()
+    def score(self, reader: Reader, text: nn.Module, cap: float, window: int) -> dict[str, float]:
+        """Share right of each skill."""
+        result = {}
+        for skill, pairs in self.held.items():
+            hits = 0
+            for talk, doc in pairs:
+                rows = media_rows.pack(iter([doc]), self.tokenizer, media_rows.LENGTH, 1, doc.soft.shape[1])
+                hidden = reader(*tensors(rows, window))[0, doc.prompt_len - 1 : len(doc.ids) - 1]
+                best = logits(text, hidden, cap).argmax(1).tolist()
+                hits += right(talk, self.tokenizer.decode(best, skip_special_tokens=True))
+            result[skill] = round(hits / len(pairs), 2)
+        return result
 
 
 class Trainer:
-    """The whole model under training."""
+    """The text model under training, and the untouched one."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.seed = arguments.seed
+        self.seed, self.keep = arguments.seed, arguments.keep
         self.tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
         self.model = build(arguments.model, arguments.seed)
-        base = self.model.model
-        load(arguments.out / "sight.pt", {"tower": base.vision_tower, "embed": base.embed_vision})
-        load(arguments.out / "hearing.pt", {"tower": base.audio_tower, "embed": base.embed_audio})
-        for name, value in self.model.named_parameters():
-            value.requires_grad_(not arguments.freeze or "_tower." not in name)
-        self.reader: Callable[..., Tensor] = Reader(self.model)
-        if arguments.compile:
-            self.reader = torch.compile(self.reader, dynamic=False)
-        tables = [p for name, p in self.model.named_parameters() if "embed_tokens" in name]
-        matrices = [p for name, p in self.model.named_parameters() if "embed_tokens" not in name]
+        self.text = self.model.model.language_model
+        config = self.model.config.text_config
+        self.cap, self.window = config.final_logit_softcapping, config.sliding_window
+        pool.load_towers(self.model, arguments.out)
+        self.before = copy.deepcopy(self.model).requires_grad_(False)
+        self.items = {kind: pool.stored(arguments.out, kind) for kind in pool.KINDS}
+        self.check = Check(self.model, self.tokenizer, arguments.check) if arguments.check else None
+        self.reader, self.teacher = Reader(self.model), Reader(self.before)
+        tables = [p for name, p in self.text.named_parameters() if "embed_tokens" in name]
+        matrices = [p for name, p in self.text.named_parameters() if "embed_tokens" not in name]
         optimizers = optimizers_for(matrices, tables, arguments.lr, arguments.adam_lr)
-        self.stage = Stage(arguments.out / "media.pt", {"model": self.model}, optimizers, arguments.steps, warmup=30)
+        self.stage = Stage(arguments.out / "media.pt", {"text": self.text}, optimizers, arguments.steps, warmup=30)
+
+    def text_loss(self, hidden: Tensor, inputs: tuple[Tensor, ...], weights: Tensor) -> Tensor:
+        """Divergence of the model's next token from the untouched model's, where the text counts."""
+        counts = weights[:, 1:] > 0
+        with torch.no_grad():
+            wanted = logits(self.before.model.language_model, self.teacher(*inputs)[:, :-1][counts], self.cap)
+        found = logits(self.text, hidden[:, :-1][counts], self.cap)
+        losses = nn.functional.kl_div(found.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="none")
+        weighted = weights[:, 1:][counts]
+        return (losses.sum(1) * weighted).sum() / weighted.sum()
 
     def train_step(self) -> dict[str, float]:
         """One step; the mean loss of each kind of rows."""
-        share = self.stage.step / self.stage.steps
-        rows = media_rows.batch(self.tokenizer, self.seed, self.stage.step, real=min(0.9, max(0.2, 1.5 * share)))
-        ids, weights = torch.from_numpy(rows.ids).long(), torch.from_numpy(rows.weights)
-        seen, heard = soft_tokens(self.model, rows)
-        # torch.compile wants one shape: what is not used lies behind what is.
-        seen, heard = (nn.functional.pad(soft, (0, 0, 0, ids.numel() - len(soft))) for soft in (seen, heard))
-        losses = answer_loss(self.model, self.reader(ids, seen, heard), ids, weights)
-        counted = weights[:, 1:].sum(1)
-        self.stage.update(losses.sum() / counted.sum())
-        kinds = list(media_rows.SHARE)
-        parts = zip(
-            losses.split(list(media_rows.SHARE.values())), counted.split(list(media_rows.SHARE.values())), strict=True
-        )
-        return {kind: (loss.sum() / count.sum()).item() for kind, (loss, count) in zip(kinds, parts, strict=True)}
+        few = 0.8 if self.stage.step < 0.4 * self.stage.steps else 0.0  # where a thing is, before which thing it is
+        rows = media_rows.batch(self.tokenizer, self.items, self.seed, self.stage.step, few=few)
+        inputs, weights = tensors(rows, self.window), torch.from_numpy(rows.weights)
+        hidden = self.reader(*inputs)
+        last = media_rows.SHARE["text"]
+        kept = self.text_loss(hidden[-last:], tuple(part[-last:] for part in inputs), weights[-last:])
+        counts = weights[:-last, 1:] > 0
+        found = logits(self.text, hidden[:-last, :-1][counts], self.cap)
+        losses = nn.functional.cross_entropy(found, inputs[0][:-last, 1:][counts], reduction="none")
+        self.stage.update(losses.mean() + self.keep * kept)
+        kinds = [kind for kind, count in media_rows.SHARE.items() for _ in range(count) if kind != "text"]
+        where = counts.nonzero()[:, 0]
+        result = {"text": kept.item()}
+        for kind in dict.fromkeys(kinds):
+            mine = torch.isin(where, torch.tensor([i for i, k in enumerate(kinds) if k == kind]))
+            result[kind] = losses.detach()[mine].mean().item()
+        if self.check and self.stage.step % 150 == 0:
+            print(self.stage.step, self.check.score(self.reader, self.text, self.cap, self.window), flush=True)
+        return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Teach the text model to read its towers.")
-    add_arguments(parser, steps=1500, lr=1.5e-3)
-    parser.add_argument("--freeze", action="store_true", help="leave the towers as they are")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the text model")
+    add_arguments(parser, steps=5000, lr=2e-3)
+    parser.add_argument("--keep", type=float, default=2.0, help="weight of the untouched text model")
+    parser.add_argument("--check", type=int, default=0, help="held-out answers of each skill to score every 150 steps")
     trainer = Trainer(parse(parser))
     trainer.stage.run(trainer.train_step)
 

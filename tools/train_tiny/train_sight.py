@@ -21,16 +21,16 @@ from .hints import COLOUR_CLASSES, KIND_CLASSES, SightHints, targets
 from .stages import Stage, add_arguments, embeddings, optimizers_for, parse
 from .towers import build, tower_parameters
 
-# Budgets of soft tokens; two thirds of the steps use small ones.
+# Budgets of soft tokens; the first half of the steps uses small ones.
 SMALL, REAL = (20, 30), (70, 70, 70, 70, 70, 70, 140, 140, 280)
-WEIGHTS = {"patch_character": 3.0}  # of the hints' losses; letters are the hardest
+WEIGHTS = {"patch_character": 3.0, "word": 2.0, "digits": 2.0}  # of the hints' losses; letters are the hardest
 PATCHES_A_STEP = 8 * 24 * 24
 
 
 def budget(step: int, steps: int) -> int:
     """Small pictures first, real ones more and more often."""
     rng = random.Random(step)
-    real = step >= 0.45 * steps and (step % 2 == 0 or step >= 0.8 * steps)
+    real = step >= 0.45 * steps and (step % 4 != 0 or step >= 0.8 * steps)
     return rng.choice(REAL if real else SMALL)
 
 
@@ -40,7 +40,7 @@ def batch(seed: int, step: int, steps: int) -> tuple[list[scenes.Scene], list[pi
     found = []
     for i in range(max(2, PATCHES_A_STEP // (tokens * 9))):
         kind = (scenes.shape_scene, scenes.text_scene, scenes.shape_scene, scenes.page_scene)[i % 4]
-        if step > 0.7 * steps and i % 4 == 3:
+        if step > 0.4 * steps and i % 4 == 3:
             kind = scenes.text_scene
         found.append(scenes.sample(kind, rng, held_out=False))
     return found, [pictures.patches(scenes.draw(scene), tokens) for scene in found]
