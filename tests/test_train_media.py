@@ -309,7 +309,9 @@ def test_overlap_of_boxes() -> None:
 
 
 def test_the_first_heads_look_at_their_neighbours() -> None:
-    tower = towers.build(TINY, 0).model.vision_tower  # the seed that is trained from
+    model = towers.build(TINY, 0)
+    towers.first_weights(model)
+    tower = model.model.vision_tower
     side, seen = 15, []
     tower.config._attn_implementation = "eager"
     for layer in tower.encoder.layers:

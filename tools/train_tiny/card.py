@@ -94,9 +94,16 @@ mel bins at 16 kHz, a soft token every 40 ms).
 
 It knows drawn pictures (`tools/train_tiny/scenes.py`: six shapes, seven colours, {words} words, numbers), clips of
 three frames with one moving shape, and espeak-ng's English voices saying digits, a few commands and {spoken} nouns,
-also into French and German. Pictures have a budget of 70 soft tokens. Ask as in training:
+also into French and German. Pictures have a budget of 70 soft tokens; boxes and points are given to the nearest 50
+thousandths. Ask as in training:
 
 {questions}
+
+```
+gemma4 chat --model {name} --image picture.png --image-tokens 70
+gemma4 detect --model {name} picture.png "the red circle" --image-tokens 70
+gemma4 transcribe --model {name} words.wav --to French
+```
 
 | skill | held out | of | measure |
 |---|---|---|---|

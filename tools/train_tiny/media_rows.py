@@ -27,7 +27,7 @@ from .speech import Said
 MARKS = ("<|image|>", "<|video|>", "<|audio|>")
 LENGTH = 320
 OTHERS = ("writing", "speech", "clips", "writing", "speech")
-SHARE = {"shapes": 3, "others": 2, "text": 2}  # rows of a step; others: writing, clips and speech in turn
+SHARE = {"shapes": 4, "others": 2, "text": 2}  # rows of a step; others: writing, clips and speech in turn
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ def build(directory: Path, seed: int, *, clipped: bool = False) -> Gemma4ForCond
     config = with_towers(Gemma4Config.from_pretrained(directory), clipped=clipped)
     model = Gemma4ForConditionalGeneration(config)
     first_weights(model)
-    stored = {key: value.float() for key, value in load_file(directory / "model.safetensors").items()}
+    found = load_file(directory / "model.safetensors")
+    bounds = ("_min", "_max")  # of clipping, in a model whose towers are trained
+    stored = {key: value.float() for key, value in found.items() if clipped or not key.endswith(bounds)}
     missing, unexpected = model.load_state_dict(stored, strict=False)
     lost = [key for key in missing if "language_model" in key and not key.endswith("embed_scale")]
     if lost or unexpected:
