@@ -66,7 +66,9 @@ def evaluate(
             hits.append(right(conversation, text))
             if i < show:
                 print(f"{skill}: {conversation.turns[0][2]!r} -> {text!r}", flush=True)
-        results.append(Result(skill, _MEASURES.get(skill, "exact answer"), float(np.mean(hits)), len(hits)))
+        results.append(
+            Result(skill, _MEASURES.get(skill.removesuffix("_alone"), "exact answer"), float(np.mean(hits)), len(hits))
+        )
         if show:
             print(table(results[-1:]).splitlines()[-1], flush=True)
     return results

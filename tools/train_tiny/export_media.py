@@ -83,6 +83,8 @@ def export(directory: Path, run: Path, out: Path, steps: int = 200) -> int:
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
     (out / "config.json").write_text(json.dumps(settings(model.config, tokenizer), indent=2) + "\n", encoding="utf-8")
+    budget = {"image_processor": {"max_soft_tokens": pool.REAL_BUDGET}}
+    (out / "processor_config.json").write_text(json.dumps(budget) + "\n", encoding="utf-8")
     for name in COPIED:
         shutil.copyfile(directory / name, out / name)
     return sum(value.numel() for value in weights.values())

@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -197,13 +198,16 @@ def speech_conversation(rng: random.Random, said: Said, *, translate: bool) -> C
 # --- held out -----------------------------------------------------------------------------------------------------
 
 SKILLS = (
-    "caption count colour shape box point read_word read_number direction"
+    "caption count colour shape box_alone point_alone box point read_word read_number direction"
     " speech_digits speech_command speech_words speech_translation"
 ).split()
 
 
 def held_out(skill: str, count: int, seed: int = 1) -> list[Conversation]:
-    """`count` single-turn conversations that training never saw (README.md says what that means for each skill)."""
+    """`count` single-turn conversations that training never saw (README.md says what that means for each skill).
+
+    `box_alone` and `point_alone`: of a picture that has that shape only.
+    """
     rng = random.Random(f"test/{seed}/{skill}")
     found: list[Conversation] = []
     while len(found) < count:
@@ -215,9 +219,11 @@ def held_out(skill: str, count: int, seed: int = 1) -> list[Conversation]:
             found.append(speech_conversation(rng, said, translate=kind == "translation"))
         else:
             generator = scenes.text_scene if skill.startswith("read_") else scenes.shape_scene
+            if skill.endswith("_alone"):
+                generator = partial(scenes.shape_scene, count=1)
             scene = scenes.sample(generator, rng, held_out=True)
             try:
-                found.append(picture_conversation(rng, scene, turns=1, skill=skill))
+                found.append(picture_conversation(rng, scene, turns=1, skill=skill.removesuffix("_alone")))
             except ValueError:
                 continue
     return found
