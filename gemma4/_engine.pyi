@@ -131,6 +131,7 @@ class EncoderConfig(TypedDict):
     d_soft: int  # width of what enters the projection
     d_out: int  # d_model of the text model
     rms_norm_eps: float
+    on_disk: bool  # all tensors are file mappings, whose pages may be let go of
     d_model: int
     n_layers: int
     n_heads: int

@@ -8,6 +8,7 @@ about a second for the largest, and the file's pages leave memory.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,9 +18,7 @@ from numpy.typing import NDArray
 from gemma4 import _engine
 from gemma4.interp.hooks import HookPoint, SiteHooks, active_hooks, bind_hooks, hooks_of, make_edit
 from gemma4.interp.sites import Names, Site, SiteTable
-from gemma4.load.dtypes import stored_bytes
 from gemma4.load.encoder_config import EncoderConfig, Modality
-from gemma4.load.mapped import let_go
 from gemma4.media import audio as sounds
 from gemma4.media import image as images
 from gemma4.media import video as videos
@@ -57,10 +56,8 @@ class Encoder:
         self.config: EncoderConfig = checkpoint.encoders[modality]
         self._model = model
         tensors = checkpoint.encoder_tensors(modality)
-        self.engine = _engine.Encoder(model.engine, self.config.engine(), tensors)
-        if self.engine.copied_bytes:  # what was copied need not stay in memory twice
-            for dtype, shape, buffer, offset in tensors.values():
-                let_go(buffer, offset, stored_bytes(dtype, shape))
+        on_disk = all(isinstance(buffer, mmap.mmap) for _, _, buffer, _ in tensors.values())
+        self.engine = _engine.Encoder(model.engine, self.config.engine(on_disk), tensors)
         self.sites = SiteTable(self.engine.sites(), [{}] * self.config.n_layers)
 
     def __repr__(self) -> str:

@@ -75,31 +75,36 @@ static void matmul_panel16(const g4_rows16 *x, int m, const g4_panel16 *w, int k
 static INLINE float round_group16(const float *x, int n, float low, float high, int16_t q[G4_GROUP16])
 {
     const f32x16 least = x16_set1(low), most = x16_set1(high), zero = x16_set1(0);
+    const bool clamps = low > -INFINITY || high < INFINITY;
+    const int whole = (n + 15) / 16 * 16;
     float values[G4_GROUP16];
     uint32_t bits[G4_GROUP16];
     f32x16 largest = zero, poison = zero;
-    for (int l = 0; l < n; l += 16) {
-        f32x16 v = n - l < 16 ? x16_load_some(x + l, n - l) : x16_load(x + l);
-        v = x16_if_nan(v, v, x16_min(x16_max(v, least), most));
-        if (n - l < 16) {
-            x16_store(values + l, v);
-            v = x16_load_some(values + l, n - l);
+    if (clamps || whole > n) {
+        memcpy(values, x, (size_t)n * sizeof *x);
+        memset(values + n, 0, (size_t)(whole - n) * sizeof *x);
+        for (int l = 0; clamps && l < whole; l += 16) {
+            const f32x16 v = x16_load(values + l);
+            x16_store(values + l, x16_if_nan(v, v, x16_min(x16_max(v, least), most)));
         }
-        x16_store(values + l, v);
+        memset(values + n, 0, (size_t)(whole - n) * sizeof *x);
+        x = values;
+    }
+    for (int l = 0; l < whole; l += 16) {
+        const f32x16 v = x16_load(x + l);
         largest = x16_max(x16_abs(v), largest);
         poison = x16_fma(v, zero, poison);
     }
-    const float max = x16_largest(largest);
+    const float max = x16_largest(largest), nan = x16_sum(poison);
+    const bool rounds = max > 0 && nan == 0;
     /* adding 1.5 * 2^23 rounds to the nearest whole number, ties to even, and leaves it in the low bits */
-    const f32x16 inverse = x16_set1(max > 0 ? (float)MOST16 / max : 0), magic = x16_set1(12582912.0f);
-    for (int l = 0; l < n; l += 16) {
-        const f32x16 v = x16_mul(x16_load(values + l), inverse);
-        x16_store(values + l, x16_add(x16_if_nan(v, zero, v), magic));
-    }
+    const f32x16 inverse = x16_set1(rounds ? (float)MOST16 / max : 0), magic = x16_set1(12582912.0f);
+    for (int l = 0; l < whole; l += 16)
+        x16_store(values + l, x16_add(x16_mul(x16_load(x + l), inverse), magic));
     memcpy(bits, values, sizeof bits);
-    for (int l = 0; l < (n + 15) / 16 * 16; l++)
-        q[l] = (int16_t)bits[l];
-    return max / (float)MOST16 + x16_sum(poison);
+    for (int l = 0; l < whole; l++)
+        q[l] = rounds ? (int16_t)bits[l] : 0;
+    return max / (float)MOST16 + nan;
 }
 
 /* x [m, k], clamped, to whole numbers. */

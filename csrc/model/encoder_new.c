@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/pages.h"
 #include "model/encoder.h"
 #include "model/model.h"
 
@@ -82,6 +83,8 @@ static g4_status copy_map(g4_binder *b, g4_clipped *map)
 {
     G4_TRY(g4_matrix16_new(b->copy_with, b->arena, &map->w, &map->w16));
     b->n_copied += g4_matrix16_bytes(map->w16);
+    if (((const g4_encoder_config *)b->config)->on_disk) /* else both would be in memory at the end */
+        g4_pages_release(map->w.data, g4_dtype_bytes(map->w.dtype, map->w.n_rows * map->w.n_cols));
     return G4_OK;
 }
 

@@ -30,7 +30,7 @@ static int read_common(PyObject *dict, g4_encoder_config *c)
 {
     return read_kind(dict, &c->kind) || engine_read_int(dict, "d_in", &c->d_in) ||
            engine_read_int(dict, "d_soft", &c->d_soft) || engine_read_int(dict, "d_out", &c->d_out) ||
-           engine_read_float(dict, "rms_norm_eps", &c->rms_norm_eps);
+           engine_read_float(dict, "rms_norm_eps", &c->rms_norm_eps) || engine_read_bool(dict, "on_disk", &c->on_disk);
 }
 
 static int read_tower(PyObject *dict, g4_encoder_config *c)

@@ -62,11 +62,6 @@ def row_bytes(dtype: str, width: int) -> int:
     return width // block.elements * block.nbytes
 
 
-def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a whole tensor."""
-    return math.prod(shape[:-1]) * row_bytes(dtype, shape[-1]) if shape else ENGINE_DTYPES[dtype].nbytes
-
-
 def stored_rows(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> NDArray[Any]:
     """The tensor as it lies in `buffer`: plain types with their NumPy dtype and shape, quantised ones as uint8
     [..., bytes per row]. Read-only views if the buffer is."""

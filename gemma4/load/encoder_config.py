@@ -75,14 +75,15 @@ class EncoderConfig:
         power = np.power(np.float64(np.float32(self.rope_theta)), exponent.astype(np.float64)).astype(np.float32)
         return np.float32(1.0) / power
 
-    def engine(self) -> _engine.EncoderConfig:
-        """The engine's form (gemma4/_engine.pyi)."""
+    def engine(self, on_disk: bool = False) -> _engine.EncoderConfig:
+        """The engine's form (gemma4/_engine.pyi). on_disk: its tensors are file mappings, all of them."""
         return {
             "kind": self.kind,
             "d_in": self.d_in,
             "d_soft": self.d_soft,
             "d_out": self.d_out,
             "rms_norm_eps": self.rms_norm_eps,
+            "on_disk": on_disk,
             "d_model": self.d_model,
             "n_layers": self.n_layers,
             "n_heads": self.n_heads,

@@ -28,17 +28,6 @@ class TensorInfo:
     nbytes: int
 
 
-def let_go(buffer: Any, offset: int, nbytes: int) -> None:
-    """Take these bytes out of the process's resident memory if the buffer is a file mapping; reading them again brings
-    them back."""
-    if not isinstance(buffer, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-    stop = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if stop > start:
-        buffer.madvise(mmap.MADV_DONTNEED, start, stop - start)
-
-
 class MappedFile(ABC):
     """One mapped file of a format that subclasses know: `_parse`, called once it is mapped, fills `tensors`.
 
