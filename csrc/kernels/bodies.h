@@ -14,7 +14,7 @@ enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, AHEAD_BYTES = 10
 
 /* Of what must vanish into its caller, where sizes are constants, to be fast. In plain C, and with checks at every access,
  * there is nothing to gain, and one file took the compiler more than three minutes. */
-#if defined PLAIN_C || defined G4_NO_INLINING || defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+#if defined PLAIN_C || defined G4_NO_INLINING
 #define INLINE
 #else
 #define INLINE inline __attribute__((always_inline))

@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the parts of kernels_test share. */
+#ifndef GEMMA4_TESTS_KERNELS_TEST_H
+#define GEMMA4_TESTS_KERNELS_TEST_H
+
+#include "kernels/kernels.h"
+
+/* Those of every instruction set here, the scalar one first. */
+extern const g4_kernels *scalar, *tables[G4_N_ISAS];
+extern int n_tables;
+
+/* Counts, and prints what failed. */
+void check(bool good, const g4_kernels *t, const char *what, const char *dtype, int m, int n, int k);
+
+/* The same bits; which NaN a NaN is may differ. */
+bool same(const float *a, const float *b, size_t n);
+
+/* Zeros, of exactly that size, so that sanitizers see what reads past it. */
+void *allocate(size_t n_bytes);
+
+/* Random values: of one size, of sizes 2^-20 to 2^20, around the subnormals, half signed zeros, with infinities and NaN. */
+enum { NORMAL, WIDE, TINY, ZEROS, NONFINITE, N_KINDS };
+float *random_row(int kind, size_t n);
+void *random_weights(g4_dtype dtype, int kind, size_t n);
+
+/* Where a block keeps its factors: f16, but MXFP4 an exponent. */
+extern const int factors_of[G4_N_DTYPES][2];
+
+void test_products(void);
+void test_sums_and_panels(void);
+
+#endif

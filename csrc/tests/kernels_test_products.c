@@ -1,0 +1,201 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The part of kernels_test about products: matmul, in float32 and in whole numbers, attention's sums, panels. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/kernels_test.h"
+
+/* ---- products ------------------------------------------------------------------------------------------------------- */
+
+static void check_matmul(g4_dtype dtype, int kind, int m, int n, int k)
+{
+    const size_t x_stride = (size_t)k + 3, out_stride = (size_t)n + 2, n_out = (size_t)m * out_stride;
+    float *x = random_row(kind, (size_t)m * x_stride), *wanted = allocate(n_out * 4), *got = allocate(n_out * 4);
+    void *w = random_weights(dtype, NORMAL, (size_t)n * (size_t)k);
+    g4_matmul_for(scalar, dtype)(x, x_stride, m, w, (size_t)k, n, k, wanted, out_stride);
+    for (int t = 0; t < n_tables; t++) {
+        g4_matmul_for(tables[t], dtype)(x, x_stride, m, w, (size_t)k, n, k, got, out_stride);
+        check(same(got, wanted, n_out), tables[t], "matmul", g4_dtype_name(dtype), m, n, k);
+        for (int i = 0; i < m; i += 7)
+            g4_matmul_for(tables[t], dtype)(x + (size_t)i * x_stride, x_stride, 1, w, (size_t)k, n, k,
+                                            got + (size_t)i * out_stride, out_stride);
+        check(same(got, wanted, n_out), tables[t], "matmul of single rows", g4_dtype_name(dtype), m, n, k);
+    }
+    free(x), free(wanted), free(got), free(w);
+}
+
+static g4_int8_rows int8_rows_new(int m, int k)
+{
+    const size_t n = (size_t)m * g4_int8_stride((size_t)k);
+    return (g4_int8_rows){allocate(n), allocate(n / 32 * 4), allocate(n / 16 * 4), allocate(n / 32 * 4)};
+}
+
+static void int8_rows_free(g4_int8_rows rows)
+{
+    free(rows.q), free(rows.scale), free(rows.sum16), free(rows.sum32);
+}
+
+static g4_int8_rows check_quantize(const float *x, int m, int k)
+{
+    const size_t n = (size_t)m * g4_int8_stride((size_t)k);
+    const g4_int8_rows wanted = int8_rows_new(m, k), got = int8_rows_new(m, k);
+    scalar->quantize_rows(x, (size_t)k, m, k, &wanted);
+    for (int t = 0; t < n_tables; t++) {
+        tables[t]->quantize_rows(x, (size_t)k, m, k, &got);
+        check(memcmp(got.q, wanted.q, n) == 0 && same(got.scale, wanted.scale, n / 32) &&
+                  same(got.sum16, wanted.sum16, n / 16) && same(got.sum32, wanted.sum32, n / 32),
+              tables[t], "quantize_rows", "", m, 0, k);
+    }
+    int8_rows_free(got);
+    return wanted;
+}
+
+static void check_matmul_int8(g4_dtype dtype, int kind, int m, int n, int k)
+{
+    const size_t n_out = (size_t)m * (size_t)n;
+    float *x = random_row(kind, (size_t)m * (size_t)k), *wanted = allocate(n_out * 4), *got = allocate(n_out * 4);
+    void *w = random_weights(dtype, NORMAL, (size_t)n * (size_t)k);
+    const g4_int8_rows rows = check_quantize(x, m, k);
+    g4_matmul_int8_for(scalar, dtype)(&rows, m, w, (size_t)k, n, k, wanted, (size_t)n);
+    for (int t = 0; t < n_tables; t++) {
+        g4_matmul_int8_for(tables[t], dtype)(&rows, m, w, (size_t)k, n, k, got, (size_t)n);
+        check(same(got, wanted, n_out), tables[t], "matmul_int8", g4_dtype_name(dtype), m, n, k);
+    }
+    free(x), free(wanted), free(got), free(w);
+    int8_rows_free(rows);
+}
+
+/* The largest products of one sign: nothing may saturate. */
+static void check_int8_at_the_ends(g4_dtype dtype, uint8_t fill, float x_value, int m)
+{
+    enum { N = 20, K = 512 };
+    const size_t n_bytes = g4_dtype_bytes(dtype, N * K), size = g4_block_bytes(dtype);
+    const uint16_t d = g4_f32_to_f16(0.01f);
+    uint8_t *w = allocate(n_bytes);
+    float x[6 * K], wanted[6 * N], got[6 * N];
+    memset(w, fill, n_bytes);
+    for (size_t at = 0; at < n_bytes; at += size)
+        for (int f = 0; f < 2; f++)
+            memcpy(w + at + factors_of[dtype][f], &d, dtype == G4_MXFP4 ? 1 : 2);
+    for (int i = 0; i < m * K; i++)
+        x[i] = x_value;
+    const g4_int8_rows rows = check_quantize(x, m, K);
+    g4_matmul_int8_for(scalar, dtype)(&rows, m, w, K, N, K, wanted, N);
+    for (int t = 0; t < n_tables; t++) {
+        g4_matmul_int8_for(tables[t], dtype)(&rows, m, w, K, N, K, got, N);
+        check(same(got, wanted, (size_t)m * N), tables[t], "largest matmul_int8", g4_dtype_name(dtype), m, N, fill);
+    }
+    free(w);
+    int8_rows_free(rows);
+}
+
+void test_products(void)
+{
+    static const int sizes[][3] = {{1, 1, 1},     {2, 3, 15},     {3, 4, 16},   {5, 17, 33},
+                                   {24, 31, 100}, {49, 34, 1040}, {73, 65, 31}, {150, 7, 2100}};
+    static const int block_sizes[][3] = {{1, 1, 256}, {3, 5, 768}, {6, 37, 1280}, {75, 9, 512}};
+    static const int int8_sizes[][3] = {{1, 19, 768},  {2, 3, 256},  {3, 17, 512},  {4, 8, 256},
+                                        {5, 40, 1280}, {16, 5, 256}, {17, 19, 768}, {259, 40, 768}};
+    for (g4_dtype dtype = G4_F32; dtype < G4_N_DTYPES; dtype++) {
+        for (int s = 0; !g4_is_quantised(dtype) && s < 8; s++)
+            for (int kind = 0; kind < N_KINDS; kind++)
+                check_matmul(dtype, kind, sizes[s][0], sizes[s][1], sizes[s][2]);
+        for (int s = 0; g4_is_quantised(dtype) && s < 4; s++)
+            check_matmul(dtype, s, block_sizes[s][0], block_sizes[s][1], block_sizes[s][2]);
+        for (int s = 0; g4_is_quantised(dtype) && s < 8; s++)
+            check_matmul_int8(dtype, s % N_KINDS, int8_sizes[s][0], int8_sizes[s][1], int8_sizes[s][2]);
+        for (int m = 1; g4_block_size(dtype) == 32 && m < 40; m += 19) /* a last stretch of less than 256 */
+            check_matmul_int8(dtype, NORMAL, m, 17, 352);
+        static const uint8_t fills[] = {0x00, 0xff, 0x0f, 0xf0, 0x80, 0x7f};
+        for (int f = 0; g4_is_quantised(dtype) && f < 6; f++)
+            for (int m = 1; m <= 6; m += 5) {
+                check_int8_at_the_ends(dtype, fills[f], 1, m);
+                check_int8_at_the_ends(dtype, fills[f], -1, m);
+            }
+    }
+}
+
+/* ---- attention's sums, panels --------------------------------------------------------------------------------------- */
+
+static void check_weighted_sum(g4_dtype dtype, int kind, int m, int n_keys, int d)
+{
+    const size_t p_stride = (size_t)n_keys + 1, n_out = (size_t)m * (size_t)d;
+    float *p = random_row(kind, (size_t)m * p_stride), *start = random_row(NORMAL, n_out);
+    float *wanted = allocate(n_out * 4), *got = allocate(n_out * 4);
+    void *v = random_weights(dtype, NORMAL, (size_t)n_keys * (size_t)d);
+    memcpy(wanted, start, n_out * 4);
+    g4_weighted_sum_for(scalar, dtype)(p, p_stride, m, v, (size_t)d, n_keys, d, wanted, (size_t)d);
+    for (int t = 0; t < n_tables; t++) {
+        memcpy(got, start, n_out * 4);
+        g4_weighted_sum_for(tables[t], dtype)(p, p_stride, m, v, (size_t)d, n_keys, d, got, (size_t)d);
+        check(same(got, wanted, n_out), tables[t], "weighted_sum", g4_dtype_name(dtype), m, n_keys, d);
+    }
+    free(p), free(start), free(wanted), free(got), free(v);
+}
+
+static void check_panel(int kind, int m, int n, int k, bool add)
+{
+    float *w = random_row(kind, (size_t)(n * k)), *x = random_row(kind, (size_t)(m * k));
+    float *panel = allocate((size_t)k * 64), *other = allocate((size_t)k * 64);
+    float *start = random_row(NORMAL, (size_t)(m * n));
+    float *wanted = allocate((size_t)(m * n) * 4), *got = allocate((size_t)(m * n) * 4);
+    scalar->pack_panel(w, (size_t)k, n, k, panel);
+    memcpy(wanted, start, (size_t)(m * n) * 4);
+    scalar->matmul_panel(x, (size_t)k, m, panel, k, wanted, (size_t)n, n, add);
+    for (int t = 0; t < n_tables; t++) {
+        tables[t]->pack_panel(w, (size_t)k, n, k, other);
+        check(same(other, panel, (size_t)k * 16), tables[t], "pack_panel", "", m, n, k);
+        memcpy(got, start, (size_t)(m * n) * 4);
+        tables[t]->matmul_panel(x, (size_t)k, m, panel, k, got, (size_t)n, n, add);
+        check(same(got, wanted, (size_t)(m * n)), tables[t], "matmul_panel", "", m, n, k);
+    }
+    free(w), free(x), free(panel), free(other), free(start), free(wanted), free(got);
+}
+
+/* Products of whole numbers, both sides rounded by the table itself. */
+static void panel16_of(const g4_kernels *table, const float *x, const float *w, int m, int n, int k, float *out)
+{
+    const g4_rows16 rows = {allocate((size_t)(m * g4_stride16(k)) * 2), allocate((size_t)(m * g4_groups16(k)) * 4),
+                            g4_stride16(k)};
+    const g4_panel16 panel = {allocate((size_t)g4_stride16(k) * 32), allocate((size_t)g4_groups16(k) * 64)};
+    table->quantize_rows16(x, (size_t)k, m, k, -0.75f, INFINITY, &rows);
+    table->pack_panel16(w, (size_t)k, n, k, &panel);
+    for (int at = 0; at < rows.stride; at += G4_GROUP16) {
+        const g4_rows16 x_at = g4_rows16_at(&rows, at);
+        const g4_panel16 w_at = g4_panel16_at(&panel, at);
+        const int length = rows.stride - at < G4_GROUP16 ? rows.stride - at : G4_GROUP16;
+        table->matmul_panel16(&x_at, m, &w_at, length, out, (size_t)n, n, at > 0);
+    }
+    free(rows.q), free(rows.scale), free(panel.q), free(panel.scale);
+}
+
+static void check_panel16(int kind, int m, int n, int k)
+{
+    float *w = random_row(NORMAL, (size_t)(n * k)), *x = random_row(kind, (size_t)(m * k));
+    float *wanted = allocate((size_t)(m * n) * 4), *got = allocate((size_t)(m * n) * 4);
+    panel16_of(scalar, x, w, m, n, k, wanted);
+    for (int t = 0; t < n_tables; t++) {
+        panel16_of(tables[t], x, w, m, n, k, got);
+        check(same(got, wanted, (size_t)(m * n)), tables[t], "panel16", "", m, n, k);
+    }
+    free(w), free(x), free(wanted), free(got);
+}
+
+void test_sums_and_panels(void)
+{
+    static const int sizes[][3] = {{1, 1, 32}, {3, 70, 64}, {9, 33, 512}, {4, 5, 2080}};
+    for (int s = 0; s < 4; s++)
+        for (int kind = 0; kind < N_KINDS; kind++) {
+            check_weighted_sum(G4_F32, kind, sizes[s][0], sizes[s][1], sizes[s][2] + 3);
+            check_weighted_sum(G4_F16, kind, sizes[s][0], sizes[s][1], sizes[s][2] + 3);
+            check_weighted_sum(G4_BF16, kind, sizes[s][0], sizes[s][1], sizes[s][2] + 3);
+            check_weighted_sum(G4_Q8_0, kind, sizes[s][0], sizes[s][1], sizes[s][2]);
+        }
+    for (int m = 1; m < 24; m += 3)
+        for (int n = 1; n <= 16; n += 5)
+            check_panel(m % N_KINDS, m, n, 3 * m + n, m % 2 == 0);
+    for (int kind = 0; kind < N_KINDS; kind++)
+        for (int m = 1; m < 10; m += 2)
+            check_panel16(kind, m, m == 3 ? 16 : m, 131 * m);
+}
