@@ -20,9 +20,9 @@ from . import speech
 from .skills_media import SKILLS, Conversation, held_out
 
 
-def save(conversation: Conversation, name: str, out: Path) -> dict[str, Any]:
+def save(conversation: Conversation, skill: str, name: str, out: Path) -> dict[str, Any]:
     """Write the media; returns the sample's entry."""
-    skill, question, answer = conversation.turns[0]
+    _, question, answer = conversation.turns[0]
     entry: dict[str, Any] = {"skill": skill, "question": question, "answer": answer}
     if conversation.said is not None:
         samples = speech.say(conversation.said).samples
@@ -46,7 +46,7 @@ def main() -> None:
     for skill in SKILLS:
         count = 1 if skill.startswith("speech_") else arguments.count
         for i, conversation in enumerate(held_out(skill, count, arguments.seed)):
-            entries.append(save(conversation, f"{skill}-{i}", arguments.out))
+            entries.append(save(conversation, skill, f"{skill}-{i}", arguments.out))
     text = json.dumps(entries, indent=1, ensure_ascii=False)
     (arguments.out / "samples.json").write_text(text + "\n", encoding="utf-8")
 
