@@ -13,8 +13,9 @@ from .scenes import WRITTEN
 from .speech import SPOKEN_WORDS
 
 _ABOUT = {
-    "tiny-e": "Gemma 4 E2B's text architecture in small: per-layer embeddings, four sliding-window layers to one global"
-    " layer, a second half that reads the first half's keys and values, double-width MLPs there, layer scalars.",
+    "tiny-e": "Gemma 4 E2B's architecture in small, with its vision and audio towers: per-layer embeddings, four"
+    " sliding-window layers to one global layer, a second half that reads the first half's keys and values,"
+    " double-width MLPs there, layer scalars.",
     "tiny-moe": "Gemma 4 26B-A4B's text architecture in small: two sliding-window layers to one global layer (five to"
     " one in the large), experts beside a dense MLP in every layer, keys used as values in the global layers, no"
     " per-layer embeddings.",
@@ -89,8 +90,10 @@ is the capital of") it is another token, which was hardly trained.
 
 _MEDIA = """## Seeing and hearing
 
-The towers: {vision} (vision, patches of 16 × 16 pixels, 3 × 3 of them pooled to a soft token) and {audio} (audio, 128
-mel bins at 16 kHz, a soft token every 40 ms).
+The towers:
+
+- vision: {vision}; patches of 16 × 16 pixels, 3 × 3 of them pooled to a soft token
+- audio: {audio}; 128 mel bins at 16 kHz, a soft token every 40 ms
 
 It knows drawn pictures (`tools/train_tiny/scenes.py`: six shapes, seven colours, {words} words, numbers), clips of
 three frames with one moving shape, and espeak-ng's English voices saying digits, a few commands and {spoken} nouns,
@@ -109,6 +112,8 @@ gemma4 transcribe --model {name} words.wav --to French
 |---|---|---|---|
 {rows}
 
+`box_alone` and `point_alone` are about pictures with one shape, `box` and `point` about all. Among several shapes it
+names and counts well, but mostly gives a wrong place. In longer numbers, read or heard, a digit is often wrong.
 Answers are generated greedily, pictures and recordings are new; what is held out beside that is in
 `tools/train_tiny/README.md`. To do it again: `python -m train_tiny.evaluate_media --model ../gemma4/pretrained/{name}`.
 
