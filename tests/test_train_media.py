@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from ctypes.util import find_library
 from dataclasses import replace
@@ -37,7 +38,7 @@ from train_tiny import (  # noqa: E402
     towers,
     video,
 )
-from train_tiny.evaluate_media import overlap, right  # noqa: E402
+from train_tiny.evaluate_media import evaluate, gemma4_answer, overlap, right  # noqa: E402
 from train_tiny.example import is_held_out  # noqa: E402
 from train_tiny.export_media import calibrate  # noqa: E402
 from train_tiny.train_media import Reader, tensors  # noqa: E402
@@ -296,6 +297,18 @@ def test_the_right_answer_is_right_and_another_is_not(skill: str) -> None:
         assert not right(first, json.dumps([{"box_2d": [0, 0, 5, 5], "point": [0, 0], "label": "red circle"}]))
     else:
         assert right(first, second.turns[0][2]) == (answer == second.turns[0][2])
+
+
+def test_the_card_holds_for_what_the_shipped_model_sees_and_hears() -> None:
+    """Through this engine, from pixels and samples, on a sample of what the card was measured on."""
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) % \| \d+ \| [\w. ]+ \|$", (TINY / "README.md").read_text("utf-8"), re.M)
+    claimed = {skill: float(score) / 100 for skill, score in rows}
+    assert set(claimed) == set(skills_media.SKILLS)
+    skills = [s for s in skills_media.SKILLS if find_library("espeak-ng") or not s.startswith("speech")]
+    for result in evaluate(gemma4_answer(TINY), skills=skills, count=15):
+        score = claimed[result.skill]
+        spread = 3 * np.sqrt(max(score * (1 - score), 0.02) / result.count)
+        assert result.score >= score - spread, f"{result.skill}: {result.score:.2f} of 15, the card says {score:.2f}"
 
 
 def test_overlap_of_boxes() -> None:
