@@ -134,7 +134,6 @@ static inline f32x8 f8_from_f16(const uint8_t *p, size_t stride)
     return _mm256_cvtph_ps(_mm_unpacklo_epi64(low, high));
 }
 static inline f32x8 f8_from_i32(i32x8 a) { return _mm256_cvtepi32_ps(a); }
-static inline f32x8 f8_add(f32x8 a, f32x8 b) { return _mm256_add_ps(a, b); }
 static inline f32x8 f8_mul(f32x8 a, f32x8 b) { return _mm256_mul_ps(a, b); }
 static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { return _mm256_fmadd_ps(a, b, c); }
 static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b) { return _mm256_fnmadd_ps(a, b, c); }

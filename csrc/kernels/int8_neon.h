@@ -160,7 +160,6 @@ static inline f32x8 f8_from_f16(const uint8_t *p, size_t stride)
 {
     return (f32x8){four_f16(p, stride), four_f16(p + 4 * stride, stride)};
 }
-static inline f32x8 f8_add(f32x8 a, f32x8 b) { return (f32x8){vaddq_f32(a.lo, b.lo), vaddq_f32(a.hi, b.hi)}; }
 static inline f32x8 f8_mul(f32x8 a, f32x8 b) { return (f32x8){vmulq_f32(a.lo, b.lo), vmulq_f32(a.hi, b.hi)}; }
 static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c)
 {

@@ -128,7 +128,6 @@ static inline f32x8 f8_from_f16(const uint8_t *p, size_t stride)
     RETURN_LANES(f32x8, 8, f16_at(p + (size_t)l * stride));
 }
 static inline f32x8 f8_from_i32(i32x8 a) { RETURN_LANES(f32x8, 8, (float)a.lane[l]); }
-static inline f32x8 f8_add(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, a.lane[l] + b.lane[l]); }
 static inline f32x8 f8_mul(f32x8 a, f32x8 b) { RETURN_LANES(f32x8, 8, a.lane[l] * b.lane[l]); }
 static inline f32x8 f8_fma(f32x8 a, f32x8 b, f32x8 c) { RETURN_LANES(f32x8, 8, fmaf(a.lane[l], b.lane[l], c.lane[l])); }
 static inline f32x8 f8_minus_product(f32x8 c, f32x8 a, f32x8 b)

@@ -3,10 +3,6 @@
 
 #include "kernels/bodies.h"
 
-extern const g4_kernels g4_kernels_avx2;
-const g4_kernels g4_kernels_avx2 = {
-    .isa = G4_ISA_AVX2,
-#define G4_KERNEL(result, name, args) .name = name,
-#include "kernels/kernels.inc"
-#undef G4_KERNEL
-};
+#define ISA_TABLE g4_kernels_avx2
+#define ISA G4_ISA_AVX2
+#include "kernels/table.h"

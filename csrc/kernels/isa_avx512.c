@@ -3,10 +3,6 @@
 
 #include "kernels/bodies.h"
 
-extern const g4_kernels g4_kernels_avx512;
-const g4_kernels g4_kernels_avx512 = {
-    .isa = G4_ISA_AVX512,
-#define G4_KERNEL(result, name, args) .name = name,
-#include "kernels/kernels.inc"
-#undef G4_KERNEL
-};
+#define ISA_TABLE g4_kernels_avx512
+#define ISA G4_ISA_AVX512
+#include "kernels/table.h"

@@ -6,10 +6,6 @@
 
 #include "kernels/bodies.h"
 
-extern const g4_kernels g4_kernels_avx_vnni;
-const g4_kernels g4_kernels_avx_vnni = {
-    .isa = G4_ISA_AVX_VNNI,
-#define G4_KERNEL(result, name, args) .name = name,
-#include "kernels/kernels.inc"
-#undef G4_KERNEL
-};
+#define ISA_TABLE g4_kernels_avx_vnni
+#define ISA G4_ISA_AVX_VNNI
+#include "kernels/table.h"

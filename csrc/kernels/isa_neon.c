@@ -3,10 +3,6 @@
 
 #include "kernels/bodies.h"
 
-extern const g4_kernels g4_kernels_neon;
-const g4_kernels g4_kernels_neon = {
-    .isa = G4_ISA_NEON,
-#define G4_KERNEL(result, name, args) .name = name,
-#include "kernels/kernels.inc"
-#undef G4_KERNEL
-};
+#define ISA_TABLE g4_kernels_neon
+#define ISA G4_ISA_NEON
+#include "kernels/table.h"

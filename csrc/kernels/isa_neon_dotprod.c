@@ -3,10 +3,6 @@
 
 #include "kernels/bodies.h"
 
-extern const g4_kernels g4_kernels_neon_dotprod;
-const g4_kernels g4_kernels_neon_dotprod = {
-    .isa = G4_ISA_NEON_DOTPROD,
-#define G4_KERNEL(result, name, args) .name = name,
-#include "kernels/kernels.inc"
-#undef G4_KERNEL
-};
+#define ISA_TABLE g4_kernels_neon_dotprod
+#define ISA G4_ISA_NEON_DOTPROD
+#include "kernels/table.h"

@@ -4,10 +4,6 @@
 
 #include "kernels/bodies.h"
 
-extern const g4_kernels g4_kernels_neon_i8mm;
-const g4_kernels g4_kernels_neon_i8mm = {
-    .isa = G4_ISA_NEON_I8MM,
-#define G4_KERNEL(result, name, args) .name = name,
-#include "kernels/kernels.inc"
-#undef G4_KERNEL
-};
+#define ISA_TABLE g4_kernels_neon_i8mm
+#define ISA G4_ISA_NEON_I8MM
+#include "kernels/table.h"

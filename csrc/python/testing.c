@@ -178,19 +178,30 @@ static PyObject *test_matmul_panel(PyObject *self, PyObject *args)
     return out;
 }
 
+/* (isa, w [n <= 16, k] float32) -> the kernels of that instruction set, or NULL with an exception set */
+static const g4_kernels *panel_arguments(PyObject *args, PyArrayObject **w)
+{
+    const char *isa;
+    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, w))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(*w, NPY_FLOAT32, 2))
+        return NULL;
+    if (PyArray_DIM(*w, 0) < 1 || PyArray_DIM(*w, 0) > 16) {
+        PyErr_Format(PyExc_ValueError, "expected 1 to 16 rows, found %zd", (Py_ssize_t)PyArray_DIM(*w, 0));
+        return NULL;
+    }
+    return kernels;
+}
+
 /* pack_panel(isa, w [n <= 16, k]) -> [k, 16] */
 static PyObject *test_pack_panel(PyObject *self, PyObject *args)
 {
-    const char *isa;
     PyArrayObject *w;
     (void)self;
-    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &w))
+    const g4_kernels *kernels = panel_arguments(args, &w);
+    if (!kernels)
         return NULL;
-    const g4_kernels *kernels = table_of(isa);
-    if (!kernels || !is_rows(w, NPY_FLOAT32, 2))
-        return NULL;
-    if (PyArray_DIM(w, 0) < 1 || PyArray_DIM(w, 0) > 16)
-        return PyErr_Format(PyExc_ValueError, "expected 1 to 16 rows");
     npy_intp dims[] = {PyArray_DIM(w, 1), 16};
     PyObject *out = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
     if (out)
@@ -225,16 +236,11 @@ static PyObject *test_quantize_rows16(PyObject *self, PyObject *args)
 /* pack_panel16(isa, w [n <= 16, k]) -> q int16 [stride / 2, 16, 2], scale [groups, 16] */
 static PyObject *test_pack_panel16(PyObject *self, PyObject *args)
 {
-    const char *isa;
     PyArrayObject *w;
     (void)self;
-    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &w))
+    const g4_kernels *kernels = panel_arguments(args, &w);
+    if (!kernels)
         return NULL;
-    const g4_kernels *kernels = table_of(isa);
-    if (!kernels || !is_rows(w, NPY_FLOAT32, 2))
-        return NULL;
-    if (PyArray_DIM(w, 0) < 1 || PyArray_DIM(w, 0) > 16)
-        return PyErr_Format(PyExc_ValueError, "expected 1 to 16 rows");
     const int k = (int)PyArray_DIM(w, 1);
     PyObject *q = PyArray_SimpleNew(3, ((npy_intp[]){g4_stride16(k) / 2, 16, 2}), NPY_INT16);
     PyObject *scale = PyArray_SimpleNew(2, ((npy_intp[]){g4_groups16(k), 16}), NPY_FLOAT32);

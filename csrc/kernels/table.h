@@ -1,0 +1,12 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Exports the kernels that this unit has compiled: the last include of every isa_*.c, after
+ *   ISA_TABLE  the table's name
+ *   ISA        its instruction set
+ */
+extern const g4_kernels ISA_TABLE;
+const g4_kernels ISA_TABLE = {
+    .isa = ISA,
+#define G4_KERNEL(result, name, args) .name = name,
+#include "kernels/kernels.inc"
+#undef G4_KERNEL
+};
