@@ -2,7 +2,7 @@
 """float32 values -> GGUF's blocks of 32: one scale (and in the _1 formats one offset) for each.
 
 The bytes of Q8_0, Q4_0, Q4_1, Q5_0, Q5_1 and MXFP4 are those of the gguf package's quantisers and of ggml's reference
-(quantize_row_*_ref). IQ4_NL searches its scale as K-quants do.
+(quantize_row_*_ref).
 Ref: ggml's ggml-common.h (layouts); OCP Microscaling Formats v1.0 (MXFP4).
 """
 
@@ -14,10 +14,7 @@ from numpy.typing import NDArray
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
-# IQ4_NL's 16 values, and MXFP4's eight magnitudes in halves
-IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
-_MXFP4_BETWEEN = np.array([1, 3, 5, 7, 10, 14, 20], np.float32) / 2  # halfway between neighbouring magnitudes
-_IQ4_STEPS = (0, -7, -5, -3, -1, 1, 3, 5, 7)  # added to the codebook's largest value
+_MXFP4_BETWEEN = np.array([1, 3, 5, 7, 10, 14, 20], np.float32) / 2  # halfway between its eight magnitudes
 
 
 def inverse(scale: F32) -> F32:
@@ -34,6 +31,12 @@ def half_bytes(values: F32) -> U8:
         return values.astype("<f2").view(np.uint8)
 
 
+def stored_half(values: F32) -> F32:
+    """The values as fp16 holds them."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
+
+
 def nibbles(q: U8) -> U8:
     """[n, 32] codes below 16 -> [n, 16]: the first half of the block in the low bits."""
     return q[:, :16] | q[:, 16:] << np.uint8(4)
@@ -48,14 +51,14 @@ def q8_0(x: F32) -> U8:
     return np.concatenate([half_bytes(scale), q.astype(np.int8).view(np.uint8)], 1)
 
 
-def _largest(x: F32) -> F32:
+def largest(x: F32) -> F32:
     """The first value of each row whose magnitude is the largest, with its sign, [n, 1]."""
     return np.take_along_axis(x, np.abs(x).argmax(1)[:, None], 1)
 
 
 def _symmetric(x: F32, levels: int) -> tuple[F32, U8]:
     """Scale [n, 1] and codes 0 to 2 levels - 1: the value of largest magnitude is -levels times the scale."""
-    scale = _largest(x) / np.float32(-levels)
+    scale = largest(x) / np.float32(-levels)
     shifted = x * inverse(scale) + np.float32(levels + 0.5)
     return scale, np.minimum(shifted, np.float32(2 * levels - 1)).astype(np.uint8)
 
@@ -103,35 +106,3 @@ def mxfp4(x: F32) -> U8:
         q += magnitude > between * unit
     q |= ((x < 0) & (q > 0)).astype(np.uint8) << np.uint8(3)
     return np.concatenate([code.astype(np.uint8), nibbles(q)], 1)
-
-
-def _iq4_codes() -> U8:
-    """Nearest of IQ4_NL's values for every half from -128 to 127.5, as they lie halfway at most."""
-    halves = (np.arange(512, dtype=np.float32) + 0.5) / 2 - 128
-    return np.abs(halves[:, None] - IQ4_VALUES).argmin(1).astype(np.uint8)
-
-
-_IQ4_NEAREST = _iq4_codes()
-
-
-def _iq4_nearest(scaled: F32) -> U8:
-    return _IQ4_NEAREST[np.clip(np.floor(2 * scaled) + 256, 0, 511).astype(np.int16)]
-
-
-def iq4_nl(x: F32) -> U8:
-    """The scale of least squares error, weighted by x², among those that put the largest value near the codebook's."""
-    t = np.ascontiguousarray(x.T)  # sums over the first axis are the quick ones
-    weight = t * t
-    largest = inverse(_largest(x)[:, 0])
-    best = np.zeros(len(x), np.float32)
-    scale = np.zeros(len(x), np.float32)
-    for step in _IQ4_STEPS:
-        values = IQ4_VALUES[_iq4_nearest(t * ((IQ4_VALUES[0] + step) * largest))]
-        weighted = weight * values
-        along, square = (weighted * t).sum(0), (weighted * values).sum(0)
-        found = along * inverse(square)
-        gain = found * along
-        better = gain > best
-        best[better], scale[better] = gain[better], found[better]
-    stored = scale.astype(np.float16).astype(np.float32)[:, None]
-    return np.concatenate([half_bytes(scale[:, None]), nibbles(_iq4_nearest(x * inverse(stored)))], 1)

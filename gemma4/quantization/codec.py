@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma4 import _engine
 from gemma4.load.dtypes import ENGINE_DTYPES, PLAIN, row_bytes
-from gemma4.quantization import blocks, kquants
+from gemma4.quantization import blocks, iquants, kquants
 from gemma4.quantization.blocks import F32, U8
 
 # type -> [n, elements of a block] to [n, bytes of a block]
@@ -24,7 +24,8 @@ _PACK: dict[str, Callable[[F32], U8]] = {
     "Q4_K": kquants.q4_k,
     "Q5_K": kquants.q5_k,
     "Q6_K": kquants.q6_k,
-    "IQ4_NL": blocks.iq4_nl,
+    "IQ4_NL": iquants.iq4_nl,
+    "IQ4_XS": iquants.iq4_xs,
     "MXFP4": blocks.mxfp4,
 }
 CAN_WRITE = (*PLAIN, *_PACK)

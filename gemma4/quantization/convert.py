@@ -53,8 +53,9 @@ def quantize(
     """Write the text decoder of an unquantised checkpoint as a GGUF file that this package and llama.cpp read.
 
     source: whatever `gemma4.load` takes. type: one for all matrices (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1,
-    Q2_K to Q6_K, IQ4_NL, MXFP4) or a mix as llama-quantize makes it (Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M). Norms, scales and
-    the router are F32. Rows that are no whole number of a type's blocks get another; the result's `notes` say so.
+    Q2_K to Q6_K, IQ4_NL, IQ4_XS, MXFP4) or a mix as llama-quantize makes it (Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M). Norms,
+    scales and the router are F32. Rows that are no whole number of a type's blocks get another; the result's `notes`
+    say so.
     overrides: tensor -> type, e.g. {"per_layer_token_embd": "Q8_0", "blk.0.*": "Q6_K"}: GGUF names or globs, with or
     without "blk.N." and ".weight"; of several that apply, the last. force: replace a file that exists. threads: 0 = the
     CPUs this process may use. progress(bytes written, bytes in all, tensor) is called as it goes on.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gemma4.quantization.blocks import F32, U8, half_bytes, inverse
+from gemma4.quantization.blocks import F32, U8, half_bytes, inverse, stored_half
 
 _AFFINE_STEPS = (-0.9, -0.6, -0.3, -0.1, 0.1, 0.3, 0.6, 0.9)  # added to the number of steps over a part's range
 _SYMMETRIC_STEPS = (0.0, -0.8, -0.5, -0.3, -0.15, 0.15, 0.3, 0.5, 0.8)
@@ -24,11 +24,6 @@ def _parts(x: F32, size: int) -> F32:
 def _blocks(q: F32) -> U8:
     """Back again, as bytes [n, 256]."""
     return q.T.astype(np.uint8).reshape(-1, 256)
-
-
-def _stored_half(values: F32) -> F32:
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16).astype(np.float32)
 
 
 # -- scale and offset: Q2_K, Q4_K, Q5_K --------------------------------------------------------------------------------
@@ -58,7 +53,7 @@ def _affine_search(x: F32, weight: F32, top: int) -> tuple[F32, F32]:
 def _affine_fit(x: F32, weight: F32, top: int, size: int, small: int) -> tuple[F32, F32, U8, U8, U8]:
     """d, dmin [n, 1] as stored, the parts' scales and offsets (0 … small) [n, parts], codes [n, 256]."""
     scale, offset = (v.reshape(-1, 256 // size) for v in _affine_search(x, weight, top))
-    d, dmin = (_stored_half(v.max(1, keepdims=True) / np.float32(small)) for v in (scale, offset))
+    d, dmin = (stored_half(v.max(1, keepdims=True) / np.float32(small)) for v in (scale, offset))
     sc, m = (np.minimum(np.rint(v * inverse(unit)), np.float32(small)) for v, unit in ((scale, d), (offset, dmin)))
     q = _affine_codes(x, d * sc, dmin * m, top)
     d, dmin = _affine_refit(x, weight, q, (sc, m), (d, dmin))
@@ -88,7 +83,7 @@ def _affine_refit(x: F32, weight: F32, q: F32, small: tuple[F32, F32], units: tu
     d = np.where(usable, (ax * bb - bx * ab) * inv, np.where(bb > 0, units[0], alone))
     dmin = np.where(usable, (bx * aa - ax * ab) * inv, units[1])
     fine = (d > 0) & (dmin >= 0)
-    return _stored_half(np.where(fine, d, units[0])), _stored_half(np.where(fine, dmin, units[1]))
+    return stored_half(np.where(fine, d, units[0])), stored_half(np.where(fine, dmin, units[1]))
 
 
 def _pairs_of_bits(q: U8) -> U8:
@@ -169,13 +164,13 @@ def _symmetric_fit(x: F32, weight: F32, levels: int, small: int) -> tuple[F32, F
     """d [n, 1] as stored, the parts' scales (-small … small - 1) [n, 16], codes (0 … 2 levels - 1) [n, 256]."""
     scale = _symmetric_search(x, weight, levels).reshape(-1, 16)
     largest = np.take_along_axis(scale, np.abs(scale).argmax(1)[:, None], 1)
-    d = _stored_half(largest / np.float32(-small))
+    d = stored_half(largest / np.float32(-small))
     sc = np.clip(np.rint(scale * inverse(d)), -small, small - 1)
     q = _symmetric_codes(x, d * sc, levels)
     weighted = weight * q
     along, square = ((weighted * v).sum(0).reshape(-1, 16) for v in (x, q))
     square = (sc * sc * square).sum(1, keepdims=True)
-    d = np.where(square > 0, _stored_half((sc * along).sum(1, keepdims=True) * inverse(square)), d)
+    d = np.where(square > 0, stored_half((sc * along).sum(1, keepdims=True) * inverse(square)), d)
     return d, sc, _blocks(_symmetric_codes(x, d * sc, levels) + np.float32(levels))
 
 

@@ -27,8 +27,8 @@ from gemma4.tokenizer import CONTROL
 # llama.cpp's number of a file's kind (llama_ftype), which it only shows
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
-    "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K": 16, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
-    "MXFP4": 38,
+    "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K": 16, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
+    "BF16": 32, "MXFP4": 38,
 }  # fmt: skip
 _QUANTISATION_VERSION = 2  # of ggml's block layouts
 _OURS = ("general.file_type", "general.quantization_version", "general.alignment")  # not copied from another file

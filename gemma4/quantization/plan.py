@@ -21,7 +21,7 @@ from gemma4.quantization.codec import CAN_WRITE
 MIXES = {"Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
 KINDS = (*CAN_WRITE, *MIXES)
 # type -> what takes its place in rows that are no whole number of its blocks
-_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 _TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
