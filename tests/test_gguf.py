@@ -418,6 +418,18 @@ def test_other_tokenizers_and_templates(tmp_path):
         gemma4.load(convert("tiny-e", tmp_path / "z.gguf", keys={"tokenizer.ggml.eos_token_id": "<eos>"}))
 
 
+def test_tokens_never_to_be_generated(tmp_path):
+    """Ids outside the vocabulary count for nothing, as in llama.cpp; other than an array of whole numbers is damage."""
+    key = "tokenizer.ggml.suppress_tokens"
+    model = gemma4.load(convert("tiny-e", tmp_path / "a.gguf", keys={key: [7, -1, 5, 7, 10**6]}))
+    assert model.checkpoint.generation_config["suppress_tokens"] == [5, 7]
+    model = gemma4.load(convert("tiny-e", tmp_path / "b.gguf", keys={key: [-1]}))
+    assert "suppress_tokens" not in model.checkpoint.generation_config
+    for i, value in enumerate((["a"], 5, [1.5])):
+        with pytest.raises(FormatError, match="suppress_tokens must be an array"):
+            gemma4.load(convert("tiny-e", tmp_path / f"c{i}.gguf", keys={key: value}))
+
+
 def test_cache(files, tmp_path, monkeypatch):
     checkpoint = open_checkpoint(files("tiny-e"))
     ids = checkpoint.load_tokenizer().encode("The cat sat.")

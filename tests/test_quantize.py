@@ -106,7 +106,8 @@ def test_bytes_of_the_reference(dtype):
 # RMSE that ggml's own quantisers (ggml_quantize_chunk, without an importance matrix) leave on these very numbers
 GGML_RMSE = {
     "Q8_0": 0.005322, "Q4_0": 0.085524, "Q4_1": 0.077712, "Q5_0": 0.042448, "Q5_1": 0.037696, "IQ4_NL": 0.075577,
-    "MXFP4": 0.114378, "Q2_K": 0.296564, "Q3_K": 0.149879, "Q4_K": 0.070959, "Q5_K": 0.035887, "Q6_K": 0.017575,
+    "IQ4_XS": 0.076155, "MXFP4": 0.114378, "Q2_K": 0.296564, "Q3_K": 0.149879, "Q4_K": 0.070959, "Q5_K": 0.035887,
+    "Q6_K": 0.017575,
 }  # fmt: skip
 
 
@@ -411,11 +412,19 @@ def test_memory_does_not_grow_with_a_table(tmp_path):
 
 
 def test_tokens_never_to_be_generated(tmp_path):
+    """The file says which, under llama.cpp's key, and is read again: the same text as from the folder."""
+    options = {"max_tokens": 16, "temperature": 0, "stop_ids": ()}
+    usual = gemma4.load("tiny-e").generate("Once upon a time", **options).tokens
+    banned = sorted({int(i) for i in usual[[0, 3]]})
     source = edited_tokenizer(tmp_path / "hf", lambda table: None)
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106], "suppress_tokens": [5, 7]}))
-    table = GgufFile(gemma4.quantize(source, tmp_path / "x.gguf", type="Q8_0").path).metadata
-    assert table["tokenizer.ggml.suppress_tokens"].values() == [5, 7]
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 106], "suppress_tokens": banned}))
+    path = gemma4.quantize(source, tmp_path / "x.gguf", type="BF16").path
+    table = GgufFile(path).metadata
+    assert table["tokenizer.ggml.suppress_tokens"].values() == banned
     assert table["tokenizer.ggml.eos_token_id"] == 1 and table["tokenizer.ggml.eot_token_id"] == 106
+    folder, file = (gemma4.load(x).generate("Once upon a time", **options).tokens for x in (source, path))
+    assert folder.tolist() == file.tolist() != usual.tolist()
+    assert not set(banned) & set(file.tolist())
 
 
 @pytest.mark.skipif(not (BIN / "llama-perplexity").is_file(), reason="GEMMA4_LLAMACPP names no built llama.cpp")
@@ -507,7 +516,7 @@ def test_compare_refuses(random_e):
     ({"type": "Q4_K_L"}, ValueError, r"did you mean Q4_K"),
     ({"type": "int8"}, ValueError, "All types: F32"),
     ({"type": ""}, ValueError, "unknown type"),
-    ({"type": "IQ4_XS"}, ValueError, "IQ4_NL"),
+    ({"type": "IQ3_XS"}, ValueError, "IQ4_XS"),
     ({"type": "Q4_0", "overrides": {"token_embd": "Q4_K_M"}}, ValueError, r"unknown type 'Q4_K_M'"),
     ({"type": "Q4_0", "overrides": {"per_layer_tok": "Q8_0"}}, ValueError, "closest names are per_layer_token_embd"),
     ({"type": "Q4_0", "overrides": {"xyz": "Q8_0"}}, ValueError, "matches no tensor; there are"),

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gemma4.errors import FormatError, StateError
 from gemma4.load import cache, gguf_tokenizer
 from gemma4.load.checkpoint import Checkpoint, Progress, check_shape, no_double_tensors
@@ -46,6 +48,7 @@ class GgufCheckpoint(Checkpoint):
         self.generation_config = _generation_config(self.metadata)
         self.tokenizer_path = files[0].path if gguf_tokenizer.has_tokenizer(self.metadata) else None
         config = _config(self.hf_config, self.generation_config, files)
+        self.generation_config |= _suppressed(self.metadata, config.d_vocab, str(path))
         super().__init__(path, config, files, _sources(config, files))
         for layer in range(config.n_layers):  # absent in files of models that have none
             self.engine_tensors.setdefault(f"layers.{layer}.layer_scalar", ("F32", (1,), _ONE, 0))
@@ -168,6 +171,19 @@ def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     sampling = {name: metadata[f"general.sampling.{key}"] for key, name in SAMPLING_KEYS.items()
                 if f"general.sampling.{key}" in metadata}  # fmt: skip
     return out | sampling | ({"do_sample": True} if sampling else {})
+
+
+def _suppressed(metadata: Mapping[str, Any], d_vocab: int, where: str) -> dict[str, list[int]]:
+    """Ids never to be generated; as in llama.cpp, those outside the vocabulary count for nothing."""
+    key = "tokenizer.ggml.suppress_tokens"
+    ids = metadata.get(key)
+    if ids is None:
+        return {}
+    numbers = ids.numbers() if isinstance(ids, GgufArray) and not ids.is_strings else None
+    if numbers is None or numbers.dtype.kind not in "iu":
+        raise FormatError(f"{where}: {key} must be an array of token ids")
+    found = np.unique(numbers[(numbers >= 0) & (numbers < d_vocab)]).tolist()
+    return {"suppress_tokens": found} if found else {}
 
 
 def _end_ids(metadata: Mapping[str, Any]) -> list[int]:
