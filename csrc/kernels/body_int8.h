@@ -206,7 +206,7 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
 static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights, size_t w_stride, int n, int k,
                                float *out, size_t out_stride)
 {
-    if (m <= INT8_FEW) {
+    if (!x->by_fours) {
         NAME(int8_few_)(x, m, weights, w_stride, n, k, out, out_stride);
         return;
     }
@@ -223,7 +223,8 @@ static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights
                     NAME(int8_pack_)
                 ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + half * 8) * w_stride + (size_t)l), w_stride,
                  block_n - half * 8, length, &panels[half]);
-                INT8_TILES_OF(GROUP, FIT)(x, (size_t)i, l, block_m, stride, panels, length, acc);
+                (RAISE == 8 ? int8_tiles_32_8_lowered : INT8_TILES_OF(GROUP, FIT))(x, (size_t)i, l, block_m, stride,
+                                                                                   panels, length, acc);
             }
             for (int r = 0; r < block_m; r++)
                 memcpy(out + (size_t)(i + r) * out_stride + j, acc + r * INT8_N, (size_t)block_n * sizeof *acc);

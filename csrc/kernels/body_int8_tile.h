@@ -5,12 +5,7 @@
  * add eight such results before the pairs must be widened to 32 bits, 5 bits four, 6 bits two: that is what makes this
  * three times as fast as float32 on AVX2 (measured: docs/benchmarks.md). Eight-bit weights need their sign moved to x first.
  */
-enum {
-    INT8_M = 256,
-    INT8_N = 16,
-    INT8_K = 512,
-    INT8_FEW = 16 /* up to so many rows of x, putting the weights in place for the tile costs more than it saves */
-};
+enum { INT8_M = 256, INT8_N = 16, INT8_K = 512 };
 
 /* 8 weight rows. Inputs lie by fours, so that one load meets 4 bytes of x repeated. */
 typedef struct {
@@ -18,45 +13,40 @@ typedef struct {
     float scale[INT8_K / 16][8], min[INT8_K / 16][8];
 } int8_panel;
 
-/* Where the four inputs t of group g lie in a row of x, whose blocks of 32 are stored in pairs (g4_int8_rows). */
-static inline int block_in_x(int block) { return block / 8 * 256 + block % 4 * 64 + block / 4 % 2 * 16; }
-
-static inline int place_in_x(int group, int g, int t)
-{
-    const int block = g * group / 32, four = g * group / 4 % 8 + t;
-    return block_in_x(block) + four / 4 * 32 + four % 4 * 4;
-}
+/* Where four inputs lie in 4 rows of x (g4_int8_rows) from their group on. */
+static inline int place_in_x(int row, int four) { return four / 2 * 32 + row * 8 + four % 2 * 4; }
 
 #ifdef GROUP_DOTS /* a header of that instruction set */
 #include GROUP_DOTS
 #else
-/* dot[i][half] = x_i . w of the inputs of group g, for m rows of x and 2 x 8 of w. */
-static INLINE void group_dots(const int m, const int group, const int fit, const int8_t *q, size_t x_inputs, int g,
-                              const int8_panel *panels, i32x8 dot[4][2])
+/* dot[i][half] = x_i . w over a group of inputs, for m rows of x and 2 x 8 of w; `four` counts the panel's inputs. start: of
+ * each row two numbers that the pairs begin at, or NULL. */
+static INLINE void group_dots(const int m, const int group, const int fit, const int8_t *x, const int16_t (*start)[2],
+                              const int8_panel *panels, int four, i32x8 dot[4][2])
 {
-    const bool is_signed = fit == 0;
-    const int steps = group / 4;
+    const int steps = group / 4, run = fit && fit < steps ? fit : steps;
     for (int i = 0; i < m; i++)
         dot[i][0] = dot[i][1] = i32_zero();
-    for (int s = 0; s < steps; s += is_signed ? steps : fit) {
+#pragma GCC unroll 8
+    for (int s = 0; s < steps; s += run) {
         i16x16 pairs[4][2];
         for (int i = 0; i < m; i++)
-            pairs[i][0] = pairs[i][1] = i16_zero();
-        for (int t = s; t < (is_signed ? steps : s + fit) && t < steps; t++) {
-            const int at = g * steps + t;
-            const i8x32 w0 = i8_load(panels[0].q[at][0]), w1 = i8_load(panels[1].q[at][0]);
+            pairs[i][0] = pairs[i][1] = start ? i16_set_pair(start[i]) : i16_zero();
+#pragma GCC unroll 8
+        for (int t = s; t < s + run; t++) {
+            const i8x32 w0 = i8_load(panels[0].q[four + t][0]), w1 = i8_load(panels[1].q[four + t][0]);
             for (int i = 0; i < m; i++) {
-                const i8x32 xs = i8_load4(q + (size_t)i * x_inputs + place_in_x(group, g, t));
-                if (is_signed) {
-                    dot[i][0] = i32_add_fours(dot[i][0], w0, xs);
-                    dot[i][1] = i32_add_fours(dot[i][1], w1, xs);
-                } else {
+                const i8x32 xs = i8_load4(x + place_in_x(i, t));
+                if (fit) {
                     pairs[i][0] = i16_add_pairs(pairs[i][0], w0, xs);
                     pairs[i][1] = i16_add_pairs(pairs[i][1], w1, xs);
+                } else {
+                    dot[i][0] = i32_add_fours(dot[i][0], w0, xs);
+                    dot[i][1] = i32_add_fours(dot[i][1], w1, xs);
                 }
             }
         }
-        for (int i = 0; i < m && !is_signed; i++) {
+        for (int i = 0; i < m && fit; i++) {
             dot[i][0] = i32_add(dot[i][0], i32_from_pairs(pairs[i][0]));
             dot[i][1] = i32_add(dot[i][1], i32_from_pairs(pairs[i][1]));
         }
@@ -64,46 +54,53 @@ static INLINE void group_dots(const int m, const int group, const int fit, const
 }
 #endif
 
-/* acc[i][16] += x_i . w for m rows of x over k inputs, k a multiple of 32. fit: see body_int8.h. */
-static INLINE void int8_tile(const int m, const int group, const int fit, const g4_int8_rows *x, size_t row, int input,
-                             size_t x_inputs, const int8_panel *panels, int k, float *acc)
+/* acc[i][16] += x_i . w for 4 rows of x, or one, over k inputs, k a multiple of 32. fit: see body_int8.h.
+ *
+ * lowered: q, which is raised by 8 (Q4_0), is lowered again by beginning at -8 times x's sums. That is cheaper than to take
+ * it off in float32, as a minimum is, by 8 % of the time. A pair of lanes shares -8 sum x evenly: 16 times 0..15 times x_l
+ * stays within 30,480 of 0 with that, whatever x. */
+static INLINE void int8_tile(const int m, const int group, const int fit, const bool lowered, const g4_int8_rows *x,
+                             size_t row, int input, size_t x_inputs, const int8_panel *panels, int k, float *acc)
 {
-    const bool is_signed = fit == 0;
-    const int8_t *q = x->q + row * x_inputs + (size_t)input;
-    const float *scale = x->scale + row * (x_inputs / 32) + (size_t)(input / 32);
-    const float *sums =
-        (group == 32 ? x->sum32 : x->sum16) + row * (x_inputs / (size_t)group) + (size_t)(input / group);
+    const bool has_min = fit && !lowered;
+    const size_t lane = row % 4, at = (row - lane) * x_inputs + 4 * (size_t)input;
+    const int8_t *q = x->q + at + lane * 8;
+    const float *scale = x->scale + at / 32 + lane;
+    const float *sums = (group == 32 ? x->sum32 : x->sum16) + at / (size_t)group + lane;
+    const int16_t(*start)[2] = (const int16_t(*)[2])x->minus_4 + at / 32 + lane;
     for (int g = 0; g < k / group; g++) {
         i32x8 dot[4][2];
-        group_dots(m, group, fit, q, x_inputs, g, panels, dot);
+        group_dots(m, group, fit, q + g * group * 4, lowered ? start + g * 4 : NULL, panels, g * group / 4, dot);
         for (int i = 0; i < m; i++) {
-            const f32x8 dx = f8_set1(scale[(size_t)i * (x_inputs / 32) + (size_t)(g * group / 32)]);
-            const f32x8 sum = f8_set1(sums[(size_t)i * (x_inputs / (size_t)group) + (size_t)g]);
+            const f32x8 dx = f8_set1(scale[g * group / 32 * 4 + i]);
             for (int half = 0; half < 2; half++) {
                 float *a = acc + i * INT8_N + half * 8;
                 f32x8 total = f8_fma(f8_mul(f8_load(panels[half].scale[g]), dx), f8_from_i32(dot[i][half]), f8_load(a));
-                f8_store(a, is_signed ? total : f8_minus_product(total, f8_load(panels[half].min[g]), sum));
+                if (has_min)
+                    total = f8_minus_product(total, f8_load(panels[half].min[g]), f8_set1(sums[g * 4 + i]));
+                f8_store(a, total);
             }
         }
     }
 }
 
 /* One for each kind of format; not inlined into every format, which took the compiler minutes. */
-#define INT8_TILES(group, fit)                                                                                   \
-    static void int8_tiles_##group##_##fit(const g4_int8_rows *x, size_t row, int input, int m, size_t x_inputs, \
-                                           const int8_panel *panels, int k, float *acc)                          \
-    {                                                                                                            \
-        int i = 0;                                                                                               \
-        for (; i + 4 <= m; i += 4)                                                                               \
-            int8_tile(4, group, fit, x, row + (size_t)i, input, x_inputs, panels, k, acc + i * INT8_N);          \
-        for (; i < m; i++)                                                                                       \
-            int8_tile(1, group, fit, x, row + (size_t)i, input, x_inputs, panels, k, acc + i * INT8_N);          \
+#define INT8_TILES(name, group, fit, lowered)                                                                        \
+    static void name(const g4_int8_rows *x, size_t row, int input, int m, size_t x_inputs, const int8_panel *panels, \
+                     int k, float *acc)                                                                              \
+    {                                                                                                                \
+        int i = 0;                                                                                                   \
+        for (; i + 4 <= m; i += 4)                                                                                   \
+            int8_tile(4, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, acc + i * INT8_N);     \
+        for (; i < m; i++)                                                                                           \
+            int8_tile(1, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, acc + i * INT8_N);     \
     }
-INT8_TILES(32, 0)
-INT8_TILES(32, 4)
-INT8_TILES(32, 8)
-INT8_TILES(16, 2)
-INT8_TILES(16, 8)
+INT8_TILES(int8_tiles_32_0, 32, 0, false)
+INT8_TILES(int8_tiles_32_4, 32, 4, false)
+INT8_TILES(int8_tiles_32_8, 32, 8, false)
+INT8_TILES(int8_tiles_32_8_lowered, 32, 8, true)
+INT8_TILES(int8_tiles_16_2, 16, 2, false)
+INT8_TILES(int8_tiles_16_8, 16, 8, false)
 
 /* The largest lane; NaN is not seen. */
 static inline float x16_largest(f32x16 a)
@@ -129,47 +126,68 @@ static inline int round_16(f32x16 x, int8_t *q)
     return sum;
 }
 
-/* 32 values as block b of a row: they share the scale max |x| / 127, q = x / scale to the nearest (ties to even). A NaN or an
- * infinity makes its scale NaN. */
-static void quantize_block(const float x[32], int b, const g4_int8_rows *row)
+typedef struct {
+    int8_t q[32];
+    int sum[2]; /* of either half of q */
+    float scale;
+} byte_block;
+
+/* 32 values share the scale max |x| / 127, q = x / scale to the nearest (ties to even). A NaN or an infinity makes its scale
+ * NaN. */
+static byte_block quantize_block(const float x[32])
 {
-    int8_t *q = row->q + block_in_x(b);
+    byte_block block;
     const f32x16 low = x16_load(x), high = x16_load(x + 16);
     const float max = x16_largest(x16_max(x16_abs(low), x16_abs(high)));
     const f32x16 inverse = x16_set1(max > 0 ? 127.0f / max : 0);
-    const float scale = max / 127.0f + 0.0f * x16_sum(x16_add(low, high));
-    const int low_sum = round_16(x16_mul(low, inverse), q), high_sum = round_16(x16_mul(high, inverse), q + 32);
-    row->scale[b] = scale;
-    row->sum16[2 * b] = scale * (float)low_sum;
-    row->sum16[2 * b + 1] = scale * (float)high_sum;
-    row->sum32[b] = scale * (float)(low_sum + high_sum);
+    block.sum[0] = round_16(x16_mul(low, inverse), block.q);
+    block.sum[1] = round_16(x16_mul(high, inverse), block.q + 16);
+    block.scale = max / 127.0f + 0.0f * x16_sum(x16_add(low, high));
+    return block;
 }
 
 /* Blocks of Q8_0: what quantize_block does, the scale rounded to f16. n is a multiple of 32. */
 static void narrow_q8_0(void *out, const float *in, int n)
 {
-    uint8_t *block = out;
-    for (int i = 0; i < n; i += 32, block += 34) {
-        int8_t q[64];
-        float scale, sums[3];
-        const g4_int8_rows row = {q, &scale, sums, sums + 2};
-        quantize_block(in + i, 0, &row);
-        const uint16_t d = g4_f32_to_f16(scale);
-        memcpy(block, &d, 2);
-        memcpy(block + 2, q, 16);
-        memcpy(block + 18, q + 32, 16);
+    uint8_t *to = out;
+    for (int i = 0; i < n; i += 32, to += 34) {
+        const byte_block block = quantize_block(in + i);
+        const uint16_t d = g4_f32_to_f16(block.scale);
+        memcpy(to, &d, 2);
+        memcpy(to + 2, block.q, 32);
     }
 }
 
-/* x [m, k] to bytes. Rows are padded with blocks of zeros. */
-static void quantize_rows(const float *x, size_t x_stride, int m, int k, const g4_int8_rows *rows)
+/* Block b of a row to its place. */
+static void put_block(const byte_block *block, int row, int b, size_t stride, const g4_int8_rows *rows)
 {
-    static const float zeros[32];
+    const int together = rows->by_fours ? 4 : 1, lane = row % together, sum = block->sum[0] + block->sum[1];
+    const size_t first = (size_t)(row - lane) * stride, at = first / 32 + (size_t)(b * together + lane);
+    int8_t *q = rows->q + first;
+    rows->scale[at] = block->scale;
+    rows->sum32[at] = block->scale * (float)sum;
+    for (int half = 0; half < 2; half++)
+        rows->sum16[first / 16 + (size_t)((2 * b + half) * together + lane)] = block->scale * (float)block->sum[half];
+    if (rows->by_fours) {
+        for (int eight = 0; eight < 4; eight++)
+            memcpy(q + (b * 4 + eight) * 32 + lane * 8, block->q + eight * 8, 8);
+        rows->minus_4[2 * at] = rows->minus_4[2 * at + 1] = (int16_t)(-4 * sum);
+    } else
+        for (int half = 0; half < 2; half++)
+            memcpy(q + b / 8 * 256 + b % 4 * 64 + half * 32 + b / 4 % 2 * 16, block->q + half * 16, 16);
+}
+
+/* x [m, k] to bytes, as rows `first` and on. They are padded with blocks of zeros. */
+static void quantize_rows(const float *x, size_t x_stride, int first, int m, int k, const g4_int8_rows *rows)
+{
+    static const byte_block zeros;
+    const size_t stride = g4_int8_stride((size_t)k);
     for (int i = 0; i < m; i++) {
-        const g4_int8_rows row = g4_int8_rows_from(rows, (size_t)i, (size_t)k);
-        for (int b = 0; b < k / 32; b++)
-            quantize_block(x + (size_t)i * x_stride + (size_t)b * 32, b, &row);
-        for (int b = k / 32; b < (int)g4_int8_stride((size_t)k) / 32; b++)
-            quantize_block(zeros, b, &row);
+        for (int b = 0; b < k / 32; b++) {
+            const byte_block block = quantize_block(x + (size_t)i * x_stride + (size_t)b * 32);
+            put_block(&block, first + i, b, stride, rows);
+        }
+        for (int b = k / 32; b < (int)stride / 32; b++)
+            put_block(&zeros, first + i, b, stride, rows);
     }
 }

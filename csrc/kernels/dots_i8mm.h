@@ -1,25 +1,29 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* group_dots of body_int8_tile.h with Armv8.6's matrix instruction: 2 rows of x and 2 of w, 8 inputs of each, to their 4
  * products, which is twice what a dot product instruction does. transpose_fours has put 8 inputs of 2 rows side by side. */
-static INLINE void group_dots(const int m, const int group, const int fit, const int8_t *q, size_t x_inputs, int g,
-                              const int8_panel *panels, i32x8 dot[4][2])
+/* For the products of a row of x with two of w, and of the next row of x. */
+static inline int32x4_t start_of_rows(const int16_t a[2], const int16_t b[2])
+{
+    return vcombine_s32(vdup_n_s32(a[0] + a[1]), vdup_n_s32(b[0] + b[1]));
+}
+
+static INLINE void group_dots(const int m, const int group, const int fit, const int8_t *x, const int16_t (*start)[2],
+                              const int8_panel *panels, int four, i32x8 dot[4][2])
 {
     const int n_pairs = (m + 1) / 2;
     int32x4_t sum[2][8];
     (void)fit;
     for (int p = 0; p < n_pairs; p++)
         for (int w = 0; w < 8; w++)
-            sum[p][w] = vdupq_n_s32(0);
+            sum[p][w] = start ? start_of_rows(start[2 * p], start[2 * p + 1 < m ? 2 * p + 1 : 2 * p]) : vdupq_n_s32(0);
     for (int t = 0; t < group / 4; t += 2) {
-        const int8_t *eight = q + place_in_x(group, g, t);
         int8x16_t xs[2];
         for (int p = 0; p < n_pairs; p++) {
             const int second = 2 * p + 1 < m ? 2 * p + 1 : 2 * p;
-            xs[p] =
-                vcombine_s8(vld1_s8(eight + (size_t)(2 * p) * x_inputs), vld1_s8(eight + (size_t)second * x_inputs));
+            xs[p] = vcombine_s8(vld1_s8(x + place_in_x(2 * p, t)), vld1_s8(x + place_in_x(second, t)));
         }
         for (int w = 0; w < 8; w++) {
-            const int8x16_t ws = vld1q_s8(panels[w / 4].q[g * (group / 4) + t + w % 4 / 2][w % 2 * 4]);
+            const int8x16_t ws = vld1q_s8(panels[w / 4].q[four + t + w % 4 / 2][w % 2 * 4]);
             for (int p = 0; p < n_pairs; p++)
                 sum[p][w] = vmmlaq_s32(sum[p][w], xs[p], ws);
         }

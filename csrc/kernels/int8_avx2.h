@@ -57,6 +57,12 @@ static inline i8x32 i8_load_halves(const uint8_t *a, const uint8_t *b)
     return _mm256_set_m128i(_mm_loadu_si128((const __m128i *)b), _mm_loadu_si128((const __m128i *)a));
 }
 
+static inline i16x16 i16_set_pair(const int16_t p[2])
+{
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    return _mm256_set1_epi32(pair);
+}
 static inline i16x16 i16_zero(void) { return _mm256_setzero_si256(); }
 /* The empty asm keeps gcc from adding up in another order, for which it holds 64 products at once, in memory. */
 static inline __m256i in_order(__m256i a)

@@ -93,6 +93,10 @@ static inline i32x8 i32_sums_of_fours(i32x8 a, i32x8 b, i32x8 c, i32x8 d)
 
 #ifdef __ARM_FEATURE_DOTPROD
 typedef i32x8 i16x16;
+static inline i16x16 i16_set_pair(const int16_t p[2])
+{
+    return (i32x8){vdupq_n_s32(p[0] + p[1]), vdupq_n_s32(p[0] + p[1])};
+}
 static inline i16x16 i16_zero(void) { return i32_zero(); }
 static inline i32x8 i32_add_fours(i32x8 sum, i8x32 w, i8x32 x)
 {
@@ -111,6 +115,13 @@ static inline i32x8 i32_sums_of_pairs(i16x16 a, i16x16 b, i16x16 c, i16x16 d, in
 typedef struct {
     int16x8_t lo, hi;
 } i16x16;
+static inline i16x16 i16_set_pair(const int16_t p[2])
+{
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    const int16x8_t all = vreinterpretq_s16_s32(vdupq_n_s32(pair));
+    return (i16x16){all, all};
+}
 static inline i16x16 i16_zero(void) { return (i16x16){vdupq_n_s16(0), vdupq_n_s16(0)}; }
 /* 2 * 128 * 127 fits 16 bits. */
 static inline int16x8_t pairs_16(int8x16_t w, int8x16_t x)

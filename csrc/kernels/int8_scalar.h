@@ -76,6 +76,8 @@ static inline i8x32 i8_high_halves(i8x32 a, i8x32 b) { RETURN_BYTES(l < 16 ? a.b
 /* 16 bytes at a, then 16 at b. */
 static inline i8x32 i8_load_halves(const uint8_t *a, const uint8_t *b) { RETURN_BYTES(l < 16 ? a[l] : b[l - 16]); }
 
+/* The same two numbers eight times. */
+static inline i16x16 i16_set_pair(const int16_t p[2]) { RETURN_LANES(i16x16, 16, p[l % 2]); }
 static inline i16x16 i16_zero(void) { RETURN_LANES(i16x16, 16, 0); }
 /* w of 0..63 times x of -127..127, pairs added. */
 static inline i16x16 i16_pairs(i8x32 w, i8x32 x)

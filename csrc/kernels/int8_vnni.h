@@ -13,7 +13,9 @@ static inline i32x8 vnni_sums(i32x8 a, i32x8 b, i32x8 c, i32x8 d, int fit)
     (void)fit;
     return i32_sums_of_fours(a, b, c, d);
 }
+static inline i32x8 vnni_set_pair(const int16_t p[2]) { return _mm256_set1_epi32(p[0] + p[1]); }
 
+#define i16_set_pair vnni_set_pair
 #define i16_add_pairs vnni_add
 #define i16_pairs vnni_products
 #define i32_from_pairs(a) (a)

@@ -11,21 +11,36 @@
 #include "base/dtype.h"
 #include "base/status.h"
 
-/* Rows of x as bytes: 32 values share a scale. A row's k inputs are padded with zeros to its stride K. */
+/* Rows of x as bytes: 32 values share a scale. A row's k inputs are padded with zeros to its stride K. In one of two orders:
+ *   a few rows, for decode, lie one after the other; of every 8 blocks of 32, block b lies with block b + 4: both first
+ *   halves, then the last. Here R = 1, m is the number of rows, and E = K.
+ *   more rows, for prefill, lie by fours (R = 4, m is rounded up to them), E = 8 inputs of each together: a tile reads them
+ *   from the first byte to the last. */
 typedef struct {
-    int8_t *q;    /* [m, K]: of every 8 blocks of 32, block b with block b + 4: both first halves, then the last */
-    float *scale; /* [m, K / 32] */
-    float *sum16, *sum32; /* [m, K / 16], [m, K / 32] scale times the sum of q, for formats with a minimum */
+    int8_t *q;    /* [m / R, K / E, R, E] */
+    float *scale; /* [m / R, K / 32, R] */
+    float *sum16,
+        *sum32;       /* [m / R, K / 16, R], [m / R, K / 32, R] scale times the sum of q, for formats with a minimum */
+    int16_t *minus_4; /* [m / 4, K / 32, 4, 2] by fours only: -4 times the sum of q, twice, for Q4_0 */
+    bool by_fours;
 } g4_int8_rows;
+
+enum { G4_INT8_FEW = 16 }; /* up to so many, putting the weights in place for the tile costs more than it saves */
 
 /* The decode kernels take 256 inputs at a time. */
 static inline size_t g4_int8_stride(size_t k) { return (k + 255) / 256 * 256; }
 
-/* Those from row `first` on. */
+/* Bytes of q; there is a scale and a sum32 for every 32, a sum16 for every 16. */
+static inline size_t g4_int8_bytes(int m, size_t k)
+{
+    return (size_t)(m > G4_INT8_FEW ? (m + 3) / 4 * 4 : m) * g4_int8_stride(k);
+}
+
+/* Those from row `first` on, of a few. */
 static inline g4_int8_rows g4_int8_rows_from(const g4_int8_rows *rows, size_t first, size_t k)
 {
     const size_t n = first * g4_int8_stride(k);
-    return (g4_int8_rows){rows->q + n, rows->scale + n / 32, rows->sum16 + n / 16, rows->sum32 + n / 32};
+    return (g4_int8_rows){rows->q + n, rows->scale + n / 32, rows->sum16 + n / 16, rows->sum32 + n / 32, NULL, false};
 }
 
 /* Both sides of the products of body_panel16.h: whole numbers of 12 bits; G4_GROUP16 inputs of a row share a scale. */

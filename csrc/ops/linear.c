@@ -104,20 +104,22 @@ static void quantize_slice(const g4_exec *exec, void *context, int first, int en
             continue;
         const g4_linear_job *job = t->jobs[i];
         const int at = first - t->first_row[i], stop = end < t->first_row[i + 1] ? end : t->first_row[i + 1];
-        const g4_int8_rows rows = g4_int8_rows_from(&t->xs[i], (size_t)at, job->w.n_cols);
-        exec->kernels->quantize_rows(job->x + (size_t)at * job->x_stride, job->x_stride, stop - first,
-                                     (int)job->w.n_cols, &rows);
+        exec->kernels->quantize_rows(job->x + (size_t)at * job->x_stride, job->x_stride, at, stop - first,
+                                     (int)job->w.n_cols, &t->xs[i]);
         first = stop;
     }
 }
 
 static g4_status int8_rows_new(g4_exec *exec, const g4_linear_job *job, g4_int8_rows *rows)
 {
-    const size_t n = (size_t)job->m * g4_int8_stride(job->w.n_cols);
+    const size_t n = g4_int8_bytes(job->m, job->w.n_cols);
+    rows->by_fours = job->m > G4_INT8_FEW;
     G4_ALLOC(exec, rows->q, n);
     G4_ALLOC(exec, rows->scale, n / 32);
     G4_ALLOC(exec, rows->sum16, n / 16);
     G4_ALLOC(exec, rows->sum32, n / 32);
+    if (rows->by_fours)
+        G4_ALLOC(exec, rows->minus_4, n / 16);
     return G4_OK;
 }
 

@@ -72,57 +72,84 @@ static PyObject *test_matmul(PyObject *self, PyObject *args)
     return out;
 }
 
-/* quantize_rows(isa, x [m, k]) -> q int8 [m, K], scale [m, K / 32], sum16 [m, K / 16], sum32 [m, K / 32] */
+/* The arrays behind g4_int8_rows: (q int8, scale, sum16, sum32, minus_4 int16), one row for each of x, m rounded up as they
+ * lie; what is no row's value is 0. */
+static PyObject *int8_arrays(npy_intp m, npy_intp k)
+{
+    const npy_intp stride = (npy_intp)g4_int8_stride((size_t)k),
+                   rows = (npy_intp)g4_int8_bytes((int)m, (size_t)k) / stride;
+    return Py_BuildValue("(NNNNN)", PyArray_ZEROS(2, ((npy_intp[]){rows, stride}), NPY_INT8, 0),
+                         PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 32}), NPY_FLOAT32, 0),
+                         PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 16}), NPY_FLOAT32, 0),
+                         PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 32}), NPY_FLOAT32, 0),
+                         PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 16}), NPY_INT16, 0));
+}
+
+/* ValueError if they are not what int8_arrays(m, k) gives. */
+static bool int8_rows_of(PyObject *arrays, npy_intp m, npy_intp k, g4_int8_rows *rows)
+{
+    static const int types[] = {NPY_INT8, NPY_FLOAT32, NPY_FLOAT32, NPY_FLOAT32, NPY_INT16};
+    const npy_intp n = (npy_intp)g4_int8_bytes((int)m, (size_t)k), sizes[] = {n, n / 32, n / 16, n / 32, n / 16};
+    void *data[5];
+    for (int i = 0; i < 5; i++) {
+        PyObject *one = PyTuple_Check(arrays) && PyTuple_GET_SIZE(arrays) == 5 ? PyTuple_GET_ITEM(arrays, i) : NULL;
+        if (!one || !PyArray_Check(one) || PyArray_TYPE((PyArrayObject *)one) != types[i] ||
+            PyArray_SIZE((PyArrayObject *)one) != sizes[i] || !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)one)) {
+            PyErr_Format(PyExc_ValueError, "expected what quantize_rows returns for x [%zd, %zd]", m, k);
+            return false;
+        }
+        data[i] = PyArray_DATA((PyArrayObject *)one);
+    }
+    *rows = (g4_int8_rows){data[0], data[1], data[2], data[3], data[4], m > G4_INT8_FEW};
+    return true;
+}
+
+/* quantize_rows(isa, x [m, k]) -> q int8 [m, K], scale [m, K / 32], sum16 [m, K / 16], sum32 [m, K / 32], minus_4 */
 static PyObject *test_quantize_rows(PyObject *self, PyObject *args)
 {
     const char *isa;
     PyArrayObject *x;
+    g4_int8_rows rows;
     (void)self;
     if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &x))
         return NULL;
     const g4_kernels *kernels = table_of(isa);
     if (!kernels || !is_rows(x, NPY_FLOAT32, 2))
         return NULL;
-    npy_intp m = PyArray_DIM(x, 0), k = PyArray_DIM(x, 1);
+    const npy_intp m = PyArray_DIM(x, 0), k = PyArray_DIM(x, 1);
     if (k % 32)
         return PyErr_Format(PyExc_ValueError, "rows of %zd values, expected a multiple of 32", k);
-    const npy_intp stride = (npy_intp)g4_int8_stride((size_t)k);
-    PyObject *q = PyArray_SimpleNew(2, ((npy_intp[]){m, stride}), NPY_INT8);
-    PyObject *scale = PyArray_SimpleNew(2, ((npy_intp[]){m, stride / 32}), NPY_FLOAT32);
-    PyObject *sum16 = PyArray_SimpleNew(2, ((npy_intp[]){m, stride / 16}), NPY_FLOAT32);
-    PyObject *sum32 = PyArray_SimpleNew(2, ((npy_intp[]){m, stride / 32}), NPY_FLOAT32);
-    if (q && scale && sum16 && sum32) {
-        g4_int8_rows rows = {PyArray_DATA((PyArrayObject *)q), PyArray_DATA((PyArrayObject *)scale),
-                             PyArray_DATA((PyArrayObject *)sum16), PyArray_DATA((PyArrayObject *)sum32)};
-        kernels->quantize_rows(PyArray_DATA(x), stride_of(x), (int)m, (int)k, &rows);
+    PyObject *arrays = int8_arrays(m, k);
+    if (!arrays || !int8_rows_of(arrays, m, k, &rows)) {
+        Py_XDECREF(arrays);
+        return NULL;
     }
-    return Py_BuildValue("(NNNN)", q, scale, sum16, sum32);
+    kernels->quantize_rows(PyArray_DATA(x), stride_of(x), 0, (int)m, (int)k, &rows);
+    return arrays;
 }
 
-/* matmul_int8(isa, dtype, (q, scale, sum16, sum32), w [n, bytes of k]) -> [m, n] */
+/* matmul_int8(isa, dtype, quantize_rows(isa, x), m, w [n, bytes of k]) -> [m, n] */
 static PyObject *test_matmul_int8(PyObject *self, PyObject *args)
 {
     const char *isa, *dtype_name;
-    PyArrayObject *q, *scale, *sum16, *sum32, *w;
+    PyObject *arrays;
+    Py_ssize_t m;
+    PyArrayObject *w;
+    g4_int8_rows rows;
     (void)self;
-    if (!PyArg_ParseTuple(args, "ss(O!O!O!O!)O!", &isa, &dtype_name, &PyArray_Type, &q, &PyArray_Type, &scale,
-                          &PyArray_Type, &sum16, &PyArray_Type, &sum32, &PyArray_Type, &w))
+    if (!PyArg_ParseTuple(args, "ssOnO!", &isa, &dtype_name, &arrays, &m, &PyArray_Type, &w))
         return NULL;
     const g4_kernels *kernels = table_of(isa);
-    g4_dtype dtype = g4_dtype_parse(dtype_name);
-    if (!kernels || !is_rows(q, NPY_INT8, 2) || !is_rows(scale, NPY_FLOAT32, 2) || !is_rows(sum16, NPY_FLOAT32, 2) ||
-        !is_rows(sum32, NPY_FLOAT32, 2) || !is_rows(w, NPY_UINT8, 2))
+    const g4_dtype dtype = g4_dtype_parse(dtype_name);
+    if (!kernels || !is_rows(w, NPY_UINT8, 2))
         return NULL;
-    npy_intp m = PyArray_DIM(q, 0), stride = PyArray_DIM(q, 1), n = PyArray_DIM(w, 0);
-    bool dense = PyArray_SIZE(scale) == m * (stride / 32) && PyArray_SIZE(sum16) == m * (stride / 16) &&
-                 PyArray_SIZE(sum32) == m * (stride / 32) && PyArray_IS_C_CONTIGUOUS(q);
-    if (dtype == G4_N_DTYPES || !g4_is_quantised(dtype) || !dense)
-        return PyErr_Format(PyExc_ValueError, "expected a quantised dtype and what quantize_rows returns");
+    if (dtype == G4_N_DTYPES || !g4_is_quantised(dtype))
+        return PyErr_Format(PyExc_ValueError, "%s is no quantised dtype", dtype_name);
+    const npy_intp n = PyArray_DIM(w, 0);
     const npy_intp k = PyArray_DIM(w, 1) / (npy_intp)g4_block_bytes(dtype) * (npy_intp)g4_block_size(dtype);
-    if ((npy_intp)g4_int8_stride((size_t)k) != stride || !has_inputs(w, dtype, k))
-        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "x and w have different numbers of inputs");
+    if (!has_inputs(w, dtype, k) || !int8_rows_of(arrays, m, k, &rows))
+        return NULL;
     PyObject *out = PyArray_SimpleNew(2, ((npy_intp[]){m, n}), NPY_FLOAT32);
-    g4_int8_rows rows = {PyArray_DATA(q), PyArray_DATA(scale), PyArray_DATA(sum16), PyArray_DATA(sum32)};
     if (out)
         g4_matmul_int8_for(kernels, dtype)(&rows, (int)m, PyArray_DATA(w), weight_stride(w, dtype), (int)n, (int)k,
                                            PyArray_DATA((PyArrayObject *)out), (size_t)n);
@@ -443,8 +470,9 @@ static PyMethodDef testing_methods[] = {
     {"names", test_names, METH_NOARGS, "Names of all kernels."},
     {"matmul", test_matmul, METH_VARARGS,
      "matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n]; quantised w as uint8 [n, bytes]"},
-    {"quantize_rows", test_quantize_rows, METH_VARARGS, "quantize_rows(isa, x [m, k]) -> q, scale, sum16, sum32"},
-    {"matmul_int8", test_matmul_int8, METH_VARARGS, "matmul_int8(isa, dtype, quantize_rows(…), w) -> [m, n]"},
+    {"quantize_rows", test_quantize_rows, METH_VARARGS,
+     "quantize_rows(isa, x [m, k]) -> q, scale, sum16, sum32, minus_4"},
+    {"matmul_int8", test_matmul_int8, METH_VARARGS, "matmul_int8(isa, dtype, quantize_rows(…), m, w) -> [m, n]"},
     {"weighted_sum", test_weighted_sum, METH_VARARGS,
      "weighted_sum(isa, dtype, p [m, n], v [n, d], acc [m, d]) -> [m, d]"},
     {"matmul_panel", test_matmul_panel, METH_VARARGS,

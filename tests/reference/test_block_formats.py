@@ -121,48 +121,67 @@ def test_matmul_of_a_slice(name: str) -> None:
         assert same_bits(testing.matmul(isa, name, x, part), plain)
 
 
-def in_order(q: np.ndarray) -> np.ndarray:
-    """What the kernels keep as first and last halves of blocks b and b + 4 of every 8, as [m, blocks, 32]."""
-    return q.reshape(len(q), -1, 4, 2, 2, 16).transpose(0, 1, 4, 2, 3, 5).reshape(len(q), -1, 32)
+FEW = 16  # rows of x; more lie by fours
+
+
+def in_order(q: np.ndarray, m: int) -> np.ndarray:
+    """[m, blocks, 32]. A few rows keep first and last halves of blocks b and b + 4 of every 8; of more, 8 inputs of each of
+    4 rows lie together."""
+    if m <= FEW:
+        return q.reshape(m, -1, 4, 2, 2, 16).transpose(0, 1, 4, 2, 3, 5).reshape(m, -1, 32)
+    return q.reshape(len(q) // 4, -1, 4, 8).transpose(0, 2, 1, 3).reshape(len(q), -1, 32)[:m]
+
+
+def by_row(values: np.ndarray, m: int) -> np.ndarray:
+    """Scales or sums as [m, of each row]."""
+    if m <= FEW:
+        return values
+    return values.reshape(len(values) // 4, -1, 4).transpose(0, 2, 1).reshape(len(values), -1)[:m]
 
 
 def rounded(x: np.ndarray, isa: str) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """(what quantize_rows gives, the values it stands for in float64)."""
-    bytes_of_x = testing.quantize_rows(isa, x)
+    bytes_of_x, m = testing.quantize_rows(isa, x), len(x)
     q, scale = bytes_of_x[:2]
-    values = (in_order(q) * scale[..., None].astype(np.float64)).reshape(len(x), -1)
+    values = (in_order(q, m) * by_row(scale, m)[..., None].astype(np.float64)).reshape(m, -1)
     return bytes_of_x, values[:, : x.shape[1]]
 
 
+@pytest.mark.parametrize("m", [5, 16, 17, 20])
 @pytest.mark.parametrize("isa", ISAS)
-def test_quantize_rows(isa: str) -> None:
-    x = np.random.default_rng(0).normal(size=(5, 96)).astype(np.float32)
+def test_quantize_rows(isa: str, m: int) -> None:
+    x = np.random.default_rng(0).normal(size=(m, 96)).astype(np.float32)
     x[1, :32] = 0
     x[2, 32:64] *= 1e-30
     x[3, 5] = 1e30
-    (q, scale, sum16, sum32), values = rounded(x, isa)
-    assert q.shape == (5, 256)
-    blocks, q = np.zeros((5, 8, 32), np.float32), in_order(q)
-    blocks[:, :3] = x.reshape(5, 3, 32)
+    (q, scale, sum16, sum32, minus_4), values = rounded(x, isa)
+    assert q.shape == ((m if m <= FEW else 20), 256)
+    q, scale, sum16, sum32 = in_order(q, m), by_row(scale, m), by_row(sum16, m), by_row(sum32, m)
+    blocks = np.zeros((m, 8, 32), np.float32)
+    blocks[:, :3] = x.reshape(m, 3, 32)
     assert same_bits(scale, np.abs(blocks).max(-1) / np.float32(127))
     half_step = np.repeat(scale[:, :3], 32, axis=1) * (0.5 + 1e-4)
     assert (np.abs(values - x) <= half_step).all()
     assert np.abs(q).max() <= 127
-    assert same_bits(sum16, np.repeat(scale, 2, axis=1) * q.reshape(5, 16, 16).sum(-1).astype(np.float32))
+    assert same_bits(sum16, np.repeat(scale, 2, axis=1) * q.reshape(m, 16, 16).sum(-1).astype(np.float32))
     assert same_bits(sum32, scale * q.sum(-1).astype(np.float32))
+    if m > FEW:
+        for lane in range(2):
+            assert np.array_equal(by_row(minus_4[:, lane::2], m), -4 * q.sum(-1, dtype=np.int32))
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_a_number_is_not_lost(isa: str, bad: float) -> None:
-    x = np.ones((6, 64), np.float32)
-    x[2, 40] = bad
-    out = testing.matmul_int8(isa, "Q4_0", testing.quantize_rows(isa, x), random_rows("Q4_0", 3, 64))
-    assert np.isnan(out[2]).all()
-    assert np.isfinite(np.delete(out, 2, axis=0)).all()
+    for m in (6, 18):
+        x = np.ones((m, 64), np.float32)
+        x[2, 40] = bad
+        out = testing.matmul_int8(isa, "Q4_0", testing.quantize_rows(isa, x), m, random_rows("Q4_0", 3, 64))
+        assert np.isnan(out[2]).all()
+        assert np.isfinite(np.delete(out, 2, axis=0)).all()
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 23, 64, 259])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 16, 17, 23, 64, 259])
 @pytest.mark.parametrize("name", FORMATS)
 def test_int8_products(name: str, m: int) -> None:
     """Whole-number products are exact, so only one fma per group rounds: within 1e-6 of float64 on the rounded x; and
@@ -173,7 +192,7 @@ def test_int8_products(name: str, m: int) -> None:
         x = np.random.default_rng(m).normal(size=(m, k)).astype(np.float32)
         bytes_of_x, values = rounded(x, ISAS[0])
         wanted = values @ reference(name, rows).T.astype(np.float64)
-        got = [testing.matmul_int8(isa, name, bytes_of_x, rows) for isa in ISAS]
+        got = [testing.matmul_int8(isa, name, bytes_of_x, m, rows) for isa in ISAS]
         assert np.abs(got[0] - wanted).max() <= 1e-6 * np.abs(wanted).max()
         assert all(same_bits(got[0], other) for other in got[1:])
 
@@ -191,10 +210,10 @@ def test_int8_at_the_ends_of_the_range(name: str, isa: str) -> None:
             blocks[..., 0] = 120
         rows = blocks.reshape(20, -1)
         for sign in (1, -1):
-            for m in (1, 6):
+            for m in (1, 6, 21):
                 bytes_of_x, x = rounded(np.full((m, 512), sign, np.float32), isa)
                 wanted = x @ reference(name, rows).T.astype(np.float64)
-                got = testing.matmul_int8(isa, name, bytes_of_x, rows)
+                got = testing.matmul_int8(isa, name, bytes_of_x, m, rows)
                 assert np.abs(got - wanted).max() <= 2e-6 * np.abs(wanted).max() + 1e-30
 
 
@@ -236,9 +255,9 @@ def test_a_row_does_not_hear_its_neighbour(name: str, isa: str, m: int) -> None:
     """Decode reads the end of a row together with the next one's beginning: what is infinite there must not matter."""
     rows = random_rows(name, 17, 96, seed=2)
     x = testing.quantize_rows(isa, np.random.default_rng(m).normal(size=(m, 96)).astype(np.float32))
-    plain = testing.matmul_int8(isa, name, x, rows)
+    plain = testing.matmul_int8(isa, name, x, m, rows)
     rows[[2, 12], :2] = 0xFF if name == "MXFP4" else [0x00, 0x7C]  # the scale's bytes: 2^127, infinity
-    loud = testing.matmul_int8(isa, name, x, rows)
+    loud = testing.matmul_int8(isa, name, x, m, rows)
     quiet = np.delete(np.arange(17), [2, 12])
     assert same_bits(loud[:, quiet], plain[:, quiet])
     assert not same_bits(loud[:, 2], plain[:, 2])
