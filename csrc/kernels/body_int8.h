@@ -158,50 +158,82 @@ static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const ui
                 f8_sum(f8_minus_product(sum[r][i], f8_set1(HAS_MIN ? 1.0f : (float)RAISE), below[r][i]));
 }
 
-/* Two rows of w stay in the first-level cache for the next four rows of x. */
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
                             size_t out_stride)
 {
     const int far = n / 2;
     const size_t w_bytes = WEIGHTS_IN(w_stride), far_bytes = (size_t)far * w_bytes;
-    for (int j = 0; j < n - far; j++, w += w_bytes) {
+    for (int j = 0; j < n - far; j++, w += w_bytes, out++) {
         const bool reads_on = (size_t)(n - far - 1 - j) * w_bytes >= WEIGHTS_IN(256);
-        for (int i = 0; i < m; i += FEW_ROWS) {
-            const g4_int8_rows rows = g4_int8_rows_from(x, (size_t)i, (size_t)k);
-            float *to = out + (size_t)i * out_stride + (size_t)j;
-            switch (m - i) {
-            case 1: NAME(int8_dots_)(1, &rows, w, far_bytes, k, reads_on, to, out_stride, far); break;
-            case 2: NAME(int8_dots_)(2, &rows, w, far_bytes, k, reads_on, to, out_stride, far); break;
-            case 3: NAME(int8_dots_)(3, &rows, w, far_bytes, k, reads_on, to, out_stride, far); break;
-            default: NAME(int8_dots_)(4, &rows, w, far_bytes, k, reads_on, to, out_stride, far); break;
-            }
+        switch (m) {
+        case 1: NAME(int8_dots_)(1, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
+        case 2: NAME(int8_dots_)(2, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
+        case 3: NAME(int8_dots_)(3, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
+        default: NAME(int8_dots_)(4, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
         }
     }
 }
 
 /* ---- prefill ------------------------------------------------------------------------------------------------------ */
 
-/* 8 rows of k <= INT8_K inputs into place in the panel; rows from n on are zero. */
+/* 8 rows of k <= INT8_K inputs into place in the panel; rows from n on are any, for nobody reads their products. The minimum
+ * of what is raised is what its raise makes too much, but the tile lowers Q4_0 (RAISE 8) itself. */
+#if BLOCK == 32
+static INLINE void NAME(pack_factors_)(const uint8_t *block, size_t row_bytes, int n, float scale[8], float min[8])
+{
+    if (F16_FACTOR && n >= 8) {
+        const f32x8 scales = f8_from_f16(block, row_bytes);
+        f8_store(scale, scales);
+        if (HAS_MIN)
+            f8_store(min, f8_mul(f8_from_f16(block + 2, row_bytes), f8_set1(-1)));
+        else if (RAISE > 0 && RAISE != 8)
+            f8_store(min, f8_mul(scales, f8_set1((float)RAISE)));
+        return;
+    }
+    for (int r = 0; r < 8; r++) {
+        block_values v;
+        CONCAT(read_, WEIGHT)(block + (r < n ? (size_t)r : 0) * row_bytes, &v);
+        scale[r] = v.scale[0];
+        min[r] = v.min[0] + (float)RAISE * v.scale[0];
+    }
+}
+
 static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, int8_panel *panel)
 {
-    block_values v;
-    int8_t rows[8][INT8_K];
-    for (int r = 0; r < 8; r++)
-        for (int l = 0; l < k; l += BLOCK) {
-            if (r < n)
-                CONCAT(read_, WEIGHT)(w + WEIGHTS_IN((size_t)r * w_stride + (size_t)l), &v);
-            else
-                memset(&v, 0, sizeof v);
+    const size_t row_bytes = WEIGHTS_IN(w_stride);
+    for (int l = 0; l < k; l += 32) {
+        const uint8_t *block = w + WEIGHTS_IN((size_t)l);
+        int8_t rows[8][32];
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) {
+            block_values v;
+            CONCAT(read_, WEIGHT)(block + (r < n ? (size_t)r : 0) * row_bytes, &v);
+            i8_store(rows[r], v.q[0]);
+        }
+        transpose_fours(rows[0], 32, panel->q[l / 4][0]);
+        NAME(pack_factors_)(block, row_bytes, n, panel->scale[l / 32], panel->min[l / 32]);
+    }
+}
+#else
+static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, int8_panel *panel)
+{
+    for (int l = 0; l < k; l += BLOCK) {
+        int8_t rows[8][BLOCK];
+        for (int r = 0; r < 8; r++) {
+            block_values v;
+            CONCAT(read_, WEIGHT)(w + WEIGHTS_IN((size_t)(r < n ? r : 0) * w_stride + (size_t)l), &v);
             for (int part = 0; part < BLOCK / 32; part++)
-                i8_store(rows[r] + l + part * 32, v.q[part]);
+                i8_store(rows[r] + part * 32, v.q[part]);
             for (int g = 0; g < BLOCK / GROUP; g++) {
                 panel->scale[l / GROUP + g][r] = v.scale[g];
                 panel->min[l / GROUP + g][r] = v.min[g] + (float)RAISE * v.scale[g];
             }
         }
-    for (int l = 0; l < k; l += 32)
-        transpose_fours(rows[0] + l, INT8_K, panel->q[l / 4][0]);
+        for (int part = 0; part < BLOCK / 32; part++)
+            transpose_fours(rows[0] + part * 32, BLOCK, panel->q[l / 4 + part * 8][0]);
+    }
 }
+#endif
 
 static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights, size_t w_stride, int n, int k,
                                float *out, size_t out_stride)

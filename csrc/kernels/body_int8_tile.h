@@ -54,7 +54,7 @@ static INLINE void group_dots(const int m, const int group, const int fit, const
 }
 #endif
 
-/* acc[i][16] += x_i . w for 4 rows of x, or one, over k inputs, k a multiple of 32. fit: see body_int8.h.
+/* acc[i][16] += x_i . w for m <= 4 rows of x over k inputs, k a multiple of 32. fit: see body_int8.h.
  *
  * lowered: q, which is raised by 8 (Q4_0), is lowered again by beginning at -8 times x's sums. That is cheaper than to take
  * it off in float32, as a minimum is, by 8 % of the time. A pair of lanes shares -8 sum x evenly: 16 times 0..15 times x_l
@@ -63,11 +63,11 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
                              size_t row, int input, size_t x_inputs, const int8_panel *panels, int k, float *acc)
 {
     const bool has_min = fit && !lowered;
-    const size_t lane = row % 4, at = (row - lane) * x_inputs + 4 * (size_t)input;
-    const int8_t *q = x->q + at + lane * 8;
-    const float *scale = x->scale + at / 32 + lane;
-    const float *sums = (group == 32 ? x->sum32 : x->sum16) + at / (size_t)group + lane;
-    const int16_t(*start)[2] = (const int16_t(*)[2])x->minus_4 + at / 32 + lane;
+    const size_t at = row * x_inputs + 4 * (size_t)input;
+    const int8_t *q = x->q + at;
+    const float *scale = x->scale + at / 32;
+    const float *sums = (group == 32 ? x->sum32 : x->sum16) + at / (size_t)group;
+    const int16_t(*start)[2] = (const int16_t(*)[2])x->minus_4 + at / 32;
     for (int g = 0; g < k / group; g++) {
         i32x8 dot[4][2];
         group_dots(m, group, fit, q + g * group * 4, lowered ? start + g * 4 : NULL, panels, g * group / 4, dot);
@@ -92,8 +92,13 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
         int i = 0;                                                                                                   \
         for (; i + 4 <= m; i += 4)                                                                                   \
             int8_tile(4, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, acc + i * INT8_N);     \
-        for (; i < m; i++)                                                                                           \
-            int8_tile(1, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, acc + i * INT8_N);     \
+        float *end = acc + i * INT8_N;                                                                               \
+        switch (m - i) {                                                                                             \
+        case 3: int8_tile(3, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, end); break;       \
+        case 2: int8_tile(2, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, end); break;       \
+        case 1: int8_tile(1, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, end); break;       \
+        default: break;                                                                                              \
+        }                                                                                                            \
     }
 INT8_TILES(int8_tiles_32_0, 32, 0, false)
 INT8_TILES(int8_tiles_32_4, 32, 4, false)

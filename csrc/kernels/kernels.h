@@ -25,7 +25,7 @@ typedef struct {
     bool by_fours;
 } g4_int8_rows;
 
-enum { G4_INT8_FEW = 16 }; /* up to so many, putting the weights in place for the tile costs more than it saves */
+enum { G4_INT8_FEW = 4 }; /* up to so many, putting the weights in place for the tile costs more than it saves */
 
 /* The decode kernels take 256 inputs at a time. */
 static inline size_t g4_int8_stride(size_t k) { return (k + 255) / 256 * 256; }
@@ -34,13 +34,6 @@ static inline size_t g4_int8_stride(size_t k) { return (k + 255) / 256 * 256; }
 static inline size_t g4_int8_bytes(int m, size_t k)
 {
     return (size_t)(m > G4_INT8_FEW ? (m + 3) / 4 * 4 : m) * g4_int8_stride(k);
-}
-
-/* Those from row `first` on, of a few. */
-static inline g4_int8_rows g4_int8_rows_from(const g4_int8_rows *rows, size_t first, size_t k)
-{
-    const size_t n = first * g4_int8_stride(k);
-    return (g4_int8_rows){rows->q + n, rows->scale + n / 32, rows->sum16 + n / 16, rows->sum32 + n / 32, NULL, false};
 }
 
 /* Both sides of the products of body_panel16.h: whole numbers of 12 bits; G4_GROUP16 inputs of a row share a scale. */

@@ -121,7 +121,7 @@ def test_matmul_of_a_slice(name: str) -> None:
         assert same_bits(testing.matmul(isa, name, x, part), plain)
 
 
-FEW = 16  # rows of x; more lie by fours
+FEW = 4  # rows of x; more lie by fours
 
 
 def in_order(q: np.ndarray, m: int) -> np.ndarray:
@@ -147,7 +147,7 @@ def rounded(x: np.ndarray, isa: str) -> tuple[tuple[np.ndarray, ...], np.ndarray
     return bytes_of_x, values[:, : x.shape[1]]
 
 
-@pytest.mark.parametrize("m", [5, 16, 17, 20])
+@pytest.mark.parametrize("m", [4, 5, 17, 20])
 @pytest.mark.parametrize("isa", ISAS)
 def test_quantize_rows(isa: str, m: int) -> None:
     x = np.random.default_rng(0).normal(size=(m, 96)).astype(np.float32)
@@ -155,7 +155,7 @@ def test_quantize_rows(isa: str, m: int) -> None:
     x[2, 32:64] *= 1e-30
     x[3, 5] = 1e30
     (q, scale, sum16, sum32, minus_4), values = rounded(x, isa)
-    assert q.shape == ((m if m <= FEW else 20), 256)
+    assert q.shape == (m if m <= FEW else (m + 3) // 4 * 4, 256)
     q, scale, sum16, sum32 = in_order(q, m), by_row(scale, m), by_row(sum16, m), by_row(sum32, m)
     blocks = np.zeros((m, 8, 32), np.float32)
     blocks[:, :3] = x.reshape(m, 3, 32)
@@ -173,7 +173,7 @@ def test_quantize_rows(isa: str, m: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_a_number_is_not_lost(isa: str, bad: float) -> None:
-    for m in (6, 18):
+    for m in (4, 6):
         x = np.ones((m, 64), np.float32)
         x[2, 40] = bad
         out = testing.matmul_int8(isa, "Q4_0", testing.quantize_rows(isa, x), m, random_rows("Q4_0", 3, 64))
@@ -181,7 +181,7 @@ def test_not_a_number_is_not_lost(isa: str, bad: float) -> None:
         assert np.isfinite(np.delete(out, 2, axis=0)).all()
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 16, 17, 23, 64, 259])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 23, 64, 259])
 @pytest.mark.parametrize("name", FORMATS)
 def test_int8_products(name: str, m: int) -> None:
     """Whole-number products are exact, so only one fma per group rounds: within 1e-6 of float64 on the rounded x; and
@@ -210,7 +210,7 @@ def test_int8_at_the_ends_of_the_range(name: str, isa: str) -> None:
             blocks[..., 0] = 120
         rows = blocks.reshape(20, -1)
         for sign in (1, -1):
-            for m in (1, 6, 21):
+            for m in (1, 4, 7):
                 bytes_of_x, x = rounded(np.full((m, 512), sign, np.float32), isa)
                 wanted = x @ reference(name, rows).T.astype(np.float64)
                 got = testing.matmul_int8(isa, name, bytes_of_x, m, rows)
