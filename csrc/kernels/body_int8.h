@@ -141,7 +141,7 @@ static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const ui
     for (; l + 256 <= k; l += 256)
         for (int r = 0; r < 2; r++) {
             const uint8_t *stretch = w + (size_t)r * far_bytes + WEIGHTS_IN(l);
-            prefetch_ahead(stretch, WEIGHTS_IN(256));
+            prefetch_ahead(stretch, WEIGHTS_IN(256), AHEAD_BYTES);
             NAME(add_stretch_)(m, 8, x, (size_t)l, stride, stretch, sum[r], below[r]);
         }
     for (int r = 0; r < 2 && l < k; r++) {
@@ -209,6 +209,8 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
             block_values v;
             CONCAT(read_, WEIGHT)(block + (r < n ? (size_t)r : 0) * row_bytes, &v);
             i8_store(rows[r], v.q[0]);
+            if (l % 128 == 0)
+                prefetch_ahead(block + (size_t)r * row_bytes, WEIGHTS_IN(128), INT8_N * row_bytes);
         }
         transpose_fours(rows[0], 32, panel->q[l / 4][0]);
         NAME(pack_factors_)(block, row_bytes, n, panel->scale[l / 32], panel->min[l / 32]);
@@ -221,7 +223,9 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
         int8_t rows[8][BLOCK];
         for (int r = 0; r < 8; r++) {
             block_values v;
-            CONCAT(read_, WEIGHT)(w + WEIGHTS_IN((size_t)(r < n ? r : 0) * w_stride + (size_t)l), &v);
+            const uint8_t *block = w + WEIGHTS_IN((size_t)(r < n ? r : 0) * w_stride + (size_t)l);
+            CONCAT(read_, WEIGHT)(block, &v);
+            prefetch_ahead(block, BLOCK_BYTES, WEIGHTS_IN(INT8_N * w_stride));
             for (int part = 0; part < BLOCK / 32; part++)
                 i8_store(rows[r] + part * 32, v.q[part]);
             for (int g = 0; g < BLOCK / GROUP; g++) {
