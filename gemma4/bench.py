@@ -169,6 +169,7 @@ def _random_ids(model: Model, n: int) -> I32:
 def bench(
     name_or_path: str | os.PathLike[str],
     *,
+    mmproj: str | os.PathLike[str] | None = None,
     prompt: int = 512,
     decode: int = 32,
     repeats: int = 5,
@@ -184,7 +185,8 @@ def bench(
     if prompt < 1 or repeats < 1 or decode < 4:
         raise ValueError(f"prompt {prompt}, repeats {repeats}, decode {decode}: expected at least 1, 1 and 4")
     opened: list[Model] = []
-    load_s = _timed(lambda: opened.append(load(name_or_path, threads=threads, precision=precision, kv_dtype=kv_dtype)))
+    options = {"mmproj": mmproj, "threads": threads, "precision": precision, "kv_dtype": kv_dtype}
+    load_s = _timed(lambda: opened.append(load(name_or_path, **options)))  # type: ignore[arg-type]
     with opened[0] as model:
         notes: list[str] = []
         room = model.context_length - decode

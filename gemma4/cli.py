@@ -136,6 +136,8 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], None]
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
+    text = "image and audio encoders of a .gguf model (default: the only mmproj*.gguf beside it)"
+    parser.add_argument("--mmproj", type=Path, metavar="FILE", help=text)
     parser.add_argument("--threads", type=int, default=0, help="0 = the CPUs this process may use")
     parser.add_argument(
         "--kv-dtype",
@@ -170,7 +172,7 @@ def _load(args: argparse.Namespace) -> Model:
             end = "\n" if done == total else ""
             print(f"\rloading {done}/{total} files  {name:<60.60}", end=end, file=sys.stderr, flush=True)
 
-    return load(args.model, threads=args.threads, kv_dtype=args.kv_dtype, progress=progress)
+    return load(args.model, mmproj=args.mmproj, threads=args.threads, kv_dtype=args.kv_dtype, progress=progress)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -207,7 +209,7 @@ def _info(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from gemma4.bench import bench
 
-    names = ("prompt", "decode", "repeats", "threads", "precision", "kv_dtype")
+    names = ("mmproj", "prompt", "decode", "repeats", "threads", "precision", "kv_dtype")
     result = bench(args.model, **{name: getattr(args, name) for name in names})
     print(result)
     if args.profile:

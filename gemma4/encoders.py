@@ -50,13 +50,15 @@ class Encoder:
             what = "images and video" if modality == "vision" else "audio"
             raise NotImplementedError(
                 f"{checkpoint.path} has no {modality} encoder (encoders it has: {others}): {what} need a model with one"
+                f"{checkpoint.encoder_advice}"
             )
         checkpoint.check()
         self.modality: Modality = modality
         self.config: EncoderConfig = checkpoint.encoders[modality]
         self._model = model
         tensors = checkpoint.encoder_tensors(modality)
-        on_disk = all(isinstance(buffer, mmap.mmap) for _, _, buffer, _ in tensors.values())
+        copied = [buffer for name, (_, _, buffer, _) in tensors.items() if name.endswith(".linear.weight")]
+        on_disk = all(isinstance(buffer, mmap.mmap) for buffer in copied)
         self.engine = _engine.Encoder(model.engine, self.config.engine(on_disk), tensors)
         self.sites = SiteTable(self.engine.sites(), [{}] * self.config.n_layers)
 

@@ -44,6 +44,7 @@ Precision: TypeAlias = Literal["exact", "fast"]
 def load(
     name_or_path: str | os.PathLike[str],
     *,
+    mmproj: str | os.PathLike[str] | None = None,
     threads: int = 0,
     precision: Precision | None = None,
     kv_dtype: KVDtype | None = None,
@@ -52,16 +53,17 @@ def load(
     """Open a checkpoint: a shipped model's name ("tiny-e", "tiny-moe"), a Hugging Face directory, or a .gguf file (any
     part of a split one; tokenizer and chat template come from its metadata).
 
-    The files are mapped, not read: this takes a moment for any size. threads: 0 = the CPUs this process may use.
-    precision: "exact" (the same bits for any thread count, batch and chunking), "fast" (whatever is quickest), or None:
-    "fast" if a weight is quantised, else "exact". kv_dtype: how new sequences keep keys and values: "f32", "f16",
-    "bf16" or "q8_0" (heads of a multiple of 32); None: "f16" when fast, else "f32". progress(files done, files in all,
-    file name) is called while the files of a checkpoint in parts are opened.
+    The files are mapped, not read: this takes a moment for any size. mmproj: the file that holds a .gguf model's image
+    and audio encoders; None: the only mmproj*.gguf beside it, if there is one that fits. threads: 0 = the CPUs this
+    process may use. precision: "exact" (the same bits for any thread count, batch and chunking), "fast" (whatever is
+    quickest), or None: "fast" if a weight is quantised, else "exact". kv_dtype: how new sequences keep keys and values:
+    "f32", "f16", "bf16" or "q8_0" (heads of a multiple of 32); None: "f16" when fast, else "f32". progress(files done,
+    files in all, file name) is called while the files of a checkpoint in parts are opened.
 
-    Raises FileNotFoundError, FormatError (damaged, missing or misshapen files), NotImplementedError (an architecture
-    that this engine does not run; the message lists those it does).
+    Raises FileNotFoundError, FormatError (damaged, missing or misshapen files, an mmproj of another model),
+    NotImplementedError (an architecture that this engine does not run; the message lists those it does).
     """
-    checkpoint = open_checkpoint(name_or_path, progress=progress)
+    checkpoint = open_checkpoint(name_or_path, mmproj=mmproj, progress=progress)
     return Model(checkpoint, threads=threads, precision=precision, kv_dtype=kv_dtype)
 
 
@@ -217,8 +219,8 @@ class Model:
 
     @property
     def modalities(self) -> Modalities:
-        """What the checkpoint's configuration has encoders for."""
-        return Modalities.of(self.checkpoint.hf_config)
+        """What the checkpoint has encoders for."""
+        return Modalities.of(self.checkpoint.encoders, self.checkpoint.encoder_advice)
 
     @cached_property
     def image_tokens(self) -> int:

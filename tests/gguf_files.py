@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +41,21 @@ def convert(
     with open_checkpoint(source) as checkpoint:
         writer = gguf.GGUFWriter(path, "gemma4", split_max_tensors=part_tensors)
         table = metadata(checkpoint) | (vocabulary(checkpoint.path) if text else {}) | (keys or {})
-        for key, value in table.items():
-            if value is not None:
-                _add_key(writer, key, value)
-        for name, values in _tensors(checkpoint, apart).items():
-            kind = gguf.GGMLQuantizationType[_stored_type(name, values, dtype)]
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        _write(writer, table, _tensors(checkpoint, apart), dtype)
     return path
+
+
+def _write(writer: Any, keys: dict[str, Any], tensors: dict[str, np.ndarray], dtype: str) -> None:
+    for key, value in keys.items():
+        if value is not None:
+            _add_key(writer, key, value)
+    for name, values in tensors.items():
+        kind = gguf.GGMLQuantizationType[_stored_type(name, values, dtype)]
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _add_key(writer: Any, key: str, value: Any) -> None:
@@ -170,10 +176,104 @@ def _rope_freqs(config: Any) -> np.ndarray:
 
 def _stored_type(name: str, values: np.ndarray, dtype: str) -> str:
     """As the converter: vectors, norms and the router stay F32."""
-    if values.ndim == 1 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
+    if values.ndim == 1 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")) or name in _ALWAYS_F32:
         return "F32"
     block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]][0]
     return dtype if values.shape[-1] % block == 0 else "F16"
+
+
+# -- the encoders' file ------------------------------------------------------------------------------------------------
+
+_ALWAYS_F32 = {"v.patch_embd.weight", "v.position_embd.weight", "a.conv1d.0.weight", "a.conv1d.1.weight"}
+# of the unified model, which the gguf package does not know yet
+_UNIFIED = {
+    "vision_embedder.patch_dense": "v.patch_embd",
+    "vision_embedder.patch_ln1": "v.patch_norm.1",
+    "vision_embedder.patch_ln2": "v.patch_norm.2",
+    "vision_embedder.pos_norm": "v.patch_norm.3",
+    "vision_embedder.pos_embedding": "v.position_embd",
+}
+
+
+def convert_mmproj(
+    source: str | Path,
+    path: Path,
+    dtype: str = "F32",
+    *,
+    keys: dict[str, Any] | None = None,
+    change: Mapping[str, np.ndarray | None] | None = None,
+) -> Path:
+    """Write the encoders of `source` as the converter's --mmproj does. keys, change: override metadata and tensors (or
+    add some; None: leave out)."""
+    with open_checkpoint(source) as checkpoint:
+        tensors: dict[str, Any] = {}
+        for modality in ("vision", "audio"):
+            for name, values in checkpoint.tensors.items():
+                if f"{modality}_" in name or f"embed_{modality}" in name:
+                    tensors.update([_encoder_tensor(name.removeprefix("model."), np.asarray(values, np.float32))])
+        tensors = {name: values for name, values in (tensors | dict(change or {})).items() if values is not None}
+        _write(gguf.GGUFWriter(path, "clip"), _encoder_metadata(checkpoint) | (keys or {}), tensors, dtype)
+    return path
+
+
+def _encoder_metadata(checkpoint: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {"general.type": "mmproj"}
+    projectors = {"vision_tower": "gemma4v", "vision_embedder": "gemma4uv"}
+    projectors |= {"audio_tower": "gemma4a", "audio_embedder": "gemma4ua"}
+    for modality, encoder in checkpoint.encoders.items():
+        out[f"clip.has_{modality}_encoder"] = True
+        out |= {
+            f"clip.{modality}.{key}": value
+            for key, value in {
+                "projector_type": projectors[encoder.kind],
+                "projection_dim": encoder.d_out,
+                "embedding_length": encoder.d_model or encoder.d_soft,
+                "feed_forward_length": encoder.d_mlp,
+                "block_count": encoder.n_layers,
+                "attention.head_count": encoder.n_heads,
+                "attention.layer_norm_epsilon": 1e-6 if modality == "vision" else 0.125,  # known to be wrong in files
+            }.items()
+        }
+    if "vision" in checkpoint.encoders:
+        out |= {"clip.vision.patch_size": 16, "clip.vision.image_size": 224}
+        out |= {"clip.vision.image_mean": [0, 0, 0], "clip.vision.image_std": [1, 1, 1]}
+    return out
+
+
+def _encoder_tensor(name: str, values: np.ndarray) -> tuple[str, np.ndarray]:
+    """Name and values of a tensor in the file. Names from the gguf package's own table."""
+    names = _mmproj_names()
+    values = np.atleast_1d(values)
+    alone = name.endswith(("per_dim_scale", "position_embedding_table", "pos_embedding", "std_bias", "std_scale"))
+    stem, leaf = (name, "weight") if alone else name.rsplit(".", 1)
+    stem = stem.removesuffix(".linear")
+    if name.endswith("per_dim_scale"):
+        values = np.logaddexp(np.float32(0), values)
+    elif name.endswith("depthwise_conv1d.weight"):
+        values = values[:, 0]
+    elif name.endswith("pos_embedding"):
+        values = values.transpose(1, 0, 2)
+    elif stem.endswith(("patch_embedder.input_proj", "patch_dense")) and leaf == "weight":
+        values = _channels_first(values)
+        values = values if stem.endswith("input_proj") else values.reshape(len(values), -1)
+    elif stem.endswith("patch_ln1"):
+        values = _channels_first(values[None]).reshape(-1)
+    theirs = stem.replace("vision_tower.encoder.", "vision_model.model.").replace("audio_tower.", "conformer.")
+    stored = _UNIFIED.get(stem) or names.get_name(theirs) or names.get_name(f"model.{stem}")
+    assert stored, name
+    exact = stored if name.endswith(("std_bias", "std_scale")) else f"{stored}.{leaf}"
+    return exact, np.ascontiguousarray(values)
+
+
+@functools.cache
+def _mmproj_names() -> Any:
+    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 8)
+
+
+def _channels_first(pixels: np.ndarray) -> np.ndarray:
+    """[n, side * side * 3] -> [n, 3, side, side]"""
+    side = int((pixels.shape[1] // 3) ** 0.5)
+    return np.stack([pixels[:, channel::3].reshape(-1, side, side) for channel in range(3)], axis=1)
 
 
 # -- byte by byte ------------------------------------------------------------------------------------------------------

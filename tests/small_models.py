@@ -12,7 +12,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from gemma4.load.config import parse_config
-from gemma4.load.names import text_tensors
+from gemma4.load.encoder_config import parse_encoders
+from gemma4.load.names import encoder_tensors, text_tensors
 
 S, F = "sliding_attention", "full_attention"
 
@@ -131,3 +132,74 @@ def write_calm_checkpoint(directory: Path, tokenizer_of: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (directory / name).write_bytes((tokenizer_of / name).read_bytes())
     return directory
+
+
+# -- with encoders, whose fixed numbers (chunks, context, cap) are those of the released models ------------------------
+
+VISION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "position_embedding_size": 64,
+    "use_clipped_linears": True,
+}
+LARGE_VISION: dict[str, Any] = VISION | {
+    "hidden_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 24,
+    "use_clipped_linears": False,
+    "standardize": True,
+}
+AUDIO: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "subsampling_conv_channels": [128, 4],
+    "output_proj_dims": 96,
+}
+UNIFIED_VISION: dict[str, Any] = {"mm_embed_dim": 64, "output_proj_dims": 64, "mm_posemb_size": 40}
+
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "effective": {"model_type": "gemma4", "text_config": E_LIKE, "vision_config": VISION, "audio_config": AUDIO},
+    "large": {"model_type": "gemma4", "text_config": MOE_LIKE, "vision_config": LARGE_VISION, "audio_config": None},
+    "unified": {
+        "model_type": "gemma4_unified",
+        "text_config": MOE_LIKE | {"model_type": "gemma4_unified_text", "enable_moe_block": False, "num_experts": None},
+        "vision_config": UNIFIED_VISION,
+        "audio_config": {},
+    },
+}
+_FOLDERS = {"vision_tower": "vision_tower.", "vision_embedder": "vision_embedder.", "audio_tower": "audio_tower."}
+
+
+def write_multimodal_checkpoint(directory: Path, kind: str, dtype: Any = ml_dtypes.bfloat16, seed: int = 0) -> Path:
+    """A Hugging Face directory of MULTIMODAL[kind] without a tokenizer; encoders' weights in `dtype`."""
+    config = MULTIMODAL[kind]
+    text = parse_config(config)
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): values
+        for name, values in random_tensors(config["text_config"], seed).items()
+    }
+    rng = np.random.default_rng(seed + 1)
+    for modality, encoder in parse_encoders(config, text).items():
+        for name, shape in encoder_tensors(encoder).items():
+            folder = f"embed_{modality}." if name.startswith("embedding_projection") else _FOLDERS[encoder.kind]
+            tensors[f"model.{folder}{name}"] = np.asarray(_encoder_values(name, shape, rng), dtype)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def _encoder_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Near 1 in norms, below 1 in maps, and bounds that some activations pass."""
+    values = rng.standard_normal(shape, dtype=np.float32)
+    if name.endswith(("_min", "_max")):
+        return np.asarray((1.5 + abs(values[0])) * (-1.0 if name.endswith("_min") else 1.0))  # no axis, as released
+    if len(shape) > 1:
+        return values / np.sqrt(np.prod(shape[1:]), dtype=np.float32)
+    return values if name.endswith(("bias", "per_dim_scale")) else 1 + 0.1 * values

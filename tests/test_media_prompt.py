@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from media_files import Encoders, encoded, picture, tone
+from small_models import E_LIKE, MULTIMODAL
 
 import gemma4
 from gemma4.chat import ChatTemplate, encode_chat
 from gemma4.errors import FormatError
+from gemma4.load.config import parse_config
+from gemma4.load.encoder_config import parse_encoders
 from gemma4.media.medium import Modalities, read_audio, read_image, read_media
 from gemma4.media.prompt import expander, locate
 from gemma4.tokenizer import Tokenizer
@@ -157,11 +160,14 @@ def test_unified_counts_raw_frames():
 
 
 def test_modalities_of_configurations():
-    towers = {"vision_config": {"x": 1}, "audio_config": {"x": 1}}
-    assert Modalities.of({"model_type": "gemma4", **towers}) == Modalities(True, True, False)
-    assert Modalities.of({"model_type": "gemma4", **towers, "audio_config": None}) == Modalities(True, False, False)
-    assert Modalities.of({"model_type": "gemma4_unified", **towers}) == Modalities(True, True, True)
-    assert Modalities.of({"model_type": "gemma4_text"}) == Modalities.of({}) == Modalities()
+    def of(raw):
+        return Modalities.of(parse_encoders(raw, parse_config(raw)))
+
+    effective, unified = (MULTIMODAL[kind] for kind in ("effective", "unified"))
+    assert of(effective) == Modalities(True, True, False)
+    assert of(effective | {"audio_config": None}) == Modalities(True, False, False)
+    assert of(unified) == Modalities(True, True, True)
+    assert of(E_LIKE) == Modalities.of({}) == Modalities()
 
 
 # -- in a model, with encoders that draw numbers from the content ------------------------------------------------------

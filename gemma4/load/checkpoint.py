@@ -43,6 +43,7 @@ class Checkpoint(ABC):
     processor_config  how images and sounds are prepared, as transformers stores it; {} if the checkpoint does not say
     tokenizer_path    the file that holds the tokenizer, None if there is none
     notes             what a user should know about how the weights were read, a line each
+    encoder_advice    what to do where an image or audio encoder is missing, for messages; "" if there is nothing to do
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Checkpoint(ABC):
 
     processor_config: Mapping[str, Any] = MappingProxyType({})
     notes: tuple[str, ...] = ()
+    encoder_advice = ""
 
     def __init__(
         self,
@@ -84,7 +86,7 @@ class Checkpoint(ABC):
     def _engine_tensor(self, stored: str) -> EngineTensor:
         file = self._owner[stored]
         info = file.tensors[stored]
-        _check_dtype(file, info)
+        check_dtype(file, info)
         return info.dtype, info.shape, file.buffer, info.offset
 
     def _keep_on_disk(self, table: str | None) -> bool:
@@ -198,7 +200,8 @@ def check_shape(file: MappedFile, name: str, shape: tuple[int, ...]) -> None:
         raise FormatError(f"{file.path.name}: {name} has shape {list(found)}, the config asks for {list(shape)}")
 
 
-def _check_dtype(file: MappedFile, info: TensorInfo) -> None:
+def check_dtype(file: MappedFile, info: TensorInfo) -> None:
+    """Raise NotImplementedError if a tensor is of a type that the engine does not compute with."""
     if info.dtype not in ENGINE_DTYPES:
         known = ", ".join(ENGINE_DTYPES)
         raise NotImplementedError(f"{file.path.name}: {info.name} is {info.dtype}; the engine reads {known}")

@@ -76,7 +76,7 @@ class EncoderConfig:
         return np.float32(1.0) / power
 
     def engine(self, on_disk: bool = False) -> _engine.EncoderConfig:
-        """The engine's form (gemma4/_engine.pyi). on_disk: its tensors are file mappings, all of them."""
+        """The engine's form (gemma4/_engine.pyi). on_disk: the maps of its layers are file mappings."""
         return {
             "kind": self.kind,
             "d_in": self.d_in,
@@ -112,19 +112,30 @@ def parse_encoders(raw: dict[str, Any], text: TextConfig) -> dict[Modality, Enco
     Raises FormatError and NotImplementedError as `parse_config` does.
     """
     unified = text.model_type.startswith("gemma4_unified")
-    parsers: dict[Modality, Any] = {
-        "vision": _unified_vision if unified else _vision_tower,
-        "audio": _unified_audio if unified else _audio_tower,
+    kinds: dict[Modality, Kind] = {
+        "vision": "vision_embedder" if unified else "vision_tower",
+        "audio": "audio_embedder" if unified else "audio_tower",
     }
     out: dict[Modality, EncoderConfig] = {}
-    for modality, parse in parsers.items():
+    for modality, kind in kinds.items():
         config = raw.get(f"{modality}_config")
         if config is None:
             continue
         if not isinstance(config, dict):
             raise FormatError(f"config.json: {modality}_config is {config!r:.60}, expected an object or null")
-        out[modality] = parse(Fields(config, f"config.json: {modality}_config"), text.d_model)
+        out[modality] = parse_encoder(kind, config, text.d_model, f"config.json: {modality}_config")
     return out
+
+
+def parse_encoder(kind: Kind, raw: dict[str, Any], d_out: int, where: str) -> EncoderConfig:
+    """One encoder, from the fields of its config; `where` names those in messages. Raises as `parse_encoders`."""
+    parsers = {
+        "vision_tower": _vision_tower,
+        "vision_embedder": _unified_vision,
+        "audio_tower": _audio_tower,
+        "audio_embedder": _unified_audio,
+    }
+    return parsers[kind](Fields(raw, where), d_out)
 
 
 def _vision_tower(f: Fields, d_out: int) -> EncoderConfig:
@@ -167,7 +178,7 @@ def _axial_theta(f: Fields) -> float:
         return 100.0
     if not isinstance(raw, dict):
         f.fail("rope_parameters", raw, "an object")
-    rope = Fields(raw, "config.json: vision_config.rope_parameters")
+    rope = Fields(raw, f"{f.where}.rope_parameters")
     rope_type = rope.get("rope_type", "axial")
     if rope_type not in ("axial", "default"):  # "default" in files older than the name
         raise NotImplementedError(f'rope_type {rope_type!r:.80} in vision_config: only "axial"')
@@ -213,7 +224,7 @@ def _audio_tower(f: Fields, d_out: int) -> EncoderConfig:
     channels = f.get("subsampling_conv_channels", [128, 32])
     if not isinstance(channels, list) or len(channels) != 2:
         f.fail("subsampling_conv_channels", channels, "a list of two integers")
-    first, second = (Fields({"c": c}, f"config.json: audio_config.channels[{i}]") for i, c in enumerate(channels))
+    first, second = (Fields({"c": c}, f"{f.where}.channels[{i}]") for i, c in enumerate(channels))
     if d_model % n_heads or d_model % 2:
         f.fail("hidden_size", d_model, f"an even multiple of {n_heads} heads")
     # The reference's projection takes channels / 4 bins, which there are if the bins are as many as the channels.

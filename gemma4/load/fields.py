@@ -16,7 +16,7 @@ class Fields:
     """
 
     def __init__(self, raw: dict[str, Any], where: str) -> None:
-        self._raw, self._where = raw, where
+        self._raw, self.where = raw, where
 
     def __contains__(self, name: str) -> bool:
         return name in self._raw
@@ -26,7 +26,7 @@ class Fields:
 
     def fail(self, name: str, found: Any, expected: str) -> NoReturn:
         shown = found if isinstance(found, str) else repr(found)
-        raise FormatError(f"{self._where}: {name} is {shown[:120]}, expected {expected}")
+        raise FormatError(f"{self.where}: {name} is {shown[:120]}, expected {expected}")
 
     def integer(self, name: str, default: int | None, low: int, high: int) -> int:
         value = self._raw.get(name, default)
@@ -45,7 +45,7 @@ class Fields:
         items = value if isinstance(value, list) else [value]
         if len(items) > 64:
             self.fail(name, f"a list of {len(items)}", "at most 64 integers")
-        return tuple(Fields({name: item}, self._where).integer(name, None, low, high) for item in items)
+        return tuple(Fields({name: item}, self.where).integer(name, None, low, high) for item in items)
 
     def number(self, name: str, default: float | None, low: float, high: float) -> float:
         value = self._raw.get(name, default)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GGUF file, whole or split, as a `Checkpoint` the engine can run from."""
+"""A GGUF file, whole or split, with or without its encoders' file, as a `Checkpoint` the engine can run from."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import numpy as np
 
 from gemma4.errors import FormatError, StateError
 from gemma4.load import cache, gguf_tokenizer
-from gemma4.load.checkpoint import Checkpoint, Progress, check_shape, no_double_tensors
+from gemma4.load.checkpoint import Checkpoint, EngineTensor, Progress, check_shape, no_double_tensors
 from gemma4.load.config import TextConfig
+from gemma4.load.encoder_config import EncoderConfig, Modality
 from gemma4.load.gguf import GgufArray, GgufFile
 from gemma4.load.gguf_config import ROPE_FREQS, parse_metadata, stored_name, wanted_tensors
+from gemma4.load.mmproj import Mmproj, find_mmproj
 
 if TYPE_CHECKING:
     from gemma4.chat import ChatTemplate
@@ -39,19 +41,36 @@ SAMPLING_KEYS = {
 
 
 class GgufCheckpoint(Checkpoint):
-    """One or more GGUF files; the first holds the metadata. `hf_config` leaves out arrays of over 4096
-    elements; `metadata` is the file's own, arrays as `GgufArray`."""
+    """One or more GGUF files; the first holds the metadata, and `mmproj`, if there is one, the encoders. `hf_config`
+    leaves out arrays of over 4096 elements; `metadata` is the file's own, arrays as `GgufArray`."""
 
-    def __init__(self, path: Path, files: list[GgufFile]) -> None:
+    encoder_advice = "; llama.cpp keeps encoders in a file of their own: give it as mmproj= (--mmproj)"
+
+    def __init__(self, path: Path, files: list[GgufFile], mmproj: Path | None = None) -> None:
+        """mmproj: None = the only mmproj*.gguf beside the model, if there is one that fits (`notes` say so)."""
         self.metadata = files[0].metadata
         self.hf_config = {key: _shown(value) for key, value in self.metadata.items()}
         self.generation_config = _generation_config(self.metadata)
         self.tokenizer_path = files[0].path if gguf_tokenizer.has_tokenizer(self.metadata) else None
         config = _config(self.hf_config, self.generation_config, files)
         self.generation_config |= _suppressed(self.metadata, config.d_vocab, str(path))
-        super().__init__(path, config, files, _sources(config, files))
+        sources = _sources(config, files)
+        self._mmproj, self.notes = _open_mmproj(path, config, mmproj)
+        try:
+            super().__init__(path, config, [*files, *([self._mmproj.file] if self._mmproj else [])], sources)
+        except BaseException:
+            if self._mmproj:
+                self._mmproj.file.close()
+            raise
         for layer in range(config.n_layers):  # absent in files of models that have none
             self.engine_tensors.setdefault(f"layers.{layer}.layer_scalar", ("F32", (1,), _ONE, 0))
+
+    @property
+    def encoders(self) -> Mapping[Modality, EncoderConfig]:
+        return self._mmproj.encoders if self._mmproj else {}
+
+    def encoder_tensors(self, modality: Modality) -> dict[str, EngineTensor]:
+        return self._mmproj.tensors(modality) if self._mmproj else super().encoder_tensors(modality)
 
     def load_tokenizer(self) -> Tokenizer:
         """Made from the metadata, which takes seconds for a full vocabulary; the result is kept in the user's cache."""
@@ -91,8 +110,8 @@ class GgufCheckpoint(Checkpoint):
         return {name: text for name, text in texts.items() if text is not None}
 
 
-def open_gguf(path: Path, *, progress: Progress | None = None) -> GgufCheckpoint:
-    """Open a GGUF file, or all parts of a split one by the name of any.
+def open_gguf(path: Path, *, mmproj: Path | None = None, progress: Progress | None = None) -> GgufCheckpoint:
+    """Open a GGUF file, or all parts of a split one by the name of any, and its encoders' file.
 
     Raises FileNotFoundError (a part is missing: named), FormatError, NotImplementedError (see `open_checkpoint`).
     """
@@ -106,7 +125,7 @@ def open_gguf(path: Path, *, progress: Progress | None = None) -> GgufCheckpoint
                     progress(done, len(paths), part.name)
                 files.append(_open_part(part, done, len(paths)))
             _check_parts(files)
-        checkpoint = GgufCheckpoint(path, files)
+        checkpoint = GgufCheckpoint(path, files, mmproj)
     except BaseException:
         for file in files:
             file.close()
@@ -114,6 +133,23 @@ def open_gguf(path: Path, *, progress: Progress | None = None) -> GgufCheckpoint
     if progress:
         progress(len(paths), len(paths), "")
     return checkpoint
+
+
+def _open_mmproj(model: Path, config: TextConfig, given: Path | None) -> tuple[Mmproj | None, tuple[str, ...]]:
+    """The encoders, and notes on them. A file that nobody named is no reason not to load the text model."""
+    if given is not None:
+        return (opened := Mmproj(given, config)), (_note(opened, ""),)
+    found, note = find_mmproj(model)
+    if found is None:
+        return None, ((note,) if note else ())
+    try:
+        return (opened := Mmproj(found, config)), (_note(opened, ", found beside the model"),)
+    except (ValueError, NotImplementedError, OSError) as error:
+        return None, (f"{found.name}, found beside the model, is not used: {error}",)
+
+
+def _note(mmproj: Mmproj, how: str) -> str:
+    return f"{' and '.join(mmproj.encoders)} encoder{'s' * (len(mmproj.encoders) > 1)} of {mmproj.file.path}{how}"
 
 
 def _parts(file: GgufFile) -> list[Path]:

@@ -161,7 +161,7 @@ class _Keys(Fields):
         if len(value) != n_layers:
             self.fail(name, f"an array of {len(value)}", f"one entry for each of {n_layers} layers")
         return tuple(
-            _Keys({f"{name}[{i}]": x}, self._where).integer(f"{name}[{i}]", None, 1, high) for i, x in enumerate(value)
+            _Keys({f"{name}[{i}]": x}, self.where).integer(f"{name}[{i}]", None, 1, high) for i, x in enumerate(value)
         )
 
 
@@ -170,7 +170,10 @@ def _check_architecture(name: Any, where: str) -> None:
         return
     if not isinstance(name, str):
         raise FormatError(f"{where}: general.architecture is {name!r:.60}, expected a name such as {ARCHITECTURE}")
-    raise NotImplementedError(f"{where}: unsupported architecture {name!r:.80}; supported: {ARCHITECTURE} (text)")
+    advice = ": image and audio encoders; load the text model, and these with mmproj=" if name == "clip" else ""
+    raise NotImplementedError(
+        f"{where}: unsupported architecture {name!r:.80}{advice}; supported: {ARCHITECTURE} (text)"
+    )
 
 
 def _layer_types(f: _Keys, n_layers: int) -> tuple[str, ...]:

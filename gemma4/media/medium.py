@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
+from gemma4.load.encoder_config import EncoderConfig, Modality
 from gemma4.media import audio as sounds
 from gemma4.media import image as images
 from gemma4.media import video as videos
@@ -34,25 +35,30 @@ _OPTIONS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Modalities:
-    """What a model takes beside text. raw_audio: samples as they are (the unified model), not a spectrogram."""
+    """What a model takes beside text. raw_audio: samples as they are (the unified model), not a spectrogram. advice:
+    what to do where an encoder is missing."""
 
     image: bool = False
     audio: bool = False
     raw_audio: bool = False
+    advice: str = ""
 
     @classmethod
-    def of(cls, hf_config: Mapping[str, Any]) -> Modalities:
-        """From config.json; a GGUF file's metadata names no encoders."""
-        kind = str(hf_config.get("model_type", ""))
-        image, audio = (isinstance(hf_config.get(f"{name}_config"), dict) for name in ("vision", "audio"))
-        return cls(image, audio, audio and kind.startswith("gemma4_unified"))
+    def of(cls, encoders: Mapping[Modality, EncoderConfig], advice: str = "") -> Modalities:
+        """Of a checkpoint with these encoders."""
+        audio = encoders.get("audio")
+        return cls(
+            "vision" in encoders, audio is not None, audio is not None and audio.kind == "audio_embedder", advice
+        )
 
     def check(self, kind: Kind, name: str) -> None:
         """Raises NotImplementedError if the model has no encoder for it."""
         if not (self.audio if kind == "audio" else self.image):
             known = ["text", *(["images", "video"] if self.image else []), *(["audio"] if self.audio else [])]
             encoder = "audio" if kind == "audio" else "vision"
-            raise NotImplementedError(f"{name}: this model has no {encoder} encoder, it takes {', '.join(known)}")
+            raise NotImplementedError(
+                f"{name}: this model has no {encoder} encoder, it takes {', '.join(known)}{self.advice}"
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
