@@ -39,7 +39,7 @@ EXACT = {
     "Q5_1": 4e-4,
     "IQ4_NL": 4e-4,
 }
-EXACT |= {"MXFP4": 4e-4, "Q2_K": 8e-4, "Q3_K": 8e-4, "Q4_K": 8e-4, "Q5_K": 8e-4, "Q6_K": 8e-4}
+EXACT |= {"IQ4_XS": 8e-4, "MXFP4": 4e-4, "Q2_K": 8e-4, "Q3_K": 8e-4, "Q4_K": 8e-4, "Q5_K": 8e-4, "Q6_K": 8e-4}
 FAST = {kind: 1.5 * limit for kind, limit in EXACT.items()}
 
 
