@@ -53,7 +53,7 @@ class Targets:
     place: NDArray[np.float32]
 
 
-def _owner(scene: Scene, x: float, y: float, across: float, down: float) -> Thing | None:
+def owner(scene: Scene, x: float, y: float, across: float, down: float) -> Thing | None:
     """What fills most of this cell (pixels of the drawn picture), if that is a fifth of it, or has its centre there."""
     best, most = None, 0.2 * across * down
     for thing in scene.things:
@@ -116,7 +116,7 @@ def targets(scene: Scene, columns: int, rows: int) -> Targets:
     width, height = scene.width / across, scene.height / down
     for at in range(n):
         x, y = at % across * width, at // across * height
-        thing = _owner(scene, x, y, width, height)
+        thing = owner(scene, x, y, width, height)
         if thing is not None:
             _fill_token(scene, thing, found, at)
             found.centre[at] = int(x <= thing.centre[0] < x + width and y <= thing.centre[1] < y + height)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from . import mixture, pictures, skills_media, sounds, speech
+from . import look, mixture, pictures, skills_media, sounds, speech
 from .mixture import ANSWER_WEIGHT, BOS, PAD, Document
 from .pictures import Patches
 from .pool import REAL_BUDGET, Item
@@ -26,8 +26,9 @@ from .speech import Said
 
 MARKS = ("<|image|>", "<|video|>", "<|audio|>")
 LENGTH = 320
-OTHERS = ("writing", "speech", "clips", "writing", "speech")
-SHARE = {"shapes": 4, "others": 2, "text": 2}  # rows of a step; others: writing, clips and speech in turn
+OTHERS = ("numbers", "digits", "writing", "numbers", "digits", "speech", "clips", "speech")
+DIGIT_WEIGHT = 3.0  # places and numbers are what is hard; the rest of such an answer is the same every time
+SHARE = {"shapes": 4, "others": 2, "text": 3}  # rows of a step; others: OTHERS, shuffled
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,18 @@ class MediaDocument(Document):
 
     branch     [n] 0 up to the end of the picture, then the number of the question
     position   [n] as if each branch were alone
+    look       [n] the number of the thing to look at here (look.py), 0 for none
+    thing      [n] the number of the thing that this soft token shows
+    name       [n] how many tokens back its name ended, where something is to be looked at by name, or 0
+    colour     [n] how many tokens back the name's first token is, the colour, or 0
     """
 
     branch: NDArray[np.int32]
     position: NDArray[np.int32]
+    look: NDArray[np.int32]
+    thing: NDArray[np.int32]
+    name: NDArray[np.int32]
+    colour: NDArray[np.int32]
     pictures: tuple[Patches, ...] = ()
     recording: NDArray[np.float32] | None = None  # mel [frames, 128]
     soft: NDArray[np.float16] | None = None  # [soft tokens, hidden], where they are encoded already
@@ -54,6 +63,10 @@ class Rows:
     document: NDArray[np.int32]
     branch: NDArray[np.int32]
     position: NDArray[np.int32]
+    look: NDArray[np.int32]
+    thing: NDArray[np.int32]
+    name: NDArray[np.int32]
+    colour: NDArray[np.int32]
     soft: NDArray[np.float32]
 
 
@@ -72,15 +85,23 @@ def tree(conversations: Sequence[Conversation], tokenizer: Tokenizer, sizes: Seq
 
     `prompt_len` is where the first answer begins.
     """
-    ids, weights, branch, position, prompt_len, trunk = [BOS], [0.0], [0], [0], 0, 1
+    ids, weights, branch, position, written, prompt_len, trunk = [BOS], [0.0], [0], [0], [0], 0, 1
+    names: list[tuple[int, int]] = []  # (first, last) token
 
-    def add(text: str, weight: float, number: int) -> None:
-        found = tokenizer.encode(text, add_special_tokens=False).ids
+    def add(
+        text: str, weight: float, number: int, spans: Sequence[look.Span] = (), name: tuple[int, int] | None = None
+    ) -> None:
+        encoded = tokenizer.encode(text, add_special_tokens=False)
         start = trunk if branch[-1] != number and number else position[-1] + 1
-        ids.extend(found)
-        weights.extend([weight] * len(found))
-        branch.extend([number] * len(found))
-        position.extend(range(start, start + len(found)))
+        n = len(encoded.ids)
+        if name:
+            inside = [i for i, (a, b) in enumerate(encoded.offsets) if a < name[1] and b > name[0]]
+            names.append((len(ids) + inside[0], len(ids) + inside[-1]))
+        ids.extend(encoded.ids)
+        weights.extend(weight * (DIGIT_WEIGHT if text[a:b].isdigit() else 1.0) for a, b in encoded.offsets)
+        branch.extend([number] * n)
+        position.extend(range(start, start + n))
+        written.extend(next((t for a, b, t in spans if a <= c < b), 0) for c, _ in encoded.offsets)
 
     for number, conversation in enumerate(conversations, 1):
         for turn, (before, answer) in enumerate(conversation.segments()):
@@ -90,11 +111,24 @@ def tree(conversations: Sequence[Conversation], tokenizer: Tokenizer, sizes: Seq
                 if number == 1:
                     add(first + expand(conversation, sizes), 0.0, 0)
                     trunk = len(ids)
-            add(before, 0.0, number)
+            looks = look.looks(conversation, conversation.turns[turn], before)
+            add(before, 0.0, number, looks.before, looks.name)
             prompt_len = prompt_len or len(ids)
-            add(answer, ANSWER_WEIGHT, number)
-    arrays = (np.array(values, np.int32) for values in (branch, position))
-    return MediaDocument(np.array(ids, np.int32), np.array(weights, np.float32), prompt_len, *arrays)
+            add(answer, ANSWER_WEIGHT, number, looks.answer)
+    looking = [*written[1:], 0]  # who writes a token is the position before it
+    back = [_back(names, looking, which) for which in (1, 0)]
+    first, *others = (np.array(x, np.int32) for x in (ids, branch, position, looking, [0] * len(ids), *back))
+    return MediaDocument(first, np.array(weights, np.float32), prompt_len, *others)
+
+
+def _back(names: Sequence[tuple[int, int]], looking: Sequence[int], which: int) -> list[int]:
+    """How many tokens back the first (0) or last (1) token of the last name is, where something is looked at."""
+    found = [0] * len(looking)
+    for number, name in enumerate(names):
+        end = names[number + 1][0] if number + 1 < len(names) else len(looking)
+        for i in range(name[1], end):
+            found[i] = (i - name[which]) if looking[i] else 0
+    return found
 
 
 def tokenize(conversation: Conversation, tokenizer: Tokenizer, budget: int = REAL_BUDGET) -> MediaDocument:
@@ -103,14 +137,15 @@ def tokenize(conversation: Conversation, tokenizer: Tokenizer, budget: int = REA
     recording = sounds.mel(speech.say(conversation.said).samples) if conversation.said else None
     sizes = [p.tokens for p in cut] if recording is None else [sounds.tokens(len(recording))]
     doc = tree([conversation], tokenizer, sizes)
-    return MediaDocument(doc.ids, doc.weights, doc.prompt_len, doc.branch, doc.position, cut, recording)
+    return replace(doc, pictures=cut, recording=recording)
 
 
 def about(item: Item, conversations: Sequence[Conversation], tokenizer: Tokenizer) -> MediaDocument:
-    """Conversations about something encoded."""
+    """Conversations about something encoded, and where to look for the answers."""
     doc = tree(conversations, tokenizer, item.sizes)
-    soft = np.concatenate(item.soft)
-    return MediaDocument(doc.ids, doc.weights, doc.prompt_len, doc.branch, doc.position, soft=soft)
+    if doc.look.any():
+        doc.thing[np.isin(doc.ids, [tokenizer.token_to_id(mark) for mark in MARKS])] = look.shown(item)
+    return replace(doc, soft=np.concatenate(item.soft))
 
 
 def ask(item: Item, rng: random.Random, questions: int = 6) -> list[Conversation]:
@@ -129,7 +164,8 @@ def pack(docs: Iterator[MediaDocument], tokenizer: Tokenizer, length: int, count
     """Whole documents first-fit into `count` rows of `length`, as mixture.rows does for text."""
     rows = Rows(
         np.full((count, length), PAD, np.int32),
-        *(np.zeros((count, length), dtype) for dtype in (np.float32, np.int32, np.int32, np.int32)),
+        np.zeros((count, length), np.float32),
+        *(np.zeros((count, length), np.int32) for _ in range(7)),
         np.zeros((count, length, width), np.float32),
     )
     marks = [tokenizer.token_to_id(mark) for mark in MARKS]
@@ -148,6 +184,8 @@ def pack(docs: Iterator[MediaDocument], tokenizer: Tokenizer, length: int, count
         at = slice(used[row], used[row] + n)
         rows.ids[row, at], rows.weights[row, at], rows.document[row, at] = doc.ids, doc.weights, held[row]
         rows.branch[row, at], rows.position[row, at] = doc.branch, doc.position
+        rows.look[row, at], rows.thing[row, at] = doc.look, doc.thing
+        rows.name[row, at], rows.colour[row, at] = doc.name, doc.colour
         rows.soft[row, at][np.isin(doc.ids, marks)] = doc.soft
         used[row] += n
     return rows
@@ -158,7 +196,10 @@ def text_rows(tokenizer: Tokenizer, rng: random.Random, length: int, count: int,
     ids, weights = mixture.rows(mixture.documents(tokenizer, rng, late=True), length, count)
     document = np.cumsum(ids == BOS, axis=1).astype(np.int32) * (ids != PAD)
     position = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
-    return Rows(ids, weights, document, np.zeros_like(ids), position, np.zeros((count, length, width), np.float32))
+    none = (np.zeros_like(ids) for _ in range(5))
+    soft = np.zeros((count, length, width), np.float32)
+    branch, *nowhere = none
+    return Rows(ids, weights, document, branch, position, *nowhere, soft)
 
 
 def masks(rows: Rows, window: int) -> dict[str, NDArray[np.bool_]]:
@@ -172,22 +213,21 @@ def masks(rows: Rows, window: int) -> dict[str, NDArray[np.bool_]]:
 
 
 def join(parts: Sequence[Rows]) -> Rows:
-    fields = ("ids", "weights", "document", "branch", "position", "soft")
-    return Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+    return Rows(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Rows)))
 
 
 def batch(tokenizer: Tokenizer, items: dict[str, list[Item]], seed: int, step: int, *, few: float = 0.0) -> Rows:
     """The rows of this step, which depend on the arguments alone: SHARE's kinds in order, then plain text.
 
-    few   chance that a picture of many shapes gives way to one of one or two
+    few   chance that a picture of many shapes gives way to one of up to three
     """
     rng = random.Random(f"media/{seed}/{step}")
     width = next(iter(items.values()))[0].soft[0].shape[1]
 
     def stream(kind: str) -> Iterator[MediaDocument]:
-        for one in cycle(OTHERS if kind == "others" else (kind,)):
+        for one in cycle(rng.sample(OTHERS, len(OTHERS)) if kind == "others" else (kind,)):
             item = rng.choice(items[one])
-            while one == "shapes" and rng.random() < few and len(item.source.shapes) > 2:
+            while one == "shapes" and rng.random() < few and len(item.source.shapes) > 3:
                 item = rng.choice(items[one])
             yield about(item, ask(item, rng, rng.choice((4, 6, 8))), tokenizer)
 

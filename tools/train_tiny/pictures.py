@@ -32,9 +32,20 @@ class Patches(NamedTuple):
         return self.columns * self.rows // POOL**2
 
 
+def _resized(width: int, height: int, budget: int) -> tuple[int, int]:
+    """(width, height) in pixels that a picture gets."""
+    return get_aspect_ratio_preserving_size(height, width, PATCH, budget * POOL**2, POOL)[::-1]
+
+
+def grid(width: int, height: int, budget: int) -> tuple[int, int]:
+    """(columns, rows) of soft tokens of a picture of so many pixels."""
+    columns, rows = (side // (PATCH * POOL) for side in _resized(width, height, budget))
+    return columns, rows
+
+
 def patches(image: Image.Image, budget: int) -> Patches:
     """Resize and cut one RGB picture; at most `budget` soft tokens."""
-    height, width = get_aspect_ratio_preserving_size(image.height, image.width, PATCH, budget * POOL**2, POOL)
+    width, height = _resized(image.width, image.height, budget)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
     rows, columns = height // PATCH, width // PATCH
     values = resized.reshape(rows, PATCH, columns, PATCH, 3).swapaxes(1, 2).reshape(rows * columns, -1)

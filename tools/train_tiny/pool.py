@@ -26,7 +26,8 @@ from .stages import load
 from .towers import build
 from .video import Clip
 
-KINDS = ("shapes", "writing", "clips", "speech")
+KINDS = ("shapes", "writing", "numbers", "clips", "speech", "digits")
+_GENERATORS = {"shapes": scenes.shape_scene, "writing": scenes.text_scene, "numbers": scenes.number_scene}
 # Soft tokens of a picture: Gemma 4's smallest budget, its next, one that trains in a third.
 REAL_BUDGET, LARGE_BUDGET, SMALL_BUDGET = 70, 140, 25
 
@@ -50,15 +51,21 @@ def source(kind: str, seed: int, number: int, small: float = 0.0) -> tuple[Scene
     """
     rng = random.Random(f"pool/{kind}/{seed}/{number}")
     draw = rng.random()
-    budget = SMALL_BUDGET if draw < small and kind != "writing" else LARGE_BUDGET if draw > 0.95 else REAL_BUDGET
-    if kind == "speech":
-        return speech.sample(rng, held_out=False), 0
+    budget = (
+        SMALL_BUDGET
+        if draw < small and kind not in ("writing", "numbers")
+        else LARGE_BUDGET
+        if draw > 0.95
+        else REAL_BUDGET
+    )
+    if kind in ("speech", "digits"):
+        return speech.sample(rng, held_out=False, skill="digits" if kind == "digits" else None), 0
     if kind == "clips":
         clip = skills_media.video_conversation(rng, held_out=False).clip
         assert clip is not None
         return clip, budget
     while True:
-        scene = scenes.sample(scenes.text_scene if kind == "writing" else scenes.shape_scene, rng, held_out=False)
+        scene = scenes.sample(_GENERATORS[kind], rng, held_out=False)
         if scene.things:
             return scene, budget
 

@@ -194,6 +194,11 @@ def text_scene(rng: random.Random, text: str | None = None) -> Scene:
     return Scene(width, height, ground(rng), (thing, *beside), rng.getrandbits(30))
 
 
+def number_scene(rng: random.Random) -> Scene:
+    """A number."""
+    return text_scene(rng, number(rng))
+
+
 def page_scene(rng: random.Random) -> Scene:
     """Rows of random characters: for learning the letters, never asked about."""
     width, height = size(rng)

@@ -20,9 +20,14 @@ from transformers import Gemma4ForConditionalGeneration
 
 from . import media_rows, pool, skills_media
 from .evaluate_media import right
+from .look import Gaze, at_thing, at_word
 from .media_rows import Rows
 from .stages import Stage, add_arguments, load, optimizers_for, parse
 from .towers import build
+
+LAYER, HEADS = 4, (0, 3)  # the full-attention layer with keys of its own; the heads that looked at pictures most
+COLOUR = (1, 3)  # layer and head that is to look back at the colour asked for …
+NAMES = ((2, 0), (3, 0))  # … and at the name's end: sliding layers, whose heads looked there from close by
 
 
 class Reader(nn.Module):
@@ -102,7 +107,7 @@ class Trainer:
     """The text model under training, and the untouched one."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.seed, self.keep = arguments.seed, arguments.keep
+        self.seed, self.keep, self.gaze_weight = arguments.seed, arguments.keep, arguments.gaze
         self.tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
         self.model = build(arguments.model, arguments.seed)
         self.text = self.model.model.language_model
@@ -113,6 +118,9 @@ class Trainer:
         self.items = {kind: pool.stored(arguments.out, kind) for kind in pool.KINDS}
         self.check = Check(self.model, self.tokenizer, arguments.check) if arguments.check else None
         self.reader, self.teacher = Reader(self.model), Reader(self.before)
+        self.gaze = Gaze(self.text, LAYER, HEADS)
+        self.colour = Gaze(self.text, COLOUR[0], COLOUR[1:])
+        self.names = [Gaze(self.text, layer, (head,)) for layer, head in NAMES]
         tables = [p for name, p in self.text.named_parameters() if "embed_tokens" in name]
         matrices = [p for name, p in self.text.named_parameters() if "embed_tokens" not in name]
         optimizers = optimizers_for(matrices, tables, arguments.lr, arguments.adam_lr)
@@ -128,21 +136,40 @@ class Trainer:
         weighted = weights[:, 1:][counts]
         return (losses.sum(1) * weighted).sum() / weighted.sum()
 
+    def gaze_loss(self, rows: Rows) -> tuple[Tensor, dict[str, float]]:
+        """-log of the weight that heads put where they should look: each hint counts the same. And the mean weights."""
+        kinds = [kind for kind, count in media_rows.SHARE.items() for _ in range(count)]
+        colour, name = (at_word(back, self.window) for back in (rows.colour, rows.name))
+        hints = [("gaze", self.gaze, at_thing(rows.look, rows.thing)), ("colour", self.colour, colour)]
+        hints += [(f"name{gaze.layer}", gaze, name) for gaze in self.names]
+        total, means = torch.zeros(()), {}
+        for label, gaze, wanted in hints:
+            mass, row = gaze.mass(wanted)
+            for kind in ("shapes", "others"):
+                mine = mass[torch.isin(row, torch.tensor([i for i, k in enumerate(kinds) if k == kind]))]
+                if len(mine):
+                    total = total - (mine + 1e-6).log().mean()
+                    means[f"{label}_{kind}"] = mine.mean().item()
+        return total, means
+
     def train_step(self) -> dict[str, float]:
         """One step; the mean loss of each kind of rows."""
-        few = 0.8 if self.stage.step < 0.4 * self.stage.steps else 0.0  # where a thing is, before which thing it is
+        few = 0.8 if self.stage.step < 0.2 * self.stage.steps else 0.0  # where a thing is, before which thing it is
         rows = media_rows.batch(self.tokenizer, self.items, self.seed, self.stage.step, few=few)
         inputs, weights = tensors(rows, self.window), torch.from_numpy(rows.weights)
         hidden = self.reader(*inputs)
+        gaze, seen = self.gaze_loss(rows)
         last = media_rows.SHARE["text"]
         kept = self.text_loss(hidden[-last:], tuple(part[-last:] for part in inputs), weights[-last:])
         counts = weights[:-last, 1:] > 0
         found = logits(self.text, hidden[:-last, :-1][counts], self.cap)
         losses = nn.functional.cross_entropy(found, inputs[0][:-last, 1:][counts], reduction="none")
-        self.stage.update(losses.mean() + self.keep * kept)
+        important = weights[:-last, 1:][counts]
+        answers = (losses * important).sum() / important.sum()
+        self.stage.update(answers + self.keep * kept + self.gaze_weight * gaze)
         kinds = [kind for kind, count in media_rows.SHARE.items() for _ in range(count) if kind != "text"]
         where = counts.nonzero()[:, 0]
-        result = {"text": kept.item()}
+        result = {"text": kept.item()} | seen
         for kind in dict.fromkeys(kinds):
             mine = torch.isin(where, torch.tensor([i for i, k in enumerate(kinds) if k == kind]))
             result[kind] = losses.detach()[mine].mean().item()
@@ -155,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Teach the text model to read its towers.")
     add_arguments(parser, steps=5000, lr=2e-3)
     parser.add_argument("--keep", type=float, default=2.0, help="weight of the untouched text model")
+    parser.add_argument("--gaze", type=float, default=0.1, help="weight of where to look")
     parser.add_argument("--check", type=int, default=0, help="held-out answers of each skill to score every 150 steps")
     trainer = Trainer(parse(parser))
     trainer.stage.run(trainer.train_step)
