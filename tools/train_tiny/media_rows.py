@@ -41,6 +41,7 @@ class MediaDocument(Document):
     thing      [n] the number of the thing that this soft token shows
     name       [n] how many tokens back its name ended, where something is to be looked at by name, or 0
     colour     [n] how many tokens back the name's first token is, the colour, or 0
+    place      [n, 4] the box of what is to be looked at by name, in 0…1
     """
 
     branch: NDArray[np.int32]
@@ -49,6 +50,7 @@ class MediaDocument(Document):
     thing: NDArray[np.int32]
     name: NDArray[np.int32]
     colour: NDArray[np.int32]
+    place: NDArray[np.float32]
     pictures: tuple[Patches, ...] = ()
     recording: NDArray[np.float32] | None = None  # mel [frames, 128]
     soft: NDArray[np.float16] | None = None  # [soft tokens, hidden], where they are encoded already
@@ -67,6 +69,7 @@ class Rows:
     thing: NDArray[np.int32]
     name: NDArray[np.int32]
     colour: NDArray[np.int32]
+    place: NDArray[np.float32]
     soft: NDArray[np.float32]
 
 
@@ -118,7 +121,12 @@ def tree(conversations: Sequence[Conversation], tokenizer: Tokenizer, sizes: Seq
     looking = [*written[1:], 0]  # who writes a token is the position before it
     back = [_back(names, looking, which) for which in (1, 0)]
     first, *others = (np.array(x, np.int32) for x in (ids, branch, position, looking, [0] * len(ids), *back))
-    return MediaDocument(first, np.array(weights, np.float32), prompt_len, *others)
+    place = np.zeros((len(ids), 4), np.float32)
+    shown = conversations[0].picture
+    if shown and names:
+        boxes = np.array([np.zeros(4), *(shown.box_2d(thing) for thing in shown.shapes)])
+        place[:] = boxes[looking] / 1000
+    return MediaDocument(first, np.array(weights, np.float32), prompt_len, *others, place)
 
 
 def _back(names: Sequence[tuple[int, int]], looking: Sequence[int], which: int) -> list[int]:
@@ -166,6 +174,7 @@ def pack(docs: Iterator[MediaDocument], tokenizer: Tokenizer, length: int, count
         np.full((count, length), PAD, np.int32),
         np.zeros((count, length), np.float32),
         *(np.zeros((count, length), np.int32) for _ in range(7)),
+        np.zeros((count, length, 4), np.float32),
         np.zeros((count, length, width), np.float32),
     )
     marks = [tokenizer.token_to_id(mark) for mark in MARKS]
@@ -185,7 +194,7 @@ def pack(docs: Iterator[MediaDocument], tokenizer: Tokenizer, length: int, count
         rows.ids[row, at], rows.weights[row, at], rows.document[row, at] = doc.ids, doc.weights, held[row]
         rows.branch[row, at], rows.position[row, at] = doc.branch, doc.position
         rows.look[row, at], rows.thing[row, at] = doc.look, doc.thing
-        rows.name[row, at], rows.colour[row, at] = doc.name, doc.colour
+        rows.name[row, at], rows.colour[row, at], rows.place[row, at] = doc.name, doc.colour, doc.place
         rows.soft[row, at][np.isin(doc.ids, marks)] = doc.soft
         used[row] += n
     return rows
@@ -199,7 +208,7 @@ def text_rows(tokenizer: Tokenizer, rng: random.Random, length: int, count: int,
     none = (np.zeros_like(ids) for _ in range(5))
     soft = np.zeros((count, length, width), np.float32)
     branch, *nowhere = none
-    return Rows(ids, weights, document, branch, position, *nowhere, soft)
+    return Rows(ids, weights, document, branch, position, *nowhere, np.zeros((count, length, 4), np.float32), soft)
 
 
 def masks(rows: Rows, window: int) -> dict[str, NDArray[np.bool_]]:

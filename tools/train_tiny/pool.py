@@ -47,17 +47,13 @@ class Item:
 def source(kind: str, seed: int, number: int, small: float = 0.0) -> tuple[Scene | Clip | Said, int]:
     """(what is shown or said, budget of soft tokens), from the training side of the split.
 
-    small   share of pictures at the small budget; one in twenty has the large one. Letters need their pixels.
+    small   share of pictures at the small budget; one in twenty has the large one
     """
     rng = random.Random(f"pool/{kind}/{seed}/{number}")
     draw = rng.random()
-    budget = (
-        SMALL_BUDGET
-        if draw < small and kind not in ("writing", "numbers")
-        else LARGE_BUDGET
-        if draw > 0.95
-        else REAL_BUDGET
-    )
+    budget = LARGE_BUDGET if draw > 0.95 else REAL_BUDGET
+    if draw < small and kind not in ("writing", "numbers"):  # letters need their pixels
+        budget = SMALL_BUDGET
     if kind in ("speech", "digits"):
         return speech.sample(rng, held_out=False, skill="digits" if kind == "digits" else None), 0
     if kind == "clips":

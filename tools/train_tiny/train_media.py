@@ -20,7 +20,7 @@ from transformers import Gemma4ForConditionalGeneration
 
 from . import media_rows, pool, skills_media
 from .evaluate_media import right
-from .look import Gaze, at_thing, at_word
+from .look import Gaze, Place, at_thing, at_word
 from .media_rows import Rows
 from .stages import Stage, add_arguments, load, optimizers_for, parse
 from .towers import build
@@ -28,6 +28,7 @@ from .towers import build
 LAYER, HEADS = 4, (0, 3)  # the full-attention layer with keys of its own; the heads that looked at pictures most
 COLOUR = (1, 3)  # layer and head that is to look back at the colour asked for …
 NAMES = ((2, 0), (3, 0))  # … and at the name's end: sliding layers, whose heads looked there from close by
+PLACE_WEIGHT, PLACE_RATE = 5.0, 5e-3  # of the hint that is a head of its own
 
 
 class Reader(nn.Module):
@@ -124,7 +125,10 @@ class Trainer:
         tables = [p for name, p in self.text.named_parameters() if "embed_tokens" in name]
         matrices = [p for name, p in self.text.named_parameters() if "embed_tokens" not in name]
         optimizers = optimizers_for(matrices, tables, arguments.lr, arguments.adam_lr)
-        self.stage = Stage(arguments.out / "media.pt", {"text": self.text}, optimizers, arguments.steps, warmup=30)
+        self.place = Place(self.text, LAYER, config.hidden_size)
+        optimizers = [*optimizers, (torch.optim.AdamW(self.place.parameters(), weight_decay=0.0), PLACE_RATE)]
+        modules = {"text": self.text, "place": self.place}
+        self.stage = Stage(arguments.out / "media.pt", modules, optimizers, arguments.steps, warmup=30)
 
     def text_loss(self, hidden: Tensor, inputs: tuple[Tensor, ...], weights: Tensor) -> Tensor:
         """Divergence of the model's next token from the untouched model's, where the text counts."""
@@ -166,10 +170,11 @@ class Trainer:
         losses = nn.functional.cross_entropy(found, inputs[0][:-last, 1:][counts], reduction="none")
         important = weights[:-last, 1:][counts]
         answers = (losses * important).sum() / important.sum()
-        self.stage.update(answers + self.keep * kept + self.gaze_weight * gaze)
+        error = self.place.error(torch.from_numpy(rows.colour > 0), torch.from_numpy(rows.place))
+        self.stage.update(answers + self.keep * kept + self.gaze_weight * gaze + PLACE_WEIGHT * error)
         kinds = [kind for kind, count in media_rows.SHARE.items() for _ in range(count) if kind != "text"]
         where = counts.nonzero()[:, 0]
-        result = {"text": kept.item()} | seen
+        result = {"text": kept.item(), "place": error.item()} | seen
         for kind in dict.fromkeys(kinds):
             mine = torch.isin(where, torch.tensor([i for i, k in enumerate(kinds) if k == kind]))
             result[kind] = losses.detach()[mine].mean().item()
