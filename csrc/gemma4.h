@@ -29,7 +29,7 @@ typedef struct {
     int rope;       /* which of the rotary tables */
 } g4_layer_config;
 
-enum { G4_MAX_ROPES = 4, G4_MAX_DIMS = 4 };
+enum { G4_MAX_ROPES = 4, G4_MAX_DIMS = 4, G4_MAX_HEAD_DIM = 1 << 14 };
 
 typedef struct {
     int d_model, n_layers, n_heads, d_vocab; /* D, L, H, V */

@@ -14,7 +14,7 @@ static g4_status check_range(const char *name, long value, long low, long high, 
 static g4_status check_layer(const g4_config *c, int i, g4_error *err)
 {
     const g4_layer_config *layer = &c->layers[i];
-    G4_TRY(check_range("layer head_dim", layer->head_dim, 2, 1 << 14, err));
+    G4_TRY(check_range("layer head_dim", layer->head_dim, 2, G4_MAX_HEAD_DIM, err));
     G4_TRY(check_range("layer n_kv_heads", layer->n_kv_heads, 1, c->n_heads, err));
     G4_TRY(check_range("layer d_mlp", layer->d_mlp, 1, 1 << 20, err));
     G4_TRY(check_range("layer window", layer->window, 0, 1 << 30, err));

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "model/config.h"
+#include "model/kv_keys.h"
 #include "model/model.h"
 
 enum { MIN_SLOTS = 64 };
@@ -14,9 +15,17 @@ static size_t slot_elements(const g4_config *config, int layer)
     return (size_t)config->layers[layer].n_kv_heads * (size_t)config->layers[layer].head_dim;
 }
 
+/* Bytes of a slot's values, and of its keys if they are whole. */
 static size_t slot_bytes(const g4_sequence *seq, int layer)
 {
     return g4_dtype_bytes(seq->dtype, slot_elements(&seq->model->config, layer));
+}
+
+static size_t key_bytes(const g4_sequence *seq, int layer)
+{
+    const size_t n_heads = (size_t)seq->model->config.layers[layer].n_kv_heads;
+    const int turned = seq->layers[layer].n_turned;
+    return turned ? g4_dtype_bytes(seq->dtype, n_heads * 2 * (size_t)turned) : slot_bytes(seq, layer);
 }
 
 /* Slots a layer needs before n_rows more rows are written. A sliding layer also keeps one window of slack, so that a
@@ -44,14 +53,18 @@ static int grown_slots(const g4_sequence *seq, int layer, int current, int neede
     return slots < needed ? needed : (int)slots;
 }
 
+static void copy_slot(g4_buffer *to, int to_slot, const g4_buffer *from, int from_slot, size_t n_bytes)
+{
+    memcpy((char *)g4_buffer_data(to) + (size_t)to_slot * n_bytes,
+           (const char *)g4_buffer_data(from) + (size_t)from_slot * n_bytes, n_bytes);
+}
+
 static void copy_slots(const g4_sequence *seq, const g4_kv_layer *from, g4_kv_layer *to, int layer)
 {
-    size_t n_bytes = slot_bytes(seq, layer);
     to->first = from->first > seq->length - to->n_slots ? from->first : seq->length - to->n_slots;
     for (int p = to->first; p < seq->length; p++) {
-        size_t source = (size_t)(p % from->n_slots) * n_bytes, target = (size_t)(p % to->n_slots) * n_bytes;
-        memcpy((char *)g4_buffer_data(to->k) + target, (const char *)g4_buffer_data(from->k) + source, n_bytes);
-        memcpy((char *)g4_buffer_data(to->v) + target, (const char *)g4_buffer_data(from->v) + source, n_bytes);
+        copy_slot(to->k, p % to->n_slots, from->k, p % from->n_slots, key_bytes(seq, layer));
+        copy_slot(to->v, p % to->n_slots, from->v, p % from->n_slots, slot_bytes(seq, layer));
     }
 }
 
@@ -59,25 +72,32 @@ static void release_layer(g4_kv_layer *kv)
 {
     g4_buffer_unref(kv->k);
     g4_buffer_unref(kv->v);
-    *kv = (g4_kv_layer){0};
+    *kv = (g4_kv_layer){.n_turned = kv->n_turned};
+}
+
+static g4_status new_slots(g4_buffer **buffer, int n_slots, size_t slot_bytes, g4_error *err)
+{
+    size_t n_bytes;
+    if (__builtin_mul_overflow((size_t)n_slots, slot_bytes, &n_bytes))
+        return g4_fail_nomem(err, ~0ull);
+    *buffer = g4_buffer_new(n_bytes);
+    return *buffer ? G4_OK : g4_fail_nomem(err, n_bytes);
 }
 
 static g4_status replace_layer(g4_sequence *seq, int layer, int n_slots, g4_error *err)
 {
-    g4_kv_layer fresh = {.n_slots = n_slots};
-    size_t n_bytes;
-    if (__builtin_mul_overflow((size_t)n_slots, slot_bytes(seq, layer), &n_bytes))
-        return g4_fail_nomem(err, ~0ull);
-    fresh.k = g4_buffer_new(n_bytes);
-    fresh.v = g4_buffer_new(n_bytes);
-    if (!fresh.k || !fresh.v) {
+    g4_kv_layer *kv = &seq->layers[layer], fresh = {.n_slots = n_slots, .n_turned = kv->n_turned};
+    g4_status status = new_slots(&fresh.k, n_slots, key_bytes(seq, layer), err);
+    if (status == G4_OK)
+        status = new_slots(&fresh.v, n_slots, slot_bytes(seq, layer), err);
+    if (status != G4_OK) {
         release_layer(&fresh);
-        return g4_fail_nomem(err, 2 * n_bytes);
+        return status;
     }
-    if (seq->layers[layer].k)
-        copy_slots(seq, &seq->layers[layer], &fresh, layer);
-    release_layer(&seq->layers[layer]);
-    seq->layers[layer] = fresh;
+    if (kv->k)
+        copy_slots(seq, kv, &fresh, layer);
+    release_layer(kv);
+    *kv = fresh;
     return G4_OK;
 }
 
@@ -105,26 +125,65 @@ g4_status g4_kv_reserve(g4_sequence *seq, int n_rows, g4_error *err)
     return G4_OK;
 }
 
-void g4_kv_store(g4_sequence *seq, const g4_kernels *kernels, int layer, int position, const float *k, const float *v)
-{
-    g4_kv_layer *kv = &seq->layers[layer];
-    const int n = (int)slot_elements(&seq->model->config, layer);
-    if (kv->first < position + 1 - kv->n_slots)
-        kv->first = position + 1 - kv->n_slots;
-    const size_t offset = (size_t)(position % kv->n_slots) * slot_bytes(seq, layer);
-    g4_narrow_for(kernels, seq->dtype)((char *)g4_buffer_data(kv->k) + offset, k, n);
-    g4_narrow_for(kernels, seq->dtype)((char *)g4_buffer_data(kv->v) + offset, v, n);
-}
-
 g4_kv_view g4_kv_view_of(const g4_sequence *seq, int layer)
 {
-    const g4_kv_layer *kv = &seq->layers[seq->model->config.layers[layer].kv_source];
+    const int source = seq->model->config.layers[layer].kv_source;
+    const g4_kv_layer *kv = &seq->layers[source];
     return (g4_kv_view){.k = g4_buffer_data(kv->k),
                         .v = g4_buffer_data(kv->v),
                         .dtype = seq->dtype,
                         .stride = slot_elements(&seq->model->config, layer),
                         .n_slots = kv->n_slots,
-                        .first = kv->first};
+                        .first = kv->first,
+                        .gain = kv->n_turned ? seq->model->weights.layers[source].k_norm : NULL,
+                        .n_turned = kv->n_turned};
+}
+
+/* From now on the layer keeps whole keys. */
+static g4_status keep_whole_keys(g4_sequence *seq, int layer, g4_error *err)
+{
+    g4_kv_layer *kv = &seq->layers[layer];
+    const size_t n_bytes = slot_bytes(seq, layer);
+    g4_buffer *k = NULL;
+    G4_TRY(new_slots(&k, kv->n_slots, n_bytes, err));
+    for (int p = kv->first; p < seq->length; p++)
+        g4_kv_whole_keys(seq, layer, p, (char *)g4_buffer_data(k) + (size_t)(p % kv->n_slots) * n_bytes);
+    g4_buffer_unref(kv->k);
+    kv->k = k;
+    kv->n_turned = 0;
+    return G4_OK;
+}
+
+static void store_keys(const g4_sequence *seq, int layer, const float *k, char *slot)
+{
+    const g4_layer_config *lc = &seq->model->config.layers[layer];
+    const int turned = seq->layers[layer].n_turned, half = lc->head_dim / 2;
+    const g4_narrow_f32_fn narrow = g4_narrow_for(seq->model->kernels, seq->dtype);
+    if (!turned) {
+        narrow(slot, k, (int)slot_elements(&seq->model->config, layer));
+        return;
+    }
+    for (int i = 0; i < 2 * lc->n_kv_heads; i++)
+        narrow(slot + g4_dtype_bytes(seq->dtype, (size_t)(i * turned)), k + (size_t)i * (size_t)half, turned);
+}
+
+g4_status g4_kv_store(g4_sequence *seq, int layer, int position, int n_rows, const float *k, const float *v,
+                      g4_error *err)
+{
+    g4_kv_layer *kv = &seq->layers[layer];
+    const size_t n = slot_elements(&seq->model->config, layer);
+    for (int i = 0; kv->n_turned && i < n_rows; i++)
+        if (!g4_kv_follows(seq, layer, k + (size_t)i * n, v + (size_t)i * n))
+            G4_TRY(keep_whole_keys(seq, layer, err));
+    if (kv->first < position + n_rows - kv->n_slots)
+        kv->first = position + n_rows - kv->n_slots;
+    for (int i = 0; i < n_rows; i++) {
+        const size_t slot = (size_t)((position + i) % kv->n_slots);
+        store_keys(seq, layer, k + (size_t)i * n, (char *)g4_buffer_data(kv->k) + slot * key_bytes(seq, layer));
+        g4_narrow_for(seq->model->kernels, seq->dtype)((char *)g4_buffer_data(kv->v) + slot * slot_bytes(seq, layer),
+                                                       v + (size_t)i * n, (int)n);
+    }
+    return G4_OK;
 }
 
 /* ---- sequences -------------------------------------------------------------------------------------------------- */
@@ -151,6 +210,8 @@ g4_status g4_sequence_new(const g4_model *model, g4_dtype kv_dtype, int capacity
     }
     *seq =
         (g4_sequence){.model = model, .dtype = kv_dtype, .capacity = capacity ? capacity : context, .layers = layers};
+    for (int layer = 0; layer < model->config.n_layers; layer++)
+        layers[layer].n_turned = g4_kv_turned_pairs(model, kv_dtype, layer);
     atomic_flag_clear(&seq->busy);
     *result = seq;
     return G4_OK;
@@ -220,6 +281,18 @@ static g4_status fail_busy(g4_error *err)
     return g4_fail(err, G4_ESTATE, "this sequence is in use by another call: a sequence serves one thread at a time");
 }
 
+/* Empty again: what edits left behind (whole keys) is gone. */
+static void forget(g4_sequence *seq, int layer)
+{
+    g4_kv_layer *kv = &seq->layers[layer];
+    const int turned = g4_kv_turned_pairs(seq->model, seq->dtype, layer);
+    kv->first = 0;
+    if (kv->n_turned == turned)
+        return;
+    release_layer(kv);
+    kv->n_turned = turned;
+}
+
 static g4_status truncate(g4_sequence *seq, int length, g4_error *err)
 {
     if (length < 0 || length > seq->length)
@@ -231,7 +304,7 @@ static g4_status truncate(g4_sequence *seq, int length, g4_error *err)
                        length, g4_sequence_min_truncate(seq), seq->length);
     seq->length = length;
     for (int layer = 0; length == 0 && layer < seq->model->config.n_layers; layer++)
-        seq->layers[layer].first = 0;
+        forget(seq, layer);
     return G4_OK;
 }
 
@@ -253,7 +326,8 @@ g4_status g4_sequence_fork(g4_sequence *seq, g4_sequence **fork, g4_error *err)
         (*fork)->length = seq->length;
         for (int layer = 0; layer < seq->model->config.n_layers; layer++) {
             const g4_kv_layer *kv = &seq->layers[layer];
-            (*fork)->layers[layer] = (g4_kv_layer){g4_buffer_ref(kv->k), g4_buffer_ref(kv->v), kv->n_slots, kv->first};
+            (*fork)->layers[layer] =
+                (g4_kv_layer){g4_buffer_ref(kv->k), g4_buffer_ref(kv->v), kv->n_slots, kv->first, kv->n_turned};
         }
     }
     g4_sequence_release(seq);
@@ -268,11 +342,30 @@ int g4_sequence_first_cached(const g4_sequence *seq, int layer)
 void g4_sequence_export(const g4_sequence *seq, int layer, void *k, void *v)
 {
     const g4_kv_layer *kv = &seq->layers[layer];
-    size_t n_bytes = slot_bytes(seq, layer);
+    const size_t n_bytes = slot_bytes(seq, layer);
     for (int p = kv->first; p < seq->length; p++) {
-        size_t source = (size_t)(p % kv->n_slots) * n_bytes, target = (size_t)(p - kv->first) * n_bytes;
-        memcpy((char *)k + target, (const char *)g4_buffer_data(kv->k) + source, n_bytes);
+        const size_t source = (size_t)(p % kv->n_slots) * n_bytes, target = (size_t)(p - kv->first) * n_bytes;
         memcpy((char *)v + target, (const char *)g4_buffer_data(kv->v) + source, n_bytes);
+        if (kv->n_turned)
+            g4_kv_whole_keys(seq, layer, p, (char *)k + target);
+        else
+            memcpy((char *)k + target, (const char *)g4_buffer_data(kv->k) + source, n_bytes);
+    }
+}
+
+/* Positions [first, first + n) into the layer's slots, keys as the layer keeps them. */
+static void import_slots(g4_sequence *seq, int layer, int first, int n, const char *k, const char *v)
+{
+    const g4_kv_layer *kv = &seq->layers[layer];
+    const size_t n_bytes = slot_bytes(seq, layer), n_key_bytes = key_bytes(seq, layer);
+    for (int i = 0; i < n; i++, k += n_bytes, v += n_bytes) {
+        const size_t slot = (size_t)((first + i) % kv->n_slots);
+        char *keys = (char *)g4_buffer_data(kv->k) + slot * n_key_bytes;
+        memcpy((char *)g4_buffer_data(kv->v) + slot * n_bytes, v, n_bytes);
+        if (kv->n_turned)
+            g4_kv_take_turned(seq, layer, k, keys);
+        else
+            memcpy(keys, k, n_bytes);
     }
 }
 
@@ -287,15 +380,18 @@ g4_status g4_sequence_import(g4_sequence *seq, int layer, int first, int length,
         return g4_fail(err, G4_EVALUE, "layer %d: positions before %d are missing", layer, first);
     if (length == 0)
         return G4_OK;
-    int n_slots = length - first < MIN_SLOTS ? MIN_SLOTS : length - first;
+    const int n = length - first, n_slots = n < MIN_SLOTS ? MIN_SLOTS : n;
+    bool same = true;
+    forget(seq, layer);
     G4_TRY(replace_layer(seq, layer, n_slots, err));
-    size_t n_bytes = slot_bytes(seq, layer);
     seq->layers[layer].first = first;
-    for (int p = first; p < length; p++) {
-        size_t source = (size_t)(p - first) * n_bytes, target = (size_t)(p % n_slots) * n_bytes;
-        memcpy((char *)g4_buffer_data(seq->layers[layer].k) + target, (const char *)k + source, n_bytes);
-        memcpy((char *)g4_buffer_data(seq->layers[layer].v) + target, (const char *)v + source, n_bytes);
-    }
+    import_slots(seq, layer, first, n, k, v);
+    if (seq->layers[layer].n_turned)
+        G4_TRY(g4_kv_gives_back(seq, layer, first, n, k, &same, err));
+    if (same)
+        return G4_OK;
+    G4_TRY(keep_whole_keys(seq, layer, err));
+    import_slots(seq, layer, first, n, k, v);
     return G4_OK;
 }
 

@@ -51,27 +51,23 @@ static g4_status cache_keys_and_values(g4_forward *f, int layer, const float *x)
     G4_TRY(rotate(f, layer, G4_SITE_ROT_K, k, lc->n_kv_heads));
     for (int s = 0; s < f->n_segments; s++) {
         const g4_segment *segment = &f->segments[s];
-        for (int row = segment->first_row; row < segment->first_row + segment->n_rows; row++)
-            g4_kv_store(segment->seq, f->exec.kernels, layer, f->positions[row], k + (size_t)row * width,
-                        v + (size_t)row * width);
+        const size_t row = (size_t)segment->first_row;
+        G4_TRY(g4_kv_store(segment->seq, layer, segment->first_position, segment->n_rows, k + row * width,
+                           v + row * width, f->exec.err));
     }
     return G4_OK;
 }
 
 /* The cached positions that this chunk can see, in order and as float32 [n_keys, K, h]; zeros before them. */
-static g4_status unroll_cache(g4_forward *f, int layer, const g4_attention *run, const void *cached, float **out)
+static g4_status unroll_cache(g4_forward *f, int layer, const g4_attention *run, const g4_kv_view *cached, float **out)
 {
-    const size_t width = kv_width(f, layer);
+    const size_t width = kv_width(f, layer), h = (size_t)run->head_dim;
     G4_ALLOC(&f->exec, *out, (size_t)run->n_keys * width);
-    for (int p = 0; p < run->n_keys; p++) {
-        float *row = *out + (size_t)p * width;
-        const char *slot =
-            (const char *)cached + g4_dtype_bytes(run->kv.dtype, (size_t)(p % run->kv.n_slots) * run->kv.stride);
-        if (p < run->kv.first)
-            memset(row, 0, width * sizeof *row);
-        else
-            g4_widen_for(f->exec.kernels, run->kv.dtype)(row, slot, (int)width);
-    }
+    memset(*out, 0, (size_t)run->kv.first * width * sizeof **out);
+    for (int p = run->kv.first; p < run->n_keys; p++)
+        for (int head = 0; head < run->n_kv_heads; head++)
+            g4_kv_read_keys(f->exec.kernels, cached, head, run->head_dim, p, 1,
+                            *out + (size_t)p * width + (size_t)head * h);
     return G4_OK;
 }
 
@@ -81,11 +77,14 @@ static g4_status tap_keys_used(g4_forward *f, int layer, const g4_segment *segme
     float *k, *v;
     if (!g4_tapped(f, G4_SITE_K_USED, layer) && !g4_tapped(f, G4_SITE_V_USED, layer))
         return G4_OK;
-    G4_TRY(unroll_cache(f, layer, run, run->kv.k, &k));
-    G4_TRY(unroll_cache(f, layer, run, run->kv.v, &v));
+    g4_kv_view values = run->kv;
+    values.k = values.v, values.gain = NULL;
+    G4_TRY(unroll_cache(f, layer, run, &run->kv, &k));
+    G4_TRY(unroll_cache(f, layer, run, &values, &v));
     G4_TRY(g4_tap_keys(f, G4_SITE_K_USED, layer, segment, k, run->n_keys));
     G4_TRY(g4_tap_keys(f, G4_SITE_V_USED, layer, segment, v, run->n_keys));
-    run->kv = (g4_kv_view){k, v, G4_F32, kv_width(f, layer), run->n_keys, run->kv.first};
+    run->kv = (g4_kv_view){
+        .k = k, .v = v, .dtype = G4_F32, .stride = kv_width(f, layer), .n_slots = run->n_keys, .first = run->kv.first};
     return G4_OK;
 }
 

@@ -10,6 +10,7 @@
 enum {
     BLOCK_ROWS = 48,      /* queries x heads of a task: enough that each key is loaded for many of them */
     MAX_SCORES = 1 << 20, /* scores a task may hold (4 MB), unless one query's heads need more */
+    KEY_TILE = 1 << 14,   /* float32 values of keys that are put together at a time: 32 keys of the largest heads */
     KEY_BLOCK = 256,      /* positions [256 i, 256 (i + 1)) are mixed first, then the blocks are added up in order */
 };
 
@@ -51,10 +52,27 @@ static int contiguous(const g4_attention *a, int first, int end)
     return min(end - first, a->kv.n_slots - first % a->kv.n_slots);
 }
 
+/* The same as below where keys are not stored whole. */
+static void score_joined_keys(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *q, int n,
+                              int first, int end, float *scores, size_t stride)
+{
+    float keys[KEY_TILE];
+    const size_t h = (size_t)a->head_dim;
+    for (int j = first, length; j < end; j += length) {
+        length = min(KEY_TILE / a->head_dim, end - j);
+        g4_kv_read_keys(kernels, &a->kv, kv_head, a->head_dim, j, length, keys);
+        kernels->matmul_f32(q, h, n, keys, h, length, a->head_dim, scores + (j - first), stride);
+    }
+}
+
 /* scores[i][j - first] = q_i . k_j for j in [first, end); q [n, h] dense. */
 static void score_keys(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *q, int n, int first,
                        int end, float *scores, size_t stride)
 {
+    if (a->kv.gain) {
+        score_joined_keys(kernels, a, kv_head, q, n, first, end, scores, stride);
+        return;
+    }
     for (int j = first; j < end;) {
         int length = contiguous(a, j, end);
         g4_matmul_for(kernels, a->kv.dtype)(q, (size_t)a->head_dim, n, kv_row(a, a->kv.k, j, kv_head), a->kv.stride,

@@ -8,14 +8,7 @@
 #define GEMMA4_OPS_ATTENTION_H
 
 #include "ops/exec.h"
-
-/* Keys and values of positions from `first` on: position p lies in slot p % n_slots, K heads of h values each. */
-typedef struct {
-    const void *k, *v;
-    g4_dtype dtype;
-    size_t stride; /* elements from slot to slot */
-    int n_slots, first;
-} g4_kv_view;
+#include "ops/kv_view.h"
 
 typedef struct {
     const float *q;           /* [T, H, h], rotated */

@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "ops/kv_view.h"
+
+/* How a view's heads are read: bytes, and functions for its type. */
+typedef struct {
+    size_t k_head, v_head, half, turned; /* of one head, of half of a whole one, of its turned pairs' first elements */
+    g4_widen_f32_fn widen;
+    g4_mul_fn mul;
+} reading;
+
+/* Turned pairs from k, the others from v: the first elements of all pairs, then the second ones. */
+static void join_key(const g4_kv_view *kv, const reading *r, const char *k, const char *v, int half, float *key)
+{
+    const int turned = kv->n_turned, rest = half - turned;
+    r->widen(key, k, turned);
+    r->widen(key + turned, v + r->turned, rest);
+    r->mul(key + turned, key + turned, kv->gain + turned, rest);
+    key += half;
+    r->widen(key, k + r->turned, turned);
+    r->widen(key + turned, v + r->half + r->turned, rest);
+    r->mul(key + turned, key + turned, kv->gain + half + turned, rest);
+}
+
+void g4_kv_read_keys(const g4_kernels *kernels, const g4_kv_view *kv, int kv_head, int head_dim, int first, int n,
+                     float *keys)
+{
+    const size_t h = (size_t)head_dim, n_heads = kv->stride / h, head = (size_t)kv_head;
+    const size_t k_width = kv->gain ? 2 * (size_t)kv->n_turned : h;
+    const reading r = {.k_head = g4_dtype_bytes(kv->dtype, k_width),
+                       .v_head = g4_dtype_bytes(kv->dtype, h),
+                       .half = g4_dtype_bytes(kv->dtype, h / 2),
+                       .turned = g4_dtype_bytes(kv->dtype, (size_t)kv->n_turned),
+                       .widen = g4_widen_for(kernels, kv->dtype),
+                       .mul = kernels->mul};
+    size_t slot = (size_t)(first % kv->n_slots);
+    for (int i = 0; i < n; i++, keys += h) {
+        const char *k = (const char *)kv->k + (slot * n_heads + head) * r.k_head;
+        const char *v = (const char *)kv->v + (slot * n_heads + head) * r.v_head;
+        if (kv->gain)
+            join_key(kv, &r, k, v, head_dim / 2, keys);
+        else
+            r.widen(keys, k, head_dim);
+        slot = slot + 1 < (size_t)kv->n_slots ? slot + 1 : 0;
+    }
+}
