@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers whose values are the normed projection of their keys: the cache holds values and what RoPE turned of the keys."""
+"""Layers whose values are their keys' normed projection: the cache holds values and what RoPE turned of the keys."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def keys_of(sequence, layer):
 
 @EVERY_TYPE
 def test_memory(model, prompt, kv_dtype):
-    """Of two equal buffers, 5/8 stays of both together; an edit that keys and values do not share brings it all back."""
+    """Of two equal buffers 5/8 stays of both together; an edit that keys and values do not share brings all back."""
     small, whole = (model.new_sequence(kv_dtype=kv_dtype) for _ in range(2))
     model.forward(prompt, sequence=small)
     with model.hooks([("blocks.*.attn.hook_rot_k", nudge)]):
@@ -74,7 +74,7 @@ def test_keys_are_what_the_hooks_see(model, prompt):
 
 @pytest.mark.parametrize("cut", [1, 5, 11])
 def test_an_edit_of_keys_alone_stays(model, prompt, cut):
-    """Made when the key is cached, it is there for later steps: the same as an edit of the keys in use at every step."""
+    """Made when the key is cached, it is there for later steps: as an edit of the keys in use at every step."""
     once = model.new_sequence()
     with model.hooks([("blocks.*.attn.hook_rot_k", nudge)]):
         model.forward(prompt[:cut], sequence=once)
