@@ -172,7 +172,7 @@ typedef struct {
     int n_layers, n_heads, n_kv_heads, head_dim, d_mlp;
     int n_positions, pool; /* positions of each axis; patches that a soft token averages along each axis */
     bool clipped, standardize;
-    bool on_disk; /* all tensors lie in file mappings: let go of the pages of those that were copied */
+    bool on_disk; /* the maps of layers lie in file mappings: let go of the pages of those that were copied */
     float rms_norm_eps;
     const float *rope_inv_freq; /* [head_dim / 4] angular frequencies of either axis; copied by g4_encoder_new */
     int conv_channels[2], conv_kernel;

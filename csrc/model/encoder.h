@@ -87,7 +87,7 @@ typedef struct {
     int n_rows, n_soft; /* input rows and soft tokens of the pass */
 } g4_encode_pass;
 
-/* ---- encoder.c, encoder_new.c ---- */
+/* ---- encoder.c, encoder_weights.c ---- */
 /* Announces a site: the arrays of all media of the pass, one below the other. Costs one compare when nobody listens. */
 g4_status g4_encoder_tap(g4_encode_pass *p, g4_site site, int layer, void *data);
 /* Announces one medium's part of it (index in the pass): scores and patterns exist one medium at a time. */

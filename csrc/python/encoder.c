@@ -164,11 +164,10 @@ static bool encoder_ready(const encoder_object *self)
 
 typedef struct {
     const encoder_object *self;
-    PyObject *medium_tuple, *tap_tuple; /* own every array in use */
+    PyObject *medium_tuple; /* owns every array in use */
     g4_medium *media;
-    g4_tap *taps;
-    engine_edit *edits;
-    int n_media, n_taps;
+    int n_media;
+    engine_taps taps;
     engine_gil gil;
 } encode_args;
 
@@ -220,52 +219,26 @@ static int read_medium(const encode_args *a, PyObject *tuple, g4_medium *medium)
     return 0;
 }
 
-static int read_tap(const encode_args *a, PyObject *tuple, g4_tap *tap, engine_edit *edit)
+static bool site_exists(void *context, g4_site site, int layer)
 {
-    const g4_encoder_config *c = g4_encoder_config_of(a->self->encoder);
-    PyObject *target;
-    int site;
-    if (!PyTuple_Check(tuple) || !PyArg_ParseTuple(tuple, "iiiO;a tap is (site, layer, medium, array or callable)",
-                                                   &site, &tap->layer, &tap->run, &target)) {
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_TypeError, "a tap is a tuple (site, layer, medium, array or callable)");
-        return -1;
-    }
-    if (site < 0 || site >= G4_N_SITES || !g4_encoder_site_exists(c, (g4_site)site, tap->layer) || tap->run < 0 ||
-        tap->run >= a->n_media) {
-        PyErr_Format(PyExc_ValueError, "no site %d in layer %d of medium %d", site, tap->layer, tap->run);
-        return -1;
-    }
-    tap->site = (g4_site)site;
-    if (PyCallable_Check(target)) {
-        *edit = (engine_edit){(engine_gil *)&a->gil, target, NPY_FLOAT32};
-        tap->edit = engine_run_edit;
-        tap->context = edit;
-        return 0;
-    }
-    int64_t shape[G4_MAX_DIMS];
-    npy_intp dims[G4_MAX_DIMS];
-    const int n_dims = g4_encoder_site_shape(c, tap->site, a->media[tap->run].n_rows, shape);
-    for (int i = 0; i < n_dims; i++)
-        dims[i] = (npy_intp)shape[i];
-    PyArrayObject *array = engine_check_array(target, NPY_FLOAT32, n_dims, dims, g4_site_name(tap->site));
-    if (!array || PyArray_FailUnlessWriteable(array, "a capture"))
-        return -1;
-    tap->dest = PyArray_DATA(array);
-    return 0;
+    const encode_args *a = context;
+    return g4_encoder_site_exists(g4_encoder_config_of(a->self->encoder), site, layer);
+}
+
+static int site_shape(void *context, const g4_tap *tap, int64_t shape[G4_MAX_DIMS])
+{
+    const encode_args *a = context;
+    return g4_encoder_site_shape(g4_encoder_config_of(a->self->encoder), tap->site, a->media[tap->run].n_rows, shape);
 }
 
 static int read_args(encode_args *a, PyObject *media, PyObject *taps)
 {
     a->medium_tuple = PySequence_Tuple(media);
-    a->tap_tuple = a->medium_tuple ? taps ? PySequence_Tuple(taps) : PyTuple_New(0) : NULL;
-    if (!a->tap_tuple)
+    if (!a->medium_tuple)
         return -1;
-    const size_t n_media = (size_t)PyTuple_GET_SIZE(a->medium_tuple), n_taps = (size_t)PyTuple_GET_SIZE(a->tap_tuple);
+    const size_t n_media = (size_t)PyTuple_GET_SIZE(a->medium_tuple);
     a->media = PyMem_Calloc(n_media + 1, sizeof *a->media);
-    a->taps = PyMem_Calloc(n_taps + 1, sizeof *a->taps);
-    a->edits = PyMem_Calloc(n_taps + 1, sizeof *a->edits);
-    if (!a->media || !a->taps || !a->edits || n_media > 1 << 16 || n_taps > 1 << 24) {
+    if (!a->media || n_media > 1 << 16) {
         PyErr_NoMemory();
         return -1;
     }
@@ -274,23 +247,17 @@ static int read_args(encode_args *a, PyObject *media, PyObject *taps)
         if (read_medium(a, PyTuple_GET_ITEM(a->medium_tuple, (Py_ssize_t)i), &a->media[i]))
             return -1;
     }
-    for (size_t i = 0; i < n_taps; i++) {
-        a->n_taps = (int)i + 1;
-        if (read_tap(a, PyTuple_GET_ITEM(a->tap_tuple, (Py_ssize_t)i), &a->taps[i], &a->edits[i]))
-            return -1;
-    }
-    return 0;
+    const engine_tap_owner owner = {a, &a->gil, "medium", a->n_media, site_exists, site_shape, NULL};
+    return engine_read_taps(taps, &owner, &a->taps);
 }
 
 static void release_args(encode_args *a)
 {
+    engine_release_taps(&a->taps);
     for (int i = 0; i < a->n_media; i++)
         PyMem_Free((void *)a->media[i].positions);
     PyMem_Free(a->media);
-    PyMem_Free(a->taps);
-    PyMem_Free(a->edits);
     Py_XDECREF(a->medium_tuple);
-    Py_XDECREF(a->tap_tuple);
 }
 
 static PyObject *encoder_encode(PyObject *object, PyObject *args, PyObject *kwargs)
@@ -307,8 +274,8 @@ static PyObject *encoder_encode(PyObject *object, PyObject *args, PyObject *kwar
     g4_status status = G4_EVALUE;
     if (read_args(&a, media, taps) == 0) {
         a.gil.state = PyEval_SaveThread();
-        status = g4_encode(a.self->encoder, a.media, a.n_media, a.taps, a.n_taps, engine_poll_signals, &a.gil, profile,
-                           &err);
+        status = g4_encode(a.self->encoder, a.media, a.n_media, a.taps.taps, a.taps.n, engine_poll_signals, &a.gil,
+                           profile, &err);
         PyEval_RestoreThread(a.gil.state);
         if (status != G4_OK)
             engine_raise(&err);

@@ -45,6 +45,31 @@ g4_status engine_run_edit(void *edit, void *data, const int64_t *shape, int n_di
 /* Checks that `object` is a C-contiguous array of that type and those axes (-1: any size); NULL and an exception else. */
 PyArrayObject *engine_check_array(PyObject *object, int type, int n_dims, const npy_intp *dims, const char *what);
 
+/* taps.c. What a tap may name: of the runs of a step, or of the media of an encoder's pass. */
+typedef struct {
+    void *context;
+    engine_gil *gil;
+    const char *run_name; /* for messages: "run", "medium" */
+    int n_runs;
+    bool (*exists)(void *context, g4_site site, int layer);
+    int (*shape)(void *context, const g4_tap *tap, int64_t shape[G4_MAX_DIMS]); /* returns the number of axes */
+    int (*n_rows)(void *context, int run);                                      /* NULL: its taps keep all rows */
+} engine_tap_owner;
+
+typedef struct {
+    PyObject *tuple; /* owns every array in use */
+    g4_tap *taps;
+    engine_edit *edits;
+    int n;
+} engine_taps;
+
+/* Tuples (site, layer, run, array or callable, and rows if they may choose); release also after a failure. */
+int engine_read_taps(PyObject *object, const engine_tap_owner *owner, engine_taps *taps);
+void engine_release_taps(engine_taps *taps);
+
+/* A copy of a one-dimensional int32 array, to be freed with PyMem_Free; None gives NULL and -1. */
+int engine_copy_ints(PyObject *object, const char *what, int32_t **copy, int *n);
+
 /* model.c, sequence.c, step.c, encoder.c, testing.c */
 extern PyType_Spec engine_model_spec, engine_sequence_spec, engine_encoder_spec;
 PyObject *engine_sequence_wrap(model_object *owner, g4_sequence *seq); /* takes seq, also when it fails */

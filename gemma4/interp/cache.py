@@ -35,7 +35,24 @@ class Stack(NamedTuple):
     labels: list[str]  # n names
 
 
-class ActivationCache(Mapping[str, NDArray[Any]]):
+class CapturedArrays(Mapping[str, NDArray[Any]]):
+    """Site name -> array, in forward order. What a name that is not there means is said by whoever inherits."""
+
+    def __init__(self, arrays: dict[str, NDArray[Any]]) -> None:
+        self._arrays = arrays
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self._arrays.values())
+
+
+class ActivationCache(CapturedArrays):
     """Site name -> float32 array (int32 for expert ids), in forward order.
 
     Each array owns its memory: the engine wrote into it directly, and nothing writes to it again. Axis T of an array
@@ -55,8 +72,8 @@ class ActivationCache(Mapping[str, NDArray[Any]]):
         positions: NDArray[np.int64],
         media: tuple[EncoderCache, ...] = (),
     ) -> None:
+        super().__init__(arrays)
         self._model = model
-        self._arrays = arrays
         self.tokens = tokens
         self.positions = positions
         self.media = media
@@ -82,15 +99,9 @@ class ActivationCache(Mapping[str, NDArray[Any]]):
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and canonical_name(key) in self._arrays
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
-
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self._arrays.values()) + sum(cache.nbytes for cache in self.media)
+        return super().nbytes + sum(cache.nbytes for cache in self.media)
 
     def to_dict(self) -> dict[str, NDArray[Any]]:
         """A plain dict of the same arrays, e.g. for `np.savez`."""

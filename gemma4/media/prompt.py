@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import SiteError
+from gemma4.interp.cache import CapturedArrays
 from gemma4.media.audio import MS_PER_TOKEN
 from gemma4.media.medium import KINDS, PLACEHOLDER, Kind, Medium
 
@@ -25,30 +26,21 @@ SOFT_ID: dict[Kind, int] = {"audio": -1, "image": -2, "video": -3}
 _ANY = re.compile("|".join(map(re.escape, PLACEHOLDER.values())))
 
 
-class EncoderCache(Mapping[str, NDArray[Any]]):
+class EncoderCache(CapturedArrays):
     """Activations inside an encoder of one picture, frame or recording: site name -> array, in forward order.
 
     run: which it is, and where in the prompt its soft tokens stand
     """
 
     def __init__(self, run: SoftRun, arrays: dict[str, NDArray[Any]]) -> None:
-        self.run, self._arrays = run, arrays
+        super().__init__(arrays)
+        self.run = run
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self._arrays:
             kind = self.run.medium.kind
             raise SiteError(f"{name!r} was not captured of this {kind}: ask for it with names= (docs/sites.md)")
         return self._arrays[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self._arrays.values())
 
     def __repr__(self) -> str:
         run = self.run

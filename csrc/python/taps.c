@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Taps out of Python tuples, for a step of the text model and for a pass of an encoder. Integer arrays are copied, so that
+ * no other thread can change them while the engine computes without the GIL; float arrays are used where they lie. */
+#include "python/engine.h"
+
+int engine_copy_ints(PyObject *object, const char *what, int32_t **copy, int *n)
+{
+    const npy_intp any[] = {-1};
+    *copy = NULL, *n = -1;
+    if (object == Py_None)
+        return 0;
+    PyArrayObject *array = engine_check_array(object, NPY_INT32, 1, any, what);
+    if (!array)
+        return -1;
+    if (PyArray_SIZE(array) > 1 << 30) {
+        PyErr_Format(PyExc_ValueError, "%s: too long", what);
+        return -1;
+    }
+    *n = (int)PyArray_SIZE(array);
+    *copy = PyMem_Malloc(((size_t)*n + 1) * sizeof **copy);
+    if (!*copy) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    memcpy(*copy, PyArray_DATA(array), (size_t)*n * sizeof **copy);
+    return 0;
+}
+
+/* Whether dest has the site's shape, with any number of rows where only some are kept. */
+static int read_destination(const engine_tap_owner *owner, g4_tap *tap, PyObject *object)
+{
+    const char *letters = g4_site_dims(tap->site);
+    int64_t shape[G4_MAX_DIMS];
+    npy_intp dims[G4_MAX_DIMS];
+    const int n_dims = owner->shape(owner->context, tap, shape);
+    int row_axis = -1;
+    for (int i = 0; i < n_dims; i++) {
+        dims[i] = (npy_intp)shape[i];
+        if (letters[i] == 'T')
+            row_axis = i;
+    }
+    if (row_axis >= 0 && tap->rows)
+        dims[row_axis] = -1;
+    PyArrayObject *array = engine_check_array(object, g4_site_is_int32(tap->site) ? NPY_INT32 : NPY_FLOAT32, n_dims,
+                                              dims, g4_site_name(tap->site));
+    if (!array || PyArray_FailUnlessWriteable(array, "a capture"))
+        return -1;
+    tap->dest = PyArray_DATA(array);
+    tap->n_dest_rows = row_axis >= 0 ? (int)PyArray_DIM(array, row_axis) : 0;
+    return 0;
+}
+
+static int read_rows(const engine_tap_owner *owner, g4_tap *tap, PyObject *rows)
+{
+    int32_t *ints;
+    int n;
+    if (!strchr(g4_site_dims(tap->site), 'T')) /* keys and values in use: all of them */
+        rows = Py_None;
+    if (engine_copy_ints(rows, "a tap's rows", &ints, &n))
+        return -1;
+    tap->rows = ints;
+    const int n_rows = owner->n_rows(owner->context, tap->run);
+    if (ints && n != n_rows) {
+        PyErr_Format(PyExc_ValueError, "a tap's rows: %d given for a %s of %d positions", n, owner->run_name, n_rows);
+        return -1;
+    }
+    return 0;
+}
+
+static int read_tap(const engine_tap_owner *owner, PyObject *tuple, g4_tap *tap, engine_edit *edit)
+{
+    PyObject *target, *rows = Py_None;
+    int site;
+    if (!PyTuple_Check(tuple) ||
+        !PyArg_ParseTuple(tuple, owner->n_rows ? "iiiOO" : "iiiO", &site, &tap->layer, &tap->run, &target, &rows)) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "a tap is a tuple (site, layer, %s, array or callable%s)", owner->run_name,
+                     owner->n_rows ? ", rows" : "");
+        return -1;
+    }
+    if (site < 0 || site >= G4_N_SITES || !owner->exists(owner->context, (g4_site)site, tap->layer)) {
+        PyErr_Format(PyExc_ValueError, "no site %d in layer %d", site, tap->layer);
+        return -1;
+    }
+    if (tap->run < 0 || tap->run >= owner->n_runs) {
+        PyErr_Format(PyExc_ValueError, "a tap names %s %d of %d", owner->run_name, tap->run, owner->n_runs);
+        return -1;
+    }
+    tap->site = (g4_site)site;
+    if (PyCallable_Check(target)) {
+        *edit = (engine_edit){owner->gil, target, g4_site_is_int32(tap->site) ? NPY_INT32 : NPY_FLOAT32};
+        tap->edit = engine_run_edit;
+        tap->context = edit;
+        return 0;
+    }
+    return owner->n_rows && read_rows(owner, tap, rows) ? -1 : read_destination(owner, tap, target);
+}
+
+int engine_read_taps(PyObject *object, const engine_tap_owner *owner, engine_taps *taps)
+{
+    taps->tuple = object ? PySequence_Tuple(object) : PyTuple_New(0);
+    if (!taps->tuple)
+        return -1;
+    const size_t n = (size_t)PyTuple_GET_SIZE(taps->tuple);
+    taps->taps = PyMem_Calloc(n + 1, sizeof *taps->taps);
+    taps->edits = PyMem_Calloc(n + 1, sizeof *taps->edits);
+    if (!taps->taps || !taps->edits || n > 1 << 24) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (size_t i = 0; i < n; i++) {
+        taps->n = (int)i + 1;
+        if (read_tap(owner, PyTuple_GET_ITEM(taps->tuple, (Py_ssize_t)i), &taps->taps[i], &taps->edits[i]))
+            return -1;
+    }
+    return 0;
+}
+
+void engine_release_taps(engine_taps *taps)
+{
+    for (int i = 0; i < taps->n; i++)
+        PyMem_Free((void *)taps->taps[i].rows);
+    PyMem_Free(taps->taps);
+    PyMem_Free(taps->edits);
+    Py_XDECREF(taps->tuple);
+}
