@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 BUDGETS = (70, 140, 280, 560, 1120)
 
 
-def add_attachments(parser: argparse.ArgumentParser) -> None:
+def add_attachments(parser: argparse.ArgumentParser, text: str = "attach to the first message (repeatable)") -> None:
     """--image, --audio, --video (repeatable) and --image-tokens."""
-    text = "attach to the first message (repeatable)"
     for kind, example in (("image", "a.jpg"), ("audio", "b.mp3"), ("video", "c.mp4")):
         parser.add_argument(f"--{kind}", action="append", default=[], metavar=example.upper(), help=text)
     add_image_tokens(parser)
@@ -33,7 +32,7 @@ def add_image_tokens(parser: argparse.ArgumentParser) -> None:
 def add_detect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="PHOTO")
     parser.add_argument("what", nargs="+", help='what to look for: "a car" "the red circle"')
-    parser.add_argument("--output", type=Path, help="the picture with boxes (default: PHOTO-boxes.png beside it)")
+    parser.add_argument("--output", type=Path, help="the picture with boxes (default: PHOTO-boxes.png here)")
     parser.add_argument("--prompt", help="ask this instead; {} stands for what is looked for")
     parser.add_argument("--max-tokens", type=int, default=512)
     add_image_tokens(parser)
@@ -48,18 +47,23 @@ def add_transcribe(parser: argparse.ArgumentParser) -> None:
 
 def attachments(model: Model, args: argparse.Namespace) -> list[Medium]:
     """What the options name, read and checked."""
-    return [
-        attachment(model, kind, path, args.image_tokens)
-        for kind in ("image", "video", "audio")
-        for path in getattr(args, kind)
-    ]
+    return [attachment(model, part["type"], part[part["type"]], args.image_tokens) for part in parts(args)]
+
+
+def parts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the options name, as parts of a message: pictures and videos before sound."""
+    return [_part(kind, path) for kind in ("image", "video", "audio") for path in getattr(args, kind)]
+
+
+def _part(kind: str, path: str) -> dict[str, Any]:
+    return {"type": kind, kind: str(Path(path).expanduser())}
 
 
 def attachment(model: Model, kind: Kind, path: str, image_tokens: int | None) -> Medium:
     """One file as a part of a message. Raises as `read_media`."""
     from gemma4.media.medium import read_media
 
-    message = {"content": [{"type": kind, kind: str(Path(path).expanduser())}]}
+    message = {"content": [_part(kind, path)]}
     return read_media([message], modalities=model.modalities, image_tokens=image_tokens or model.image_tokens)[0]
 
 
@@ -99,11 +103,19 @@ def run_detect(model: Model, args: argparse.Namespace, say: Callable[[str], None
     height, width = pixels.shape[:2]
     for one in found:
         numbers = " ".join(str(round(value)) for value in one.pixels(height, width))
-        print(f"{'box' if one.box else 'point'}\t{numbers}\t{one.label}")
+        print(f"{'box' if one.box else 'point'}\t{numbers}\t{one.label}", flush=True)
     if found:
-        output = args.output or args.image.with_name(f"{args.image.stem}-boxes.png")
-        draw_boxes(pixels, found).save(output, "PNG")
+        output = args.output or Path(f"{args.image.stem}-boxes.png")
+        _save(draw_boxes(pixels, found), output)
         say(f"{len(found)} found (top left bottom right in pixels, or y x); drawn in {output}")
+
+
+def _save(picture: Any, output: Path) -> None:
+    """The answer is printed already: a picture that cannot be written loses nothing but itself."""
+    try:
+        picture.save(output, "PNG")
+    except OSError as error:
+        raise OSError(f"cannot write {output}: {error.strerror or error}; name another file with --output") from None
 
 
 def run_transcribe(model: Model, args: argparse.Namespace, say: Callable[[str], None]) -> None:

@@ -113,18 +113,29 @@ def test_wrong_budget_is_wrong_usage(capsys):
 # -- detect ------------------------------------------------------------------------------------------------------------
 
 
-def test_detect_prints_and_draws(model, files, capsys, monkeypatch):
+def test_detect_prints_and_draws(model, files, capsys, monkeypatch, tmp_path):
     scripted = Scripted(model, monkeypatch, [ANSWER, "There is none."])
+    monkeypatch.chdir(tmp_path)
     assert main(["detect", f"{files}/a.png", "a car", "the dog"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "box\t9 24 45 72\tcar\npoint\t45 60\tnose\n"
     assert "the dog: no box or point in the answer: 'There is none.'" in captured.err
     assert "a-boxes.png" in captured.err
-    drawn = np.asarray(Image.open(files / "a-boxes.png"))
+    drawn = np.asarray(Image.open(tmp_path / "a-boxes.png"))
+    assert not (files / "a-boxes.png").exists()
     assert drawn.shape == (90, 120, 3)
     different = (drawn != picture(90, 120)).any(axis=-1)
     assert different[9, 24:72].all() and different[44, 24:72].all() and not different[30:42, 30:50].any()
     assert scripted.questions == ["Where is the car?", "Where is the dog?"]
+
+
+def test_detect_that_cannot_draw_has_answered(model, files, capsys, monkeypatch):
+    Scripted(model, monkeypatch, [ANSWER])
+    assert main(["detect", f"{files}/a.png", "a car", "--output", f"{files}/nowhere/out.png"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "box\t9 24 45 72\tcar\npoint\t45 60\tnose\n"
+    assert "cannot write" in captured.err and "nowhere/out.png: No such file" in captured.err
+    assert "--output" in captured.err and captured.err.count("\n") == 1
 
 
 def test_detect_writes_nothing_where_nothing_is(model, files, capsys, monkeypatch):
