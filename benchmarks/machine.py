@@ -54,6 +54,7 @@ def yardsticks(threads: int) -> dict[str, list[float]]:
         "read_bytes_per_s": [limits.read_bytes],
         "f32_ops_per_s": [limits.f32_work],
         "int8_ops_per_s": [limits.int8_work],
+        "int16_ops_per_s": [limits.int16_work],
         "flops": [sgemm_flops()],
     }
 

@@ -131,7 +131,7 @@ class EncoderConfig(TypedDict):
     d_soft: int  # width of what enters the projection
     d_out: int  # d_model of the text model
     rms_norm_eps: float
-    on_disk: bool  # all tensors are file mappings, whose pages may be let go of
+    on_disk: bool  # the maps of its layers are file mappings, whose pages may be let go of
     d_model: int
     n_layers: int
     n_heads: int
@@ -189,7 +189,8 @@ def profile_ops() -> tuple[str, ...]:
 def arithmetic_rate(kind: str, threads: int) -> float:
     """Operations per second (a multiply-add counts as two) of a loop in registers on all threads, about 10 ms long.
 
-    kind: "f32" (fma) or "int8" (products of 4-bit weights with bytes, as precision="fast" adds them up).
+    kind: "f32" (fma), "int8" (products of 4-bit weights with bytes, as precision="fast" adds them up in the text model)
+    or "int16" (products of 16 bits added by pairs, as it does in encoders).
     """
 
 def read_rate(array: F32, threads: int) -> tuple[float, float]:

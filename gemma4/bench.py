@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from gemma4 import _engine
 from gemma4.info import peak_bytes, size
+from gemma4.media.cache import encode
+from gemma4.media.medium import Medium, read_media
 from gemma4.model import Model, Precision, load
 from gemma4.profile import Limits, Profile
 from gemma4.sequence import KVDtype
@@ -27,8 +29,8 @@ I32 = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Speed:
-    """One phase, prefill or decode. seconds: of each timed call · tokens: a call's · profile: of calls that were run
-    for it, not among the timed ones."""
+    """One phase: prefill, decode, or the encoding of a picture, a recording or a video. seconds: of each timed call ·
+    tokens: a call's, soft ones of media · profile: of calls that were run for it, not among the timed ones."""
 
     tokens: int
     seconds: tuple[float, ...]
@@ -43,7 +45,7 @@ class Speed:
         """(share of the machine's peak arithmetic, share of its read bandwidth) that a median call reaches."""
         total = self.profile.total
         per_step = 1 / max(total.calls, 1) / median(self.seconds)
-        arithmetic = total.work / limits.f32_work + total.int8_work / limits.int8_work
+        arithmetic = sum(op.arithmetic_seconds(limits) for op in self.profile.ops)
         return arithmetic * per_step, total.streamed / limits.read_bytes * per_step
 
 
@@ -55,6 +57,7 @@ class Benchmark:
     prefill, decode  a prompt with the logits of its last position; one token after that prompt
     peak_bytes       peak resident memory of the process up to the end of decoding, mapped weights included
     limits           of this machine, with as many threads, measured right after
+    media            "image PATH" and so on: from decoded pixels or samples to soft tokens
     """
 
     model: str
@@ -66,6 +69,12 @@ class Benchmark:
     peak_bytes: int
     limits: Limits
     notes: tuple[str, ...] = field(default=())
+    media: dict[str, Speed] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> dict[str, Speed]:
+        """All that was timed: "prefill", "decode", and the media."""
+        return {"prefill": self.prefill, "decode": self.decode, **self.media}
 
     def __str__(self) -> str:
         arithmetic, _ = self.prefill.share(self.limits)
@@ -77,10 +86,17 @@ class Benchmark:
             ("load", f"{self.load_s:.2f} s"),
             ("prefill", f"{_speed(self.prefill)}, {self.prompt} tokens, {arithmetic:.0%} of peak arithmetic"),
             ("decode", f"{_speed(self.decode)}, after {self.prompt}, {reading:.0%} of read bandwidth"),
+            *((name.split()[0], self._medium(name, speed)) for name, speed in self.media.items()),
             ("peak memory", f"{size(self.peak_bytes)} resident, mapped weights included"),
             *(("note", note) for note in self.notes),
         ]
         return "\n".join(f"{label:<12} {value}" for label, value in rows)
+
+    def _medium(self, name: str, speed: Speed) -> str:
+        arithmetic, _ = speed.share(self.limits)
+        file = name.partition(" ")[2]
+        took = f"{1e3 * median(speed.seconds):.4g} ms"
+        return f"{file}: {took}, {_speed(speed)}, {speed.tokens} soft tokens, {arithmetic:.0%} of peak arithmetic"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON."""
@@ -92,7 +108,7 @@ class Benchmark:
                 "share_of_bandwidth": speed.share(self.limits)[1],
                 "ops": [op._asdict() for op in speed.profile.ops],
             }
-            for name, speed in (("prefill", self.prefill), ("decode", self.decode))
+            for name, speed in self.phases.items()
         }
         record = {"model": self.model, "how": self.how, "prompt": self.prompt, "load_s": self.load_s}
         return record | {"peak_bytes": self.peak_bytes, "limits": self.limits.__dict__, **speeds}
@@ -102,7 +118,7 @@ def machine_text(limits: Limits) -> str:
     """The limits in words."""
     return (
         f"reads {limits.read_bytes / 1e9:.1f} GB/s, computes {limits.f32_work / 1e9:.0f} GFLOP/s in float32, "
-        f"{limits.int8_work / 1e9:.0f} Gop/s in bytes (measured)"
+        f"{limits.int8_work / 1e9:.0f} Gop/s in bytes, {limits.int16_work / 1e9:.0f} in 16 bits (measured)"
     )
 
 
@@ -110,8 +126,8 @@ def measure_limits(threads: int) -> Limits:
     """Read bandwidth and peak arithmetic of `threads` threads, each the best of a quarter of a second's passes."""
     array = np.ones(READ_FLOATS, np.float32)
     reading = _best(lambda: _engine.read_rate(array, threads)[0])
-    f32, int8 = (_best(lambda kind=kind: _engine.arithmetic_rate(kind, threads)) for kind in ("f32", "int8"))
-    return Limits(reading, f32, int8)
+    kinds = ("f32", "int8", "int16")
+    return Limits(reading, *(_best(lambda kind=kind: _engine.arithmetic_rate(kind, threads)) for kind in kinds))
 
 
 def _best(rate: Callable[[], float]) -> float:
@@ -161,6 +177,19 @@ def measure_model(model: Model, *, prompt: int, decode: int, repeats: int) -> tu
     return Speed(prompt, prefill_seconds, prefill_profile), Speed(1, decode_seconds, decode_profile)
 
 
+def measure_medium(model: Model, medium: Medium, *, repeats: int) -> Speed:
+    """Encoding one picture, recording or video, what prepares its pixels or samples included. The first call, which
+    binds the encoder, does not count."""
+
+    def call() -> None:
+        encode(model, medium)
+
+    call()
+    with model.profile() as profile:
+        call()
+    return Speed(medium.n_runs * medium.run_length, tuple(_timed(call) for _ in range(repeats)), profile)
+
+
 def _random_ids(model: Model, n: int) -> I32:
     """Token ids of the middle of the vocabulary; what is measured does not depend on them."""
     return np.random.default_rng(0).integers(model.n_token_ids // 4, model.n_token_ids, n).astype(np.int32)
@@ -176,11 +205,14 @@ def bench(
     threads: int = 0,
     precision: Precision | None = None,
     kv_dtype: KVDtype | None = None,
+    media: Sequence[Mapping[str, Any]] = (),
+    image_tokens: int | None = None,
 ) -> Benchmark:
-    """Load a model and measure it: `repeats` prompts of `prompt` random tokens, then `decode` tokens after one.
+    """Load a model and measure it: `repeats` prompts of `prompt` random tokens, then `decode` tokens after one, then
+    `repeats` times the encoding of each of `media`, parts of a message as in a chat ({"type": "image", "image": …}).
 
-    The prompt is shortened (with a note) where the model's context is too small.
-    Raises ValueError for counts below 1 (decode: below 4), and what `gemma4.load` raises.
+    The prompt is shortened (with a note) where the model's context is too small. image_tokens: None = the model's.
+    Raises ValueError for counts below 1 (decode: below 4), and what `gemma4.load` and `read_media` raise.
     """
     if prompt < 1 or repeats < 1 or decode < 4:
         raise ValueError(f"prompt {prompt}, repeats {repeats}, decode {decode}: expected at least 1, 1 and 4")
@@ -188,6 +220,8 @@ def bench(
     options = {"mmproj": mmproj, "threads": threads, "precision": precision, "kv_dtype": kv_dtype}
     load_s = _timed(lambda: opened.append(load(name_or_path, **options)))  # type: ignore[arg-type]
     with opened[0] as model:
+        budget = model.image_tokens if image_tokens is None else image_tokens
+        found = read_media([{"content": list(media)}], modalities=model.modalities, image_tokens=budget)
         notes: list[str] = []
         room = model.context_length - decode
         if room < 1:
@@ -197,7 +231,8 @@ def bench(
             prompt = room
         speeds = measure_model(model, prompt=prompt, decode=decode, repeats=repeats)
         peak = peak_bytes()
+        encoding = {f"{one.kind} {one.name}": measure_medium(model, one, repeats=repeats) for one in found}
         limits = measure_limits(model.engine.threads)  # last: its array would count as memory
         engine = model.engine
         how = f"{engine.isa}, {engine.threads} threads, precision {engine.precision}, KV {model.kv_dtype}"
-        return Benchmark(str(model.checkpoint.path), how, prompt, load_s, *speeds, peak, limits, tuple(notes))
+        return Benchmark(str(model.checkpoint.path), how, prompt, load_s, *speeds, peak, limits, tuple(notes), encoding)

@@ -97,6 +97,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--precision", choices=("exact", "fast"), help="default: the model's own")
     parser.add_argument("--profile", action="store_true", help="also a table of where the time goes, per operation")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
+    cli_media.add_attachments(parser, "time the encoding of it, too (repeatable)")
     _add_engine(parser)
 
 
@@ -210,10 +211,11 @@ def _bench(args: argparse.Namespace) -> None:
     from gemma4.bench import bench
 
     names = ("mmproj", "prompt", "decode", "repeats", "threads", "precision", "kv_dtype")
-    result = bench(args.model, **{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in names}
+    result = bench(args.model, media=cli_media.parts(args), image_tokens=args.image_tokens, **options)
     print(result)
     if args.profile:
-        for name, speed in (("prefill", result.prefill), ("decode", result.decode)):
+        for name, speed in result.phases.items():
             _stdout().print(speed.profile.table(result.limits, f"{name}, {speed.tokens} tokens"))
     if args.json:
         args.json.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")

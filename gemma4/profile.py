@@ -43,12 +43,14 @@ class Limits:
 
     read_bytes       bytes per second from memory
     f32_work         float32 operations per second; a multiply-add counts as two
-    int8_work        the same of products of 4-bit or 8-bit weights with bytes
+    int8_work        the same of products of 4-bit or 8-bit weights with bytes: the text model's, with precision="fast"
+    int16_work       the same of products of 16 bits: the encoders'
     """
 
     read_bytes: float
     f32_work: float
     int8_work: float
+    int16_work: float
 
 
 class OpTotal(NamedTuple):
@@ -74,8 +76,12 @@ class OpTotal(NamedTuple):
 
     def least_seconds(self, limits: Limits) -> float:
         """The time it would take at the machine's limit, of arithmetic or of reading, whichever is longer."""
-        arithmetic = self.work / limits.f32_work + self.int8_work / limits.int8_work
-        return max(arithmetic, self.streamed / limits.read_bytes)
+        return max(self.arithmetic_seconds(limits), self.streamed / limits.read_bytes)
+
+    def arithmetic_seconds(self, limits: Limits) -> float:
+        """The time its arithmetic would take at the machine's limits."""
+        whole = limits.int8_work if self.part == "text" else limits.int16_work
+        return self.work / limits.f32_work + self.int8_work / whole
 
 
 class Profile:

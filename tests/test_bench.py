@@ -21,7 +21,7 @@ from gemma4.profile import ROW_OPS, Limits, OpTotal, Profile
 from gemma4.quantization import quantize
 
 TABLES = {"embedding rows", "per-layer rows"}
-LIMITS = Limits(read_bytes=10e9, f32_work=100e9, int8_work=400e9)
+LIMITS = Limits(read_bytes=10e9, f32_work=100e9, int8_work=400e9, int16_work=200e9)
 
 
 def by_name(profile: Profile) -> dict[str, OpTotal]:
@@ -173,6 +173,7 @@ def test_share_of_the_nearer_limit():
     assert op.least_seconds(LIMITS) == pytest.approx(0.5)
     assert op._replace(bytes=8e9).least_seconds(LIMITS) == pytest.approx(0.8)
     assert op._replace(work=0.0, int8_work=100e9).least_seconds(LIMITS) == pytest.approx(0.25)
+    assert op._replace(work=0.0, int8_work=100e9, part="audio").least_seconds(LIMITS) == pytest.approx(0.5)
     assert op._replace(name="norm", bytes=8e9).least_seconds(LIMITS) == pytest.approx(0.5)  # from cache
 
 
@@ -215,7 +216,7 @@ def test_read_rate_reads_everything():
             _engine.read_rate(bad, 1)
 
 
-@pytest.mark.parametrize("kind", ["f32", "int8"])
+@pytest.mark.parametrize("kind", ["f32", "int8", "int16"])
 def test_arithmetic_rate_is_a_limit(kind):
     """Not more than eight 64-byte products a cycle at 10 GHz, and not less than a NumPy loop's."""
     rate = max(_engine.arithmetic_rate(kind, 1) for _ in range(5))
@@ -225,7 +226,7 @@ def test_arithmetic_rate_is_a_limit(kind):
 
 
 def test_arithmetic_rate_names():
-    with pytest.raises(ValueError, match='"f32" or "int8"'):
+    with pytest.raises(ValueError, match='"f32", "int8" or "int16"'):
         _engine.arithmetic_rate("f64", 1)
 
 
@@ -265,9 +266,26 @@ def test_bench_command(random_dir, tmp_path, capsys):
     assert main(["bench", str(random_dir), "--repeats", "0"]) == 1
 
 
+def test_bench_command_encodes_media(tmp_path, capsys):
+    Image = pytest.importorskip("PIL.Image")
+    picture = np.random.default_rng(0).integers(0, 256, (64, 96, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "a b.png")
+    out = tmp_path / "bench.json"
+    options = ["--prompt", "8", "--decode", "4", "--repeats", "2", "--profile", "--json", str(out)]
+    options += ["--image", str(tmp_path / "a b.png"), "--image-tokens", "140"]
+    assert main(["bench", "tiny-e", *options]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"image +\S+/a b\.png: [\d.]+ ms, .* tokens/s .*, 126 soft tokens, \d+% of peak arithmetic", text)
+    assert text.count("vision: gate, up") == 1 and "126 tokens" in text
+    record = json.loads(out.read_text())[f"image {tmp_path}/a b.png"]
+    assert len(record["seconds"]) == 2 and {op["part"] for op in record["ops"]} == {"vision"}
+    assert main(["bench", "tiny-moe", "--image", str(tmp_path / "a b.png")]) == 1
+    assert "a b.png: this model has no vision encoder" in capsys.readouterr().err
+
+
 def test_limits_are_positive():
     limits = measure_limits(1)
-    assert min(limits.read_bytes, limits.f32_work, limits.int8_work) > 1e8
+    assert min(limits.read_bytes, limits.f32_work, limits.int8_work, limits.int16_work) > 1e8
 
 
 # ---- idle ---------------------------------------------------------------------------------------------------------

@@ -33,13 +33,19 @@ static void spin(void *context, int task, int worker)
     const limit_task *t = context;
     float sums[MAX_SUMS];
     int8_t bytes[512];
+    int16_t shorts[512];
     int32_t sum;
     (void)worker;
     for (int i = 0; i < MAX_SUMS; i++)
         sums[i] = (float)i;
     memset(bytes, 1, sizeof bytes);
-    t->results[task] = t->kind == G4_SPIN_F32 ? t->kernels->spin_f32(sums, SPIN_ROUNDS)
-                                              : t->kernels->spin_int8(bytes, &sum, SPIN_ROUNDS);
+    for (int i = 0; i < 512; i++)
+        shorts[i] = 1;
+    switch (t->kind) {
+    case G4_SPIN_F32: t->results[task] = t->kernels->spin_f32(sums, SPIN_ROUNDS); break;
+    case G4_SPIN_INT8: t->results[task] = t->kernels->spin_int8(bytes, &sum, SPIN_ROUNDS); break;
+    default: t->results[task] = t->kernels->spin_int16(shorts, &sum, SPIN_ROUNDS);
+    }
 }
 
 static void read_slice(void *context, int task, int worker)

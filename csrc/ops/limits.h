@@ -7,7 +7,7 @@
 
 #include "base/status.h"
 
-typedef enum { G4_SPIN_F32, G4_SPIN_INT8 } g4_spin;
+typedef enum { G4_SPIN_F32, G4_SPIN_INT8, G4_SPIN_INT16 } g4_spin;
 
 /* Operations per second (a multiply-add counts as two) of a loop in registers, on all threads. */
 g4_status g4_arithmetic_rate(g4_spin kind, int n_threads, double *per_second, g4_error *err);

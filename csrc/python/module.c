@@ -114,6 +114,10 @@ static PyObject *profile_ops(PyObject *self, PyObject *unused)
     return tuple;
 }
 
+enum { N_SPINS = 3 };
+static const char *const spin_names[N_SPINS] = {
+    [G4_SPIN_F32] = "f32", [G4_SPIN_INT8] = "int8", [G4_SPIN_INT16] = "int16"};
+
 /* arithmetic_rate(kind, threads) -> operations per second */
 static PyObject *arithmetic_rate(PyObject *self, PyObject *args)
 {
@@ -125,11 +129,13 @@ static PyObject *arithmetic_rate(PyObject *self, PyObject *args)
     (void)self;
     if (!PyArg_ParseTuple(args, "si", &kind, &n_threads))
         return NULL;
-    const bool int8 = strcmp(kind, "int8") == 0;
-    if (!int8 && strcmp(kind, "f32") != 0)
-        return PyErr_Format(PyExc_ValueError, "\"%s\": expected \"f32\" or \"int8\"", kind);
+    int spin = 0;
+    while (spin < N_SPINS && strcmp(kind, spin_names[spin]) != 0)
+        spin++;
+    if (spin == N_SPINS)
+        return PyErr_Format(PyExc_ValueError, "\"%s\": expected \"f32\", \"int8\" or \"int16\"", kind);
     Py_BEGIN_ALLOW_THREADS;
-    status = g4_arithmetic_rate(int8 ? G4_SPIN_INT8 : G4_SPIN_F32, n_threads, &rate, &err);
+    status = g4_arithmetic_rate((g4_spin)spin, n_threads, &rate, &err);
     Py_END_ALLOW_THREADS;
     return status == G4_OK ? PyFloat_FromDouble(rate) : engine_raise(&err);
 }

@@ -80,7 +80,7 @@ def test_every_kernel_is_swept_here() -> None:
     rows = set(ROW_KERNELS)
     by_type = {f"{name}_{dtype.lower()}" for name in ("matmul", "weighted_sum", "widen", "narrow") for dtype in DTYPES}
     in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", "matmul_int8", "widen") for dtype in FORMATS}
-    limits = {"spin_f32", "spin_int8", "read_sum"}  # in test_bench.py
+    limits = {"spin_f32", "spin_int8", "spin_int16", "read_sum"}  # in test_bench.py
     in_blocks |= {"quantize_rows", "weighted_sum_q8_0", "narrow_q8_0"}  # these in test_block_formats.py
     others = {"sum_squares", "matmul_panel", "pack_panel", "quantize_rows16", "pack_panel16", "matmul_panel16"}
     assert set(testing.names()) == rows | by_type | in_blocks | limits | others
