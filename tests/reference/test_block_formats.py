@@ -125,8 +125,8 @@ FEW = 4  # rows of x; more lie by fours
 
 
 def in_order(q: np.ndarray, m: int) -> np.ndarray:
-    """[m, blocks, 32]. A few rows keep first and last halves of blocks b and b + 4 of every 8; of more, 8 inputs of each
-    of 4 rows lie together."""
+    """[m, blocks, 32]. A few rows keep first and last halves of blocks b and b + 4 of every 8; of more, 8 inputs of
+    each of 4 rows lie together."""
     if m <= FEW:
         return q.reshape(m, -1, 4, 2, 2, 16).transpose(0, 1, 4, 2, 3, 5).reshape(m, -1, 32)
     return q.reshape(len(q) // 4, -1, 4, 8).transpose(0, 2, 1, 3).reshape(len(q), -1, 32)[:m]
