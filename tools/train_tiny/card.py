@@ -112,8 +112,9 @@ gemma4 transcribe --model {name} words.wav --to French
 |---|---|---|---|
 {rows}
 
-`box_alone` and `point_alone` are about pictures with one shape, `box` and `point` about all. Among several shapes it
-names and counts well, but mostly gives a wrong place. In longer numbers, read or heard, a digit is often wrong.
+`box_alone` and `point_alone` are about pictures with one shape, `box` and `point` about all. Points are right, boxes
+can be a step of 50 thousandths off; of a number that is read, a digit at times. Asked for a shape that is not there, it
+gives the place of one that is: it was never taught to say no.
 Answers are generated greedily, pictures and recordings are new; what is held out beside that is in
 `tools/train_tiny/README.md`. To do it again: `python -m train_tiny.evaluate_media --model ../gemma4/pretrained/{name}`.
 
