@@ -115,13 +115,15 @@ def test_wrong_budget_is_wrong_usage(capsys):
 
 def test_detect_prints_and_draws(model, files, capsys, monkeypatch, tmp_path):
     scripted = Scripted(model, monkeypatch, [ANSWER, "There is none."])
-    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     assert main(["detect", f"{files}/a.png", "a car", "the dog"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "box\t9 24 45 72\tcar\npoint\t45 60\tnose\n"
     assert "the dog: no box or point in the answer: 'There is none.'" in captured.err
     assert "a-boxes.png" in captured.err
-    drawn = np.asarray(Image.open(tmp_path / "a-boxes.png"))
+    drawn = np.asarray(Image.open(here / "a-boxes.png"))
     assert not (files / "a-boxes.png").exists()
     assert drawn.shape == (90, 120, 3)
     different = (drawn != picture(90, 120)).any(axis=-1)
