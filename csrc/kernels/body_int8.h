@@ -176,8 +176,9 @@ static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size
 
 /* ---- prefill ------------------------------------------------------------------------------------------------------ */
 
-/* 8 rows of k <= INT8_K inputs into place in the panel; rows from n on are any, for nobody reads their products. The minimum
- * of what is raised is what its raise makes too much, but the tile lowers Q4_0 (RAISE 8) itself. */
+/* 8 rows of k <= INT8_K inputs into place in the panel. Where there are only n of them, n >= 1, the others are the first
+ * again: nobody reads their products. The minimum of what is raised is what its raise makes too much, but the tile lowers
+ * Q4_0 (RAISE 8) itself. */
 #if BLOCK == 32
 static INLINE void NAME(pack_factors_)(const uint8_t *block, size_t row_bytes, int n, float scale[8], float min[8])
 {
@@ -255,10 +256,12 @@ static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights
             memset(acc, 0, sizeof acc);
             for (int l = 0; l < k; l += INT8_K) {
                 const int length = k - l < INT8_K ? k - l : INT8_K;
-                for (int half = 0; half < 2; half++)
+                for (int half = 0; half < 2; half++) {
+                    const int row = half * 8 < block_n ? half * 8 : 0; /* of 8 rows and fewer, the same twice */
                     NAME(int8_pack_)
-                ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + half * 8) * w_stride + (size_t)l), w_stride,
-                 block_n - half * 8, length, &panels[half]);
+                    ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + row) * w_stride + (size_t)l), w_stride,
+                     block_n - row, length, &panels[half]);
+                }
                 (RAISE == 8 ? int8_tiles_32_8_lowered : INT8_TILES_OF(GROUP, FIT))(x, (size_t)i, l, block_m, stride,
                                                                                    panels, length, acc);
             }
