@@ -27,46 +27,75 @@ static INLINE void panel16_rows(const int m, const g4_rows16 *x, const g4_panel1
         const int first = g * G4_GROUP16, end = k - first < G4_GROUP16 ? k : first + G4_GROUP16;
         const f32x16 dw = x16_load(w->scale + g * 16);
         i32x16 dot[ROWS16];
-        for (int i = 0; i < m; i++)
+#pragma GCC unroll 4
+        for (int i = 0; i < ROWS16; i++)
             dot[i] = i32x16_zero();
         for (int l = first; l < end; l += 4)
+#pragma GCC unroll 2
             for (int half = 0; half < 4; half += 2)
+#pragma GCC unroll 4
                 for (int i = 0; i < m; i++)
                     dot[i] = i32x16_add_pairs(dot[i], w->q + (size_t)(l + half) * 16,
                                               x->q + (size_t)i * (size_t)stride + (size_t)(l + half));
+#pragma GCC unroll 4
         for (int i = 0; i < m; i++)
             sum[i] = x16_fma(x16_mul(dw, x16_set1(x->scale[(size_t)i * (size_t)groups + (size_t)g])),
                              x16_from_i32(dot[i]), sum[i]);
     }
 }
 
+/* Rows from `row` on, to or added to out [m][16]. Unrolled so that the sums stay in registers, as in body_panel.h. */
 static INLINE void panel16_block(const int m, const g4_rows16 *x, int row, const g4_panel16 *w, int k, float *out,
-                                 size_t out_stride, int n, bool add_to)
+                                 size_t out_stride, bool add_to)
 {
     const g4_rows16 from = g4_rows16_from(x, row);
     f32x16 sum[ROWS16];
-    out += (size_t)row * out_stride;
+#pragma GCC unroll 4
     for (int i = 0; i < m; i++)
-        sum[i] = !add_to   ? x16_set1(0)
-                 : n == 16 ? x16_load(out + (size_t)i * out_stride)
-                           : x16_load_some(out + (size_t)i * out_stride, n);
+        sum[i] = x16_set1(0);
+    if (add_to) {
+#pragma GCC unroll 4
+        for (int i = 0; i < m; i++)
+            sum[i] = x16_load(out + (size_t)i * out_stride);
+    }
     panel16_rows(m, &from, w, k, sum);
-    for (int i = 0; i < m; i++) {
-        if (n == 16)
-            x16_store(out + (size_t)i * out_stride, sum[i]);
-        else
-            x16_store_some(out + (size_t)i * out_stride, sum[i], n);
+#pragma GCC unroll 4
+    for (int i = 0; i < m; i++)
+        x16_store(out + (size_t)i * out_stride, sum[i]);
+}
+
+static void panel16_whole(const g4_rows16 *x, int row, int m, const g4_panel16 *w, int k, float *out, size_t out_stride,
+                          bool add_to)
+{
+    int i = 0;
+    for (; i + ROWS16 <= m; i += ROWS16)
+        panel16_block(ROWS16, x, row + i, w, k, out + (size_t)i * out_stride, out_stride, add_to);
+    for (; i < m; i++)
+        panel16_block(1, x, row + i, w, k, out + (size_t)i * out_stride, out_stride, add_to);
+}
+
+/* Of the last panel fewer than 16 columns are there: rows wait in memory of their own. */
+static NOINLINE void panel16_some(const g4_rows16 *x, int m, const g4_panel16 *w, int k, float *out, size_t out_stride,
+                                  int n, bool add_to)
+{
+    float padded[ROWS16][16] = {{0}};
+    for (int i = 0; i < m; i += ROWS16) {
+        const int rows = m - i < ROWS16 ? m - i : ROWS16;
+        for (int r = 0; add_to && r < rows; r++)
+            memcpy(padded[r], out + (size_t)(i + r) * out_stride, (size_t)n * sizeof *out);
+        panel16_whole(x, i, rows, w, k, padded[0], 16, add_to);
+        for (int r = 0; r < rows; r++)
+            memcpy(out + (size_t)(i + r) * out_stride, padded[r], (size_t)n * sizeof *out);
     }
 }
 
 static void matmul_panel16(const g4_rows16 *x, int m, const g4_panel16 *w, int k, float *out, size_t out_stride, int n,
                            bool add_to)
 {
-    int i = 0;
-    for (; i + ROWS16 <= m; i += ROWS16)
-        panel16_block(ROWS16, x, i, w, k, out, out_stride, n, add_to);
-    for (; i < m; i++)
-        panel16_block(1, x, i, w, k, out, out_stride, n, add_to);
+    if (n == 16)
+        panel16_whole(x, 0, m, w, k, out, out_stride, add_to);
+    else
+        panel16_some(x, m, w, k, out, out_stride, n, add_to);
 }
 
 /* Up to 256 values, clamped to low..high, as whole numbers of -2047..2047 in q, which ends with zeros up to a multiple of

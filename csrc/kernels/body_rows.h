@@ -162,12 +162,12 @@ static void softmax(float *x, int n)
     f32x16 sum = x16_set1(0);
     int i = 0;
     for (; i + 16 <= n; i += 16) {
-        f32x16 e = x16_exp(x16_sub(x16_load(x + i), max));
+        f32x16 e = x16_exp_negative(x16_sub(x16_load(x + i), max));
         x16_store(x + i, e);
         sum = x16_add(sum, e);
     }
     if (i < n) {
-        x16_store_some(x + i, x16_exp(x16_sub(x16_load_some(x + i, n - i), max)), n - i);
+        x16_store_some(x + i, x16_exp_negative(x16_sub(x16_load_some(x + i, n - i), max)), n - i);
         sum = x16_add(sum, x16_load_some(x + i, n - i));
     }
     scale_mul(x, x, 1.0f / x16_sum(sum), NULL, n);

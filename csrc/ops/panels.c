@@ -6,12 +6,14 @@
 enum {
     PANEL = 16,
     TASK_COLUMNS = 64, /* of one task: x is read once for four panels */
-    TASK_ROWS = 1536,  /* of one task: packing 64 columns costs some 2 % of the products with so many … */
+    TASK_ROWS = 2304,  /* of one task: packing 64 columns costs some 1 % of the products with so many … */
     LEAST_ROWS = 96,   /* … and 20 % with so few, which only keeps more threads busy */
     KERNEL_ROWS = 6,   /* that a kernel takes at once: fewer cost as much */
-    BLOCK_K = 256,     /* a panel of so many inputs (16 KB) stays in the first-level cache, with 6 rows of x … */
-    BLOCK_ROWS = 192   /* … and so many rows of x (192 KB) in the second-level one, for the next panel */
+    MOST_K = 1152,     /* at once: four panels (288 KB) … */
+    BLOCK_ROWS = 24    /* … and so many rows of x (108 KB) stay in the second-level cache (512 KB) */
 };
+/* Long runs of inputs are what counts, since sums leave the registers between them: one Zen 3 core did 1.73 fma/cycle (of
+ * 2) with blocks of 256 inputs, which a first-level cache holds, and 192 rows, 1.84 with 512 and 48, 1.89 with these. */
 
 typedef struct {
     const g4_exec *exec;
@@ -21,7 +23,7 @@ typedef struct {
 } panel_task;
 
 /* Floats of a worker's scratch: the packed columns, and 16 widened rows. */
-enum { SCRATCH = (TASK_COLUMNS + PANEL) * BLOCK_K };
+enum { SCRATCH = (TASK_COLUMNS + PANEL) * MOST_K };
 
 static int n_column_groups(const g4_linear_job *job)
 {
@@ -41,6 +43,14 @@ static int rows_of_task(const g4_exec *exec, const g4_linear_job *job)
     return (rows + KERNEL_ROWS - 1) / KERNEL_ROWS * KERNEL_ROWS;
 }
 
+/* Blocks of about the same length; they begin where blocks of quantised weights do. */
+static int inputs_of_block(int k, int unit)
+{
+    const int n_blocks = (k + MOST_K - 1) / MOST_K, most = MOST_K / unit * unit;
+    const int length = (k + n_blocks * unit - 1) / (n_blocks * unit) * unit;
+    return length < most ? length : most;
+}
+
 /* Weight rows [first, first + n), inputs [at, at + k) as panels. */
 static void pack(const g4_kernels *kernels, const g4_matrix *w, int first, int n, int at, int k, float *panels,
                  float *widened)
@@ -48,17 +58,17 @@ static void pack(const g4_kernels *kernels, const g4_matrix *w, int first, int n
     for (int j = 0; j < n; j += PANEL) {
         const int rows = n - j < PANEL ? n - j : PANEL;
         const float *source = widened;
-        size_t stride = BLOCK_K;
+        size_t stride = MOST_K;
         if (w->dtype == G4_F32) {
             source = (const float *)g4_matrix_row(w, (size_t)(first + j)) + at;
             stride = w->row_stride;
         } else {
             for (int r = 0; r < rows; r++)
                 g4_widen_for(kernels, w->dtype)(
-                    widened + (size_t)r * BLOCK_K,
+                    widened + (size_t)r * MOST_K,
                     (const char *)g4_matrix_row(w, (size_t)(first + j + r)) + g4_dtype_bytes(w->dtype, (size_t)at), k);
         }
-        kernels->pack_panel(source, stride, rows, k, panels + (size_t)j * BLOCK_K);
+        kernels->pack_panel(source, stride, rows, k, panels + (size_t)j * MOST_K);
     }
 }
 
@@ -67,7 +77,7 @@ static void run_block(const g4_kernels *kernels, const g4_linear_job *job, const
 {
     const float *x = job->x + (size_t)row * job->x_stride + at;
     for (int j = 0; j < n; j += PANEL)
-        kernels->matmul_panel(x, job->x_stride, m, panels + (size_t)j * BLOCK_K, k,
+        kernels->matmul_panel(x, job->x_stride, m, panels + (size_t)j * MOST_K, k,
                               job->out + (size_t)row * job->out_stride + (size_t)(column + j), job->out_stride,
                               n - j < PANEL ? n - j : PANEL, at > 0);
 }
@@ -83,9 +93,10 @@ static void run_task(void *context, int task, int worker)
     const int column = local % groups * TASK_COLUMNS, first_row = local / groups * rows, k = (int)job->w.n_cols;
     const int n = (int)job->w.n_rows - column < TASK_COLUMNS ? (int)job->w.n_rows - column : TASK_COLUMNS;
     const int end_row = first_row + rows < job->m ? first_row + rows : job->m;
-    float *panels = t->scratch + (size_t)worker * SCRATCH, *widened = panels + (size_t)TASK_COLUMNS * BLOCK_K;
-    for (int at = 0; at < k; at += BLOCK_K) {
-        const int length = k - at < BLOCK_K ? k - at : BLOCK_K;
+    float *panels = t->scratch + (size_t)worker * SCRATCH, *widened = panels + (size_t)TASK_COLUMNS * MOST_K;
+    const int block = inputs_of_block(k, (int)g4_block_size(job->w.dtype));
+    for (int at = 0; at < k; at += block) {
+        const int length = k - at < block ? k - at : block;
         pack(t->exec->kernels, &job->w, column, n, at, length, panels, widened);
         for (int row = first_row; row < end_row; row += BLOCK_ROWS)
             run_block(t->exec->kernels, job, panels, row, end_row - row < BLOCK_ROWS ? end_row - row : BLOCK_ROWS,

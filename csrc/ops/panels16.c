@@ -7,11 +7,11 @@
 
 enum {
     PANEL = 16,
-    TASK_BYTES = 192 << 10, /* of x in a task: they stay in the second-level cache for panel after panel */
+    TASK_BYTES = 64 << 10, /* of x in a task … */
     MIN_ROWS = 24,
     MAX_ROWS = 256,
-    TASK_COLUMNS = 256,
-    BLOCK_K = 2 * G4_GROUP16 /* a panel of so many inputs (16 KB) stays in the first-level cache */
+    TASK_COLUMNS = 128, /* … which stay in the second-level cache with so many columns, 196 KB at 768 inputs: the … */
+    BLOCK_K = 6 * G4_GROUP16 /* … next task has the same. Long blocks: see ops/panels.c */
 };
 
 static int n_panels(const g4_matrix16 *w)
@@ -160,8 +160,8 @@ static void run_task(void *context, int task, int worker)
     while (task >= t->first_task[j + 1])
         j++;
     const g4_job16 *job = &t->jobs[j];
-    const int local = task - t->first_task[j], groups = n_column_groups(job->w), n_rows = job->w->n_rows;
-    const int row = local / groups * t->rows, column = local % groups * TASK_COLUMNS;
+    const int local = task - t->first_task[j], row_groups = (t->m + t->rows - 1) / t->rows, n_rows = job->w->n_rows;
+    const int row = local % row_groups * t->rows, column = local / row_groups * TASK_COLUMNS;
     const int m = t->m - row < t->rows ? t->m - row : t->rows;
     const int n = n_rows - column < TASK_COLUMNS ? n_rows - column : TASK_COLUMNS;
     const g4_rows16 x = g4_rows16_from(&t->xs[j], row);
