@@ -98,6 +98,20 @@ static void matmul_panel16(const g4_rows16 *x, int m, const g4_panel16 *w, int k
         panel16_some(x, m, w, k, out, out_stride, n, add_to);
 }
 
+/* x * factor to the nearest multiples of max / 2047, n a multiple of 16. All are 0 if the inverse of that overflows (max
+ * below 6e-36), or if max is none. */
+static INLINE void whole_numbers(const float *x, int n, float factor, float max, int16_t *q)
+{
+    const float inverse = (float)MOST16 / max;
+    if (!(max > 0 && inverse < INFINITY)) {
+        memset(q, 0, (size_t)n * sizeof *q);
+        return;
+    }
+    const f32x16 f = x16_set1(factor), i = x16_set1(inverse);
+    for (int l = 0; l < n; l += 16)
+        x16_store_i16(q + l, x16_mul(x16_mul(x16_load(x + l), f), i));
+}
+
 /* Up to 256 values, clamped to low..high, as whole numbers of -2047..2047 in q, which ends with zeros up to a multiple of
  * 16. Returns their scale: max |x| / 2047, or NaN if there is one, or an infinity. Below a largest of 6e-36, whose
  * inverse overflows, all are 0. */
@@ -107,7 +121,6 @@ static INLINE float round_group16(const float *x, int n, float low, float high, 
     const bool clamps = low > -INFINITY || high < INFINITY;
     const int whole = (n + 15) / 16 * 16;
     float values[G4_GROUP16];
-    uint32_t bits[G4_GROUP16];
     f32x16 largest = zero, poison = zero;
     if (clamps || whole > n) {
         memcpy(values, x, (size_t)n * sizeof *x);
@@ -125,14 +138,7 @@ static INLINE float round_group16(const float *x, int n, float low, float high, 
         poison = x16_fma(v, zero, poison);
     }
     const float max = x16_largest(largest), nan = x16_sum(poison);
-    const bool rounds = max > 0 && nan == 0;
-    /* adding 1.5 * 2^23 rounds to the nearest whole number, ties to even, and leaves it in the low bits */
-    const f32x16 inverse = x16_set1(rounds ? (float)MOST16 / max : 0), magic = x16_set1(12582912.0f);
-    for (int l = 0; l < whole; l += 16)
-        x16_store(values + l, x16_add(x16_mul(x16_load(x + l), inverse), magic));
-    memcpy(bits, values, sizeof bits);
-    for (int l = 0; l < whole; l++)
-        q[l] = rounds ? (int16_t)bits[l] : 0;
+    whole_numbers(x, whole, 1, nan == 0 ? max : 0, q);
     return max / (float)MOST16 + nan;
 }
 
@@ -144,8 +150,58 @@ static void quantize_rows16(const float *x, size_t x_stride, int m, int k, float
         const g4_rows16 to = g4_rows16_from(rows, i);
         for (int l = 0; l < k; l += G4_GROUP16) {
             const int n = k - l < G4_GROUP16 ? k - l : G4_GROUP16;
-            to.scale[l / G4_GROUP16] = round_group16(x + (size_t)i * x_stride + l, n, low, high, q);
-            memcpy(to.q + l, q, (size_t)(g4_stride16(n)) * sizeof *q);
+            int16_t *numbers = n % 16 ? q : to.q + l; /* which may end in the midst of 16 */
+            to.scale[l / G4_GROUP16] = round_group16(x + (size_t)i * x_stride + l, n, low, high, numbers);
+            if (n % 16)
+                memcpy(to.q + l, q, (size_t)(g4_stride16(n)) * sizeof *q);
+        }
+    }
+}
+
+/* e^(x - max) in place of n <= 256 values, added to the 16 lanes of a sum; returns the largest. */
+static INLINE float exp_group16(float *x, int n, f32x16 max, f32x16 *sum)
+{
+    f32x16 largest = x16_set1(0);
+    int i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const f32x16 e = x16_exp_negative(x16_sub(x16_load(x + i), max));
+        x16_store(x + i, e);
+        *sum = x16_add(*sum, e);
+        largest = x16_max(e, largest);
+    }
+    if (i < n) {
+        x16_store_some(x + i, x16_exp_negative(x16_sub(x16_load_some(x + i, n - i), max)), n - i);
+        *sum = x16_add(*sum, x16_load_some(x + i, n - i));
+        largest = x16_max(x16_load_some(x + i, n - i), largest);
+    }
+    return x16_largest(largest);
+}
+
+/* Each row's softmax as whole numbers: what softmax and then quantize_rows16 give, to the bit, reading the row three times
+ * instead of five. x is scratch afterwards. */
+static void softmax_rows16(float *x, size_t x_stride, int m, int n, const g4_rows16 *rows)
+{
+    int16_t q[G4_GROUP16];
+    for (int i = 0; i < m; i++, x += x_stride) {
+        const g4_rows16 to = g4_rows16_from(rows, i);
+        const f32x16 max = x16_set1(row_max(x, n));
+        f32x16 sum = x16_set1(0);
+        for (int l = 0; l < n; l += G4_GROUP16)
+            to.scale[l / G4_GROUP16] = exp_group16(x + l, n - l < G4_GROUP16 ? n - l : G4_GROUP16, max, &sum);
+        const float factor = 1.0f / x16_sum(sum);
+        for (int l = 0; l < n; l += G4_GROUP16) {
+            const int length = n - l < G4_GROUP16 ? n - l : G4_GROUP16, whole = (length + 15) / 16 * 16;
+            float *scale = &to.scale[l / G4_GROUP16], padded[G4_GROUP16], *from = x + l;
+            const float most = *scale * factor;
+            if (whole > length) {
+                memcpy(padded, from, (size_t)length * sizeof *from);
+                memset(padded + length, 0, (size_t)(whole - length) * sizeof *from);
+                from = padded;
+            }
+            whole_numbers(from, whole, factor, most, whole > length ? q : to.q + l);
+            if (whole > length)
+                memcpy(to.q + l, q, (size_t)g4_stride16(length) * sizeof *q);
+            *scale = most / (float)MOST16;
         }
     }
 }

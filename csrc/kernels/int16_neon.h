@@ -27,3 +27,9 @@ static inline i32x16 i32x16_add_pairs(i32x16 sum, const int16_t *w, const int16_
 }
 
 static inline f32x16 x16_from_i32(i32x16 x) { return EACH1(vcvtq_f32_s32, x); }
+
+static inline void x16_store_i16(int16_t *p, f32x16 x)
+{
+    vst1q_s16(p, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(x.a)), vqmovn_s32(vcvtnq_s32_f32(x.b))));
+    vst1q_s16(p + 8, vcombine_s16(vqmovn_s32(vcvtnq_s32_f32(x.c)), vqmovn_s32(vcvtnq_s32_f32(x.d))));
+}

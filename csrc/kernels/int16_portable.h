@@ -21,3 +21,12 @@ static inline f32x16 x16_from_i32(i32x16 a)
         lanes[l] = (float)a.lane[l];
     return x16_load(lanes);
 }
+
+/* To the nearest, ties to even; of values that fit. */
+static inline void x16_store_i16(int16_t *p, f32x16 a)
+{
+    float lanes[16];
+    x16_store(lanes, a);
+    for (int l = 0; l < 16; l++)
+        p[l] = (int16_t)rintf(lanes[l]);
+}

@@ -21,6 +21,10 @@ static inline i32x16 i32x16_add_pairs(i32x16 sum, const int16_t *w, const int16_
     return DPWSSD_512(sum, _mm512_loadu_si512(w), _mm512_set1_epi32(two_i16(x)));
 }
 static inline f32x16 x16_from_i32(i32x16 a) { return _mm512_cvtepi32_ps(a); }
+static inline void x16_store_i16(int16_t *p, f32x16 a)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a)));
+}
 #else
 typedef struct {
     __m256i low, high;
@@ -35,4 +39,9 @@ static inline i32x16 i32x16_add_pairs(i32x16 sum, const int16_t *w, const int16_
     return sum;
 }
 static inline f32x16 x16_from_i32(i32x16 a) { return (f32x16){_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+static inline void x16_store_i16(int16_t *p, f32x16 a)
+{
+    const __m256i by_quarters = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(by_quarters, 0xd8));
+}
 #endif

@@ -216,12 +216,10 @@ static void mix_block(const g4_kernels *kernels, const plan *p, int head, int ro
     }
 }
 
-static void mix_block16(const g4_kernels *kernels, const plan *p, int head, int row, int n, const float *weights,
-                        const g4_rows16 *rows)
+static void mix_block16(const g4_kernels *kernels, const plan *p, int head, int row, int n, const g4_rows16 *rows)
 {
     const g4_full_attention *run = p->run;
     const int first = kv_head(run, head) * n_panels(run->head_dim);
-    kernels->quantize_rows16(weights, (size_t)run->n_rows, n, run->n_rows, -INFINITY, INFINITY, rows);
     for (int j = 0; j < rows->stride; j += BLOCK_KEYS) {
         const g4_rows16 x = g4_rows16_at(rows, j);
         const int keys = rows->stride - j < BLOCK_KEYS ? rows->stride - j : BLOCK_KEYS;
@@ -248,6 +246,18 @@ typedef struct {
     g4_rows16 *weights; /* [workers] fast: patterns as whole numbers */
 } attend_task;
 
+/* A block's scores to whole numbers; the pattern in float32 between is left out unless somebody looks at it. */
+static g4_rows16 weights16(const attend_task *t, float *scores, int n_rows, int n, int worker)
+{
+    g4_rows16 weights = t->weights[worker];
+    weights.stride = g4_stride16(n_rows);
+    if (t->steps & PATTERN)
+        t->exec->kernels->softmax_rows16(scores, (size_t)n_rows, n, n_rows, &weights);
+    else
+        t->exec->kernels->quantize_rows16(scores, (size_t)n_rows, n, n_rows, -INFINITY, INFINITY, &weights);
+    return weights;
+}
+
 static void run_attend_task(void *context, int task, int worker)
 {
     const attend_task *t = context;
@@ -263,15 +273,15 @@ static void run_attend_task(void *context, int task, int worker)
                              : t->scratch + (size_t)worker * t->scratch_stride;
     if (t->steps & SCORE)
         (p->fast ? score_block16 : score_block)(kernels, p, head, row, n, scores);
+    if (t->steps & MIX && p->fast) {
+        const g4_rows16 weights = weights16(t, scores, p->run->n_rows, n, worker);
+        mix_block16(kernels, p, head, row, n, &weights);
+        return;
+    }
     for (int r = 0; t->steps & PATTERN && r < n; r++)
         kernels->softmax(scores + (size_t)r * n_rows, p->run->n_rows);
-    if (t->steps & MIX && p->fast) {
-        g4_rows16 weights = t->weights[worker];
-        weights.stride = g4_stride16(p->run->n_rows);
-        mix_block16(kernels, p, head, row, n, scores, &weights);
-    } else if (t->steps & MIX) {
+    if (t->steps & MIX)
         mix_block(kernels, p, head, row, n, scores);
-    }
 }
 
 static g4_status alloc_scratch(g4_exec *exec, attend_task *t)

@@ -237,11 +237,26 @@ static PyObject *test_pack_panel(PyObject *self, PyObject *args)
     return out;
 }
 
+/* Room for x as whole numbers of 16 bits: q [m, stride] and scale [m, groups]. */
+static bool rows16_new(PyArrayObject *x, PyObject **q, PyObject **scale, g4_rows16 *rows)
+{
+    const npy_intp m = PyArray_DIM(x, 0);
+    const int k = (int)PyArray_DIM(x, 1);
+    *q = PyArray_SimpleNew(2, ((npy_intp[]){m, g4_stride16(k)}), NPY_INT16);
+    *scale = PyArray_SimpleNew(2, ((npy_intp[]){m, g4_groups16(k)}), NPY_FLOAT32);
+    if (!*q || !*scale)
+        return false;
+    *rows = (g4_rows16){PyArray_DATA((PyArrayObject *)*q), PyArray_DATA((PyArrayObject *)*scale), g4_stride16(k)};
+    return true;
+}
+
 /* quantize_rows16(isa, x [m, k], low, high) -> q int16 [m, stride], scale [m, groups] */
 static PyObject *test_quantize_rows16(PyObject *self, PyObject *args)
 {
     const char *isa;
     PyArrayObject *x;
+    PyObject *q, *scale;
+    g4_rows16 rows;
     float low, high;
     (void)self;
     if (!PyArg_ParseTuple(args, "sO!ff", &isa, &PyArray_Type, &x, &low, &high))
@@ -249,14 +264,27 @@ static PyObject *test_quantize_rows16(PyObject *self, PyObject *args)
     const g4_kernels *kernels = table_of(isa);
     if (!kernels || !is_rows(x, NPY_FLOAT32, 2))
         return NULL;
-    const npy_intp m = PyArray_DIM(x, 0);
-    const int k = (int)PyArray_DIM(x, 1);
-    PyObject *q = PyArray_SimpleNew(2, ((npy_intp[]){m, g4_stride16(k)}), NPY_INT16);
-    PyObject *scale = PyArray_SimpleNew(2, ((npy_intp[]){m, g4_groups16(k)}), NPY_FLOAT32);
-    if (q && scale) {
-        g4_rows16 rows = {PyArray_DATA((PyArrayObject *)q), PyArray_DATA((PyArrayObject *)scale), g4_stride16(k)};
-        kernels->quantize_rows16(PyArray_DATA(x), stride_of(x), (int)m, k, low, high, &rows);
-    }
+    if (rows16_new(x, &q, &scale, &rows))
+        kernels->quantize_rows16(PyArray_DATA(x), stride_of(x), (int)PyArray_DIM(x, 0), (int)PyArray_DIM(x, 1), low,
+                                 high, &rows);
+    return Py_BuildValue("(NN)", q, scale);
+}
+
+/* softmax_rows16(isa, x [m, n], changed) -> q int16 [m, stride], scale [m, groups] */
+static PyObject *test_softmax_rows16(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x;
+    PyObject *q, *scale;
+    g4_rows16 rows;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &x))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 2))
+        return NULL;
+    if (rows16_new(x, &q, &scale, &rows))
+        kernels->softmax_rows16(PyArray_DATA(x), stride_of(x), (int)PyArray_DIM(x, 0), (int)PyArray_DIM(x, 1), &rows);
     return Py_BuildValue("(NN)", q, scale);
 }
 
@@ -479,6 +507,7 @@ static PyMethodDef testing_methods[] = {
      "matmul_panel(isa, x [m, k], w [k, 16], n, out or None) -> [m, n]"},
     {"pack_panel", test_pack_panel, METH_VARARGS, "pack_panel(isa, w [n, k]) -> [k, 16]"},
     {"quantize_rows16", test_quantize_rows16, METH_VARARGS, "quantize_rows16(isa, x [m, k], low, high) -> q, scale"},
+    {"softmax_rows16", test_softmax_rows16, METH_VARARGS, "softmax_rows16(isa, x [m, n], changed) -> q, scale"},
     {"pack_panel16", test_pack_panel16, METH_VARARGS, "pack_panel16(isa, w [n, k]) -> q, scale"},
     {"matmul_panel16", test_matmul_panel16, METH_VARARGS,
      "matmul_panel16(isa, quantize_rows16(…), pack_panel16(…), n, groups at once) -> [m, n]"},

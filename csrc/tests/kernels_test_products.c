@@ -184,6 +184,25 @@ static void check_panel16(int kind, int m, int n, int k)
     free(w), free(x), free(wanted), free(got);
 }
 
+/* The bits of scalar's softmax, rounded afterwards. */
+static void check_softmax16(int kind, int n)
+{
+    const size_t stride = (size_t)g4_stride16(n), groups = (size_t)g4_groups16(n);
+    float *x = random_row(kind, (size_t)n), *pattern = allocate((size_t)n * 4);
+    const g4_rows16 wanted = {allocate(stride * 2), allocate(groups * 4), (int)stride};
+    const g4_rows16 got = {allocate(stride * 2), allocate(groups * 4), (int)stride};
+    memcpy(pattern, x, (size_t)n * 4);
+    scalar->softmax(pattern, n);
+    scalar->quantize_rows16(pattern, (size_t)n, 1, n, -INFINITY, INFINITY, &wanted);
+    for (int t = 0; t < n_tables; t++) {
+        memcpy(pattern, x, (size_t)n * 4);
+        tables[t]->softmax_rows16(pattern, (size_t)n, 1, n, &got);
+        check(same(got.scale, wanted.scale, groups) && memcmp(got.q, wanted.q, stride * 2) == 0, tables[t],
+              "softmax_rows16", "", 1, n, 0);
+    }
+    free(x), free(pattern), free(wanted.q), free(wanted.scale), free(got.q), free(got.scale);
+}
+
 void test_sums_and_panels(void)
 {
     static const int sizes[][3] = {{1, 1, 32}, {3, 70, 64}, {9, 33, 512}, {4, 5, 2080}};
@@ -198,6 +217,8 @@ void test_sums_and_panels(void)
         for (int n = 1; n <= 16; n += 5)
             check_panel(m % N_KINDS, m, n, 3 * m + n, m % 2 == 0);
     for (int kind = 0; kind < N_KINDS; kind++)
-        for (int m = 1; m < 10; m += 2)
+        for (int m = 1; m < 10; m += 2) {
             check_panel16(kind, m, m == 3 ? 16 : m, 131 * m);
+            check_softmax16(kind, 131 * m);
+        }
 }

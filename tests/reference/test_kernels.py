@@ -82,7 +82,8 @@ def test_every_kernel_is_swept_here() -> None:
     in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", "matmul_int8", "widen") for dtype in FORMATS}
     limits = {"spin_f32", "spin_int8", "spin_int16", "read_sum"}  # in test_bench.py
     in_blocks |= {"quantize_rows", "weighted_sum_q8_0", "narrow_q8_0"}  # these in test_block_formats.py
-    others = {"sum_squares", "matmul_panel", "pack_panel", "quantize_rows16", "pack_panel16", "matmul_panel16"}
+    others = {"sum_squares", "matmul_panel", "pack_panel"}
+    others |= {"quantize_rows16", "softmax_rows16", "pack_panel16", "matmul_panel16"}
     assert set(testing.names()) == rows | by_type | in_blocks | limits | others
     assert ISAS[0] == "scalar"
 
@@ -259,6 +260,20 @@ def test_quantize_rows16(isa: str, kind: str) -> None:
         clamped = testing.quantize_rows16(isa, x, -0.5, 0.25)
         for ours, theirs in zip(clamped, testing.quantize_rows16(isa, np.clip(x, -0.5, 0.25), -9, 9), strict=True):
             assert same(ours.astype(np.float32), theirs.astype(np.float32)) or kind == "nonfinite"
+
+
+@EVERY_ISA
+@EVERY_KIND
+def test_softmax_rows16(isa: str, kind: str) -> None:
+    """The bits of a softmax that is rounded afterwards."""
+    rng = generator("softmax16", kind)
+    for m, n in [(1, 1), (3, 20), (2, 256), (3, 1031)]:
+        x = placed(rng, values(rng, kind, (m, n)))
+        pattern = np.stack([testing.row("scalar", "softmax", row.copy()) for row in x])
+        q, scale = testing.quantize_rows16("scalar", pattern, -np.inf, np.inf)
+        ours, our_scale = testing.softmax_rows16(isa, placed(rng, x))
+        assert same(our_scale, scale)
+        assert np.array_equal(ours, q)
 
 
 @EVERY_KIND

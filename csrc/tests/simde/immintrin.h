@@ -50,6 +50,11 @@ static inline __m512i g4_cvttps_epi32(__m512 a)
     return g4_join(_mm256_cvttps_epi32(g4_half(a, 0)), _mm256_cvttps_epi32(g4_half(a, 1)));
 }
 
+static inline __m512i g4_cvtps_epi32(__m512 a)
+{
+    return g4_join(_mm256_cvtps_epi32(g4_half(a, 0)), _mm256_cvtps_epi32(g4_half(a, 1)));
+}
+
 static inline __m512i g4_cvtepi8_epi32(__m128i a)
 {
     return g4_join(_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8)));
@@ -75,6 +80,7 @@ static inline __m512 g4_cvtph_ps(__m256i a)
 
 #define _mm512_cvtepi32_ps g4_cvtepi32_ps
 #define _mm512_cvttps_epi32 g4_cvttps_epi32
+#define _mm512_cvtps_epi32 g4_cvtps_epi32
 #define _mm512_cvtepi8_epi32 g4_cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 g4_cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 g4_cvtepi32_epi16
