@@ -124,7 +124,7 @@ IK = Dialect(("-rtr", 1), lambda n, depth: ("-p", 0, "-n", 0, "-gp", f"{depth},{
 
 def llamacpp(folder: Path, gguf: Path, settings: Settings, dialect: Dialect = UPSTREAM) -> Round:
     """One round of llama-bench: the prompt, then decoding at that depth, then loading alone; if asked for, decoding at
-    a greater depth, and llama-batched-bench.
+    a greater depth, and upstream's llama-batched-bench.
 
     It reports no load time, so that is the whole process for one token less the token.
     """
@@ -148,20 +148,20 @@ def llamacpp(folder: Path, gguf: Path, settings: Settings, dialect: Dialect = UP
     }
     if settings.context:
         result["deep_decode_tps"] = decode(settings.context)[0]["samples_ts"]
-    if settings.sequences:
-        result["batch_decode_tps"] = [_batched(folder, gguf, settings, dialect.options)]
+    if settings.sequences and dialect is UPSTREAM:
+        result["batch_decode_tps"] = [_batched(folder, gguf, settings)]
     return result
 
 
 BATCH_PROMPT = 64  # tokens of each sequence before it is decoded together with the others
 
 
-def _batched(folder: Path, gguf: Path, settings: Settings, options: tuple[Any, ...]) -> float:
+def _batched(folder: Path, gguf: Path, settings: Settings) -> float:
     """Tokens per second of all sequences together, from llama-batched-bench."""
     n = settings.sequences
     n_context = n * (512 + settings.decode)  # with less it says nothing
     sizes = ["-npp", BATCH_PROMPT, "-ntg", settings.decode, "-npl", n, "-c", n_context]
-    command = [folder / "llama-batched-bench", "-m", gguf, "-t", settings.threads, *sizes, *options]
+    command = [folder / "llama-batched-bench", "-m", gguf, "-t", settings.threads, *sizes]
     out, _, _ = run_process([*map(str, command), "--output-format", "jsonl"], settings.threads)
     lines = [line for line in out.splitlines() if line.startswith("{")]
     return float(json.loads(lines[-1])["speed_tg"])

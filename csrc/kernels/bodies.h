@@ -39,6 +39,7 @@ static INLINE void prefetch_ahead(const void *p, size_t n_bytes, size_t ahead)
 #include "kernels/body_panel.h"
 #include "kernels/body_tile.h"
 #include "kernels/body_mix_rows.h"
+#include "kernels/body_int8_rows.h"
 #include "kernels/body_int8_tile.h"
 #include "kernels/body_panel16.h"
 #include "kernels/formats.h"

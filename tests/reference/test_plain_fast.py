@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""precision="fast" with plain weights: long prompts go by panels (AVX2) or OpenBLAS (elsewhere), which add in other orders
+than `exact`, and nothing more. ops/linear.c has the 48 rows at which they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import gemma4
+
+from . import variants
+from .compare import difference, same_bits
+from .conftest import Checkpoint
+
+NAMES = ["e2b", "e2b-bf16", "e2b-f16", "odd-e", "odd-moe-f16", "dense31b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_differ_by_rounding(name: str, checkpoint: Callable[[str], Checkpoint]) -> None:
+    directory, variant = checkpoint(name).directory, variants.BY_NAME[name]
+    exact = gemma4.load(directory, precision="exact", threads=1)
+    fast = [gemma4.load(directory, precision="fast", kv_dtype="f32", threads=threads) for threads in (1, 3)]
+    for n in (47, 48, 55, 97):
+        ids = variants.token_ids(variant, n).numpy().astype(np.int32)
+        expected = exact.forward(ids)
+        ours = [model.forward(ids) for model in fast]
+        assert same_bits(*ours)
+        assert difference(ours[0], expected) is None
+        assert same_bits(ours[0], expected) == (n < 48)
