@@ -7,7 +7,7 @@
 
 #include "kernels/kernels.h"
 
-enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, AHEAD_BYTES = 1024 };
+enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, AHEAD_BYTES = 1024, ROWS_AHEAD = 8 };
 
 #define x16_load_f32 x16_load
 #define ITSELF(x) (x)
@@ -32,6 +32,13 @@ static INLINE void prefetch_ahead(const void *p, size_t n_bytes, size_t ahead)
 {
     for (size_t byte = 0; byte < n_bytes; byte += 64)
         __builtin_prefetch((const char *)p + ahead + byte);
+}
+
+/* Rows side by side go on where they end. Keys and values of one head lie a whole position apart, 4 KB in 26B-A4B, and
+ * what follows them there is another head's: of those the rows ahead are asked for. */
+static INLINE size_t bytes_ahead(size_t row_bytes, size_t stride_bytes)
+{
+    return stride_bytes <= row_bytes ? AHEAD_BYTES : ROWS_AHEAD * stride_bytes;
 }
 
 #include "kernels/body_math.h"

@@ -27,10 +27,11 @@ static void NAME(widen_)(float *out, const void *in, int n)
 }
 
 /* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w: what dot_two_ is in body_matmul.h. */
-static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, const uint8_t *w, size_t far_weights,
-                                  int k, float *out, size_t out_stride, int far)
+static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, const uint8_t *w, size_t w_stride,
+                                  size_t far_weights, int k, float *out, size_t out_stride, int far)
 {
     f32x16 sum[2][FEW_ROWS];
+    (void)w_stride;
     float values[BLOCK];
     for (int i = 0; i < m; i++)
         sum[0][i] = sum[1][i] = x16_set1(0);

@@ -18,10 +18,10 @@ static void NAME(matmul_few_)(const float *x, size_t x_stride, int m, const weig
     const size_t far_weights = (size_t)far * w_stride;
     for (int j = 0; j < n - far; j++, w += WEIGHTS_IN(w_stride), out++)
         switch (m) {
-        case 1: NAME(dot_two_)(1, x, x_stride, w, far_weights, k, out, out_stride, far); break;
-        case 2: NAME(dot_two_)(2, x, x_stride, w, far_weights, k, out, out_stride, far); break;
-        case 3: NAME(dot_two_)(3, x, x_stride, w, far_weights, k, out, out_stride, far); break;
-        default: NAME(dot_two_)(4, x, x_stride, w, far_weights, k, out, out_stride, far); break;
+        case 1: NAME(dot_two_)(1, x, x_stride, w, w_stride, far_weights, k, out, out_stride, far); break;
+        case 2: NAME(dot_two_)(2, x, x_stride, w, w_stride, far_weights, k, out, out_stride, far); break;
+        case 3: NAME(dot_two_)(3, x, x_stride, w, w_stride, far_weights, k, out, out_stride, far); break;
+        default: NAME(dot_two_)(4, x, x_stride, w, w_stride, far_weights, k, out, out_stride, far); break;
         }
 }
 

@@ -14,10 +14,11 @@ static inline f32x16 NAME(load_some_)(const weight *w, int rest)
 }
 
 /* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w: what dot_two_ is in body_matmul.h. */
-static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, const weight *w, size_t far_weights,
-                                  int k, float *out, size_t out_stride, int far)
+static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, const weight *w, size_t w_stride,
+                                  size_t far_weights, int k, float *out, size_t out_stride, int far)
 {
     const int k16 = k / 16 * 16;
+    const size_t ahead = bytes_ahead((size_t)k * sizeof *w, w_stride * sizeof *w);
     f32x16 sum[2][FEW_ROWS];
     for (int i = 0; i < m; i++)
         sum[0][i] = sum[1][i] = x16_set1(0);
@@ -25,7 +26,7 @@ static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, 
         for (int r = 0; r < 2; r++) {
             const weight *block = w + (size_t)r * far_weights + l;
             const f32x16 ws = CONCAT(x16_load_, WEIGHT)(block);
-            __builtin_prefetch((const char *)block + AHEAD_BYTES);
+            __builtin_prefetch((const char *)block + ahead);
             for (int i = 0; i < m; i++)
                 sum[r][i] = x16_fma(x16_load(x + (size_t)i * x_stride + l), ws, sum[r][i]);
         }
