@@ -116,17 +116,15 @@ static INLINE void NAME(add_stretch_)(const int m, const int n_blocks, const g4_
     }
 }
 
-/* The end of a row that is no whole number of stretches. It is read with what follows it, if `reads_on`: a copy is as dear as
- * two stretches (26B-A4B's experts have rows of 704). */
-static NOINLINE void NAME(add_end_)(int m, int n_inputs, bool reads_on, const g4_int8_rows *x, size_t at, size_t stride,
+/* The end of a row that is no whole number of stretches, where nothing follows that could be read with it: a copy, as dear
+ * as two stretches. */
+static NOINLINE void NAME(add_end_)(int m, int n_inputs, const g4_int8_rows *x, size_t at, size_t stride,
                                     const uint8_t *w, f32x8 *sum, f32x8 *below)
 {
     uint8_t end[WEIGHTS_IN(256)];
-    if (!reads_on) {
-        memset(end, 0, sizeof end);
-        w = memcpy(end, w, WEIGHTS_IN(n_inputs));
-    }
-    NAME(add_stretch_)(m, n_inputs / 32, x, at, stride, w, sum, below);
+    memset(end, 0, sizeof end);
+    memcpy(end, w, WEIGHTS_IN(n_inputs));
+    NAME(add_stretch_)(m, n_inputs / 32, x, at, stride, end, sum, below);
 }
 
 /* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w (body_matmul.h says why two). */
@@ -145,12 +143,17 @@ static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const ui
             NAME(add_stretch_)(m, 8, x, (size_t)l, stride, stretch, sum[r], below[r]);
         }
     for (int r = 0; r < 2 && l < k; r++) {
-        f32x8 s[FEW_ROWS], b[FEW_ROWS]; /* copies, for what has an address stays out of the registers */
-        memcpy(s, sum[r], sizeof s);
-        memcpy(b, below[r], sizeof b);
-        NAME(add_end_)(m, k - l, reads_on, x, (size_t)l, stride, w + (size_t)r * far_bytes + WEIGHTS_IN(l), s, b);
-        memcpy(sum[r], s, sizeof s);
-        memcpy(below[r], b, sizeof b);
+        const uint8_t *end = w + (size_t)r * far_bytes + WEIGHTS_IN(l);
+        if (reads_on)
+            NAME(add_stretch_)(m, (k - l) / 32, x, (size_t)l, stride, end, sum[r], below[r]);
+        else {
+            f32x8 s[FEW_ROWS], b[FEW_ROWS]; /* copies, for what has an address stays out of the registers */
+            memcpy(s, sum[r], sizeof s);
+            memcpy(b, below[r], sizeof b);
+            NAME(add_end_)(m, k - l, x, (size_t)l, stride, end, s, b);
+            memcpy(sum[r], s, sizeof s);
+            memcpy(below[r], b, sizeof b);
+        }
     }
     for (int r = 0; r < 2; r++)
         for (int i = 0; i < m; i++)

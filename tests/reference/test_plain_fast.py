@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""precision="fast" with plain weights: long prompts go by panels (AVX2) or OpenBLAS (elsewhere), which add in other orders
-than `exact`, and nothing more. ops/linear.c has the 48 rows at which they begin."""
+"""precision="fast" with plain weights: long prompts go by panels (AVX2) or OpenBLAS (elsewhere).
+
+They add in other orders than `exact`, and nothing more. ops/linear.c has the 48 rows at which they begin.
+"""
 
 from __future__ import annotations
 
