@@ -13,7 +13,7 @@ static INLINE void panel_rows(const int m, const float *x, size_t x_stride, cons
 {
     f32x16 sum[PANEL_ROWS];
 #pragma GCC unroll 6
-    for (int i = 0; i < m; i++)
+    for (int i = 0; i < PANEL_ROWS; i++)
         sum[i] = x16_set1(0);
     if (add_to) {
 #pragma GCC unroll 6

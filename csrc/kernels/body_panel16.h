@@ -51,7 +51,7 @@ static INLINE void panel16_block(const int m, const g4_rows16 *x, int row, const
     const g4_rows16 from = g4_rows16_from(x, row);
     f32x16 sum[ROWS16];
 #pragma GCC unroll 4
-    for (int i = 0; i < m; i++)
+    for (int i = 0; i < ROWS16; i++)
         sum[i] = x16_set1(0);
     if (add_to) {
 #pragma GCC unroll 4
