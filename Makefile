@@ -49,8 +49,8 @@ simde: ## AVX-512 and VNNI kernels on a processor with AVX2 alone, out of its in
 	@test -e /usr/include/simde/x86/avx512.h || { echo "skipped: no SIMDe (libsimde-dev)"; exit 0; }; \
 	grep -qw avx2 /proc/cpuinfo || { echo "skipped: no AVX2"; exit 0; }; \
 	set -e; cmake --preset simde; cmake --build --preset simde --parallel; \
-	for isa in avx_vnni avx512 avx512_vnni; do GEMMA4_ISA=$$isa build/simde/csrc_test; done; \
-	build/simde/kernels_test avx2 avx_vnni avx512 avx512_vnni
+	for isa in avx_vnni avx512 avx512_vnni avx512_bf16 amx; do GEMMA4_ISA=$$isa build/simde/csrc_test; done; \
+	build/simde/kernels_test avx2 avx_vnni avx512 avx512_vnni avx512_bf16 amx
 
 notebooks: ## execute every notebook in place
 	$(PYTHON) -m jupyter execute --inplace notebooks/*.ipynb

@@ -55,6 +55,7 @@ def yardsticks(threads: int) -> dict[str, list[float]]:
         "f32_ops_per_s": [limits.f32_work],
         "int8_ops_per_s": [limits.int8_work],
         "int16_ops_per_s": [limits.int16_work],
+        "bf16_ops_per_s": [limits.bf16_work],
         "flops": [sgemm_flops()],
     }
 

@@ -62,7 +62,7 @@ typedef struct g4_sequence g4_sequence;
 
 typedef struct {
     int n_threads; /* 0: the CPUs this process may run on */
-    bool fast;     /* precision "fast": OpenBLAS for large batches; else the same bits on every machine */
+    bool fast; /* precision "fast": other orders of addition, x in fewer bits; else the same bits on every machine */
 } g4_model_options;
 
 g4_status g4_model_new(const g4_config *config, const g4_named_tensor *tensors, size_t n_tensors,

@@ -118,7 +118,8 @@ def machine_text(limits: Limits) -> str:
     """The limits in words."""
     return (
         f"reads {limits.read_bytes / 1e9:.1f} GB/s, computes {limits.f32_work / 1e9:.0f} GFLOP/s in float32, "
-        f"{limits.int8_work / 1e9:.0f} Gop/s in bytes, {limits.int16_work / 1e9:.0f} in 16 bits (measured)"
+        f"{limits.int8_work / 1e9:.0f} Gop/s in bytes, {limits.int16_work / 1e9:.0f} in 16 bits"
+        f"{f', {limits.bf16_work / 1e9:.0f} in bfloat16' if limits.bf16_work else ''} (measured)"
     )
 
 
@@ -126,7 +127,7 @@ def measure_limits(threads: int) -> Limits:
     """Read bandwidth and peak arithmetic of `threads` threads, each the best of a quarter of a second's passes."""
     array = np.ones(READ_FLOATS, np.float32)
     reading = _best(lambda: _engine.read_rate(array, threads)[0])
-    kinds = ("f32", "int8", "int16")
+    kinds = ("f32", "int8", "int16", "bf16")
     return Limits(reading, *(_best(lambda kind=kind: _engine.arithmetic_rate(kind, threads)) for kind in kinds))
 
 

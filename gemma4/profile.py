@@ -45,20 +45,22 @@ class Limits:
     f32_work         float32 operations per second; a multiply-add counts as two
     int8_work        the same of products of 4-bit or 8-bit weights with bytes: the text model's, with precision="fast"
     int16_work       the same of products of 16 bits: the encoders'
+    bf16_work        the same of products of bfloat16, 0 if the processor has no instructions for them
     """
 
     read_bytes: float
     f32_work: float
     int8_work: float
     int16_work: float
+    bf16_work: float = 0.0
 
 
 class OpTotal(NamedTuple):
     """All calls of one operation.
 
-    work, int8_work: float32 arithmetic, and products of whole numbers (precision="fast": bytes with quantised weights,
-    16 bits in encoders); a multiply-add counts as two. bytes: weights, cached keys and values, and rows of activations,
-    each once per call. part: of the model that ran it, the text model or an encoder.
+    work, int8_work, bf16_work: float32 arithmetic, products of whole numbers (precision="fast": bytes with quantised
+    weights, 16 bits in encoders), and of bfloat16; a multiply-add counts as two. bytes: weights, cached keys and
+    values, and rows of activations, each once per call. part: of the model that ran it, the text model or an encoder.
     """
 
     name: str
@@ -66,6 +68,7 @@ class OpTotal(NamedTuple):
     seconds: float
     work: float
     int8_work: float
+    bf16_work: float
     bytes: float
     part: Part = "text"
 
@@ -81,14 +84,15 @@ class OpTotal(NamedTuple):
     def arithmetic_seconds(self, limits: Limits) -> float:
         """The time its arithmetic would take at the machine's limits."""
         whole = limits.int8_work if self.part == "text" else limits.int16_work
-        return self.work / limits.f32_work + self.int8_work / whole
+        bf16 = self.bf16_work / limits.bf16_work if self.bf16_work else 0.0
+        return self.work / limits.f32_work + self.int8_work / whole + bf16
 
 
 class Profile:
     """Totals for each operation; `print()` it, or take `ops`. One step at a time may add to it."""
 
     def __init__(self) -> None:
-        self.arrays: dict[Part, F64] = {part: np.zeros((len(_engine.profile_ops()), 5)) for part in get_args(Part)}
+        self.arrays: dict[Part, F64] = {part: np.zeros((len(_engine.profile_ops()), 6)) for part in get_args(Part)}
 
     @property
     def parts(self) -> list[Part]:
@@ -143,12 +147,13 @@ class Profile:
 
 def _sum(ops: list[OpTotal], part: Part = "text") -> OpTotal:
     steps = sum(op.calls for op in ops if op.name == "other")
-    seconds, work, int8_work = (
+    seconds, work, int8_work, bf16_work = (
         sum(op.seconds for op in ops),
         sum(op.work for op in ops),
         sum(op.int8_work for op in ops),
+        sum(op.bf16_work for op in ops),
     )
-    return OpTotal("all", steps, seconds, work, int8_work, sum(op.streamed for op in ops), part)
+    return OpTotal("all", steps, seconds, work, int8_work, bf16_work, sum(op.streamed for op in ops), part)
 
 
 def _cells(op: OpTotal, total: OpTotal, limits: Limits | None) -> list[str]:
@@ -158,7 +163,7 @@ def _cells(op: OpTotal, total: OpTotal, limits: Limits | None) -> list[str]:
         f"{op.calls / steps:.4g}",
         f"{1e3 * op.seconds / steps:.3f}",
         f"{op.seconds / max(total.seconds, 1e-12):.1%}",
-        _rate(op.work + op.int8_work, seconds),
+        _rate(op.work + op.int8_work + op.bf16_work, seconds),
         _rate(op.bytes, seconds),
     ]
     if limits:

@@ -21,7 +21,7 @@ from gemma4.profile import ROW_OPS, Limits, OpTotal, Profile
 from gemma4.quantization import quantize
 
 TABLES = {"embedding rows", "per-layer rows"}
-LIMITS = Limits(read_bytes=10e9, f32_work=100e9, int8_work=400e9, int16_work=200e9)
+LIMITS = Limits(read_bytes=10e9, f32_work=100e9, int8_work=400e9, int16_work=200e9, bf16_work=1000e9)
 
 
 def by_name(profile: Profile) -> dict[str, OpTotal]:
@@ -156,8 +156,8 @@ def test_failed_steps_count_too(random_e, prompt):
 def test_engine_checks_the_array(random_e):
     sequence = random_e.engine.new_sequence()
     run = (sequence, np.array([5], np.int32), None, None, None)
-    shape = (len(_engine.profile_ops()), 5)
-    wrong = (np.zeros(shape, np.float32), np.zeros((3, 5)), np.zeros((5, shape[0])).T, [0.0])
+    shape = (len(_engine.profile_ops()), 6)
+    wrong = (np.zeros(shape, np.float32), np.zeros((3, 6)), np.zeros((6, shape[0])).T, [0.0])
     for array in wrong:
         with pytest.raises(ValueError, match="profile: expected a C-contiguous float64"):
             random_e.engine.step([run], profile=array)
@@ -169,11 +169,12 @@ def test_engine_checks_the_array(random_e):
 
 
 def test_share_of_the_nearer_limit():
-    op = OpTotal("q", 1, 1.0, work=50e9, int8_work=0.0, bytes=2e9)
+    op = OpTotal("q", 1, 1.0, work=50e9, int8_work=0.0, bf16_work=0.0, bytes=2e9)
     assert op.least_seconds(LIMITS) == pytest.approx(0.5)
     assert op._replace(bytes=8e9).least_seconds(LIMITS) == pytest.approx(0.8)
     assert op._replace(work=0.0, int8_work=100e9).least_seconds(LIMITS) == pytest.approx(0.25)
     assert op._replace(work=0.0, int8_work=100e9, part="audio").least_seconds(LIMITS) == pytest.approx(0.5)
+    assert op._replace(work=0.0, bf16_work=400e9).least_seconds(LIMITS) == pytest.approx(0.4)
     assert op._replace(name="norm", bytes=8e9).least_seconds(LIMITS) == pytest.approx(0.5)  # from cache
 
 
@@ -225,8 +226,15 @@ def test_arithmetic_rate_is_a_limit(kind):
         _engine.arithmetic_rate(kind, -1)
 
 
+def test_arithmetic_rate_of_bf16():
+    """Where there are instructions for it, no slower than float32; else 0."""
+    has_bf16 = gemma4.cpu_info()["isa"] in ("avx512_bf16", "amx")
+    rate = max(_engine.arithmetic_rate("bf16", 1) for _ in range(3))
+    assert rate > 0.1e9 if has_bf16 else rate == 0
+
+
 def test_arithmetic_rate_names():
-    with pytest.raises(ValueError, match='"f32", "int8" or "int16"'):
+    with pytest.raises(ValueError, match='"f32", "int8", "int16" or "bf16"'):
         _engine.arithmetic_rate("f64", 1)
 
 

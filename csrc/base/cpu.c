@@ -6,6 +6,7 @@
 
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
 #endif
 
 static const char *const names[G4_N_ISAS] = {
@@ -14,6 +15,8 @@ static const char *const names[G4_N_ISAS] = {
     [G4_ISA_AVX_VNNI] = "avx_vnni",
     [G4_ISA_AVX512] = "avx512",
     [G4_ISA_AVX512_VNNI] = "avx512_vnni",
+    [G4_ISA_AVX512_BF16] = "avx512_bf16",
+    [G4_ISA_AMX] = "amx",
     [G4_ISA_NEON] = "neon",
     [G4_ISA_NEON_DOTPROD] = "neon_dotprod",
     [G4_ISA_NEON_I8MM] = "neon_i8mm",
@@ -43,16 +46,35 @@ static unsigned long long enabled_state(void)
     return ((unsigned long long)edx << 32) | eax;
 }
 
+/* Tiles are 8 KB more to save of a thread: Linux (5.16 and later) has a process ask for them. */
+static bool tiles_permitted(void)
+{
+#if defined(__linux__)
+    enum { ARCH_REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
 bool g4_cpu_has(g4_isa isa)
 {
-    enum { YMM_STATE = 0x06, ZMM_STATE = 0xe6, ECX_AVX512_VNNI = 1 << 11, EAX_AVX_VNNI = 1 << 4 };
+    enum {
+        YMM_STATE = 0x06,
+        ZMM_STATE = 0xe6,
+        TILE_STATE = 0x60000,
+        ECX_AVX512_VNNI = 1 << 11,
+        EAX_AVX_VNNI = 1 << 4,
+        EAX_AVX512_BF16 = 1 << 5,
+        EDX_AMX = 1 << 22 | 1 << 24, /* BF16, TILE */
+    };
     const unsigned avx2_needs = bit_FMA | bit_AVX | bit_F16C | bit_OSXSAVE;
     const unsigned avx512_needs = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     unsigned eax, ebx, ecx, edx, more_eax, unused;
     if (isa == G4_ISA_SCALAR)
         return true;
 #ifdef G4_EMULATED_AVX512 /* tests alone: those units are compiled to instructions of AVX2 (GEMMA4_SIMDE) */
-    if (isa == G4_ISA_AVX_VNNI || isa == G4_ISA_AVX512 || isa == G4_ISA_AVX512_VNNI)
+    if (isa > G4_ISA_AVX2 && isa <= G4_ISA_AMX)
         return g4_cpu_has(G4_ISA_AVX2);
 #endif
     if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & avx2_needs) != avx2_needs ||
@@ -61,12 +83,18 @@ bool g4_cpu_has(g4_isa isa)
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & bit_AVX2))
         return false;
     const bool avx512 = (ebx & avx512_needs) == avx512_needs && (enabled_state() & ZMM_STATE) == ZMM_STATE;
+    const bool vnni = avx512 && (ecx & ECX_AVX512_VNNI);
+    if (eax < 1 || !__get_cpuid_count(7, 1, &more_eax, &unused, &unused, &unused))
+        more_eax = 0;
+    const bool bf16 = vnni && (more_eax & EAX_AVX512_BF16);
     switch (isa) {
     case G4_ISA_AVX2: return true;
-    case G4_ISA_AVX_VNNI:
-        return eax >= 1 && __get_cpuid_count(7, 1, &more_eax, &unused, &unused, &unused) && (more_eax & EAX_AVX_VNNI);
+    case G4_ISA_AVX_VNNI: return more_eax & EAX_AVX_VNNI;
     case G4_ISA_AVX512: return avx512;
-    case G4_ISA_AVX512_VNNI: return avx512 && (ecx & ECX_AVX512_VNNI);
+    case G4_ISA_AVX512_VNNI: return vnni;
+    case G4_ISA_AVX512_BF16: return bf16;
+    case G4_ISA_AMX:
+        return bf16 && (edx & EDX_AMX) == EDX_AMX && (enabled_state() & TILE_STATE) == TILE_STATE && tiles_permitted();
     default: return false;
     }
 }

@@ -12,6 +12,8 @@ typedef enum {
     G4_ISA_AVX_VNNI,
     G4_ISA_AVX512, /* F, BW, DQ, VL */
     G4_ISA_AVX512_VNNI,
+    G4_ISA_AVX512_BF16, /* and VNNI */
+    G4_ISA_AMX,         /* tiles of bf16, and AVX-512 BF16 */
     G4_ISA_NEON,
     G4_ISA_NEON_DOTPROD,
     G4_ISA_NEON_I8MM, /* and dot products */

@@ -51,7 +51,8 @@ typedef enum {
 typedef struct {
     double calls, seconds;
     double work;      /* float32 arithmetic: a multiply-add counts as two, anything else as one */
-    double int8_work; /* the same of products of bytes */
+    double int8_work; /* the same of products of whole numbers */
+    double bf16_work; /* and of products of bfloat16 */
     double bytes;     /* weights, cached keys and values, and arrays of rows, each read or written once */
 } g4_op_total;
 

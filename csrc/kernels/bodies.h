@@ -49,6 +49,9 @@ static INLINE size_t bytes_ahead(size_t row_bytes, size_t stride_bytes)
 #include "kernels/body_int8_rows.h"
 #include "kernels/body_int8_tile.h"
 #include "kernels/body_panel16.h"
+#ifdef BF16_PRODUCTS /* there are instructions for them */
+#include "kernels/body_bf16.h"
+#endif
 #include "kernels/formats.h"
 #include "kernels/body_limits.h"
 

@@ -9,6 +9,9 @@ extern const g4_kernels g4_kernels_avx2, g4_kernels_avx512;
 #ifdef G4_VNNI /* the compiler knows it */
 extern const g4_kernels g4_kernels_avx_vnni, g4_kernels_avx512_vnni;
 #endif
+#ifdef G4_TILES
+extern const g4_kernels g4_kernels_avx512_bf16, g4_kernels_amx;
+#endif
 #elif defined(__aarch64__)
 extern const g4_kernels g4_kernels_neon, g4_kernels_neon_dotprod, g4_kernels_neon_i8mm;
 #endif
@@ -16,9 +19,15 @@ extern const g4_kernels g4_kernels_neon, g4_kernels_neon_dotprod, g4_kernels_neo
 static const g4_kernels *const tables[G4_N_ISAS] = {
     [G4_ISA_SCALAR] = &g4_kernels_scalar,
 #if defined(__x86_64__)
-    [G4_ISA_AVX2] = &g4_kernels_avx2,         [G4_ISA_AVX512] = &g4_kernels_avx512,
+    [G4_ISA_AVX2] = &g4_kernels_avx2,
+    [G4_ISA_AVX512] = &g4_kernels_avx512,
 #ifdef G4_VNNI
-    [G4_ISA_AVX_VNNI] = &g4_kernels_avx_vnni, [G4_ISA_AVX512_VNNI] = &g4_kernels_avx512_vnni,
+    [G4_ISA_AVX_VNNI] = &g4_kernels_avx_vnni,
+    [G4_ISA_AVX512_VNNI] = &g4_kernels_avx512_vnni,
+#endif
+#ifdef G4_TILES
+    [G4_ISA_AVX512_BF16] = &g4_kernels_avx512_bf16,
+    [G4_ISA_AMX] = &g4_kernels_amx,
 #endif
 #elif defined(__aarch64__)
     [G4_ISA_NEON] = &g4_kernels_neon,
@@ -45,8 +54,8 @@ g4_status g4_kernels_select(const g4_kernels **kernels, g4_error *err)
         g4_isa wanted = g4_isa_parse(mask);
         if (wanted == G4_N_ISAS)
             return g4_fail(err, G4_EVALUE,
-                           "GEMMA4_ISA=%s: expected scalar, avx2, avx_vnni, avx512, avx512_vnni, neon, "
-                           "neon_dotprod or neon_i8mm",
+                           "GEMMA4_ISA=%s: expected scalar, avx2, avx_vnni, avx512, avx512_vnni, "
+                           "avx512_bf16, amx, neon, neon_dotprod or neon_i8mm",
                            mask);
         if (!g4_kernels_for(wanted))
             return g4_fail(err, G4_EUNSUPPORTED,

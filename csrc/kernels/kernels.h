@@ -73,6 +73,22 @@ static inline g4_panel16 g4_panel16_at(const g4_panel16 *w, int at)
     return (g4_panel16){w->q + (size_t)at * 16, w->scale + (size_t)(at / G4_GROUP16) * 16};
 }
 
+/* Rows in bfloat16, in tiles of 16 by 32 inputs, padded with zeros (body_bf16.h). */
+enum { G4_TILE_ROWS = 16, G4_TILE_INPUTS = 32, G4_TILE = G4_TILE_ROWS * G4_TILE_INPUTS };
+
+typedef struct {
+    uint16_t *data; /* x: [m / 16, tiles, 16, 32]; weights: [n / 16, tiles, 16 pairs, 16, 2] */
+    size_t stride;  /* from 16 rows to the next */
+} g4_tiles;
+
+static inline int g4_tiles_of(int k) { return (k + G4_TILE_INPUTS - 1) / G4_TILE_INPUTS; }
+
+/* Those from a row on, a multiple of 16. */
+static inline g4_tiles g4_tiles_from(const g4_tiles *t, int row)
+{
+    return (g4_tiles){t->data + (size_t)(row / G4_TILE_ROWS) * t->stride, t->stride};
+}
+
 #define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;
 #include "kernels/kernels.inc"
 #undef G4_KERNEL

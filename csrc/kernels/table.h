@@ -7,6 +7,9 @@ extern const g4_kernels ISA_TABLE;
 const g4_kernels ISA_TABLE = {
     .isa = ISA,
 #define G4_KERNEL(result, name, args) .name = name,
+#ifndef BF16_PRODUCTS
+#define G4_KERNEL_BF16(result, name, args) .name = NULL,
+#endif
 #include "kernels/kernels.inc"
 #undef G4_KERNEL
 };

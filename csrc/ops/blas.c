@@ -13,10 +13,14 @@ extern void BLAS(cblas_sgemm)(int order, int trans_a, int trans_b, int m, int n,
 extern void BLAS(openblas_set_num_threads)(int n);
 extern char *BLAS(openblas_get_config)(void);
 
-bool g4_blas_init(void)
+bool g4_has_blas(void)
+{
+    return true;
+}
+
+void g4_blas_init(void)
 {
     BLAS(openblas_set_num_threads)(1);
-    return true;
 }
 
 void g4_blas_matmul(const float *x, size_t x_stride, int m, const float *w, size_t w_stride, int n, int k, float *out,
@@ -31,9 +35,13 @@ const char *g4_blas_config(void)
     return BLAS(openblas_get_config)();
 }
 #else
-bool g4_blas_init(void)
+bool g4_has_blas(void)
 {
     return false;
+}
+
+void g4_blas_init(void)
+{
 }
 
 void g4_blas_matmul(const float *x, size_t x_stride, int m, const float *w, size_t w_stride, int n, int k, float *out,

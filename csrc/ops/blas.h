@@ -6,8 +6,11 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-/* Whether this build has it. Called once before any other thread computes: sets BLAS to one thread. */
-bool g4_blas_init(void);
+/* Whether this build has it. */
+bool g4_has_blas(void);
+
+/* Called before any thread computes: sets BLAS to one thread. */
+void g4_blas_init(void);
 
 /* out = x * w^T: x [m, k], w [n, k], out [m, n]. */
 void g4_blas_matmul(const float *x, size_t x_stride, int m, const float *w, size_t w_stride, int n, int k, float *out,

@@ -16,7 +16,7 @@ typedef struct {
     const g4_kernels *kernels;
     g4_pool *pool;
     g4_arena *arena;
-    bool fast;       /* may change the order of additions (OpenBLAS) */
+    bool fast;       /* may change the order of additions, and round x */
     g4_poll_fn poll; /* the user's; may be slow, so it is asked every 20 ms only */
     void *poll_context;
     double last_poll_ms;

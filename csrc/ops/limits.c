@@ -12,6 +12,7 @@
 /* Tasks are shared out as threads come for them, so one that the system holds up does not hold up the measurement: a spin
  * of 30 microseconds on AVX2, a slice of 1 MiB. */
 enum { SPIN_ROUNDS = 1 << 14, SPINS_PER_THREAD = 256, READ_SLICE = 1 << 18, MAX_SUMS = 24 * 16 };
+enum { TILE_ROUNDS = 64, TILE_VALUES = 16 * G4_TILE }; /* a round is half a million multiply-adds */
 
 typedef struct {
     const g4_kernels *kernels;
@@ -34,6 +35,8 @@ static void spin(void *context, int task, int worker)
     float sums[MAX_SUMS];
     int8_t bytes[512];
     int16_t shorts[512];
+    uint16_t tiles[TILE_VALUES];
+    float products[4 * G4_TILE_ROWS * G4_TILE_ROWS];
     int32_t sum;
     (void)worker;
     for (int i = 0; i < MAX_SUMS; i++)
@@ -44,6 +47,11 @@ static void spin(void *context, int task, int worker)
     switch (t->kind) {
     case G4_SPIN_F32: t->results[task] = t->kernels->spin_f32(sums, SPIN_ROUNDS); break;
     case G4_SPIN_INT8: t->results[task] = t->kernels->spin_int8(bytes, &sum, SPIN_ROUNDS); break;
+    case G4_SPIN_BF16:
+        for (int i = 0; i < TILE_VALUES; i++)
+            tiles[i] = g4_f32_to_bf16(1.0f);
+        t->results[task] = t->kernels->spin_bf16(tiles, products, TILE_ROUNDS);
+        break;
     default: t->results[task] = t->kernels->spin_int16(shorts, &sum, SPIN_ROUNDS);
     }
 }
@@ -92,6 +100,9 @@ g4_status g4_arithmetic_rate(g4_spin kind, int n_threads, double *per_second, g4
     double seconds, operations;
     G4_TRY(check_threads(&n_threads, err));
     G4_TRY(g4_kernels_select(&t.kernels, err));
+    *per_second = 0;
+    if (kind == G4_SPIN_BF16 && !t.kernels->spin_bf16)
+        return G4_OK;
     G4_TRY(measure(&t, n_threads, n_threads * SPINS_PER_THREAD, spin, &seconds, &operations, err));
     *per_second = operations / seconds;
     return G4_OK;

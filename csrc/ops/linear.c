@@ -2,8 +2,10 @@
 #include "ops/linear.h"
 
 #include "ops/blas.h"
+#include "ops/inputs.h"
 #include "ops/panels.h"
 #include "ops/profile.h"
+#include "ops/tiles.h"
 
 enum {
     PANEL = 32,             /* weight rows per task: the kernels' block */
@@ -11,7 +13,8 @@ enum {
     MIN_STREAM = 64 << 10,  /* bytes of weights per task then: long runs, because each start is slow, */
     MAX_STREAM = 512 << 10, /* yet several for each thread */
     STREAM_TASKS = 4,
-    MATRIX_ROWS = 48,           /* below this neither panels nor sgemm earn the widening of the weights */
+    MATRIX_ROWS = 48, /* below this neither panels nor sgemm earn the widening of the weights */
+    TILE_ROWS = 32,   /* nor do tiles (counted: 0.8 cycles a weight, as the tile of bytes takes for 32 rows) */
     BLAS_PANEL_FLOATS = 1 << 17 /* a widened panel stays in the second-level cache */
 };
 
@@ -20,8 +23,9 @@ typedef struct {
     const g4_linear_job *jobs;
     const int *first_task; /* [n_jobs + 1] */
     int n_jobs;
-    float *panels;          /* one per worker, for BLAS; NULL if no job uses it */
-    const g4_int8_rows *xs; /* [n_jobs] x as bytes, for jobs that want it so */
+    float *panels;           /* one per worker, for BLAS; NULL if no job uses it */
+    const g4_inputs *inputs; /* of the jobs that want x as bytes … */
+    const g4_int8_rows *xs;  /* … which it is here */
 } linear_task;
 
 static bool uses_int8(const g4_exec *exec, const g4_linear_job *job)
@@ -35,28 +39,38 @@ static int blas_panel_rows(const g4_linear_job *job)
     return rows < PANEL ? PANEL : rows > 4 * PANEL ? 4 * PANEL : rows;
 }
 
-/* Many rows and plain weights: in `fast` the order of additions is free. */
-static bool is_matrix_product(const g4_exec *exec, const g4_linear_job *job)
-{
-    return exec->fast && !g4_is_quantised(job->w.dtype) && job->m >= MATRIX_ROWS;
-}
+/* How a job's products are made. */
+typedef enum {
+    BY_ROWS,   /* the kernels' own blocks: all of `exact`, a few rows, and quantised weights with x as bytes */
+    BY_BLAS,   /* OpenBLAS */
+    BY_PANELS, /* the encoders' panels: ops/panels.h */
+    BY_TILES   /* bfloat16: ops/tiles.h */
+} method;
 
-/* The encoders' panels or OpenBLAS, which packs what we have just widened once more. Measured on AVX2 alone: bf16 maps of
- * E2B at 512 rows, 158 to 177 GFLOP/s by panels, 117 to 143 by sgemm, on two Zen 3 cores. Elsewhere OpenBLAS has tiles for
- * the wider registers; the panels have not. */
-static bool prefers_panels(const g4_exec *exec)
+/* Many rows in `fast`, where the order of additions is free.
+ *
+ * Plain weights: OpenBLAS packs what we have just widened once more. Measured on AVX2 alone: bf16 maps of E2B at 512 rows,
+ * 158 to 177 GFLOP/s by panels, 117 to 143 by sgemm, on two Zen 3 cores. With wider registers OpenBLAS has tiles for them;
+ * the panels have not. Instructions for bf16 do twice as much, AMX another 16 times: there the quantised types, too, which
+ * AVX-512 BF16 multiplies at half the rate of bytes with VNNI. */
+static method method_of(const g4_exec *exec, const g4_linear_job *job)
 {
-    return exec->kernels->isa == G4_ISA_AVX2 || exec->kernels->isa == G4_ISA_AVX_VNNI;
-}
-
-static bool uses_panels(const g4_exec *exec, const g4_linear_job *job)
-{
-    return is_matrix_product(exec, job) && prefers_panels(exec);
+    const g4_kernels *kernels = exec->kernels;
+    const bool quantised = g4_is_quantised(job->w.dtype);
+    if (!exec->fast)
+        return BY_ROWS;
+    if (kernels->matmul_tiles && job->m >= TILE_ROWS &&
+        (job->w.dtype == G4_BF16 || (quantised && kernels->isa == G4_ISA_AMX)))
+        return BY_TILES;
+    if (quantised || job->m < MATRIX_ROWS)
+        return BY_ROWS;
+    const bool wider = kernels->isa != G4_ISA_AVX2 && kernels->isa != G4_ISA_AVX_VNNI;
+    return wider && g4_has_blas() ? BY_BLAS : BY_PANELS;
 }
 
 static bool uses_blas(const g4_exec *exec, const g4_linear_job *job)
 {
-    return is_matrix_product(exec, job) && !prefers_panels(exec);
+    return method_of(exec, job) == BY_BLAS;
 }
 
 static int stream_rows(const g4_exec *exec, const g4_linear_job *job)
@@ -79,8 +93,8 @@ static void run_panel(const linear_task *t, int index, int first, int n, int wor
     const int k = (int)job->w.n_cols;
     const void *rows = g4_matrix_row(&job->w, (size_t)first);
     if (uses_int8(t->exec, job)) {
-        g4_matmul_int8_for(kernels, job->w.dtype)(&t->xs[index], job->m, rows, job->w.row_stride, n, k,
-                                                  job->out + first, job->out_stride);
+        g4_matmul_int8_for(kernels, job->w.dtype)(&t->xs[t->inputs->of_job[index]], job->m, rows, job->w.row_stride, n,
+                                                  k, job->out + first, job->out_stride);
         return;
     }
     if (!uses_blas(t->exec, job)) {
@@ -111,19 +125,17 @@ static void run_task(void *context, int task, int worker)
 /* ---- x as bytes: once for all jobs that share it (q, k, v; gate, up) ------------------------------------------------- */
 
 typedef struct {
-    const g4_linear_job *const *jobs; /* one for each x */
-    const g4_int8_rows *xs;
-    const int *first_row; /* [n_xs + 1] where its rows begin among those of all */
+    const g4_inputs *inputs;
+    const g4_int8_rows *xs; /* one for each of them */
 } quantize_task;
 
 static void quantize_slice(const g4_exec *exec, void *context, int first, int end)
 {
     const quantize_task *t = context;
-    for (int i = 0; first < end; i++) {
-        if (first >= t->first_row[i + 1])
-            continue;
-        const g4_linear_job *job = t->jobs[i];
-        const int at = first - t->first_row[i], stop = end < t->first_row[i + 1] ? end : t->first_row[i + 1];
+    while (first < end) {
+        int stop;
+        const int i = g4_inputs_at(t->inputs, first, end, &stop), at = first - t->inputs->first[i];
+        const g4_linear_job *job = t->inputs->jobs[i];
         exec->kernels->quantize_rows(job->x + (size_t)at * job->x_stride, job->x_stride, at, stop - first,
                                      (int)job->w.n_cols, &t->xs[i]);
         first = stop;
@@ -143,52 +155,33 @@ static g4_status int8_rows_new(g4_exec *exec, const g4_linear_job *job, g4_int8_
     return G4_OK;
 }
 
-static bool same_x(const g4_linear_job *a, const g4_linear_job *b)
+static g4_status quantize_inputs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs, g4_inputs *inputs,
+                                 const g4_int8_rows **result)
 {
-    return a->x == b->x && a->m == b->m && a->x_stride == b->x_stride && a->w.n_cols == b->w.n_cols;
-}
-
-static g4_status quantize_inputs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs, const g4_int8_rows **result)
-{
-    const g4_linear_job **distinct;
-    g4_int8_rows *xs, *distinct_xs;
-    int *first_row, n = 0;
+    g4_int8_rows *xs;
     size_t max_k = 0;
+    G4_TRY(g4_inputs_new(exec, jobs, n_jobs, 1, uses_int8, inputs));
     G4_ALLOC(exec, xs, (size_t)n_jobs);
-    G4_ALLOC(exec, distinct_xs, (size_t)n_jobs);
-    G4_ALLOC(exec, distinct, (size_t)n_jobs);
-    G4_ALLOC(exec, first_row, (size_t)n_jobs + 1);
-    first_row[0] = 0;
-    for (int j = 0; j < n_jobs; j++) {
-        if (!uses_int8(exec, &jobs[j]))
-            continue;
-        int i = 0;
-        while (i < n && !same_x(distinct[i], &jobs[j]))
-            i++;
-        if (i == n) {
-            distinct[n] = &jobs[j];
-            G4_TRY(int8_rows_new(exec, &jobs[j], &distinct_xs[n]));
-            first_row[n + 1] = first_row[n] + jobs[j].m;
-            max_k = jobs[j].w.n_cols > max_k ? jobs[j].w.n_cols : max_k;
-            n++;
-        }
-        xs[j] = distinct_xs[i];
+    for (int i = 0; i < inputs->n; i++) {
+        G4_TRY(int8_rows_new(exec, inputs->jobs[i], &xs[i]));
+        max_k = inputs->jobs[i]->w.n_cols > max_k ? inputs->jobs[i]->w.n_cols : max_k;
     }
-    quantize_task t = {distinct, distinct_xs, first_row};
+    quantize_task t = {inputs, xs};
     *result = xs;
-    return g4_exec_rows(exec, first_row[n], max_k, quantize_slice, &t);
+    return g4_exec_rows(exec, inputs->first[inputs->n], max_k, quantize_slice, &t);
 }
 
 static g4_status row_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
 {
     g4_arena_mark mark = g4_arena_save(exec->arena);
-    linear_task t = {.exec = exec, .jobs = jobs, .n_jobs = n_jobs};
+    g4_inputs inputs;
+    linear_task t = {.exec = exec, .jobs = jobs, .n_jobs = n_jobs, .inputs = &inputs};
     int *first_task;
     size_t max_k = 0;
     double work = 0;
     const double start = g4_profile_start(exec);
     if (exec->fast)
-        G4_TRY(quantize_inputs(exec, jobs, n_jobs, &t.xs));
+        G4_TRY(quantize_inputs(exec, jobs, n_jobs, &inputs, &t.xs));
     G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
     first_task[0] = 0;
     for (int j = 0; j < n_jobs; j++) {
@@ -208,22 +201,23 @@ static g4_status row_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     return status;
 }
 
-/* In two rounds if some jobs, but not all, go by panels: their weights have different types. */
+/* Jobs of several methods, whose weights have several types or whose rows (experts') are few and many, take rounds. */
 g4_status g4_linear_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
 {
+    static g4_status (*const rounds[])(g4_exec *, const g4_linear_job *, int) = {
+        [BY_ROWS] = row_jobs, [BY_BLAS] = row_jobs, [BY_PANELS] = g4_panel_jobs, [BY_TILES] = g4_tile_jobs};
     g4_arena_mark mark = g4_arena_save(exec->arena);
-    g4_linear_job *by_panels, *others;
-    int n_panels = 0, n_others = 0;
-    G4_ALLOC(exec, by_panels, (size_t)n_jobs);
-    G4_ALLOC(exec, others, (size_t)n_jobs);
-    for (int j = 0; j < n_jobs; j++)
-        if (uses_panels(exec, &jobs[j]))
-            by_panels[n_panels++] = jobs[j];
-        else
-            others[n_others++] = jobs[j];
-    g4_status status = n_panels ? g4_panel_jobs(exec, by_panels, n_panels) : G4_OK;
-    if (status == G4_OK && (n_others || !n_panels))
-        status = row_jobs(exec, others, n_others);
+    g4_status status = G4_OK;
+    g4_linear_job *chosen;
+    G4_ALLOC(exec, chosen, (size_t)n_jobs);
+    for (method round = BY_ROWS; round <= BY_TILES && status == G4_OK; round++) {
+        int n = 0;
+        for (int j = 0; j < n_jobs; j++)
+            if (method_of(exec, &jobs[j]) == round)
+                chosen[n++] = jobs[j];
+        if (n)
+            status = rounds[round](exec, chosen, n);
+    }
     g4_arena_restore(exec->arena, mark);
     return status;
 }

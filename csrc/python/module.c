@@ -114,9 +114,9 @@ static PyObject *profile_ops(PyObject *self, PyObject *unused)
     return tuple;
 }
 
-enum { N_SPINS = 3 };
+enum { N_SPINS = 4 };
 static const char *const spin_names[N_SPINS] = {
-    [G4_SPIN_F32] = "f32", [G4_SPIN_INT8] = "int8", [G4_SPIN_INT16] = "int16"};
+    [G4_SPIN_F32] = "f32", [G4_SPIN_INT8] = "int8", [G4_SPIN_INT16] = "int16", [G4_SPIN_BF16] = "bf16"};
 
 /* arithmetic_rate(kind, threads) -> operations per second */
 static PyObject *arithmetic_rate(PyObject *self, PyObject *args)
@@ -133,7 +133,7 @@ static PyObject *arithmetic_rate(PyObject *self, PyObject *args)
     while (spin < N_SPINS && strcmp(kind, spin_names[spin]) != 0)
         spin++;
     if (spin == N_SPINS)
-        return PyErr_Format(PyExc_ValueError, "\"%s\": expected \"f32\", \"int8\" or \"int16\"", kind);
+        return PyErr_Format(PyExc_ValueError, "\"%s\": expected \"f32\", \"int8\", \"int16\" or \"bf16\"", kind);
     Py_BEGIN_ALLOW_THREADS;
     status = g4_arithmetic_rate((g4_spin)spin, n_threads, &rate, &err);
     Py_END_ALLOW_THREADS;

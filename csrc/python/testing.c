@@ -250,6 +250,44 @@ static bool rows16_new(PyArrayObject *x, PyObject **q, PyObject **scale, g4_rows
     return true;
 }
 
+/* matmul_tiles(isa, x [m, k], w [n, k]) -> [m, n] of both rounded to bf16 */
+static PyObject *test_matmul_tiles(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x, *w;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!O!", &isa, &PyArray_Type, &x, &PyArray_Type, &w))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 2) || !is_rows(w, NPY_FLOAT32, 2) ||
+        !has_inputs(w, G4_F32, PyArray_DIM(x, 1)))
+        return NULL;
+    if (!kernels->matmul_tiles)
+        return PyErr_Format(PyExc_NotImplementedError, "%s has no products of bf16", isa);
+    npy_intp dims[] = {PyArray_DIM(x, 0), PyArray_DIM(w, 0)};
+    const int k = (int)PyArray_DIM(x, 1);
+    PyArrayObject *both[] = {x, w};
+    g4_tiles tiles[2];
+    PyObject *out = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
+    for (int i = 0; i < 2; i++) {
+        const int n = (int)dims[i];
+        tiles[i].stride = (size_t)g4_tiles_of(k) * G4_TILE;
+        tiles[i].data = PyMem_Calloc((size_t)(n + 15) / 16, tiles[i].stride * 2);
+        for (int row = 0; tiles[i].data && row < n; row += G4_TILE_ROWS)
+            (i ? kernels->tiles_of_weights : kernels->tiles_of_rows)(
+                (const float *)PyArray_DATA(both[i]) + (size_t)row * stride_of(both[i]), stride_of(both[i]),
+                n - row < G4_TILE_ROWS ? n - row : G4_TILE_ROWS, k, g4_tiles_from(&tiles[i], row).data);
+    }
+    if (!tiles[0].data || !tiles[1].data)
+        Py_SETREF(out, PyErr_NoMemory());
+    else if (out)
+        kernels->matmul_tiles(&tiles[0], (int)dims[0], &tiles[1], (int)dims[1], g4_tiles_of(k),
+                              PyArray_DATA((PyArrayObject *)out), (size_t)dims[1], false);
+    PyMem_Free(tiles[0].data);
+    PyMem_Free(tiles[1].data);
+    return out;
+}
+
 /* quantize_rows16(isa, x [m, k], low, high) -> q int16 [m, stride], scale [m, groups] */
 static PyObject *test_quantize_rows16(PyObject *self, PyObject *args)
 {
@@ -505,6 +543,7 @@ static PyMethodDef testing_methods[] = {
      "weighted_sum(isa, dtype, p [m, n], v [n, d], acc [m, d]) -> [m, d]"},
     {"matmul_panel", test_matmul_panel, METH_VARARGS,
      "matmul_panel(isa, x [m, k], w [k, 16], n, out or None) -> [m, n]"},
+    {"matmul_tiles", test_matmul_tiles, METH_VARARGS, "matmul_tiles(isa, x [m, k], w [n, k]) -> [m, n]"},
     {"pack_panel", test_pack_panel, METH_VARARGS, "pack_panel(isa, w [n, k]) -> [k, 16]"},
     {"quantize_rows16", test_quantize_rows16, METH_VARARGS, "quantize_rows16(isa, x [m, k], low, high) -> q, scale"},
     {"softmax_rows16", test_softmax_rows16, METH_VARARGS, "softmax_rows16(isa, x [m, n], changed) -> q, scale"},

@@ -272,6 +272,11 @@ static void test_yardsticks(void)
         check(tables[t]->spin_int8(x, &got, 40) == n_operations && got == wanted, tables[t], "spin_int8", "", 0, 0, 40);
         check(tables[t]->spin_f32(sums, 40) > 0 && sums[0] > 0.99f && sums[0] <= 1, tables[t], "spin_f32", "", 0, 0,
               40);
+        static uint16_t tiles[16 * G4_TILE]; /* all sums 0, and as many products as there are */
+        float products[4 * 256];
+        if (tables[t]->spin_bf16)
+            check(tables[t]->spin_bf16(tiles, products, 3) == 3 * 2.0 * 16 * 32 * 32 * 32 && products[1023] == 0,
+                  tables[t], "spin_bf16", "", 0, 0, 3);
     }
 }
 
@@ -291,6 +296,8 @@ int main(int n_args, char **args)
     }
     test_products();
     test_sums_and_panels();
+    test_tiles();
+    test_linear();
     test_rows();
     test_conversions();
     test_yardsticks();

@@ -28,5 +28,7 @@ extern const int factors_of[G4_N_DTYPES][2];
 
 void test_products(void);
 void test_sums_and_panels(void);
+void test_tiles(void);
+void test_linear(void);
 
 #endif

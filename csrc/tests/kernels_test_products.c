@@ -203,6 +203,92 @@ static void check_softmax16(int kind, int n)
     free(x), free(pattern), free(wanted.q), free(wanted.scale), free(got.q), free(got.scale);
 }
 
+/* ---- tiles of bfloat16 --------------------------------------------------------------------------------------------- */
+
+/* As the instructions round: subnormal numbers are zero. */
+static uint16_t rounded(float x)
+{
+    return g4_f32_to_bf16(fabsf(x) < 0x1p-126f ? copysignf(0, x) : x);
+}
+
+static bool same_bf16(uint16_t a, uint16_t b)
+{
+    return a == b || (isnan(g4_bf16_to_f32(a)) && isnan(g4_bf16_to_f32(b)));
+}
+
+/* What is not a row or an input is zero. */
+static bool rounds_to_tiles(const float *rows, int n, int k, const uint16_t *tiles, bool by_pairs)
+{
+    bool good = true;
+    for (int l = 0; l < g4_tiles_of(k) * G4_TILE_INPUTS; l++)
+        for (int r = 0; r < G4_TILE_ROWS; r++) {
+            const uint16_t *tile = tiles + l / G4_TILE_INPUTS * G4_TILE;
+            const int in = l % G4_TILE_INPUTS, at = by_pairs ? in / 2 * 32 + r * 2 + in % 2 : r * G4_TILE_INPUTS + in;
+            good &= same_bf16(tile[at], r < n && l < k ? rounded(rows[r * k + l]) : 0);
+        }
+    return good;
+}
+
+static g4_tiles tiles_new(int n, int k)
+{
+    const size_t stride = (size_t)g4_tiles_of(k) * G4_TILE;
+    return (g4_tiles){allocate((size_t)((n + G4_TILE_ROWS - 1) / G4_TILE_ROWS) * stride * 2), stride};
+}
+
+/* Of the products of rounded numbers: k roundings to float32 of partial sums no larger than `size`. */
+static bool near_products(const float *x, const float *w, int k, float start, float got)
+{
+    double exact = start, size = fabs(start);
+    for (int l = 0; l < k; l++) {
+        const double product = (double)g4_bf16_to_f32(rounded(x[l])) * (double)g4_bf16_to_f32(rounded(w[l]));
+        exact += product;
+        size += fabs(product);
+    }
+    if (!isfinite(exact))
+        return isnan(exact) ? isnan(got) : got == (float)exact;
+    return fabs(exact - got) <= size * (k + 3) * 0x1p-24 + (k + 3) * 0x1p-126;
+}
+
+static void check_tiles(const g4_kernels *t, int kind, int m, int n, int k, bool add)
+{
+    const size_t out_stride = (size_t)n + 3, n_out = (size_t)m * out_stride;
+    float *w = random_row(NORMAL, (size_t)(n * k)), *x = random_row(kind, (size_t)(m * k));
+    float *start = random_row(NORMAL, n_out), *got = allocate(n_out * 4);
+    const g4_tiles xs = tiles_new(m, k), ws = tiles_new(n, k);
+    bool packed = true, good = true;
+    for (int i = 0; i < m; i += G4_TILE_ROWS) {
+        const int rows = m - i < G4_TILE_ROWS ? m - i : G4_TILE_ROWS;
+        t->tiles_of_rows(x + i * k, (size_t)k, rows, k, g4_tiles_from(&xs, i).data);
+        packed &= rounds_to_tiles(x + i * k, rows, k, g4_tiles_from(&xs, i).data, false);
+    }
+    for (int j = 0; j < n; j += G4_TILE_ROWS) {
+        const int rows = n - j < G4_TILE_ROWS ? n - j : G4_TILE_ROWS;
+        t->tiles_of_weights(w + j * k, (size_t)k, rows, k, g4_tiles_from(&ws, j).data);
+        packed &= rounds_to_tiles(w + j * k, rows, k, g4_tiles_from(&ws, j).data, true);
+    }
+    check(packed, t, "tiles_of_rows, tiles_of_weights", "", m, n, k);
+    memcpy(got, start, n_out * 4);
+    t->matmul_tiles(&xs, m, &ws, n, g4_tiles_of(k), got, out_stride, add);
+    for (int i = 0; i < m; i++) {
+        const size_t row = (size_t)i * out_stride;
+        for (int j = 0; j < n; j++)
+            good &= near_products(x + i * k, w + j * k, k, add ? start[row + (size_t)j] : 0, got[row + (size_t)j]);
+        good &= same(got + row + n, start + row + n, 3);
+    }
+    check(good, t, "matmul_tiles", "", m, n, k);
+    free(w), free(x), free(start), free(got), free(xs.data), free(ws.data);
+}
+
+void test_tiles(void)
+{
+    static const int sizes[][3] = {{1, 1, 1},    {3, 16, 31},   {16, 5, 32},  {17, 33, 33},
+                                   {32, 32, 64}, {33, 48, 100}, {70, 97, 90}, {48, 31, 544}};
+    for (int t = 0; t < n_tables; t++)
+        for (int s = 0; tables[t]->matmul_tiles && s < 8; s++)
+            for (int kind = 0; kind < N_KINDS; kind++)
+                check_tiles(tables[t], kind, sizes[s][0], sizes[s][1], sizes[s][2], (s + kind) % 2);
+}
+
 void test_sums_and_panels(void)
 {
     static const int sizes[][3] = {{1, 1, 32}, {3, 70, 64}, {9, 33, 512}, {4, 5, 2080}};

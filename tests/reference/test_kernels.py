@@ -80,10 +80,11 @@ def test_every_kernel_is_swept_here() -> None:
     rows = set(ROW_KERNELS)
     by_type = {f"{name}_{dtype.lower()}" for name in ("matmul", "weighted_sum", "widen", "narrow") for dtype in DTYPES}
     in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", "matmul_int8", "widen") for dtype in FORMATS}
-    limits = {"spin_f32", "spin_int8", "spin_int16", "read_sum"}  # in test_bench.py
+    limits = {"spin_f32", "spin_int8", "spin_int16", "spin_bf16", "read_sum"}  # in test_bench.py
     in_blocks |= {"quantize_rows", "weighted_sum_q8_0", "narrow_q8_0"}  # these in test_block_formats.py
     others = {"sum_squares", "matmul_panel", "pack_panel"}
     others |= {"quantize_rows16", "softmax_rows16", "pack_panel16", "matmul_panel16"}
+    others |= {"tiles_of_rows", "tiles_of_weights", "matmul_tiles"}  # also, emulated, in csrc/tests
     assert set(testing.names()) == rows | by_type | in_blocks | limits | others
     assert ISAS[0] == "scalar"
 
@@ -119,6 +120,24 @@ def _product(x: F32, w: F32) -> NDArray[np.float64]:
 def assert_near(ours: F32, exact: NDArray[np.float64], bound: NDArray[np.float64], where: object) -> None:
     error = np.abs(ours - exact)
     assert (error <= bound + SMALLEST * 16).all(), (where, (error / (bound + SMALLEST)).max())
+
+
+@pytest.mark.parametrize("kind", FINITE)
+def test_matmul_tiles(kind: str) -> None:
+    """Products of both sides rounded to bf16, in an order of the instructions' own."""
+    isas = [isa for isa in ISAS if isa in ("avx512_bf16", "amx")]
+    if not isas:
+        with pytest.raises(NotImplementedError, match="no products of bf16"):
+            testing.matmul_tiles("scalar", np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32))
+        pytest.skip("no instructions for bf16 here; csrc/tests checks them emulated (make simde)")
+    rng = generator("tiles", kind)
+    for m, n, k in MATMUL_SIZES:
+        x, w = placed(rng, values(rng, kind, (m, k))), placed(rng, values(rng, "normal", (n, k)))
+        rounded = [array.astype(ml_dtypes.bfloat16).astype(np.float32) for array in (x, w)]
+        sizes = _product(*map(np.abs, rounded))
+        bound = (k + 3) * ULP / 2 * sizes + (k + 3) * 2.0**-126  # subnormal numbers count as zero
+        for isa in isas:
+            assert_near(testing.matmul_tiles(isa, x, w), _product(*rounded), bound, (isa, m, n, k))
 
 
 @EVERY_ISA

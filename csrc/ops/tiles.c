@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "ops/tiles.h"
+
+#include "ops/inputs.h"
+#include "ops/profile.h"
+
+enum {
+    TASK_COLUMNS = 64, /* weights that are put in place at a time … */
+    BLOCK_K = 512, /* … over so many inputs: 64 KB, and 32 KB for 32 rows of x, which the first-level cache keeps */
+    TASK_ROWS = 2048,
+    LEAST_ROWS = 128, /* of one task: to put the weights in place again costs as much as products with some 200 rows */
+    TILE_PAIR = 2 * G4_TILE_ROWS
+};
+/* These are counts of instructions, not measurements: the kernels ran on emulated processors only. */
+
+typedef struct {
+    const g4_exec *exec;
+    const g4_linear_job *jobs;
+    const g4_inputs *inputs;
+    const g4_tiles *xs;    /* one for each of inputs */
+    const int *first_task; /* [n_jobs + 1] */
+    uint16_t *tiles;       /* one [TASK_COLUMNS, BLOCK_K] for each worker */
+    float *widened;        /* one [G4_TILE_ROWS, BLOCK_K] for each worker */
+} tile_task;
+
+/* ---- x, once for all jobs that share it ---------------------------------------------------------------------------- */
+
+typedef struct {
+    const g4_inputs *inputs;
+    const g4_tiles *xs;
+} pack_task;
+
+static void pack_slice(const g4_exec *exec, void *context, int first, int end)
+{
+    const pack_task *t = context;
+    while (first < end) {
+        int stop;
+        const int i = g4_inputs_at(t->inputs, first, end, &stop);
+        const g4_linear_job *job = t->inputs->jobs[i];
+        for (; first < stop; first++) {
+            const int row = (first - t->inputs->first[i]) * G4_TILE_ROWS, left = job->m - row;
+            exec->kernels->tiles_of_rows(job->x + (size_t)row * job->x_stride, job->x_stride,
+                                         left < G4_TILE_ROWS ? left : G4_TILE_ROWS, (int)job->w.n_cols,
+                                         g4_tiles_from(&t->xs[i], row).data);
+        }
+    }
+}
+
+static bool all_jobs(const g4_exec *exec, const g4_linear_job *job)
+{
+    (void)exec, (void)job;
+    return true;
+}
+
+static g4_status pack_inputs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs, g4_inputs *inputs,
+                             const g4_tiles **result)
+{
+    g4_tiles *xs;
+    size_t max_k = 0;
+    G4_TRY(g4_inputs_new(exec, jobs, n_jobs, G4_TILE_ROWS, all_jobs, inputs));
+    G4_ALLOC(exec, xs, (size_t)inputs->n);
+    for (int i = 0; i < inputs->n; i++) {
+        const size_t k = inputs->jobs[i]->w.n_cols, n_groups = (size_t)(inputs->first[i + 1] - inputs->first[i]);
+        xs[i].stride = (size_t)g4_tiles_of((int)k) * G4_TILE;
+        G4_ALLOC(exec, xs[i].data, n_groups * xs[i].stride);
+        max_k = k > max_k ? k : max_k;
+    }
+    pack_task t = {inputs, xs};
+    *result = xs;
+    return g4_exec_rows(exec, inputs->first[inputs->n], max_k * G4_TILE_ROWS, pack_slice, &t);
+}
+
+/* ---- products ------------------------------------------------------------------------------------------------------- */
+
+static int n_column_groups(const g4_linear_job *job)
+{
+    return ((int)job->w.n_rows + TASK_COLUMNS - 1) / TASK_COLUMNS;
+}
+
+/* All rows, unless that were too few tasks for the threads. */
+static int rows_of_task(const g4_exec *exec, const g4_linear_job *job)
+{
+    const int wanted = 4 * g4_pool_size(exec->pool) / n_column_groups(job) + 1;
+    int rows = ((job->m + wanted - 1) / wanted + TILE_PAIR - 1) / TILE_PAIR * TILE_PAIR;
+    if (g4_pool_size(exec->pool) == 1 || rows > TASK_ROWS)
+        rows = TASK_ROWS;
+    return rows < LEAST_ROWS ? LEAST_ROWS : rows;
+}
+
+/* Weight rows [first, first + n), inputs [at, at + k) as tiles; at is a multiple of BLOCK_K, where blocks of quantised
+ * weights begin. */
+static void pack_weights(const g4_kernels *kernels, const g4_matrix *w, int first, int n, int at, int k,
+                         const g4_tiles *tiles, float *widened)
+{
+    for (int j = 0; j < n; j += G4_TILE_ROWS) {
+        const int rows = n - j < G4_TILE_ROWS ? n - j : G4_TILE_ROWS;
+        for (int r = 0; r < rows; r++) {
+            const char *row = g4_matrix_row(w, (size_t)(first + j + r));
+            g4_widen_for(kernels, w->dtype)(widened + (size_t)r * BLOCK_K, row + g4_dtype_bytes(w->dtype, (size_t)at),
+                                            k);
+        }
+        kernels->tiles_of_weights(widened, BLOCK_K, rows, k, g4_tiles_from(tiles, j).data);
+    }
+}
+
+static void run_task(void *context, int task, int worker)
+{
+    const tile_task *t = context;
+    const g4_kernels *kernels = t->exec->kernels;
+    int j = 0;
+    while (task >= t->first_task[j + 1])
+        j++;
+    const g4_linear_job *job = &t->jobs[j];
+    const int local = task - t->first_task[j], groups = n_column_groups(job), rows = rows_of_task(t->exec, job);
+    const int column = local % groups * TASK_COLUMNS, row = local / groups * rows, k = (int)job->w.n_cols;
+    const int n = (int)job->w.n_rows - column < TASK_COLUMNS ? (int)job->w.n_rows - column : TASK_COLUMNS;
+    const int m = job->m - row < rows ? job->m - row : rows;
+    float *out = job->out + (size_t)row * job->out_stride + (size_t)column;
+    const g4_tiles x = g4_tiles_from(&t->xs[t->inputs->of_job[j]], row);
+    const g4_tiles w = {t->tiles + (size_t)worker * TASK_COLUMNS * BLOCK_K, (size_t)G4_TILE_ROWS * BLOCK_K};
+    for (int at = 0; at < k; at += BLOCK_K) {
+        const int length = k - at < BLOCK_K ? k - at : BLOCK_K;
+        const g4_tiles x_at = {x.data + (size_t)(at / G4_TILE_INPUTS) * G4_TILE, x.stride};
+        pack_weights(kernels, &job->w, column, n, at, length, &w, t->widened + (size_t)worker * G4_TILE_ROWS * BLOCK_K);
+        kernels->matmul_tiles(&x_at, m, &w, n, g4_tiles_of(length), out, job->out_stride, at > 0);
+    }
+}
+
+static void note(g4_exec *exec, double start, const g4_linear_job *jobs, int n_jobs)
+{
+    double work = 0, bytes = 0;
+    if (!exec->profile)
+        return;
+    for (int i = 0; i < n_jobs; i++) {
+        work += 2.0 * jobs[i].m * (double)jobs[i].w.n_rows * (double)jobs[i].w.n_cols;
+        bytes += (double)jobs[i].w.n_rows * (double)g4_dtype_bytes(jobs[i].w.dtype, jobs[i].w.n_cols);
+    }
+    exec->profile->ops[jobs[0].w.op].bf16_work += work;
+    g4_profile_end(exec, jobs[0].w.op, start, 0, bytes);
+}
+
+g4_status g4_tile_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
+{
+    g4_arena_mark mark = g4_arena_save(exec->arena);
+    const size_t n_workers = (size_t)g4_pool_size(exec->pool);
+    const double start = g4_profile_start(exec);
+    g4_inputs inputs;
+    tile_task t = {.exec = exec, .jobs = jobs, .inputs = &inputs};
+    int *first_task;
+    double work = 0;
+    G4_TRY(pack_inputs(exec, jobs, n_jobs, &inputs, &t.xs));
+    G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
+    G4_ALLOC(exec, t.tiles, n_workers * TASK_COLUMNS * BLOCK_K);
+    G4_ALLOC(exec, t.widened, n_workers * G4_TILE_ROWS * BLOCK_K);
+    first_task[0] = 0;
+    for (int j = 0; j < n_jobs; j++) {
+        const int rows = rows_of_task(exec, &jobs[j]);
+        first_task[j + 1] = first_task[j] + (jobs[j].m + rows - 1) / rows * n_column_groups(&jobs[j]);
+        work += (double)jobs[j].m * (double)jobs[j].w.n_rows * (double)jobs[j].w.n_cols;
+    }
+    t.first_task = first_task;
+    g4_status status = g4_exec_run(exec, first_task[n_jobs], work, run_task, &t);
+    note(exec, start, jobs, n_jobs);
+    g4_arena_restore(exec->arena, mark);
+    return status;
+}

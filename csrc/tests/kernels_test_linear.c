@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The part of kernels_test about ops/linear.h: whichever method an instruction set, a type and a number of rows lead to,
+ * the products are those of x and the weights, as near as that method's rounding allows, whatever the threads. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ops/blas.h"
+#include "ops/linear.h"
+#include "tests/kernels_test.h"
+
+enum { K = 768, N_JOBS = 4, MOST_ROWS = 70 };
+
+/* Two maps of one x, one of another with few rows, and one of none (an expert that nobody was sent to). */
+typedef struct {
+    g4_linear_job jobs[N_JOBS];
+    float *x[2], *out[N_JOBS];
+    void *w[N_JOBS];
+} map_jobs;
+
+static const int columns[N_JOBS] = {70, 17, 33, 9};
+
+static map_jobs jobs_new(g4_dtype dtype, int m)
+{
+    map_jobs t;
+    for (int i = 0; i < 2; i++)
+        t.x[i] = random_row(NORMAL, (size_t)MOST_ROWS * (K + 5));
+    for (int j = 0; j < N_JOBS; j++) {
+        const int rows = j < 2 ? m : j == 2 ? 5 : 0;
+        const size_t n = (size_t)columns[j];
+        t.w[j] = random_weights(dtype, NORMAL, n * K);
+        t.out[j] = allocate((size_t)MOST_ROWS * (n + 2) * 4);
+        t.jobs[j] = (g4_linear_job){t.x[j == 2], K + 5, rows, {t.w[j], dtype, n, K, K, (g4_op)(G4_OP_QKV + j)},
+                                    t.out[j],    n + 2};
+    }
+    return t;
+}
+
+static void jobs_free(map_jobs *t)
+{
+    free(t->x[0]), free(t->x[1]);
+    for (int j = 0; j < N_JOBS; j++)
+        free(t->w[j]), free(t->out[j]);
+}
+
+/* How far a sum may be from the products in float64: float32's roundings; in `fast` x as bytes (half of 1 / 127 of the
+ * largest, which is 1 here), or x and weights as bf16 (2^-9 of each product, twice). */
+static bool is_near(const g4_linear_job *job, const float *w, int row, int column, bool fast)
+{
+    const float *x = job->x + (size_t)row * job->x_stride;
+    double exact = 0, products = 0, weights = 0;
+    for (int l = 0; l < K; l++) {
+        exact += (double)x[l] * (double)w[l];
+        products += fabs((double)x[l] * (double)w[l]);
+        weights += fabs((double)w[l]);
+    }
+    const double bytes = g4_is_quantised(job->w.dtype) ? weights / 253 : 0;
+    const double bf16 = job->w.dtype == G4_BF16 || g4_is_quantised(job->w.dtype) ? products * 0x1.01p-8 : 0;
+    const double rounding = products * (K + 8) * 0x1p-24,
+                 got = job->out[(size_t)row * job->out_stride + (size_t)column];
+    return fabs(got - exact) <= rounding + (fast ? fmax(bytes, bf16) : 0);
+}
+
+static bool all_near(const g4_linear_job *job, bool fast)
+{
+    float w[K];
+    bool good = true;
+    for (int j = 0; j < (int)job->w.n_rows; j++) {
+        g4_widen_for(scalar, job->w.dtype)(w, g4_matrix_row(&job->w, (size_t)j), K);
+        for (int i = 0; i < job->m; i += 3)
+            good &= is_near(job, w, i, j, fast);
+    }
+    return good;
+}
+
+static bool wants_tiles(const g4_kernels *t, g4_dtype dtype, int m)
+{
+    return t->matmul_tiles && m >= 32 && (dtype == G4_BF16 || (t->isa == G4_ISA_AMX && g4_is_quantised(dtype)));
+}
+
+static void check_linear(const g4_kernels *t, g4_dtype dtype, int m, bool fast)
+{
+    map_jobs maps = jobs_new(dtype, m);
+    float *first = NULL;
+    const size_t n_out = (size_t)MOST_ROWS * (size_t)(columns[0] + 2);
+    for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
+        g4_error err;
+        g4_profile profile = {0};
+        g4_exec exec = {.kernels = t, .fast = fast, .profile = &profile, .err = &err};
+        exec.pool = g4_pool_new(n_threads);
+        exec.arena = g4_arena_new();
+        memset(maps.out[0], 0, n_out * 4);
+        bool good = g4_linear_jobs(&exec, maps.jobs, N_JOBS) == G4_OK;
+        for (int j = 0; j < N_JOBS; j++)
+            good &= all_near(&maps.jobs[j], fast);
+        check(good, t, fast ? "linear maps, fast" : "linear maps, exact", g4_dtype_name(dtype), m, n_threads, K);
+        check((profile.ops[G4_OP_QKV].bf16_work > 0) == (fast && wants_tiles(t, dtype, m)), t, "work of linear maps",
+              g4_dtype_name(dtype), m, n_threads, K);
+        if (first)
+            check(same(first, maps.out[0], n_out), t, "linear maps, threads", g4_dtype_name(dtype), m, n_threads, K);
+        else {
+            first = allocate(n_out * 4);
+            memcpy(first, maps.out[0], n_out * 4);
+        }
+        g4_pool_free(exec.pool);
+        g4_arena_free(exec.arena);
+    }
+    free(first);
+    jobs_free(&maps);
+}
+
+void test_linear(void)
+{
+    static const g4_dtype dtypes[] = {G4_F32, G4_F16, G4_BF16, G4_Q8_0, G4_Q4_0, G4_Q4_K};
+    static const int rows[] = {2, 33, MOST_ROWS};
+    g4_blas_init();
+    for (int t = 0; t < n_tables; t++)
+        for (int d = 0; d < 6; d++)
+            for (int r = 0; r < 3; r++)
+                for (int fast = 0; fast < 2; fast++)
+                    check_linear(tables[t], dtypes[d], rows[r], fast);
+}
