@@ -8,8 +8,14 @@
 #include "kernels/kernels.h"
 
 enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, AHEAD_BYTES = 1024, ROWS_AHEAD = 8 };
+enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level cache */
 
 #define x16_load_f32 x16_load
+#define vec_load_f32 vec_load
+#if VEC_LANES == 16
+#define vec_load_f16 x16_load_f16
+#define vec_load_bf16 x16_load_bf16
+#endif
 #define ITSELF(x) (x)
 
 /* Of what must vanish into its caller, where sizes are constants, to be fast. In plain C, and with checks at every access,

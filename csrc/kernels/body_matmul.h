@@ -33,6 +33,12 @@ static void NAME(matmul_)(const float *x, size_t x_stride, int m, const void *we
         NAME(matmul_few_)(x, x_stride, m, w, w_stride, n, k, out, out_stride);
         return;
     }
+#ifdef GROUPS
+    if (m <= GROUP_ROWS && k <= GROUP_K && k % 16 == 0) {
+        NAME(matmul_group_)(x, x_stride, m, w, w_stride, n, k, out, out_stride);
+        return;
+    }
+#endif
     _Alignas(64) float acc[BLOCK_M * BLOCK_N * 16], x_tiles[BLOCK_M * BLOCK_K], w_tiles[BLOCK_N * BLOCK_K];
     for (int j = 0; j < n; j += BLOCK_N) {
         const int block_n = n - j < BLOCK_N ? n - j : BLOCK_N;

@@ -11,11 +11,11 @@ static void NAME(weighted_sum_)(const float *p, size_t p_stride, int m, const vo
         for (int j = 0; j < n_keys; j += keys) {
             const int columns = d - c < width ? d - c : width, rows = n_keys - j < keys ? n_keys - j : keys;
             const char *from = (const char *)values + ROW_BYTES((size_t)j * v_stride + (size_t)c);
-            for (int r = 0; r < rows; r++) {
-                const char *row = from + ROW_BYTES((size_t)r * v_stride);
-                prefetch_ahead(row, ROW_BYTES((size_t)columns), ROWS_AHEAD * ROW_BYTES(v_stride));
-                NAME(widen_)(v + r * columns, row, columns);
-            }
-            mix_rows(p + j, p_stride, m, v, rows, columns, acc + c, acc_stride);
+            const int left = n_keys - j - rows;
+            const rows_to_come next = {from + ROW_BYTES((size_t)rows * v_stride), ROW_BYTES((size_t)columns),
+                                       ROW_BYTES(v_stride), left < keys ? left : keys};
+            for (int r = 0; r < rows; r++)
+                NAME(widen_)(v + r * columns, from + ROW_BYTES((size_t)r * v_stride), columns);
+            mix_rows(p + j, p_stride, m, v, rows, columns, acc + c, acc_stride, next);
         }
 }

@@ -6,7 +6,7 @@
  *
  * One instruction multiplies 16 bits and adds the products by pairs, twice as many as float32's fma. Bytes would need a
  * second instruction to widen their sums, so they are no faster at 8 bits on AVX2 (one Zen 3 core, multiply-adds/ns: 12
- * bits 83, 7 bits 115, 8 bits 61 as the text's Q8_0, float32 44), and with 7 bits an audio tower's output keeps a cosine of
+ * bits 83, 7 bits 115, 8 bits 61 as the text's Q8_0, float32 48), and with 7 bits an audio tower's output keeps a cosine of
  * 0.996 only.
  */
 #if defined PLAIN_C

@@ -4,7 +4,9 @@
 #define ROW_BYTES(k) ((k) * sizeof(weight))
 #include "kernels/body_plain.h"
 
+#define GROUPS
 #include "kernels/body_matmul.h"
+#undef GROUPS
 #include "kernels/body_mix.h"
 
 #undef WEIGHTS_IN

@@ -23,6 +23,8 @@ static inline __m256 load_bf16_8(const uint16_t *p)
 }
 static inline vec vec_fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline void vec_store(float *p, vec a) { _mm256_storeu_ps(p, a); }
+#define vec_load_f16 load_f16_8
+#define vec_load_bf16 load_bf16_8
 
 #define BOTH(lo_, hi_) ((f32x16){(lo_), (hi_)})
 

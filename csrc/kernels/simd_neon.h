@@ -21,6 +21,8 @@ static inline void vec_store(float *p, vec a) { vst1q_f32(p, a); }
 
 static inline float32x4_t load_f16_4(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static inline float32x4_t load_bf16_4(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+#define vec_load_f16 load_f16_4
+#define vec_load_bf16 load_bf16_4
 
 #define FOUR(a_, b_, c_, d_) ((f32x16){(a_), (b_), (c_), (d_)})
 #define EACH1(f, x) FOUR(f((x).a), f((x).b), f((x).c), f((x).d))

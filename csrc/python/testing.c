@@ -205,14 +205,21 @@ static PyObject *test_matmul_panel(PyObject *self, PyObject *args)
     return out;
 }
 
-/* (isa, w [n <= 16, k] float32) -> the kernels of that instruction set, or NULL with an exception set */
-static const g4_kernels *panel_arguments(PyObject *args, PyArrayObject **w)
+/* (isa, rows [n, k] float32) -> the kernels of that instruction set, or NULL with an exception set */
+static const g4_kernels *rows_arguments(PyObject *args, PyArrayObject **rows)
 {
     const char *isa;
-    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, w))
+    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, rows))
         return NULL;
     const g4_kernels *kernels = table_of(isa);
-    if (!kernels || !is_rows(*w, NPY_FLOAT32, 2))
+    return kernels && is_rows(*rows, NPY_FLOAT32, 2) ? kernels : NULL;
+}
+
+/* The same of rows that fit a panel. */
+static const g4_kernels *panel_arguments(PyObject *args, PyArrayObject **w)
+{
+    const g4_kernels *kernels = rows_arguments(args, w);
+    if (!kernels)
         return NULL;
     if (PyArray_DIM(*w, 0) < 1 || PyArray_DIM(*w, 0) > 16) {
         PyErr_Format(PyExc_ValueError, "expected 1 to 16 rows, found %zd", (Py_ssize_t)PyArray_DIM(*w, 0));
@@ -311,15 +318,12 @@ static PyObject *test_quantize_rows16(PyObject *self, PyObject *args)
 /* softmax_rows16(isa, x [m, n], changed) -> q int16 [m, stride], scale [m, groups] */
 static PyObject *test_softmax_rows16(PyObject *self, PyObject *args)
 {
-    const char *isa;
     PyArrayObject *x;
     PyObject *q, *scale;
     g4_rows16 rows;
     (void)self;
-    if (!PyArg_ParseTuple(args, "sO!", &isa, &PyArray_Type, &x))
-        return NULL;
-    const g4_kernels *kernels = table_of(isa);
-    if (!kernels || !is_rows(x, NPY_FLOAT32, 2))
+    const g4_kernels *kernels = rows_arguments(args, &x);
+    if (!kernels)
         return NULL;
     if (rows16_new(x, &q, &scale, &rows))
         kernels->softmax_rows16(PyArray_DATA(x), stride_of(x), (int)PyArray_DIM(x, 0), (int)PyArray_DIM(x, 1), &rows);

@@ -95,12 +95,13 @@ static void check_int8_at_the_ends(g4_dtype dtype, uint8_t fill, float x_value, 
 void test_products(void)
 {
     static const int sizes[][3] = {{1, 1, 1},     {2, 3, 15},     {3, 4, 16},   {5, 17, 33},
-                                   {24, 31, 100}, {49, 34, 1040}, {73, 65, 31}, {150, 7, 2100}};
+                                   {24, 31, 100}, {49, 34, 1040}, {73, 65, 31}, {150, 7, 2100},
+                                   {5, 4, 16},    {6, 31, 256},   {7, 2, 512},  {8, 33, 512}};
     static const int block_sizes[][3] = {{1, 1, 256}, {3, 5, 768}, {6, 37, 1280}, {75, 9, 512}};
     static const int int8_sizes[][3] = {{1, 19, 768},  {2, 3, 256},  {3, 17, 512},  {4, 8, 256},
                                         {5, 40, 1280}, {16, 5, 256}, {17, 19, 768}, {259, 40, 768}};
     for (g4_dtype dtype = G4_F32; dtype < G4_N_DTYPES; dtype++) {
-        for (int s = 0; !g4_is_quantised(dtype) && s < 8; s++)
+        for (int s = 0; !g4_is_quantised(dtype) && s < 12; s++)
             for (int kind = 0; kind < N_KINDS; kind++)
                 check_matmul(dtype, kind, sizes[s][0], sizes[s][1], sizes[s][2]);
         for (int s = 0; g4_is_quantised(dtype) && s < 4; s++)
