@@ -143,11 +143,11 @@ static void score_block(const g4_kernels *kernels, const query_block *b, int fir
     score_keys(kernels, b->a, b->kv_head, q, b->n * group_of(b->a), first, end, scores_of(b, 0, first), b->stride);
 }
 
-static void softmax_query(const g4_kernels *kernels, const query_block *b, int query)
+/* h: of the heads that share the keys. */
+static void softmax_head(const g4_kernels *kernels, const query_block *b, int query, int h)
 {
     const int row = b->first_row + query, first = first_key(b->a, b->a->positions[row]);
-    for (int h = 0; h < group_of(b->a); h++)
-        kernels->softmax(scores_of(b, query, first) + (size_t)h * b->stride, end_key(b->a, row) - first);
+    kernels->softmax(scores_of(b, query, first) + (size_t)h * b->stride, end_key(b->a, row) - first);
 }
 
 /* What one query sees of positions [first, end). */
@@ -194,7 +194,8 @@ static void attend_block(const g4_kernels *kernels, const query_block *b, float 
 {
     score_block(kernels, b, b->first, b->end, q);
     for (int i = 0; i < b->n; i++) {
-        softmax_query(kernels, b, i);
+        for (int h = 0; h < group_of(b->a); h++)
+            softmax_head(kernels, b, i, h);
         clear_z(b, i);
     }
     for (int first = b->first, end; first < b->end; first = end) {
@@ -328,42 +329,46 @@ static void run_mix_task(void *context, int task, int worker)
     mix_block(t->exec->kernels, b, first, end, sum_of(p, b, task % p->n_key_blocks));
 }
 
-/* Tasks of one query and kv head each, numbered through all runs. */
-static const query_block *query_of_task(const attend_task *t, int task, const plan **p, int *query)
+/* Tasks of one query and head each, numbered through all runs. */
+typedef struct {
+    const plan *p;
+    const query_block *b;
+    int query, h;
+} head_of_query;
+
+static head_of_query head_of_task(const attend_task *t, int task)
 {
     int r = 0;
-    for (; task >= t->runs[r].n_rows * t->runs[r].n_kv_heads; r++)
-        task -= t->runs[r].n_rows * t->runs[r].n_kv_heads;
-    *p = &t->plans[r];
-    *query = task / t->runs[r].n_kv_heads;
-    return &t->plans[r].whole[task % t->runs[r].n_kv_heads];
+    for (; task >= t->runs[r].n_rows * t->runs[r].n_heads; r++)
+        task -= t->runs[r].n_rows * t->runs[r].n_heads;
+    const int head = task % t->runs[r].n_heads, group = group_of(&t->runs[r]);
+    const plan *p = &t->plans[r];
+    return (head_of_query){p, &p->whole[head / group], task / t->runs[r].n_heads, head % group};
 }
 
 static void run_softmax_task(void *context, int task, int worker)
 {
     const attend_task *t = context;
-    const plan *p;
-    int query;
-    const query_block *b = query_of_task(t, task, &p, &query);
+    const head_of_query one = head_of_task(t, task);
     (void)worker;
-    softmax_query(t->exec->kernels, b, query);
+    softmax_head(t->exec->kernels, one.b, one.query, one.h);
 }
 
 static void run_sum_task(void *context, int task, int worker)
 {
     const attend_task *t = context;
-    const plan *p;
-    int query;
-    const query_block *b = query_of_task(t, task, &p, &query);
+    const head_of_query one = head_of_task(t, task);
+    const size_t h = (size_t)one.b->a->head_dim, at = (size_t)one.query * group_width(one.b->a) + (size_t)one.h * h;
+    float *z = one.b->a->z + row_offset(one.b, one.query) + (size_t)one.h * h;
     (void)worker;
-    clear_z(b, query);
-    for (int i = 0; i < p->n_key_blocks; i++)
-        add_to_z(t->exec->kernels, b, query, sum_of(p, b, i));
+    memset(z, 0, h * sizeof *z);
+    for (int i = 0; i < one.p->n_key_blocks; i++)
+        t->exec->kernels->add(z, z, sum_of(one.p, one.b, i) + at, (int)h);
 }
 
-static g4_status plan_by_keys(g4_exec *exec, attend_task *t, int *n_tasks, int *n_queries)
+static g4_status plan_by_keys(g4_exec *exec, attend_task *t, int *n_tasks, int *n_heads)
 {
-    *n_tasks = *n_queries = 0;
+    *n_tasks = *n_heads = 0;
     for (int r = 0; r < t->n_runs; r++) {
         const g4_attention *a = &t->runs[r];
         plan *p = &t->plans[r];
@@ -380,7 +385,7 @@ static g4_status plan_by_keys(g4_exec *exec, attend_task *t, int *n_tasks, int *
         p->n_key_blocks = (p->whole->end - 1) / KEY_BLOCK - p->whole->first / KEY_BLOCK + 1;
         G4_ALLOC(exec, p->sums, n * (size_t)p->n_key_blocks * rows * (size_t)a->head_dim);
         *n_tasks += a->n_kv_heads * p->n_key_blocks;
-        *n_queries += a->n_kv_heads * a->n_rows;
+        *n_heads += a->n_heads * a->n_rows;
         t->max_queries = rows * (size_t)a->head_dim > t->max_queries ? rows * (size_t)a->head_dim : t->max_queries;
     }
     return G4_OK;
@@ -388,13 +393,13 @@ static g4_status plan_by_keys(g4_exec *exec, attend_task *t, int *n_tasks, int *
 
 static g4_status attend_by_keys(g4_exec *exec, attend_task *t, double work)
 {
-    int n_tasks, n_queries;
-    G4_TRY(plan_by_keys(exec, t, &n_tasks, &n_queries));
+    int n_tasks, n_heads;
+    G4_TRY(plan_by_keys(exec, t, &n_tasks, &n_heads));
     G4_TRY(allocate_scratch(exec, t));
     G4_TRY(g4_exec_run(exec, n_tasks, work, run_score_task, t));
-    G4_TRY(g4_exec_run(exec, n_queries, work / 32, run_softmax_task, t));
+    G4_TRY(g4_exec_run(exec, n_heads, work / 32, run_softmax_task, t));
     G4_TRY(g4_exec_run(exec, n_tasks, work, run_mix_task, t));
-    return g4_exec_run(exec, n_queries, work / KEY_BLOCK, run_sum_task, t);
+    return g4_exec_run(exec, n_heads, work / KEY_BLOCK, run_sum_task, t);
 }
 
 g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
