@@ -6,7 +6,7 @@
  * inputs, so that one register of 16 lanes has a pair of each of 16 weight rows.
  *
  * bf16 keeps 8 bits of every number. A byte of matmul_int8 keeps 7 of the largest of 32, so this is the more exact of the
- * two (tests/test_fast.py measures both), and needs no scales in between. Sums are in no stated order: that of
+ * two (measured: docs/internals.md), and needs no scales in between. Sums are in no stated order: that of
  * VDPBF16PS, a pair at a time, is another than that of TDPBF16PS, which sums even and odd inputs of a tile apart. Both take
  * subnormal numbers for zero.
  *
