@@ -18,7 +18,8 @@ static g4_status init(g4_model *model, const g4_config *config, const g4_named_t
     if (options->n_threads < 0 || options->n_threads > 1024)
         return g4_fail(err, G4_EVALUE, "threads = %d: expected 1 to 1024, or 0 for one per CPU", options->n_threads);
     model->fast = options->fast;
-    g4_blas_init();
+    if (model->fast)
+        g4_blas_init();
     model->vectors = g4_arena_new();
     if (!model->vectors)
         return g4_fail_nomem(err, sizeof(void *));

@@ -9,7 +9,7 @@
 /* Whether this build has it. */
 bool g4_has_blas(void);
 
-/* Called before any thread computes: sets BLAS to one thread. */
+/* Called before any thread computes, by models in `fast` only: sets BLAS to one thread. */
 void g4_blas_init(void);
 
 /* out = x * w^T: x [m, k], w [n, k], out [m, n]. */
