@@ -29,10 +29,10 @@ struct g4_pool {
     member *members;
 
     pthread_mutex_t run_lock; /* one run at a time */
-    pthread_mutex_t lock;     /* guards sleeping and `stopping` */
+    pthread_mutex_t lock;     /* guards sleeping */
     pthread_cond_t wake;
-    bool stopping;
     atomic_uint generation; /* a new value wakes the members */
+    atomic_bool stopping;   /* read without the lock by a member that has just seen the last run's generation */
 
     _Atomic(uint64_t) ticket;
     atomic_int n_unfinished; /* tasks of this run; fn and context stay as they are until it is 0 */
@@ -85,7 +85,7 @@ static void *member_main(void *argument)
     unsigned seen = 0;
     for (;;) {
         seen = await_run(pool, seen);
-        if (pool->stopping)
+        if (atomic_load_explicit(&pool->stopping, memory_order_relaxed))
             return NULL;
         while (do_task(pool, self->worker))
             continue;
@@ -109,7 +109,7 @@ static void start_threads(g4_pool *pool)
     atomic_init(&pool->generation, 0);
     atomic_init(&pool->ticket, 0);
     atomic_init(&pool->n_unfinished, 0);
-    pool->stopping = false;
+    atomic_init(&pool->stopping, false);
     pool->owner = getpid();
     for (int i = 1; i < pool->n_threads; i++) {
         pool->members[i] = (member){.pool = pool, .worker = i};
@@ -138,9 +138,7 @@ void g4_pool_free(g4_pool *pool)
     if (!pool)
         return;
     if (pool->owner == getpid()) {
-        pthread_mutex_lock(&pool->lock);
-        pool->stopping = true;
-        pthread_mutex_unlock(&pool->lock);
+        atomic_store_explicit(&pool->stopping, true, memory_order_relaxed); /* announce() publishes it */
         announce(pool);
         for (int i = 1; i < pool->n_threads; i++)
             pthread_join(pool->members[i].thread, NULL);

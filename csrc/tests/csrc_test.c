@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/buffer.h"
+#include "base/pool.h"
 #include "gemma4.h"
 #include "ops/moe.h"
 
@@ -362,6 +363,35 @@ static void test_buffers(void)
     g4_buffer_unref(NULL);
 }
 
+/* ---- pool ----------------------------------------------------------------------------------------------------------- */
+
+enum { N_TASKS = 16 };
+
+static void count_task(void *context, int task, int worker)
+{
+    (void)worker;
+    atomic_fetch_add(&((atomic_int *)context)[task], 1);
+}
+
+/* A pool freed in the moment after its run, while its threads are still on their way to sleep, or have not even seen
+ * that there was a run. Every task of every run is done once; TSan reads the rest. */
+static void test_pool_freed_after_run(void)
+{
+    for (int n_threads = 1; n_threads <= 5; n_threads++) {
+        for (int round = 0; round < 100; round++) {
+            atomic_int done[N_TASKS] = {0};
+            g4_pool *pool = g4_pool_new(n_threads);
+            for (int run = 0; run <= round % 3; run++)
+                CHECK(g4_pool_run(pool, N_TASKS, false, count_task, done, NULL, NULL) == G4_OK);
+            g4_pool_free(pool);
+            int n_done = 0;
+            for (int i = 0; i < N_TASKS; i++)
+                n_done += atomic_load(&done[i]) == 1 + round % 3;
+            CHECK(n_done == N_TASKS);
+        }
+    }
+}
+
 int main(void)
 {
     static fixture f;
@@ -381,6 +411,7 @@ int main(void)
     test_concurrent_steps(&f, expected);
     test_moe_group();
     test_buffers();
+    test_pool_freed_after_run();
     fixture_free(&f);
     printf("%d passed, %d failed\n", n_checks - n_failed, n_failed);
     return n_failed != 0;
