@@ -96,6 +96,7 @@ def python_engine(engine: str, model: Path, precision: str, settings: Settings) 
         "decode_tps": [len(result["decode_s"]) / sum(result["decode_s"])],
         "peak_rss": [result["memory"]["VmHWM"]],
         "anonymous": [result["memory"]["RssAnon"]],
+        "huge": [result["huge"]],
         "capture_s": result.get("capture_s", []),
         "capture_cost": result.get("capture_cost", []),
         "deep_decode_tps": _rates(result.get("deep_decode_s", []), 1),

@@ -141,6 +141,12 @@ def memory() -> dict[str, int]:
     return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "RssAnon")}
 
 
+def in_huge_pages() -> int:
+    """Bytes of mapped files that lie in huge pages."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("FilePmdMapped:"))
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All times of one round. The first prompt and the first token warm up (page faults, caches) and do not count."""
     random = np.random.default_rng(args.seed)
@@ -154,7 +160,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result["prefill_s"] = [timed(lambda: engine.prefill(ids)) for _ in range(args.repeats)]
     result["first_decode_s"] = timed(lambda: engine.decode(tokens[-1]))
     result["decode_s"] = [timed(lambda token=token: engine.decode(token)) for token in tokens[:-1]]
-    result |= {"memory": memory(), "idle_cpu": idle_cpu()}
+    result |= {"memory": memory(), "idle_cpu": idle_cpu(), "huge": in_huge_pages()}
     engine.forget()
     if args.context:
         result["deep_decode_s"] = deep_decode(engine, args, random)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine
-from gemma4.info import peak_bytes, size
+from gemma4.info import mapped_bytes, peak_bytes, size
 from gemma4.media.cache import encode
 from gemma4.media.medium import Medium, read_media
 from gemma4.model import Model, Precision, load
@@ -56,6 +56,7 @@ class Benchmark:
     load_s           seconds of `gemma4.load`
     prefill, decode  a prompt with the logits of its last position; one token after that prompt
     peak_bytes       peak resident memory of the process up to the end of decoding, mapped weights included
+    weights          bytes of the files' maps that are resident then, and how many of these lie in huge pages
     limits           of this machine, with as many threads, measured right after
     media            "image PATH" and so on: from decoded pixels or samples to soft tokens
     """
@@ -67,6 +68,7 @@ class Benchmark:
     prefill: Speed
     decode: Speed
     peak_bytes: int
+    weights: tuple[int, int]
     limits: Limits
     notes: tuple[str, ...] = field(default=())
     media: dict[str, Speed] = field(default_factory=dict)
@@ -88,9 +90,14 @@ class Benchmark:
             ("decode", f"{_speed(self.decode)}, after {self.prompt}, {reading:.0%} of read bandwidth"),
             *((name.split()[0], self._medium(name, speed)) for name, speed in self.media.items()),
             ("peak memory", f"{size(self.peak_bytes)} resident, mapped weights included"),
+            *([("weights", self._weights())] if self.weights[0] else []),
             *(("note", note) for note in self.notes),
         ]
         return "\n".join(f"{label:<12} {value}" for label, value in rows)
+
+    def _weights(self) -> str:
+        resident, huge = self.weights
+        return f"{size(resident)} of the files resident, {huge / resident:.0%} of it in huge pages"
 
     def _medium(self, name: str, speed: Speed) -> str:
         arithmetic, _ = speed.share(self.limits)
@@ -111,7 +118,8 @@ class Benchmark:
             for name, speed in self.phases.items()
         }
         record = {"model": self.model, "how": self.how, "prompt": self.prompt, "load_s": self.load_s}
-        return record | {"peak_bytes": self.peak_bytes, "limits": self.limits.__dict__, **speeds}
+        record |= {"peak_bytes": self.peak_bytes, "weights": list(self.weights)}
+        return record | {"limits": self.limits.__dict__, **speeds}
 
 
 def machine_text(limits: Limits) -> str:
@@ -231,9 +239,11 @@ def bench(
             notes.append(f"the prompt is {room} tokens, not {prompt}: the context is {model.context_length} positions")
             prompt = room
         speeds = measure_model(model, prompt=prompt, decode=decode, repeats=repeats)
-        peak = peak_bytes()
+        peak, weights = peak_bytes(), mapped_bytes(file.path for file in model.checkpoint.files)
         encoding = {f"{one.kind} {one.name}": measure_medium(model, one, repeats=repeats) for one in found}
         limits = measure_limits(model.engine.threads)  # last: its array would count as memory
         engine = model.engine
         how = f"{engine.isa}, {engine.threads} threads, precision {engine.precision}, KV {model.kv_dtype}"
-        return Benchmark(str(model.checkpoint.path), how, prompt, load_s, *speeds, peak, limits, tuple(notes), encoding)
+        return Benchmark(
+            str(model.checkpoint.path), how, prompt, load_s, *speeds, peak, weights, limits, tuple(notes), encoding
+        )

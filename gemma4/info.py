@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -136,6 +138,22 @@ def peak_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def mapped_bytes(paths: Iterable[Path]) -> tuple[int, int]:
+    """(resident, in huge pages): bytes of this process's maps of those files; (0, 0) where the system does not say."""
+    wanted, found, counts = {str(path.resolve()) for path in paths}, {"Rss:": 0, "FilePmdMapped:": 0}, False
+    try:
+        with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, rest = line.partition(" ")
+                if not key.endswith(":"):  # addresses, permissions, offset, device, inode, path
+                    counts = rest.rstrip("\n").split(maxsplit=4)[-1] in wanted
+                elif counts and key in found:
+                    found[key] += int(rest.split()[0]) * 1024
+    except OSError:
+        return 0, 0
+    return found["Rss:"], found["FilePmdMapped:"]
 
 
 def count(number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -249,6 +250,9 @@ def test_bench_of_a_small_model(random_dir):
     for speed in (result.prefill, result.decode):
         assert all(0 < share < 3 for share in speed.share(result.limits))  # loosely: others use the machine too
     assert result.peak_bytes > 0 and "1 threads" in result.how
+    if sys.platform == "linux":
+        resident, huge = result.weights  # of all maps of the file: other tests' models, too
+        assert resident >= 1 << 16 and 0 <= huge <= resident and "of it in huge pages" in str(result)
 
 
 def test_bench_shortens_the_prompt_to_the_context(random_dir):

@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+#include "base/pages.h"
+
 enum { ALIGNMENT = 64, MAX_BLOCKS = 64, MIN_BLOCK = 1 << 20 };
 
 typedef struct {
@@ -41,7 +43,7 @@ static block *add_block(g4_arena *arena, size_t n_bytes)
     if (size < n_bytes)
         size = n_bytes;
     block *fresh = &arena->blocks[arena->n_blocks];
-    fresh->data = aligned_alloc(ALIGNMENT, size);
+    fresh->data = g4_pages_alloc(size);
     if (!fresh->data)
         return NULL;
     fresh->size = size;

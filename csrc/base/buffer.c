@@ -4,7 +4,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { ALIGNMENT = 64 };
+#include "base/pages.h"
 
 struct g4_buffer {
     atomic_size_t n_refs;
@@ -15,12 +15,9 @@ struct g4_buffer {
 g4_buffer *g4_buffer_new(size_t n_bytes)
 {
     g4_buffer *buffer = malloc(sizeof *buffer);
-    size_t padded = (n_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    if (!buffer || padded < n_bytes) {
-        free(buffer);
+    if (!buffer)
         return NULL;
-    }
-    buffer->data = aligned_alloc(ALIGNMENT, padded ? padded : ALIGNMENT);
+    buffer->data = g4_pages_alloc(n_bytes);
     if (!buffer->data) {
         free(buffer);
         return NULL;

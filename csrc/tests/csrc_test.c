@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "base/buffer.h"
+#include "base/pages.h"
 #include "base/pool.h"
 #include "gemma4.h"
 #include "ops/moe.h"
@@ -363,6 +364,18 @@ static void test_buffers(void)
     g4_buffer_unref(NULL);
 }
 
+static void test_pages(void)
+{
+    const size_t huge = (size_t)2 << 20, sizes[] = {0, 1, 63, 64, 65, huge - 1, huge, huge + 1, 3 * huge + 5};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        char *data = g4_pages_alloc(sizes[i]);
+        CHECK(data && (uintptr_t)data % (sizes[i] < huge ? 64 : huge) == 0);
+        memset(data, 1, sizes[i]);
+        free(data);
+    }
+    CHECK(!g4_pages_alloc(SIZE_MAX));
+}
+
 /* ---- pool ----------------------------------------------------------------------------------------------------------- */
 
 enum { N_TASKS = 16 };
@@ -411,6 +424,7 @@ int main(void)
     test_concurrent_steps(&f, expected);
     test_moe_group();
     test_buffers();
+    test_pages();
     test_pool_freed_after_run();
     fixture_free(&f);
     printf("%d passed, %d failed\n", n_checks - n_failed, n_failed);

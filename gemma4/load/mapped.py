@@ -53,6 +53,7 @@ class MappedFile(ABC):
                 need = f"{self.nbytes} bytes, at least {self.least} are needed"
                 raise FormatError(f"{self.path} is not a {self.kind} file: {need}")
             self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+            self._advise("MADV_HUGEPAGE", 0, self.nbytes)
             self._parse()
             self._check_same(os.fstat(self._fd), "while it was being opened")
         except BaseException:
@@ -80,12 +81,17 @@ class MappedFile(ABC):
     def advise_random(self, name: str) -> None:
         """Tell the system that this tensor is read row by row in no order, so that it reads no neighbours in."""
         info = self.tensors[name]
-        if not hasattr(mmap, "MADV_RANDOM"):
-            return
-        start = -(-info.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        stop = (info.offset + info.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if stop > start:
-            self.buffer.madvise(mmap.MADV_RANDOM, start, stop - start)
+        for advice in ("MADV_RANDOM", "MADV_NOHUGEPAGE"):
+            self._advise(advice, info.offset, info.offset + info.nbytes)
+
+    def _advise(self, advice: str, start: int, stop: int) -> None:
+        """Advise the system about the whole pages in [start, stop), where it knows such advice: without it reading is
+        slower, no more."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        n_bytes = stop // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if n_bytes > 0 and hasattr(mmap, advice):
+            with contextlib.suppress(OSError):  # EINVAL: a kernel built without
+                self.buffer.madvise(getattr(mmap, advice), first, n_bytes)
 
     def check(self) -> None:
         """Raise FormatError if the file has shrunk, been overwritten or replaced since it was opened (reading the map
