@@ -147,12 +147,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args()
+    try:
+        server_folder = find_llama_bench(args.llamacpp)
+    except FileNotFoundError as missing:
+        parser.error(str(missing))
     warm([args.model])
     ours = OurTurn(args.model, args.threads)
     n_ids = ours.model.n_token_ids
     ids = np.random.default_rng(0).integers(n_ids // 8, n_ids * 3 // 4, args.context).tolist()
     n_context = args.context + (args.decode + 2) * args.rounds + 256
-    with llama_server(find_llama_bench(args.llamacpp), args.model, args.threads, n_context) as theirs:
+    with llama_server(server_folder, args.model, args.threads, n_context) as theirs:
         seconds = {"llama.cpp": theirs.prefill(ids), "gemma4": ours.prefill(ids)}
         for engine, taken in seconds.items():
             print(f"{engine}: prompt of {args.context} tokens in {taken:.0f} s", file=sys.stderr)
