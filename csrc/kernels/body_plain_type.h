@@ -7,7 +7,10 @@
 #define GROUPS
 #include "kernels/body_matmul.h"
 #undef GROUPS
+#include "kernels/body_mix_rows.h"
+#define PLAIN_ROWS
 #include "kernels/body_mix.h"
+#undef PLAIN_ROWS
 
 #undef WEIGHTS_IN
 #undef ROW_BYTES

@@ -212,6 +212,22 @@ def test_weighted_sum_goes_on_where_it_stopped(isa: str, dtype: str) -> None:
     assert same_bits(np.concatenate(alone), whole)
 
 
+@EVERY_ISA
+@EVERY_DTYPE
+def test_weighted_sum_of_rows_apart(isa: str, dtype: str) -> None:
+    """Keys side by side, or of one head of several: other blocks of keys, the same bits."""
+    rng = generator("apart", dtype)
+    for m in (1, 4, 5, 8, 9):
+        for n, d in [(3, 17), (70, 48), (40, 512), (9, 1040)]:
+            p, start = values(rng, "normal", (m, n)), values(rng, "normal", (m, d))
+            raw, v = stored(rng, values(rng, "normal", (n, 2 * d + 3)), dtype)
+            apart, beside = raw[:, d : 2 * d], np.ascontiguousarray(raw[:, d : 2 * d])
+            got = testing.weighted_sum(isa, dtype, p, apart, start)
+            assert same_bits(got, testing.weighted_sum(isa, dtype, p, beside, start)), (m, n, d)
+            bound = (n + 1) * ULP / 2 * (np.abs(start) + _product(np.abs(p), np.abs(v[:, d : 2 * d].T)))
+            assert_near(got, start + _product(p, v[:, d : 2 * d].T), bound, (m, n, d))
+
+
 # ---- panels of 16 columns -----------------------------------------------------------------------------------------
 
 

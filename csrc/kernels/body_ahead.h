@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Asking for what is wanted next while there is still work to do. */
+
+/* Decode reads its weights once, in long runs. The processor's own prefetching stops at every page of 4 KB and at the end
+ * of what it thinks is a stream: with this, two Zen 3 cores read Q4_0 rows at 30 GB/s instead of 22. */
+static INLINE void prefetch_ahead(const void *p, size_t n_bytes, size_t ahead)
+{
+    for (size_t byte = 0; byte < n_bytes; byte += 64)
+        __builtin_prefetch((const char *)p + ahead + byte);
+}
+
+/* Rows side by side go on where they end. Keys and values of one head lie a whole position apart, 4 KB in 26B-A4B, and
+ * what follows them there is another head's: of those the rows ahead are asked for. */
+static INLINE size_t bytes_ahead(size_t row_bytes, size_t stride_bytes)
+{
+    return stride_bytes <= row_bytes ? AHEAD_BYTES : ROWS_AHEAD * stride_bytes;
+}
+
+/* Rows that are wanted next, `at` bytes of the first of them asked for already. */
+typedef struct {
+    const char *row;
+    size_t row_bytes, stride_bytes, at;
+    int n_rows;
+} rows_to_come;
+
+static INLINE size_t lines_to_come(const rows_to_come *next)
+{
+    return (size_t)next->n_rows * ((next->row_bytes + 63) / 64);
+}
+
+/* n lines of them. All at once they would be more than the processor has in flight (24 lines on Zen 3). */
+static INLINE void ask_for_lines(rows_to_come *next, size_t n)
+{
+    while (n > 0 && next->n_rows > 0) {
+        const size_t left = (next->row_bytes - next->at + 63) / 64, now = n < left ? n : left;
+        prefetch_ahead(next->row, now * 64, next->at);
+        n -= now;
+        next->at += now * 64;
+        if (now == left) {
+            next->at = 0;
+            next->row += next->stride_bytes;
+            next->n_rows--;
+        }
+    }
+}
