@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The engine without Python: a small random model of every branch, and the invariances that must hold to the bit.
  * Run plain, under sanitizers and under valgrind (CONTRIBUTING.md). Exit status 0: all passed. */
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -149,9 +150,8 @@ static void fixture_free(fixture *f)
         free((void *)f->tensors[i].data);
 }
 
-static g4_model *new_model(fixture *f, int n_threads)
+static g4_model *new_model_with(fixture *f, g4_model_options options)
 {
-    g4_model_options options = {.n_threads = n_threads};
     g4_model *model = NULL;
     g4_error err = {0};
     if (g4_model_new(&f->config, f->tensors, f->n_tensors, &options, &model, &err) != G4_OK) {
@@ -159,6 +159,11 @@ static g4_model *new_model(fixture *f, int n_threads)
         exit(1);
     }
     return model;
+}
+
+static g4_model *new_model(fixture *f, int n_threads)
+{
+    return new_model_with(f, (g4_model_options){.n_threads = n_threads});
 }
 
 static g4_sequence *new_sequence(const g4_model *model)
@@ -208,6 +213,24 @@ static void test_chunks_and_threads(fixture *f, const float *expected)
         }
         g4_model_free(model);
     }
+}
+
+/* With OpenBLAS and without it. */
+static void test_fast(fixture *f, const float *expected)
+{
+    static float logits[N_TOKENS * VOCAB];
+    float furthest = 0, largest = 0;
+    bool finite = true;
+    g4_model *model = new_model_with(f, (g4_model_options){.n_threads = 2, .fast = true});
+    CHECK(g4_model_is_fast(model));
+    whole_prompt(model, 0, logits);
+    for (int i = 0; i < N_TOKENS * VOCAB; i++) {
+        furthest = fmaxf(furthest, fabsf(logits[i] - expected[i]));
+        largest = fmaxf(largest, fabsf(expected[i]));
+        finite = finite && isfinite(logits[i]);
+    }
+    CHECK(finite && furthest <= 1e-4f * largest);
+    g4_model_free(model);
 }
 
 static void test_token_by_token_fork_and_truncate(fixture *f, const float *expected)
@@ -418,6 +441,7 @@ int main(void)
     whole_prompt(model, 0, expected);
     g4_model_free(model);
     test_chunks_and_threads(&f, expected);
+    test_fast(&f, expected);
     test_token_by_token_fork_and_truncate(&f, expected);
     test_taps(&f, expected);
     test_errors(&f);
