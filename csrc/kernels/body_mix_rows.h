@@ -46,8 +46,10 @@ static void NAME(mix_rows_)(const float *p, size_t p_stride, int m, const weight
 {
     const size_t n_steps = (size_t)((m + 3) / 4) * (size_t)(d / 16 ? d / 16 : 1);
     const size_t n_lines = (lines_to_come(&next) + n_steps - 1) / n_steps;
-    for (int i = 0; i < m; i += 4)
+    for (int i = 0; i < m; i += 4) {
+        const int rows = m - i < 4 ? m - i : 4;
         NAME(mix_4_rows_)
-    (m - i < 4 ? m - i : 4, p + (size_t)i * p_stride, p_stride, v, v_stride, n_keys, d, acc + (size_t)i * acc_stride,
-     acc_stride, &next, n_lines);
+        (rows, p + (size_t)i * p_stride, p_stride, v, v_stride, n_keys, d, acc + (size_t)i * acc_stride, acc_stride,
+         &next, n_lines);
+    }
 }
