@@ -14,59 +14,51 @@ static INLINE void tiles_begin(void) { _tile_loadconfig(&whole_tiles); }
 /* Without it the system would save 8 KB of tiles whenever it switches threads. */
 static INLINE void tiles_end(void) { _tile_release(); }
 
-/* Compilers do not see that a tile's load reads memory: what was stored before must be there. */
-static INLINE void stores_before_tiles(void) { __asm__ volatile("" ::: "memory"); }
+/* Compilers do not see that loads and stores of tiles touch memory: what was stored before must be there, and what is loaded
+ * after must not come early. */
+static INLINE void memory_settles(void) { __asm__ volatile("" ::: "memory"); }
 
-static INLINE void tile_products(const int rows, const int columns, const uint16_t *x, size_t x_stride,
-                                 const uint16_t *w, size_t w_stride, int n_tiles, float *out, size_t out_stride,
-                                 bool add_to)
+static INLINE void tile_products(const int rows, const int columns, const uint16_t *w, size_t w_stride,
+                                 const uint16_t *x, size_t x_stride, int n_tiles, float *sums, bool add)
 {
-    enum { TILE_ROW = 64 };
-    const size_t out_bytes = out_stride * sizeof *out;
-    float *below = out + (size_t)G4_TILE_ROWS * out_stride;
-    stores_before_tiles();
-    if (add_to)
-        _tile_loadd(0, out, out_bytes);
-    else
+    enum { TILE_ROW = 64, SUMS = G4_TILE_ROWS * G4_TILE_ROWS };
+    float *below = sums + columns * SUMS;
+    memory_settles();
+    if (add) {
+        _tile_loadd(0, sums, TILE_ROW);
+        if (columns > 1)
+            _tile_loadd(1, sums + SUMS, TILE_ROW);
+        if (rows > 1)
+            _tile_loadd(2, below, TILE_ROW);
+        if (rows > 1 && columns > 1)
+            _tile_loadd(3, below + SUMS, TILE_ROW);
+    } else {
         _tile_zero(0);
-    if (columns > 1) {
-        if (add_to)
-            _tile_loadd(1, out + G4_TILE_ROWS, out_bytes);
-        else
-            _tile_zero(1);
-    }
-    if (rows > 1) {
-        if (add_to)
-            _tile_loadd(2, below, out_bytes);
-        else
-            _tile_zero(2);
-    }
-    if (rows > 1 && columns > 1) {
-        if (add_to)
-            _tile_loadd(3, below + G4_TILE_ROWS, out_bytes);
-        else
-            _tile_zero(3);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
     }
     for (int t = 0; t < n_tiles; t++, x += G4_TILE, w += G4_TILE) {
-        _tile_loadd(4, x, TILE_ROW);
-        _tile_loadd(6, w, TILE_ROW);
+        _tile_loadd(4, w, TILE_ROW);
+        _tile_loadd(6, x, TILE_ROW);
         _tile_dpbf16ps(0, 4, 6);
         if (columns > 1) {
-            _tile_loadd(7, w + w_stride, TILE_ROW);
+            _tile_loadd(7, x + x_stride, TILE_ROW);
             _tile_dpbf16ps(1, 4, 7);
         }
         if (rows > 1) {
-            _tile_loadd(5, x + x_stride, TILE_ROW);
+            _tile_loadd(5, w + w_stride, TILE_ROW);
             _tile_dpbf16ps(2, 5, 6);
         }
         if (rows > 1 && columns > 1)
             _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, out, out_bytes);
+    _tile_stored(0, sums, TILE_ROW);
     if (columns > 1)
-        _tile_stored(1, out + G4_TILE_ROWS, out_bytes);
+        _tile_stored(1, sums + SUMS, TILE_ROW);
     if (rows > 1)
-        _tile_stored(2, below, out_bytes);
+        _tile_stored(2, below, TILE_ROW);
     if (rows > 1 && columns > 1)
-        _tile_stored(3, below + G4_TILE_ROWS, out_bytes);
+        _tile_stored(3, below + SUMS, TILE_ROW);
+    memory_settles();
 }

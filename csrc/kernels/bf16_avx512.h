@@ -3,44 +3,46 @@
 static inline void tiles_begin(void) {}
 static inline void tiles_end(void) {}
 
-enum { ROWS_BF16 = 8 }; /* times 2 columns: 16 sums in flight, 2 loads of weights and 8 of x for 16 instructions */
+enum { ROWS_BF16 = 8 }; /* times 2 columns: 16 sums in flight, 2 loads of x and 8 of weights for 16 instructions */
 
-static INLINE __m512bh pairs_of_weights(const uint16_t *w) { return (__m512bh)_mm512_loadu_si512(w); }
+static INLINE __m512bh pairs_of_x(const uint16_t *x) { return (__m512bh)_mm512_loadu_si512(x); }
 
-static INLINE __m512bh pair_of_x(const uint16_t *x)
+static INLINE __m512bh pair_of_weights(const uint16_t *w)
 {
     int32_t pair;
-    memcpy(&pair, x, sizeof pair);
+    memcpy(&pair, w, sizeof pair);
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-static INLINE void tile_products(const int rows, const int columns, const uint16_t *x, size_t x_stride,
-                                 const uint16_t *w, size_t w_stride, int n_tiles, float *out, size_t out_stride,
-                                 bool add_to)
+static INLINE void tile_products(const int rows, const int columns, const uint16_t *w, size_t w_stride,
+                                 const uint16_t *x, size_t x_stride, int n_tiles, float *sums, bool add)
 {
-    for (int i = 0; i < rows * G4_TILE_ROWS; i += ROWS_BF16) {
-        const uint16_t *xs = x + (size_t)(i / G4_TILE_ROWS) * x_stride + (size_t)(i % G4_TILE_ROWS * G4_TILE_INPUTS);
-        float *rows_out = out + (size_t)i * out_stride;
+    enum { SUMS = G4_TILE_ROWS * G4_TILE_ROWS };
+    for (int j = 0; j < rows * G4_TILE_ROWS; j += ROWS_BF16) {
+        const int row = j / G4_TILE_ROWS, from = j % G4_TILE_ROWS;
+        const uint16_t *ws = w + (size_t)row * w_stride + (size_t)(from * G4_TILE_INPUTS);
+        float *to = sums + row * columns * SUMS + from * G4_TILE_ROWS;
         __m512 sum[ROWS_BF16][2];
         for (int r = 0; r < ROWS_BF16; r++)
             for (int c = 0; c < 2; c++)
                 sum[r][c] = _mm512_setzero_ps();
-        for (int r = 0; add_to && r < ROWS_BF16; r++)
+        for (int r = 0; add && r < ROWS_BF16; r++)
             for (int c = 0; c < columns; c++)
-                sum[r][c] = _mm512_loadu_ps(rows_out + (size_t)r * out_stride + c * 16);
+                sum[r][c] = _mm512_loadu_ps(to + c * SUMS + r * G4_TILE_ROWS);
         for (int t = 0; t < n_tiles; t++)
             for (int pair = 0; pair < 16; pair++) {
-                const uint16_t *ws = w + (size_t)t * G4_TILE + (size_t)pair * 32;
-                const __m512bh w0 = pairs_of_weights(ws), w1 = pairs_of_weights(columns > 1 ? ws + w_stride : ws);
+                const uint16_t *xs = x + (size_t)t * G4_TILE + (size_t)pair * 32;
+                const __m512bh x0 = pairs_of_x(xs), x1 = pairs_of_x(columns > 1 ? xs + x_stride : xs);
                 for (int r = 0; r < ROWS_BF16; r++) {
-                    const __m512bh two = pair_of_x(xs + (size_t)t * G4_TILE + (size_t)(r * G4_TILE_INPUTS + 2 * pair));
-                    sum[r][0] = _mm512_dpbf16_ps(sum[r][0], w0, two);
+                    const __m512bh two =
+                        pair_of_weights(ws + (size_t)t * G4_TILE + (size_t)(r * G4_TILE_INPUTS + 2 * pair));
+                    sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x0, two);
                     if (columns > 1)
-                        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], w1, two);
+                        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x1, two);
                 }
             }
         for (int r = 0; r < ROWS_BF16; r++)
             for (int c = 0; c < columns; c++)
-                _mm512_storeu_ps(rows_out + (size_t)r * out_stride + c * 16, sum[r][c]);
+                _mm512_storeu_ps(to + c * SUMS + r * G4_TILE_ROWS, sum[r][c]);
     }
 }

@@ -7,7 +7,7 @@
 
 #include "kernels/kernels.h"
 
-enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, AHEAD_BYTES = 1024, ROWS_AHEAD = 8 };
+enum { BLOCK_M = 72, BLOCK_N = 32, BLOCK_K = 512, FEW_ROWS = 4, ROWS_AHEAD = 8 };
 enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level cache */
 
 #define x16_load_f32 x16_load

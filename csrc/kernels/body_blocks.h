@@ -26,6 +26,22 @@ static void NAME(widen_)(float *out, const void *in, int n)
         NAME(widen_block_)(out + i, block);
 }
 
+#ifdef BF16_PRODUCTS
+static void NAME(tile_row_)(const void *w, int k, uint16_t *tiles)
+{
+    const uint8_t *block = w;
+    for (int l = 0; l < k; l += BLOCK, block += BLOCK_BYTES) {
+        block_values v;
+        CONCAT(read_, WEIGHT)(block, &v);
+        for (int part = 0; part < BLOCK / 32; part++, tiles += G4_TILE) {
+            const int first = part * 32 / GROUP, second = (part * 32 + 16) / GROUP;
+            const float scale[2] = {v.scale[first], v.scale[second]}, min[2] = {v.min[first], v.min[second]};
+            tile_part(i8_add(v.q[part], -RAISE), scale, min, tiles);
+        }
+    }
+}
+#endif
+
 /* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w: what dot_two_ is in body_matmul.h. */
 static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, const uint8_t *w, size_t w_stride,
                                   size_t far_weights, int k, float *out, size_t out_stride, int far)

@@ -72,9 +72,11 @@ static float read_sum(const float *x, size_t n)
     f32x16 acc[4] = {x16_set1(0), x16_set1(0), x16_set1(0), x16_set1(0)};
     float sum = 0;
     size_t i = 0;
-    for (; i + 64 <= n; i += 64)
+    for (; i + 64 <= n; i += 64) {
+        prefetch_ahead(x + i, 256, AHEAD_BYTES); /* as decode does */
         for (int c = 0; c < 4; c++)
             acc[c] = x16_add(acc[c], x16_load(x + i + 16 * (size_t)c));
+    }
     for (; i < n; i++)
         sum += x[i];
     return sum + x16_sum(x16_add(x16_add(acc[0], acc[1]), x16_add(acc[2], acc[3])));

@@ -77,7 +77,7 @@ static inline g4_panel16 g4_panel16_at(const g4_panel16 *w, int at)
 enum { G4_TILE_ROWS = 16, G4_TILE_INPUTS = 32, G4_TILE = G4_TILE_ROWS * G4_TILE_INPUTS };
 
 typedef struct {
-    uint16_t *data; /* x: [m / 16, tiles, 16, 32]; weights: [n / 16, tiles, 16 pairs, 16, 2] */
+    uint16_t *data; /* weights: [n / 16, tiles, 16, 32]; x: [m / 16, tiles, 16 pairs, 16, 2] */
     size_t stride;  /* from 16 rows to the next */
 } g4_tiles;
 
@@ -87,6 +87,13 @@ static inline int g4_tiles_of(int k) { return (k + G4_TILE_INPUTS - 1) / G4_TILE
 static inline g4_tiles g4_tiles_from(const g4_tiles *t, int row)
 {
     return (g4_tiles){t->data + (size_t)(row / G4_TILE_ROWS) * t->stride, t->stride};
+}
+
+/* The sums of m rows of x and n weights between two calls of matmul_tiles. */
+static inline size_t g4_tile_sums(int m, int n)
+{
+    enum { SIDE = 2 * G4_TILE_ROWS };
+    return (size_t)((m + SIDE - 1) / SIDE) * (size_t)((n + SIDE - 1) / SIDE) * (size_t)(SIDE * SIDE);
 }
 
 #define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;
@@ -138,6 +145,19 @@ static inline g4_matmul_int8_q8_0_fn g4_matmul_int8_for(const g4_kernels *kernel
     switch (dtype) {
 #define X(type, suffix, block, bytes) \
     case G4_##type: return kernels->matmul_int8_##suffix;
+        G4_EACH_QUANTISED(X)
+#undef X
+    default: return NULL;
+    }
+}
+
+/* NULL for the types that have no place in tiles, and without the instructions. */
+static inline g4_tile_row_bf16_fn g4_tile_row_for(const g4_kernels *kernels, g4_dtype dtype)
+{
+    switch (dtype) {
+    case G4_BF16: return kernels->tile_row_bf16;
+#define X(type, suffix, block, bytes) \
+    case G4_##type: return kernels->tile_row_##suffix;
         G4_EACH_QUANTISED(X)
 #undef X
     default: return NULL;

@@ -5,13 +5,13 @@
 #include "ops/profile.h"
 
 enum {
-    TASK_COLUMNS = 64, /* weights that are put in place at a time … */
-    BLOCK_K = 512, /* … over so many inputs: 64 KB, and 32 KB for 32 rows of x, which the first-level cache keeps */
-    TASK_ROWS = 2048,
-    LEAST_ROWS = 128, /* of one task: to put the weights in place again costs as much as products with some 200 rows */
+    TASK_COLUMNS = 128, /* weights that are put in place at a time … */
+    BLOCK_K = 1536, /* … over so many inputs: 384 KB, which stay in the second-level cache while the rows of x pass */
+    PART_K = 512,   /* as much of 16 rows as the first-level cache keeps while they are put in place */
+    TASK_ROWS = 512,
+    LEAST_ROWS = 128, /* of one task: to put the weights in place again costs as much as products with some 100 rows */
     TILE_PAIR = 2 * G4_TILE_ROWS
 };
-/* These are counts of instructions, not measurements: the kernels ran on emulated processors only. */
 
 typedef struct {
     const g4_exec *exec;
@@ -20,7 +20,7 @@ typedef struct {
     const g4_tiles *xs;    /* one for each of inputs */
     const int *first_task; /* [n_jobs + 1] */
     uint16_t *tiles;       /* one [TASK_COLUMNS, BLOCK_K] for each worker */
-    float *widened;        /* one [G4_TILE_ROWS, BLOCK_K] for each worker */
+    float *sums;           /* one [TASK_ROWS, TASK_COLUMNS] for each worker */
 } tile_task;
 
 /* ---- x, once for all jobs that share it ---------------------------------------------------------------------------- */
@@ -39,9 +39,9 @@ static void pack_slice(const g4_exec *exec, void *context, int first, int end)
         const g4_linear_job *job = t->inputs->jobs[i];
         for (; first < stop; first++) {
             const int row = (first - t->inputs->first[i]) * G4_TILE_ROWS, left = job->m - row;
-            exec->kernels->tiles_of_rows(job->x + (size_t)row * job->x_stride, job->x_stride,
-                                         left < G4_TILE_ROWS ? left : G4_TILE_ROWS, (int)job->w.n_cols,
-                                         g4_tiles_from(&t->xs[i], row).data);
+            exec->kernels->tiles_of_x(job->x + (size_t)row * job->x_stride, job->x_stride,
+                                      left < G4_TILE_ROWS ? left : G4_TILE_ROWS, (int)job->w.n_cols,
+                                      g4_tiles_from(&t->xs[i], row).data);
         }
     }
 }
@@ -88,19 +88,19 @@ static int rows_of_task(const g4_exec *exec, const g4_linear_job *job)
 }
 
 /* Weight rows [first, first + n), inputs [at, at + k) as tiles; at is a multiple of BLOCK_K, where blocks of quantised
- * weights begin. */
+ * weights begin. Rows that fill up the last tile are left as they are: nobody reads their sums. */
 static void pack_weights(const g4_kernels *kernels, const g4_matrix *w, int first, int n, int at, int k,
-                         const g4_tiles *tiles, float *widened)
+                         const g4_tiles *tiles)
 {
-    for (int j = 0; j < n; j += G4_TILE_ROWS) {
-        const int rows = n - j < G4_TILE_ROWS ? n - j : G4_TILE_ROWS;
-        for (int r = 0; r < rows; r++) {
-            const char *row = g4_matrix_row(w, (size_t)(first + j + r));
-            g4_widen_for(kernels, w->dtype)(widened + (size_t)r * BLOCK_K, row + g4_dtype_bytes(w->dtype, (size_t)at),
-                                            k);
+    const g4_tile_row_bf16_fn tile_row = g4_tile_row_for(kernels, w->dtype);
+    for (int j = 0; j < n; j += G4_TILE_ROWS)
+        for (int l = 0; l < k; l += PART_K) {
+            const size_t skip = g4_dtype_bytes(w->dtype, (size_t)(at + l));
+            uint16_t *part = g4_tiles_from(tiles, j).data + (size_t)(l / G4_TILE_INPUTS) * G4_TILE;
+            for (int r = 0; r < G4_TILE_ROWS && j + r < n; r++)
+                tile_row((const char *)g4_matrix_row(w, (size_t)(first + j + r)) + skip,
+                         k - l < PART_K ? k - l : PART_K, part + r * G4_TILE_INPUTS);
         }
-        kernels->tiles_of_weights(widened, BLOCK_K, rows, k, g4_tiles_from(tiles, j).data);
-    }
 }
 
 static void run_task(void *context, int task, int worker)
@@ -118,11 +118,13 @@ static void run_task(void *context, int task, int worker)
     float *out = job->out + (size_t)row * job->out_stride + (size_t)column;
     const g4_tiles x = g4_tiles_from(&t->xs[t->inputs->of_job[j]], row);
     const g4_tiles w = {t->tiles + (size_t)worker * TASK_COLUMNS * BLOCK_K, (size_t)G4_TILE_ROWS * BLOCK_K};
+    float *sums = t->sums + (size_t)worker * g4_tile_sums(TASK_ROWS, TASK_COLUMNS);
     for (int at = 0; at < k; at += BLOCK_K) {
         const int length = k - at < BLOCK_K ? k - at : BLOCK_K;
         const g4_tiles x_at = {x.data + (size_t)(at / G4_TILE_INPUTS) * G4_TILE, x.stride};
-        pack_weights(kernels, &job->w, column, n, at, length, &w, t->widened + (size_t)worker * G4_TILE_ROWS * BLOCK_K);
-        kernels->matmul_tiles(&x_at, m, &w, n, g4_tiles_of(length), out, job->out_stride, at > 0);
+        pack_weights(kernels, &job->w, column, n, at, length, &w);
+        kernels->matmul_tiles(&x_at, m, &w, n, g4_tiles_of(length), sums, at > 0, at + length < k ? NULL : out,
+                              job->out_stride);
     }
 }
 
@@ -151,7 +153,7 @@ g4_status g4_tile_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     G4_TRY(pack_inputs(exec, jobs, n_jobs, &inputs, &t.xs));
     G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
     G4_ALLOC(exec, t.tiles, n_workers * TASK_COLUMNS * BLOCK_K);
-    G4_ALLOC(exec, t.widened, n_workers * G4_TILE_ROWS * BLOCK_K);
+    G4_ALLOC(exec, t.sums, n_workers * g4_tile_sums(TASK_ROWS, TASK_COLUMNS));
     first_task[0] = 0;
     for (int j = 0; j < n_jobs; j++) {
         const int rows = rows_of_task(exec, &jobs[j]);

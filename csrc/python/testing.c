@@ -257,6 +257,26 @@ static bool rows16_new(PyArrayObject *x, PyObject **q, PyObject **scale, g4_rows
     return true;
 }
 
+/* Room for n rows of k inputs in tiles, zeros; data NULL: out of memory. */
+static g4_tiles new_tiles(npy_intp n, int k)
+{
+    const size_t stride = (size_t)g4_tiles_of(k) * G4_TILE, groups = (size_t)(n + G4_TILE_ROWS - 1) / G4_TILE_ROWS;
+    return (g4_tiles){PyMem_Calloc(groups, stride * sizeof(uint16_t)), stride};
+}
+
+static void fill_tiles(const g4_kernels *kernels, PyArrayObject *x, PyArrayObject *w, const g4_tiles tiles[2],
+                       uint16_t *narrow)
+{
+    const int m = (int)PyArray_DIM(x, 0), n = (int)PyArray_DIM(w, 0), k = (int)PyArray_DIM(x, 1);
+    for (int i = 0; i < m; i += G4_TILE_ROWS)
+        kernels->tiles_of_x((const float *)PyArray_DATA(x) + (size_t)i * stride_of(x), stride_of(x),
+                            m - i < G4_TILE_ROWS ? m - i : G4_TILE_ROWS, k, g4_tiles_from(&tiles[0], i).data);
+    for (int j = 0; j < n; j++) {
+        kernels->narrow_bf16(narrow, (const float *)PyArray_DATA(w) + (size_t)j * stride_of(w), k);
+        kernels->tile_row_bf16(narrow, k, g4_tiles_from(&tiles[1], j).data + j % G4_TILE_ROWS * G4_TILE_INPUTS);
+    }
+}
+
 /* matmul_tiles(isa, x [m, k], w [n, k]) -> [m, n] of both rounded to bf16 */
 static PyObject *test_matmul_tiles(PyObject *self, PyObject *args)
 {
@@ -272,26 +292,22 @@ static PyObject *test_matmul_tiles(PyObject *self, PyObject *args)
     if (!kernels->matmul_tiles)
         return PyErr_Format(PyExc_NotImplementedError, "%s has no products of bf16", isa);
     npy_intp dims[] = {PyArray_DIM(x, 0), PyArray_DIM(w, 0)};
-    const int k = (int)PyArray_DIM(x, 1);
-    PyArrayObject *both[] = {x, w};
-    g4_tiles tiles[2];
+    const int m = (int)dims[0], n = (int)dims[1], k = (int)PyArray_DIM(x, 1);
+    const g4_tiles tiles[] = {new_tiles(m, k), new_tiles(n, k)};
+    uint16_t *narrow = PyMem_Malloc((size_t)k * sizeof *narrow + 1);
+    float *sums = PyMem_Malloc(g4_tile_sums(m, n) * sizeof *sums);
     PyObject *out = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
-    for (int i = 0; i < 2; i++) {
-        const int n = (int)dims[i];
-        tiles[i].stride = (size_t)g4_tiles_of(k) * G4_TILE;
-        tiles[i].data = PyMem_Calloc((size_t)(n + 15) / 16, tiles[i].stride * 2);
-        for (int row = 0; tiles[i].data && row < n; row += G4_TILE_ROWS)
-            (i ? kernels->tiles_of_weights : kernels->tiles_of_rows)(
-                (const float *)PyArray_DATA(both[i]) + (size_t)row * stride_of(both[i]), stride_of(both[i]),
-                n - row < G4_TILE_ROWS ? n - row : G4_TILE_ROWS, k, g4_tiles_from(&tiles[i], row).data);
-    }
-    if (!tiles[0].data || !tiles[1].data)
+    if (!tiles[0].data || !tiles[1].data || !narrow || !sums)
         Py_SETREF(out, PyErr_NoMemory());
-    else if (out)
-        kernels->matmul_tiles(&tiles[0], (int)dims[0], &tiles[1], (int)dims[1], g4_tiles_of(k),
-                              PyArray_DATA((PyArrayObject *)out), (size_t)dims[1], false);
+    else if (out) {
+        fill_tiles(kernels, x, w, tiles, narrow);
+        kernels->matmul_tiles(&tiles[0], m, &tiles[1], n, g4_tiles_of(k), sums, false,
+                              PyArray_DATA((PyArrayObject *)out), (size_t)n);
+    }
     PyMem_Free(tiles[0].data);
     PyMem_Free(tiles[1].data);
+    PyMem_Free(narrow);
+    PyMem_Free(sums);
     return out;
 }
 

@@ -217,15 +217,15 @@ static bool same_bf16(uint16_t a, uint16_t b)
     return a == b || (isnan(g4_bf16_to_f32(a)) && isnan(g4_bf16_to_f32(b)));
 }
 
-/* What is not a row or an input is zero. */
-static bool rounds_to_tiles(const float *rows, int n, int k, const uint16_t *tiles, bool by_pairs)
+/* By pairs of inputs; what is not a row or an input is zero. */
+static bool rounds_to_tiles(const float *rows, int n, int k, const uint16_t *tiles)
 {
     bool good = true;
     for (int l = 0; l < g4_tiles_of(k) * G4_TILE_INPUTS; l++)
         for (int r = 0; r < G4_TILE_ROWS; r++) {
-            const uint16_t *tile = tiles + l / G4_TILE_INPUTS * G4_TILE;
-            const int in = l % G4_TILE_INPUTS, at = by_pairs ? in / 2 * 32 + r * 2 + in % 2 : r * G4_TILE_INPUTS + in;
-            good &= same_bf16(tile[at], r < n && l < k ? rounded(rows[r * k + l]) : 0);
+            const int tile = l / G4_TILE_INPUTS, in = l % G4_TILE_INPUTS;
+            good &= same_bf16(tiles[tile * G4_TILE + in / 2 * 32 + r * 2 + in % 2],
+                              r < n && l < k ? rounded(rows[r * k + l]) : 0);
         }
     return good;
 }
@@ -237,9 +237,9 @@ static g4_tiles tiles_new(int n, int k)
 }
 
 /* Of the products of rounded numbers: k roundings to float32 of partial sums no larger than `size`. */
-static bool near_products(const float *x, const float *w, int k, float start, float got)
+static bool near_products(const float *x, const float *w, int k, float got)
 {
-    double exact = start, size = fabs(start);
+    double exact = 0, size = 0;
     for (int l = 0; l < k; l++) {
         const double product = (double)g4_bf16_to_f32(rounded(x[l])) * (double)g4_bf16_to_f32(rounded(w[l]));
         exact += product;
@@ -250,34 +250,70 @@ static bool near_products(const float *x, const float *w, int k, float start, fl
     return fabs(exact - got) <= size * (k + 3) * 0x1p-24 + (k + 3) * 0x1p-126;
 }
 
-static void check_tiles(const g4_kernels *t, int kind, int m, int n, int k, bool add)
+/* The kernels' own bf16 of w, which keeps subnormal numbers. */
+static void put_weights(const g4_kernels *t, const float *w, int n, int k, const g4_tiles *tiles)
+{
+    uint16_t *row = allocate((size_t)k * 2);
+    for (int j = 0; j < n; j++) {
+        t->narrow_bf16(row, w + j * k, k);
+        t->tile_row_bf16(row, k, g4_tiles_from(tiles, j).data + j % G4_TILE_ROWS * G4_TILE_INPUTS);
+    }
+    free(row);
+}
+
+/* In one go, or in two, the second of which begins at the sums of the first. */
+static void check_tiles(const g4_kernels *t, int kind, int m, int n, int k, bool twice)
 {
     const size_t out_stride = (size_t)n + 3, n_out = (size_t)m * out_stride;
     float *w = random_row(NORMAL, (size_t)(n * k)), *x = random_row(kind, (size_t)(m * k));
-    float *start = random_row(NORMAL, n_out), *got = allocate(n_out * 4);
+    float *start = random_row(NORMAL, n_out), *got = allocate(n_out * 4), *sums = allocate(g4_tile_sums(m, n) * 4);
     const g4_tiles xs = tiles_new(m, k), ws = tiles_new(n, k);
     bool packed = true, good = true;
     for (int i = 0; i < m; i += G4_TILE_ROWS) {
         const int rows = m - i < G4_TILE_ROWS ? m - i : G4_TILE_ROWS;
-        t->tiles_of_rows(x + i * k, (size_t)k, rows, k, g4_tiles_from(&xs, i).data);
-        packed &= rounds_to_tiles(x + i * k, rows, k, g4_tiles_from(&xs, i).data, false);
+        t->tiles_of_x(x + i * k, (size_t)k, rows, k, g4_tiles_from(&xs, i).data);
+        packed &= rounds_to_tiles(x + i * k, rows, k, g4_tiles_from(&xs, i).data);
     }
-    for (int j = 0; j < n; j += G4_TILE_ROWS) {
-        const int rows = n - j < G4_TILE_ROWS ? n - j : G4_TILE_ROWS;
-        t->tiles_of_weights(w + j * k, (size_t)k, rows, k, g4_tiles_from(&ws, j).data);
-        packed &= rounds_to_tiles(w + j * k, rows, k, g4_tiles_from(&ws, j).data, true);
-    }
-    check(packed, t, "tiles_of_rows, tiles_of_weights", "", m, n, k);
+    check(packed, t, "tiles_of_x", "", m, n, k);
+    put_weights(t, w, n, k, &ws);
     memcpy(got, start, n_out * 4);
-    t->matmul_tiles(&xs, m, &ws, n, g4_tiles_of(k), got, out_stride, add);
+    const int n_tiles = g4_tiles_of(k), first = twice ? n_tiles / 2 : 0;
+    const g4_tiles x_rest = {xs.data + first * G4_TILE, xs.stride}, w_rest = {ws.data + first * G4_TILE, ws.stride};
+    if (first)
+        t->matmul_tiles(&xs, m, &ws, n, first, sums, false, NULL, 0);
+    t->matmul_tiles(&x_rest, m, &w_rest, n, n_tiles - first, sums, first > 0, got, out_stride);
     for (int i = 0; i < m; i++) {
         const size_t row = (size_t)i * out_stride;
         for (int j = 0; j < n; j++)
-            good &= near_products(x + i * k, w + j * k, k, add ? start[row + (size_t)j] : 0, got[row + (size_t)j]);
+            good &= near_products(x + i * k, w + j * k, k, got[row + (size_t)j]);
         good &= same(got + row + n, start + row + n, 3);
     }
     check(good, t, "matmul_tiles", "", m, n, k);
-    free(w), free(x), free(start), free(got), free(xs.data), free(ws.data);
+    free(w), free(x), free(start), free(got), free(sums), free(xs.data), free(ws.data);
+}
+
+/* A row of weights is what widening makes of it, rounded; plain bf16 is itself. */
+static void check_tile_row(g4_dtype dtype, int kind, int k)
+{
+    const int padded = g4_tiles_of(k) * G4_TILE_INPUTS;
+    void *w = random_weights(dtype, kind, (size_t)k);
+    float *wide = allocate((size_t)k * 4);
+    g4_widen_for(scalar, dtype)(wide, w, k);
+    for (int t = 0; t < n_tables; t++) {
+        const g4_tile_row_bf16_fn tile_row = g4_tile_row_for(tables[t], dtype);
+        if (!tile_row)
+            continue;
+        uint16_t *tiles = allocate((size_t)(padded / G4_TILE_INPUTS - 1) * G4_TILE * 2 + G4_TILE_INPUTS * 2);
+        bool good = true;
+        tile_row(w, k, tiles);
+        for (int l = 0; l < padded; l++) {
+            const uint16_t wanted = dtype == G4_BF16 && l < k ? ((uint16_t *)w)[l] : l < k ? rounded(wide[l]) : 0;
+            good &= same_bf16(tiles[l / G4_TILE_INPUTS * G4_TILE + l % G4_TILE_INPUTS], wanted);
+        }
+        check(good, tables[t], "tile_row", g4_dtype_name(dtype), 1, 1, k);
+        free(tiles);
+    }
+    free(w), free(wide);
 }
 
 void test_tiles(void)
@@ -288,6 +324,16 @@ void test_tiles(void)
         for (int s = 0; tables[t]->matmul_tiles && s < 8; s++)
             for (int kind = 0; kind < N_KINDS; kind++)
                 check_tiles(tables[t], kind, sizes[s][0], sizes[s][1], sizes[s][2], (s + kind) % 2);
+    for (int kind = 0; kind < N_KINDS; kind++) {
+        check_tile_row(G4_BF16, kind, 1);
+        check_tile_row(G4_BF16, kind, 95);
+        check_tile_row(G4_BF16, kind, 512);
+#define X(type, suffix, block, bytes)       \
+    check_tile_row(G4_##type, kind, block); \
+    check_tile_row(G4_##type, kind, 512 + 3 * block);
+        G4_EACH_QUANTISED(X)
+#undef X
+    }
 }
 
 void test_sums_and_panels(void)
