@@ -21,44 +21,45 @@ static INLINE void memory_settles(void) { __asm__ volatile("" ::: "memory"); }
 static INLINE void tile_products(const int rows, const int columns, const uint16_t *w, size_t w_stride,
                                  const uint16_t *x, size_t x_stride, int n_tiles, float *sums, bool add)
 {
-    enum { TILE_ROW = 64, SUMS = G4_TILE_ROWS * G4_TILE_ROWS };
+    enum { ROW = 64, SUMS = G4_TILE_ROWS * G4_TILE_ROWS };
+    const size_t w_bytes = w_stride * sizeof *w;
     float *below = sums + columns * SUMS;
     memory_settles();
     if (add) {
-        _tile_loadd(0, sums, TILE_ROW);
+        _tile_loadd(0, sums, ROW);
         if (columns > 1)
-            _tile_loadd(1, sums + SUMS, TILE_ROW);
+            _tile_loadd(1, sums + SUMS, ROW);
         if (rows > 1)
-            _tile_loadd(2, below, TILE_ROW);
+            _tile_loadd(2, below, ROW);
         if (rows > 1 && columns > 1)
-            _tile_loadd(3, below + SUMS, TILE_ROW);
+            _tile_loadd(3, below + SUMS, ROW);
     } else {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int t = 0; t < n_tiles; t++, x += G4_TILE, w += G4_TILE) {
-        _tile_loadd(4, w, TILE_ROW);
-        _tile_loadd(6, x, TILE_ROW);
+    for (int t = 0; t < n_tiles; t++, x += G4_TILE, w += G4_TILE_INPUTS) {
+        _tile_loadd(4, w, w_bytes);
+        _tile_loadd(6, x, ROW);
         _tile_dpbf16ps(0, 4, 6);
         if (columns > 1) {
-            _tile_loadd(7, x + x_stride, TILE_ROW);
+            _tile_loadd(7, x + x_stride, ROW);
             _tile_dpbf16ps(1, 4, 7);
         }
         if (rows > 1) {
-            _tile_loadd(5, w + w_stride, TILE_ROW);
+            _tile_loadd(5, w + G4_TILE_ROWS * w_stride, w_bytes);
             _tile_dpbf16ps(2, 5, 6);
         }
         if (rows > 1 && columns > 1)
             _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, TILE_ROW);
+    _tile_stored(0, sums, ROW);
     if (columns > 1)
-        _tile_stored(1, sums + SUMS, TILE_ROW);
+        _tile_stored(1, sums + SUMS, ROW);
     if (rows > 1)
-        _tile_stored(2, below, TILE_ROW);
+        _tile_stored(2, below, ROW);
     if (rows > 1 && columns > 1)
-        _tile_stored(3, below + SUMS, TILE_ROW);
+        _tile_stored(3, below + SUMS, ROW);
     memory_settles();
 }

@@ -20,7 +20,7 @@ static INLINE void tile_products(const int rows, const int columns, const uint16
     enum { SUMS = G4_TILE_ROWS * G4_TILE_ROWS };
     for (int j = 0; j < rows * G4_TILE_ROWS; j += ROWS_BF16) {
         const int row = j / G4_TILE_ROWS, from = j % G4_TILE_ROWS;
-        const uint16_t *ws = w + (size_t)row * w_stride + (size_t)(from * G4_TILE_INPUTS);
+        const uint16_t *ws = w + (size_t)j * w_stride;
         float *to = sums + row * columns * SUMS + from * G4_TILE_ROWS;
         __m512 sum[ROWS_BF16][2];
         for (int r = 0; r < ROWS_BF16; r++)
@@ -35,7 +35,7 @@ static INLINE void tile_products(const int rows, const int columns, const uint16
                 const __m512bh x0 = pairs_of_x(xs), x1 = pairs_of_x(columns > 1 ? xs + x_stride : xs);
                 for (int r = 0; r < ROWS_BF16; r++) {
                     const __m512bh two =
-                        pair_of_weights(ws + (size_t)t * G4_TILE + (size_t)(r * G4_TILE_INPUTS + 2 * pair));
+                        pair_of_weights(ws + (size_t)r * w_stride + (size_t)(t * G4_TILE_INPUTS + 2 * pair));
                     sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x0, two);
                     if (columns > 1)
                         sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x1, two);

@@ -2,10 +2,10 @@
 /* Products of bfloat16 summed in float32, for processors with instructions for them: precision="fast" of prompts where the
  * weights are bf16, and with AMX of any type.
  *
- * Both sides lie in tiles of 16 rows by 32 inputs, 1 KB each, padded with zeros: a row of weights as it is, x by pairs of
- * inputs, so that one register of 16 lanes has a pair of each of 16 rows of x. It is x that is put in another order because that
- * happens once, not once for every call that meets the weights; what it costs is that sums come as [weight row][row of x]
- * and are turned on their way out, 0.1 of an instruction for a product of 1536 inputs.
+ * A tile is 16 rows by 32 inputs. Weights are rows of bf16 as they are, padded with zeros to whole tiles; x lies in tiles of
+ * 1 KB by pairs of inputs, so that one register of 16 lanes has a pair of each of 16 rows. It is x that is put in another order
+ * because that happens once for all weights; the price is that sums come as [weight row][row of x] and are turned on their
+ * way out, 0.1 of an instruction for a product of 1536 inputs.
  *
  * bf16 keeps 8 bits of every number. A byte of matmul_int8 keeps 7 of the largest of 32, so this is the more exact of the
  * two (measured: docs/internals.md), and needs no scales in between. Sums are in no stated order: that of
@@ -15,7 +15,7 @@
  * BF16_PRODUCTS names a header with
  *   tiles_begin(), tiles_end()  around the products of a call
  *   tile_products(rows, columns, w, w_stride, x, x_stride, n_tiles, sums, add)
- *                               1 or 2 rows of tiles of weights times as many of x; sums [row][column][16][16]
+ *                               1 or 2 times 16 rows of weights times as many of x; sums [row][column][16][16]
  */
 #include BF16_PRODUCTS
 
@@ -55,21 +55,45 @@ static INLINE __m512i tile_row(const float *row, int n)
 }
 
 /* 32 weights as bf16: q times the scale of either half, less its minimum. */
-static INLINE void tile_part(i8x32 q, const float scale[2], const float min[2], uint16_t *out)
+static INLINE void bf16_part(i8x32 q, const float scale[2], bool has_min, const float min[2], uint16_t *out)
 {
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(q)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(q, 1)));
-    const __m512 a = _mm512_sub_ps(_mm512_mul_ps(low, _mm512_set1_ps(scale[0])), _mm512_set1_ps(min[0]));
-    const __m512 b = _mm512_sub_ps(_mm512_mul_ps(high, _mm512_set1_ps(scale[1])), _mm512_set1_ps(min[1]));
-    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    __m512 half[2] = {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(q))),
+                      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(q, 1)))};
+    for (int i = 0; i < 2; i++) {
+        half[i] = _mm512_mul_ps(half[i], _mm512_set1_ps(scale[i]));
+        if (has_min)
+            half[i] = _mm512_sub_ps(half[i], _mm512_set1_ps(min[i]));
+    }
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
 }
 
-static void tile_row_bf16(const void *w, int k, uint16_t *tiles)
+/* What the 16 values of four bits become, twice, for one permutation to look up 32 of them: 11 instructions for 32 weights
+ * where bf16_part and what comes before it are 25. */
+static INLINE __m512i bf16_table(__m512 values, float scale, float min)
 {
-    const uint16_t *row = w;
-    for (int l = 0; l < k; l += G4_TILE_INPUTS, tiles += G4_TILE) {
+    const __m512 scaled = _mm512_sub_ps(_mm512_mul_ps(values, _mm512_set1_ps(scale)), _mm512_set1_ps(min));
+    return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(scaled));
+}
+
+/* Of each 16 bits the lowest four. */
+static INLINE void bf16_nibbles(__m512i words, __m512i table, uint16_t *out)
+{
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(words, table));
+}
+
+static INLINE __m512 values_from(int first)
+{
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(lane, _mm512_set1_epi32(first)));
+}
+
+static void bf16_row_bf16(const void *w, int k, size_t ahead, uint16_t *row)
+{
+    const uint16_t *from = w;
+    for (int l = 0; l < k; l += G4_TILE_INPUTS) {
         const __mmask32 there = k - l >= G4_TILE_INPUTS ? 0xffffffff : (__mmask32)((1u << (k - l)) - 1);
-        _mm512_storeu_si512(tiles, _mm512_maskz_loadu_epi16(there, row + l));
+        __builtin_prefetch((const char *)(from + l) + ahead);
+        _mm512_storeu_si512(row + l, _mm512_maskz_loadu_epi16(there, from + l));
     }
 }
 
@@ -85,18 +109,19 @@ static void tiles_of_x(const float *x, size_t x_stride, int m, int k, uint16_t *
     }
 }
 
-/* Up to two rows of tiles of weights times up to two of x. */
-static INLINE void pair_products(int m, int n, const g4_tiles *x, const g4_tiles *w, int n_tiles, float *sums, bool add)
+/* Up to 32 rows of weights times up to as many of x. */
+static INLINE void pair_products(int m, int n, const g4_tiles *x, const uint16_t *w, size_t w_stride, int n_tiles,
+                                 float *sums, bool add)
 {
-    const uint16_t *xs = x->data, *ws = w->data;
+    const uint16_t *xs = x->data;
     if (n > G4_TILE_ROWS && m > G4_TILE_ROWS)
-        tile_products(2, 2, ws, w->stride, xs, x->stride, n_tiles, sums, add);
+        tile_products(2, 2, w, w_stride, xs, x->stride, n_tiles, sums, add);
     else if (n > G4_TILE_ROWS)
-        tile_products(2, 1, ws, w->stride, xs, x->stride, n_tiles, sums, add);
+        tile_products(2, 1, w, w_stride, xs, x->stride, n_tiles, sums, add);
     else if (m > G4_TILE_ROWS)
-        tile_products(1, 2, ws, w->stride, xs, x->stride, n_tiles, sums, add);
+        tile_products(1, 2, w, w_stride, xs, x->stride, n_tiles, sums, add);
     else
-        tile_products(1, 1, ws, w->stride, xs, x->stride, n_tiles, sums, add);
+        tile_products(1, 1, w, w_stride, xs, x->stride, n_tiles, sums, add);
 }
 
 /* out[i][j] = sums[j][i], i < m <= 16, j < n <= 16 */
@@ -121,15 +146,15 @@ static NOINLINE void turn_pair(const float *sums, int m, int n, float *out, size
 }
 
 /* x in the outer loop: two rows of its tiles stay in the first-level cache while those of all weights pass. */
-static void matmul_tiles(const g4_tiles *x, int m, const g4_tiles *w, int n, int n_tiles, float *sums, bool add,
-                         float *out, size_t out_stride)
+static void matmul_tiles(const g4_tiles *x, int m, const uint16_t *w, size_t w_stride, int n, int n_tiles, float *sums,
+                         bool add, float *out, size_t out_stride)
 {
     tiles_begin();
     for (int i = 0; i < m; i += TILE_PAIR)
         for (int j = 0; j < n; j += TILE_PAIR) {
             const int rows = m - i < TILE_PAIR ? m - i : TILE_PAIR, columns = n - j < TILE_PAIR ? n - j : TILE_PAIR;
-            const g4_tiles x_i = g4_tiles_from(x, i), w_j = g4_tiles_from(w, j);
-            pair_products(rows, columns, &x_i, &w_j, n_tiles, sums, add);
+            const g4_tiles x_i = g4_tiles_from(x, i);
+            pair_products(rows, columns, &x_i, w + (size_t)j * w_stride, w_stride, n_tiles, sums, add);
             if (out)
                 turn_pair(sums, rows, columns, out + (size_t)i * out_stride + j, out_stride);
             if (add || !out) /* else nobody wants these again, and the next may lie there */
@@ -144,7 +169,7 @@ static double spin_bf16(const uint16_t *x, float *out, int n)
     enum { N_TILES = 16 };
     tiles_begin();
     for (int i = 0; i < n; i++)
-        tile_products(2, 2, x, 0, x, 0, N_TILES, out, i > 0);
+        tile_products(2, 2, x, G4_TILE_INPUTS, x, 0, N_TILES, out, i > 0);
     tiles_end();
     return 2.0 * n * (N_TILES * TILE_PAIR * TILE_PAIR * G4_TILE_INPUTS);
 }

@@ -23,3 +23,4 @@
 #undef F16_FACTOR
 #undef RAISE
 #undef FIT
+#undef LOOKED_UP

@@ -27,17 +27,26 @@ static void NAME(widen_)(float *out, const void *in, int n)
 }
 
 #ifdef BF16_PRODUCTS
-static void NAME(tile_row_)(const void *w, int k, uint16_t *tiles)
+#ifndef LOOKED_UP /* formats.h has a bf16_block_ */
+static INLINE void NAME(bf16_block_)(const uint8_t *block, uint16_t *row)
+{
+    block_values v;
+    CONCAT(read_, WEIGHT)(block, &v);
+    for (int part = 0; part < BLOCK / 32; part++) {
+        const int first = part * 32 / GROUP, second = (part * 32 + 16) / GROUP;
+        const float scale[2] = {v.scale[first], v.scale[second]};
+        const float min[2] = {HAS_MIN ? v.min[first] : 0, HAS_MIN ? v.min[second] : 0};
+        bf16_part(i8_add(v.q[part], -RAISE), scale, HAS_MIN, min, row + part * 32);
+    }
+}
+#endif
+
+static void NAME(bf16_row_)(const void *w, int k, size_t ahead, uint16_t *row)
 {
     const uint8_t *block = w;
     for (int l = 0; l < k; l += BLOCK, block += BLOCK_BYTES) {
-        block_values v;
-        CONCAT(read_, WEIGHT)(block, &v);
-        for (int part = 0; part < BLOCK / 32; part++, tiles += G4_TILE) {
-            const int first = part * 32 / GROUP, second = (part * 32 + 16) / GROUP;
-            const float scale[2] = {v.scale[first], v.scale[second]}, min[2] = {v.min[first], v.min[second]};
-            tile_part(i8_add(v.q[part], -RAISE), scale, min, tiles);
-        }
+        prefetch_ahead(block, BLOCK_BYTES, ahead);
+        NAME(bf16_block_)(block, row + l);
     }
 }
 #endif

@@ -16,7 +16,10 @@ typedef struct {
 /* Where four inputs lie in 4 rows of x (g4_int8_rows) from their group on. */
 static inline int place_in_x(int row, int four) { return four / 2 * 32 + row * 8 + four % 2 * 4; }
 
-#ifdef GROUP_DOTS /* a header of that instruction set */
+#ifdef INT8_TILE /* a header of that instruction set has all of it … */
+#include INT8_TILE
+#else
+#ifdef GROUP_DOTS /* … or this part */
 #include GROUP_DOTS
 #else
 /* dot[i][half] = x_i . w over a group of inputs, for m rows of x and 2 x 8 of w; `four` counts the panel's inputs. start: of
@@ -83,6 +86,7 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
         }
     }
 }
+#endif
 
 /* One for each kind of format; not inlined into every format, which took the compiler minutes. */
 #define INT8_TILES(name, group, fit, lowered)                                                                        \

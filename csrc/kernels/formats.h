@@ -239,4 +239,26 @@ static inline void read_iq4_xs(const uint8_t *b, block_values *v)
         v->q[part] = i8_lookup(iq4_values, i8_nibbles(b + 8 + part * 16));
 }
 
+#ifdef BF16_PRODUCTS
+/* Blocks of four bits as bf16 (body_bf16.h), by looking up. */
+static INLINE void bf16_block_q4_0(const uint8_t *b, uint16_t *row)
+{
+    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(b + 2)));
+    const __m512i low_high = _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_srli_epi16(words, 4), 1);
+    bf16_nibbles(low_high, bf16_table(values_from(-8), f16_at(b), 0), row);
+}
+
+static INLINE void bf16_block_q4_k(const uint8_t *b, uint16_t *row)
+{
+    block_values v;
+    read_k_scales(b + 4, f16_at(b), f16_at(b + 2), &v);
+    for (int pair = 0; pair < 4; pair++, row += 64) {
+        const __m512i words = _mm512_cvtepu8_epi16(bytes_32(b + 16 + pair * 32));
+        bf16_nibbles(words, bf16_table(values_from(0), v.scale[2 * pair], v.min[2 * pair]), row);
+        bf16_nibbles(_mm512_srli_epi16(words, 4),
+                     bf16_table(values_from(0), v.scale[2 * pair + 1], v.min[2 * pair + 1]), row + 32);
+    }
+}
+#endif
+
 #endif

@@ -2,7 +2,7 @@
 #define DPBUSD _mm256_dpbusd_epi32
 #define DPWSSD _mm256_dpwssd_epi32
 #define DPWSSD_512 _mm512_dpwssd_epi32
-#define GROUP_DOTS "kernels/dots_vnni.h"
+#define INT8_TILE "kernels/tile_vnni.h"
 #define BF16_PRODUCTS "kernels/bf16_avx512.h"
 #include "kernels/simd_avx512.h"
 #include "kernels/int8_vnni.h"

@@ -73,11 +73,11 @@ static inline g4_panel16 g4_panel16_at(const g4_panel16 *w, int at)
     return (g4_panel16){w->q + (size_t)at * 16, w->scale + (size_t)(at / G4_GROUP16) * 16};
 }
 
-/* Rows in bfloat16, in tiles of 16 by 32 inputs, padded with zeros (body_bf16.h). */
+/* Rows of x in bfloat16, in tiles of 16 by 32 inputs, padded with zeros (body_bf16.h). */
 enum { G4_TILE_ROWS = 16, G4_TILE_INPUTS = 32, G4_TILE = G4_TILE_ROWS * G4_TILE_INPUTS };
 
 typedef struct {
-    uint16_t *data; /* weights: [n / 16, tiles, 16, 32]; x: [m / 16, tiles, 16 pairs, 16, 2] */
+    uint16_t *data; /* [m / 16, tiles, 16 pairs, 16, 2] */
     size_t stride;  /* from 16 rows to the next */
 } g4_tiles;
 
@@ -151,13 +151,13 @@ static inline g4_matmul_int8_q8_0_fn g4_matmul_int8_for(const g4_kernels *kernel
     }
 }
 
-/* NULL for the types that have no place in tiles, and without the instructions. */
-static inline g4_tile_row_bf16_fn g4_tile_row_for(const g4_kernels *kernels, g4_dtype dtype)
+/* NULL for the types that never become bf16, and without the instructions. */
+static inline g4_bf16_row_bf16_fn g4_bf16_row_for(const g4_kernels *kernels, g4_dtype dtype)
 {
     switch (dtype) {
-    case G4_BF16: return kernels->tile_row_bf16;
+    case G4_BF16: return kernels->bf16_row_bf16;
 #define X(type, suffix, block, bytes) \
-    case G4_##type: return kernels->tile_row_##suffix;
+    case G4_##type: return kernels->bf16_row_##suffix;
         G4_EACH_QUANTISED(X)
 #undef X
     default: return NULL;

@@ -7,7 +7,8 @@
 enum {
     TASK_COLUMNS = 128, /* weights that are put in place at a time … */
     BLOCK_K = 1536, /* … over so many inputs: 384 KB, which stay in the second-level cache while the rows of x pass */
-    PART_K = 512,   /* as much of 16 rows as the first-level cache keeps while they are put in place */
+    STRIDE = BLOCK_K + G4_TILE_INPUTS, /* an odd number of cache lines: 16 rows of a tile are in as many sets */
+    BYTES_AHEAD = 2048,
     TASK_ROWS = 512,
     LEAST_ROWS = 128, /* of one task: to put the weights in place again costs as much as products with some 100 rows */
     TILE_PAIR = 2 * G4_TILE_ROWS
@@ -19,7 +20,7 @@ typedef struct {
     const g4_inputs *inputs;
     const g4_tiles *xs;    /* one for each of inputs */
     const int *first_task; /* [n_jobs + 1] */
-    uint16_t *tiles;       /* one [TASK_COLUMNS, BLOCK_K] for each worker */
+    uint16_t *weights;     /* one [TASK_COLUMNS, STRIDE] for each worker */
     float *sums;           /* one [TASK_ROWS, TASK_COLUMNS] for each worker */
 } tile_task;
 
@@ -87,20 +88,15 @@ static int rows_of_task(const g4_exec *exec, const g4_linear_job *job)
     return rows < LEAST_ROWS ? LEAST_ROWS : rows;
 }
 
-/* Weight rows [first, first + n), inputs [at, at + k) as tiles; at is a multiple of BLOCK_K, where blocks of quantised
+/* Weight rows [first, first + n), inputs [at, at + k) as bf16; at is a multiple of BLOCK_K, where blocks of quantised
  * weights begin. Rows that fill up the last tile are left as they are: nobody reads their sums. */
-static void pack_weights(const g4_kernels *kernels, const g4_matrix *w, int first, int n, int at, int k,
-                         const g4_tiles *tiles)
+static void narrow_weights(const g4_kernels *kernels, const g4_matrix *w, int first, int n, int at, int k,
+                           uint16_t *rows)
 {
-    const g4_tile_row_bf16_fn tile_row = g4_tile_row_for(kernels, w->dtype);
-    for (int j = 0; j < n; j += G4_TILE_ROWS)
-        for (int l = 0; l < k; l += PART_K) {
-            const size_t skip = g4_dtype_bytes(w->dtype, (size_t)(at + l));
-            uint16_t *part = g4_tiles_from(tiles, j).data + (size_t)(l / G4_TILE_INPUTS) * G4_TILE;
-            for (int r = 0; r < G4_TILE_ROWS && j + r < n; r++)
-                tile_row((const char *)g4_matrix_row(w, (size_t)(first + j + r)) + skip,
-                         k - l < PART_K ? k - l : PART_K, part + r * G4_TILE_INPUTS);
-        }
+    const g4_bf16_row_bf16_fn bf16_row = g4_bf16_row_for(kernels, w->dtype);
+    const size_t skip = g4_dtype_bytes(w->dtype, (size_t)at);
+    for (int j = 0; j < n; j++)
+        bf16_row((const char *)g4_matrix_row(w, (size_t)(first + j)) + skip, k, BYTES_AHEAD, rows + (size_t)j * STRIDE);
 }
 
 static void run_task(void *context, int task, int worker)
@@ -115,15 +111,15 @@ static void run_task(void *context, int task, int worker)
     const int column = local % groups * TASK_COLUMNS, row = local / groups * rows, k = (int)job->w.n_cols;
     const int n = (int)job->w.n_rows - column < TASK_COLUMNS ? (int)job->w.n_rows - column : TASK_COLUMNS;
     const int m = job->m - row < rows ? job->m - row : rows;
-    float *out = job->out + (size_t)row * job->out_stride + (size_t)column;
     const g4_tiles x = g4_tiles_from(&t->xs[t->inputs->of_job[j]], row);
-    const g4_tiles w = {t->tiles + (size_t)worker * TASK_COLUMNS * BLOCK_K, (size_t)G4_TILE_ROWS * BLOCK_K};
+    float *out = job->out + (size_t)row * job->out_stride + (size_t)column;
+    uint16_t *w = t->weights + (size_t)worker * TASK_COLUMNS * STRIDE;
     float *sums = t->sums + (size_t)worker * g4_tile_sums(TASK_ROWS, TASK_COLUMNS);
     for (int at = 0; at < k; at += BLOCK_K) {
         const int length = k - at < BLOCK_K ? k - at : BLOCK_K;
         const g4_tiles x_at = {x.data + (size_t)(at / G4_TILE_INPUTS) * G4_TILE, x.stride};
-        pack_weights(kernels, &job->w, column, n, at, length, &w);
-        kernels->matmul_tiles(&x_at, m, &w, n, g4_tiles_of(length), sums, at > 0, at + length < k ? NULL : out,
+        narrow_weights(kernels, &job->w, column, n, at, length, w);
+        kernels->matmul_tiles(&x_at, m, w, STRIDE, n, g4_tiles_of(length), sums, at > 0, at + length < k ? NULL : out,
                               job->out_stride);
     }
 }
@@ -152,7 +148,7 @@ g4_status g4_tile_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     double work = 0;
     G4_TRY(pack_inputs(exec, jobs, n_jobs, &inputs, &t.xs));
     G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
-    G4_ALLOC(exec, t.tiles, n_workers * TASK_COLUMNS * BLOCK_K);
+    G4_ALLOC(exec, t.weights, n_workers * TASK_COLUMNS * STRIDE);
     G4_ALLOC(exec, t.sums, n_workers * g4_tile_sums(TASK_ROWS, TASK_COLUMNS));
     first_task[0] = 0;
     for (int j = 0; j < n_jobs; j++) {

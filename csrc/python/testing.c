@@ -257,23 +257,20 @@ static bool rows16_new(PyArrayObject *x, PyObject **q, PyObject **scale, g4_rows
     return true;
 }
 
-/* Room for n rows of k inputs in tiles, zeros; data NULL: out of memory. */
-static g4_tiles new_tiles(npy_intp n, int k)
+static void fill_tiles(const g4_kernels *kernels, PyArrayObject *x, const g4_tiles *tiles)
 {
-    const size_t stride = (size_t)g4_tiles_of(k) * G4_TILE, groups = (size_t)(n + G4_TILE_ROWS - 1) / G4_TILE_ROWS;
-    return (g4_tiles){PyMem_Calloc(groups, stride * sizeof(uint16_t)), stride};
-}
-
-static void fill_tiles(const g4_kernels *kernels, PyArrayObject *x, PyArrayObject *w, const g4_tiles tiles[2],
-                       uint16_t *narrow)
-{
-    const int m = (int)PyArray_DIM(x, 0), n = (int)PyArray_DIM(w, 0), k = (int)PyArray_DIM(x, 1);
+    const int m = (int)PyArray_DIM(x, 0), k = (int)PyArray_DIM(x, 1);
     for (int i = 0; i < m; i += G4_TILE_ROWS)
         kernels->tiles_of_x((const float *)PyArray_DATA(x) + (size_t)i * stride_of(x), stride_of(x),
-                            m - i < G4_TILE_ROWS ? m - i : G4_TILE_ROWS, k, g4_tiles_from(&tiles[0], i).data);
+                            m - i < G4_TILE_ROWS ? m - i : G4_TILE_ROWS, k, g4_tiles_from(tiles, i).data);
+}
+
+static void fill_rows(const g4_kernels *kernels, PyArrayObject *w, uint16_t *narrow, uint16_t *rows, size_t stride)
+{
+    const int n = (int)PyArray_DIM(w, 0), k = (int)PyArray_DIM(w, 1);
     for (int j = 0; j < n; j++) {
         kernels->narrow_bf16(narrow, (const float *)PyArray_DATA(w) + (size_t)j * stride_of(w), k);
-        kernels->tile_row_bf16(narrow, k, g4_tiles_from(&tiles[1], j).data + j % G4_TILE_ROWS * G4_TILE_INPUTS);
+        kernels->bf16_row_bf16(narrow, k, 0, rows + (size_t)j * stride);
     }
 }
 
@@ -293,19 +290,22 @@ static PyObject *test_matmul_tiles(PyObject *self, PyObject *args)
         return PyErr_Format(PyExc_NotImplementedError, "%s has no products of bf16", isa);
     npy_intp dims[] = {PyArray_DIM(x, 0), PyArray_DIM(w, 0)};
     const int m = (int)dims[0], n = (int)dims[1], k = (int)PyArray_DIM(x, 1);
-    const g4_tiles tiles[] = {new_tiles(m, k), new_tiles(n, k)};
-    uint16_t *narrow = PyMem_Malloc((size_t)k * sizeof *narrow + 1);
+    const size_t w_stride = (size_t)(g4_tiles_of(k) * G4_TILE_INPUTS), n_tiles = (size_t)g4_tiles_of(k) * G4_TILE;
+    const size_t m_groups = (size_t)(m + 15) / G4_TILE_ROWS, n_groups = (size_t)(n + 15) / G4_TILE_ROWS;
+    const g4_tiles xs = {PyMem_Calloc(m_groups, n_tiles * sizeof(uint16_t)), n_tiles};
+    uint16_t *ws = PyMem_Calloc(n_groups, n_tiles * sizeof *ws), *narrow = PyMem_Calloc((size_t)k + 1, sizeof *narrow);
     float *sums = PyMem_Malloc(g4_tile_sums(m, n) * sizeof *sums);
     PyObject *out = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
-    if (!tiles[0].data || !tiles[1].data || !narrow || !sums)
+    if (!xs.data || !ws || !narrow || !sums)
         Py_SETREF(out, PyErr_NoMemory());
     else if (out) {
-        fill_tiles(kernels, x, w, tiles, narrow);
-        kernels->matmul_tiles(&tiles[0], m, &tiles[1], n, g4_tiles_of(k), sums, false,
-                              PyArray_DATA((PyArrayObject *)out), (size_t)n);
+        fill_tiles(kernels, x, &xs);
+        fill_rows(kernels, w, narrow, ws, w_stride);
+        kernels->matmul_tiles(&xs, m, ws, w_stride, n, g4_tiles_of(k), sums, false, PyArray_DATA((PyArrayObject *)out),
+                              (size_t)n);
     }
-    PyMem_Free(tiles[0].data);
-    PyMem_Free(tiles[1].data);
+    PyMem_Free(xs.data);
+    PyMem_Free(ws);
     PyMem_Free(narrow);
     PyMem_Free(sums);
     return out;

@@ -75,7 +75,8 @@ static bool all_near(const g4_linear_job *job, bool fast)
 
 static bool wants_tiles(const g4_kernels *t, g4_dtype dtype, int m)
 {
-    return t->matmul_tiles && m >= 32 && (dtype == G4_BF16 || (t->isa == G4_ISA_AMX && g4_is_quantised(dtype)));
+    const bool amx = t->isa == G4_ISA_AMX;
+    return t->matmul_tiles && m >= (amx ? 5 : 32) && (dtype == G4_BF16 || (amx && g4_is_quantised(dtype)));
 }
 
 static void check_linear(const g4_kernels *t, g4_dtype dtype, int m, bool fast)
@@ -112,11 +113,11 @@ static void check_linear(const g4_kernels *t, g4_dtype dtype, int m, bool fast)
 void test_linear(void)
 {
     static const g4_dtype dtypes[] = {G4_F32, G4_F16, G4_BF16, G4_Q8_0, G4_Q4_0, G4_Q4_K};
-    static const int rows[] = {2, 33, MOST_ROWS};
+    static const int rows[] = {2, 9, 33, MOST_ROWS};
     g4_blas_init();
     for (int t = 0; t < n_tables; t++)
         for (int d = 0; d < 6; d++)
-            for (int r = 0; r < 3; r++)
+            for (int r = 0; r < 4; r++)
                 for (int fast = 0; fast < 2; fast++)
                     check_linear(tables[t], dtypes[d], rows[r], fast);
 }

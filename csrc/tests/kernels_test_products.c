@@ -250,15 +250,17 @@ static bool near_products(const float *x, const float *w, int k, float got)
     return fabs(exact - got) <= size * (k + 3) * 0x1p-24 + (k + 3) * 0x1p-126;
 }
 
-/* The kernels' own bf16 of w, which keeps subnormal numbers. */
-static void put_weights(const g4_kernels *t, const float *w, int n, int k, const g4_tiles *tiles)
+/* The kernels' own bf16 of w, which keeps subnormal numbers, in rows up to a whole tile, `stride` apart. */
+static uint16_t *narrow_rows(const g4_kernels *t, const float *w, int n, int k, size_t stride)
 {
     uint16_t *row = allocate((size_t)k * 2);
+    uint16_t *rows = allocate((size_t)(n + G4_TILE_ROWS - 1) / G4_TILE_ROWS * G4_TILE_ROWS * stride * 2);
     for (int j = 0; j < n; j++) {
         t->narrow_bf16(row, w + j * k, k);
-        t->tile_row_bf16(row, k, g4_tiles_from(tiles, j).data + j % G4_TILE_ROWS * G4_TILE_INPUTS);
+        t->bf16_row_bf16(row, k, 0, rows + (size_t)j * stride);
     }
     free(row);
+    return rows;
 }
 
 /* In one go, or in two, the second of which begins at the sums of the first. */
@@ -267,7 +269,9 @@ static void check_tiles(const g4_kernels *t, int kind, int m, int n, int k, bool
     const size_t out_stride = (size_t)n + 3, n_out = (size_t)m * out_stride;
     float *w = random_row(NORMAL, (size_t)(n * k)), *x = random_row(kind, (size_t)(m * k));
     float *start = random_row(NORMAL, n_out), *got = allocate(n_out * 4), *sums = allocate(g4_tile_sums(m, n) * 4);
-    const g4_tiles xs = tiles_new(m, k), ws = tiles_new(n, k);
+    const size_t w_stride = (size_t)(g4_tiles_of(k) + twice) * G4_TILE_INPUTS;
+    const g4_tiles xs = tiles_new(m, k);
+    uint16_t *ws = narrow_rows(t, w, n, k, w_stride);
     bool packed = true, good = true;
     for (int i = 0; i < m; i += G4_TILE_ROWS) {
         const int rows = m - i < G4_TILE_ROWS ? m - i : G4_TILE_ROWS;
@@ -275,13 +279,13 @@ static void check_tiles(const g4_kernels *t, int kind, int m, int n, int k, bool
         packed &= rounds_to_tiles(x + i * k, rows, k, g4_tiles_from(&xs, i).data);
     }
     check(packed, t, "tiles_of_x", "", m, n, k);
-    put_weights(t, w, n, k, &ws);
     memcpy(got, start, n_out * 4);
     const int n_tiles = g4_tiles_of(k), first = twice ? n_tiles / 2 : 0;
-    const g4_tiles x_rest = {xs.data + first * G4_TILE, xs.stride}, w_rest = {ws.data + first * G4_TILE, ws.stride};
+    const g4_tiles x_rest = {xs.data + first * G4_TILE, xs.stride};
     if (first)
-        t->matmul_tiles(&xs, m, &ws, n, first, sums, false, NULL, 0);
-    t->matmul_tiles(&x_rest, m, &w_rest, n, n_tiles - first, sums, first > 0, got, out_stride);
+        t->matmul_tiles(&xs, m, ws, w_stride, n, first, sums, false, NULL, 0);
+    t->matmul_tiles(&x_rest, m, ws + first * G4_TILE_INPUTS, w_stride, n, n_tiles - first, sums, first > 0, got,
+                    out_stride);
     for (int i = 0; i < m; i++) {
         const size_t row = (size_t)i * out_stride;
         for (int j = 0; j < n; j++)
@@ -289,29 +293,27 @@ static void check_tiles(const g4_kernels *t, int kind, int m, int n, int k, bool
         good &= same(got + row + n, start + row + n, 3);
     }
     check(good, t, "matmul_tiles", "", m, n, k);
-    free(w), free(x), free(start), free(got), free(sums), free(xs.data), free(ws.data);
+    free(w), free(x), free(start), free(got), free(sums), free(xs.data), free(ws);
 }
 
 /* A row of weights is what widening makes of it, rounded; plain bf16 is itself. */
-static void check_tile_row(g4_dtype dtype, int kind, int k)
+static void check_bf16_row(g4_dtype dtype, int kind, int k)
 {
     const int padded = g4_tiles_of(k) * G4_TILE_INPUTS;
     void *w = random_weights(dtype, kind, (size_t)k);
     float *wide = allocate((size_t)k * 4);
     g4_widen_for(scalar, dtype)(wide, w, k);
     for (int t = 0; t < n_tables; t++) {
-        const g4_tile_row_bf16_fn tile_row = g4_tile_row_for(tables[t], dtype);
-        if (!tile_row)
+        const g4_bf16_row_bf16_fn bf16_row = g4_bf16_row_for(tables[t], dtype);
+        if (!bf16_row)
             continue;
-        uint16_t *tiles = allocate((size_t)(padded / G4_TILE_INPUTS - 1) * G4_TILE * 2 + G4_TILE_INPUTS * 2);
+        uint16_t *row = allocate((size_t)padded * 2);
         bool good = true;
-        tile_row(w, k, tiles);
-        for (int l = 0; l < padded; l++) {
-            const uint16_t wanted = dtype == G4_BF16 && l < k ? ((uint16_t *)w)[l] : l < k ? rounded(wide[l]) : 0;
-            good &= same_bf16(tiles[l / G4_TILE_INPUTS * G4_TILE + l % G4_TILE_INPUTS], wanted);
-        }
-        check(good, tables[t], "tile_row", g4_dtype_name(dtype), 1, 1, k);
-        free(tiles);
+        bf16_row(w, k, 64, row);
+        for (int l = 0; l < padded; l++)
+            good &= same_bf16(row[l], l >= k ? 0 : dtype == G4_BF16 ? ((uint16_t *)w)[l] : rounded(wide[l]));
+        check(good, tables[t], "bf16_row", g4_dtype_name(dtype), 1, 1, k);
+        free(row);
     }
     free(w), free(wide);
 }
@@ -325,12 +327,12 @@ void test_tiles(void)
             for (int kind = 0; kind < N_KINDS; kind++)
                 check_tiles(tables[t], kind, sizes[s][0], sizes[s][1], sizes[s][2], (s + kind) % 2);
     for (int kind = 0; kind < N_KINDS; kind++) {
-        check_tile_row(G4_BF16, kind, 1);
-        check_tile_row(G4_BF16, kind, 95);
-        check_tile_row(G4_BF16, kind, 512);
+        check_bf16_row(G4_BF16, kind, 1);
+        check_bf16_row(G4_BF16, kind, 95);
+        check_bf16_row(G4_BF16, kind, 512);
 #define X(type, suffix, block, bytes)       \
-    check_tile_row(G4_##type, kind, block); \
-    check_tile_row(G4_##type, kind, 512 + 3 * block);
+    check_bf16_row(G4_##type, kind, block); \
+    check_bf16_row(G4_##type, kind, 512 + 3 * block);
         G4_EACH_QUANTISED(X)
 #undef X
     }

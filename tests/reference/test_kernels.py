@@ -84,8 +84,8 @@ def test_every_kernel_is_swept_here() -> None:
     in_blocks |= {"quantize_rows", "weighted_sum_q8_0", "narrow_q8_0"}  # these in test_block_formats.py
     others = {"sum_squares", "matmul_panel", "pack_panel"}
     others |= {"quantize_rows16", "softmax_rows16", "pack_panel16", "matmul_panel16"}
-    others |= {"tiles_of_x", "tile_row_bf16", "matmul_tiles"}  # also, emulated, in csrc/tests, as are
-    others |= {f"tile_row_{dtype.lower()}" for dtype in FORMATS}
+    others |= {"tiles_of_x", "bf16_row_bf16", "matmul_tiles"}  # also, emulated, in csrc/tests, as are
+    others |= {f"bf16_row_{dtype.lower()}" for dtype in FORMATS}
     assert set(testing.names()) == rows | by_type | in_blocks | limits | others
     assert ISAS[0] == "scalar"
 

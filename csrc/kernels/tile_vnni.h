@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* int8_tile of body_int8_tile.h where one register has an input by four of 16 rows of w and one instruction, DPBUSD, adds their
+ * products with 4 bytes of x to 16 sums. Even and odd steps are added up apart: with 4 rows of x that makes the 8 sums in
+ * flight which two units of 5 cycles want. */
+static INLINE __m512i panel_rows_16(const int8_panel *panels, int at)
+{
+    return _mm512_inserti64x4(_mm512_castsi256_si512(i8_load(panels[0].q[at][0])), i8_load(panels[1].q[at][0]), 1);
+}
+
+static INLINE f32x16 factors_16(const float *low, const float *high)
+{
+    return x16_from_halves(f8_load(low), f8_load(high));
+}
+
+/* -8 sum x of what is lowered; of q with a sign, which DPBUSD wants raised by 128, -128 sum x; out of two times -4 sum x. */
+static INLINE __m512i start_at(const int16_t minus_4[2], int times)
+{
+    int32_t pair;
+    memcpy(&pair, minus_4, sizeof pair);
+    return _mm512_madd_epi16(_mm512_set1_epi32(pair), _mm512_set1_epi16((short)times));
+}
+
+static INLINE void int8_tile(const int m, const int group, const int fit, const bool lowered, const g4_int8_rows *x,
+                             size_t row, int input, size_t x_inputs, const int8_panel *panels, int k, float *acc)
+{
+    const bool has_sign = fit == 0, has_min = fit && !lowered;
+    const size_t at = row * x_inputs + 4 * (size_t)input;
+    const int8_t *q = x->q + at;
+    const float *scale = x->scale + at / 32;
+    const float *sums = (group == 32 ? x->sum32 : x->sum16) + at / (size_t)group;
+    const int16_t(*minus_4)[2] = (const int16_t(*)[2])x->minus_4 + at / 32;
+    const __m512i raise = _mm512_set1_epi8((char)0x80);
+    f32x16 total[4];
+    for (int i = 0; i < m; i++)
+        total[i] = x16_load(acc + i * INT8_N);
+    for (int g = 0; g < k / group; g++, q += group * 4) {
+        __m512i dot[4][2];
+        for (int i = 0; i < m; i++) {
+            dot[i][0] = has_sign || lowered ? start_at(minus_4[g * 4 + i], has_sign ? 16 : 1) : _mm512_setzero_si512();
+            dot[i][1] = _mm512_setzero_si512();
+        }
+#pragma GCC unroll 8
+        for (int t = 0; t < group / 4; t++) {
+            const __m512i rows = panel_rows_16(panels, g * group / 4 + t);
+            const __m512i w = has_sign ? _mm512_xor_si512(rows, raise) : rows;
+            for (int i = 0; i < m; i++) {
+                int32_t bytes;
+                memcpy(&bytes, q + place_in_x(i, t), 4);
+                dot[i][t % 2] = _mm512_dpbusd_epi32(dot[i][t % 2], w, _mm512_set1_epi32(bytes));
+            }
+        }
+        const f32x16 scales = factors_16(panels[0].scale[g], panels[1].scale[g]);
+        for (int i = 0; i < m; i++) {
+            const f32x16 dots = _mm512_cvtepi32_ps(_mm512_add_epi32(dot[i][0], dot[i][1]));
+            total[i] = x16_fma(x16_mul(scales, x16_set1(scale[g * group / 32 * 4 + i])), dots, total[i]);
+            if (has_min)
+                total[i] = _mm512_fnmadd_ps(factors_16(panels[0].min[g], panels[1].min[g]), x16_set1(sums[g * 4 + i]),
+                                            total[i]);
+        }
+    }
+    for (int i = 0; i < m; i++)
+        x16_store(acc + i * INT8_N, total[i]);
+}
