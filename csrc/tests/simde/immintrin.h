@@ -60,6 +60,12 @@ static inline __m512i g4_cvtepi8_epi32(__m128i a)
     return g4_join(_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8)));
 }
 
+static inline __m512i g4_cvtepu8_epi16(__m256i a)
+{
+    return g4_join(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(a)),
+                   _mm256_cvtepu8_epi16(_mm256_extracti128_si256(a, 1)));
+}
+
 static inline __m512i g4_cvtepu16_epi32(__m256i a)
 {
     return g4_join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
@@ -167,6 +173,15 @@ static inline __m512 g4_maskz_loadu_ps(__mmask16 mask, const float *p)
     return result;
 }
 
+static inline void g4_mask_storeu_ps(float *p, __mmask16 mask, __m512 a)
+{
+    float values[16];
+    memcpy(values, &a, sizeof values);
+    for (int i = 0; i < 16; i++)
+        if (mask >> i & 1)
+            p[i] = values[i];
+}
+
 /* 8 tiles of each thread. One that was not configured has no rows, so that nothing comes of it. */
 typedef struct {
     uint8_t tile[8][16][64];
@@ -237,6 +252,10 @@ static inline void g4_tile_dpbf16ps(int to, int a, int b)
 #define _mm512_dpbf16_ps g4_dpbf16_ps
 #undef _mm512_maskz_loadu_ps
 #define _mm512_maskz_loadu_ps g4_maskz_loadu_ps
+#undef _mm512_cvtepu8_epi16
+#define _mm512_cvtepu8_epi16 g4_cvtepu8_epi16
+#undef _mm512_mask_storeu_ps
+#define _mm512_mask_storeu_ps g4_mask_storeu_ps
 #define _tile_loadconfig g4_tile_loadconfig
 #define _tile_release g4_tile_release
 #define _tile_loadd g4_tile_loadd
