@@ -190,8 +190,8 @@ typedef struct {
     float *soft;              /* [g4_encoder_soft_tokens, d_out] */
 } g4_medium;
 
-/* The model lends its threads and must outlive the encoder. A fast one copies the layers' weights as whole numbers, which poll (as
- * in g4_step_options; may be NULL) can stop. */
+/* The model lends its threads and must outlive the encoder. A fast one copies the layers' weights as whole numbers,
+ * which poll (as in g4_step_options; may be NULL) can stop. */
 g4_status g4_encoder_new(g4_model *model, const g4_encoder_config *config, const g4_named_tensor *tensors,
                          size_t n_tensors, int (*poll)(void *context), void *poll_context, g4_encoder **encoder,
                          g4_error *err);

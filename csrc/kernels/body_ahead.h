@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Asking for what is wanted next while there is still work to do. */
 
-/* Decode reads its weights once, in long runs. The processor's own prefetching stops at every page of 4 KB and at the end
- * of what it thinks is a stream: with this, two Zen 3 cores read Q4_0 rows at 30 GB/s instead of 22. Processors with AVX-512 are mostly servers', whose memory
- * takes longer: on two cores of a Sapphire Rapids 2 KB instead of 1 brought Q4_0 from 17.5 to 19.7 GB/s, Q4_K from 17.6 to
- * 21.2, Q6_K from 19.0 to 21.9, bf16 from 22.8 to 23.9 and left Q8_0 at 23.5 (medians of 11 turns); 4 KB did as well, 8 less. */
+/* Decode reads its weights once, in long runs. The processor's own prefetching stops at every page of 4 KB and at
+ * the end of what it thinks is a stream: with this, two Zen 3 cores read Q4_0 rows at 30 GB/s instead of 22.
+ * Processors with AVX-512 are mostly servers', whose memory takes longer: on two cores of a Sapphire Rapids 2 KB
+ * instead of 1 brought Q4_0 from 17.5 to 19.7 GB/s, Q4_K from 17.6 to 21.2, Q6_K from 19.0 to 21.9, bf16 from 22.8
+ * to 23.9 and left Q8_0 at 23.5 (medians of 11 turns); 4 KB did as well, 8 less. */
 enum { AHEAD_BYTES = VEC_LANES == 16 ? 2048 : 1024 };
 
 static INLINE void prefetch_ahead(const void *p, size_t n_bytes, size_t ahead)

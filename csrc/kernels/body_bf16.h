@@ -2,10 +2,10 @@
 /* Products of bfloat16 summed in float32, for processors with instructions for them: precision="fast" of prompts where the
  * weights are bf16, and with AMX of any type.
  *
- * A tile is 16 rows by 32 inputs. Weights are rows of bf16 as they are, padded with zeros to whole tiles; x lies in tiles of
- * 1 KB by pairs of inputs, so that one register of 16 lanes has a pair of each of 16 rows. It is x that is put in another order
- * because that happens once for all weights; the price is that sums come as [weight row][row of x] and are turned on their
- * way out, 0.1 of an instruction for a product of 1536 inputs.
+ * A tile is 16 rows by 32 inputs. Weights are rows of bf16 as they are, padded with zeros to whole tiles; x lies in
+ * tiles of 1 KB by pairs of inputs, so that one register of 16 lanes has a pair of each of 16 rows. It is x that is put in
+ * another order because that happens once for all weights; the price is that sums come as [weight row][row of x] and are
+ * turned on their way out, 0.1 of an instruction for a product of 1536 inputs.
  *
  * bf16 keeps 8 bits of every number. A byte of matmul_int8 keeps 7 of the largest of 32, so this is the more exact of the
  * two (measured: docs/internals.md), and needs no scales in between. Sums are in no stated order: that of

@@ -96,8 +96,8 @@ static inline void read_mxfp4(const uint8_t *b, block_values *v)
     set_scale(v, mxfp4_scale(b[0]), 0);
 }
 
-/* The whole numbers of two blocks of 32, the fourth after the other, as the decode kernel takes them: the first halves of both, then the last halves.
- * Nibbles come that way almost by themselves. */
+/* The whole numbers of two blocks of 32, the fourth after the other, as the decode kernel takes them: the first
+ * halves of both, then the last halves. Nibbles come that way almost by themselves. */
 #define TWO_BLOCKS(b, block_bytes, at) i8_load_halves((b) + (at), (b) + 4 * (block_bytes) + (at))
 
 static inline void read_pair_of_q8_0(const uint8_t *b, i8x32 q[2])

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* int8_tile of body_int8_tile.h where one register has an input by four of 16 rows of w and one instruction, DPBUSD, adds their
- * products with 4 bytes of x to 16 sums. Even and odd steps are added up apart: with 4 rows of x that makes the 8 sums in
- * flight which two units of 5 cycles want. */
+/* int8_tile of body_int8_tile.h where one register has an input by four of 16 rows of w and one instruction, DPBUSD,
+ * adds their products with 4 bytes of x to 16 sums. Even and odd steps are added up apart: with 4 rows of x that
+ * makes the 8 sums in flight which two units of 5 cycles want. */
 static INLINE __m512i panel_rows_16(const int8_panel *panels, int at)
 {
     return _mm512_inserti64x4(_mm512_castsi256_si512(i8_load(panels[0].q[at][0])), i8_load(panels[1].q[at][0]), 1);
