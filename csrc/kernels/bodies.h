@@ -75,6 +75,7 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define F16_FACTOR 1
 #define RAISE 0
 #define FIT 0
+#define BF16_256
 #define CACHED 1 /* keys and values may have this type, too */
 #include "kernels/body_block_type.h"
 
@@ -86,7 +87,7 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define F16_FACTOR 1
 #define RAISE 8
 #define FIT 8
-#define LOOKED_UP 1
+#define BF16_256
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q4_1
@@ -167,7 +168,7 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define F16_FACTOR 0
 #define RAISE 0
 #define FIT 8
-#define LOOKED_UP 1
+#define BF16_256
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q5_k

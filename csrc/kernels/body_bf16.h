@@ -54,31 +54,53 @@ static INLINE __m512i tile_row(const float *row, int n)
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, row + 16), _mm512_maskz_loadu_ps(low, row));
 }
 
-/* 32 weights as bf16: q times the scale of either half, less its minimum. */
-static INLINE void bf16_part(i8x32 q, const float scale[2], bool has_min, const float min[2], uint16_t *out)
+/* 2 x 16 weights as bf16: q times the scale of either, less its minimum, or NULL. */
+static INLINE void bf16_part(__m128i low, __m128i high, const float scale[2], const float *min, uint16_t *out)
 {
-    __m512 half[2] = {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(q))),
-                      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(q, 1)))};
+    __m512 half[2] = {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high))};
     for (int i = 0; i < 2; i++) {
         half[i] = _mm512_mul_ps(half[i], _mm512_set1_ps(scale[i]));
-        if (has_min)
+        if (min)
             half[i] = _mm512_sub_ps(half[i], _mm512_set1_ps(min[i]));
     }
     _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
 }
 
-/* What the 16 values of four bits become, twice, for one permutation to look up 32 of them: 10 instructions for 32 weights
- * where bf16_part and what comes before it are 25. */
-static INLINE __m512i bf16_table(__m512 values, float scale, float min)
+/* A number in memory is spread over a register by the load; one in a register takes the unit that moves lanes. */
+#define IN_MEMORY(array) __asm__("" : "+m"(array))
+
+/* What the 16 values of four bits become with each of two scales (and minima, or NULL). One instruction makes both tables
+ * and one looks up 32 weights: 9 for 32, where bf16_part and what comes before it are 25. They share two units with all
+ * that moves lanes, so the fewer of those the better. */
+static INLINE __m512i bf16_tables(__m512 values, const float scale[2], const float *min)
 {
-    const __m512 scaled = _mm512_sub_ps(_mm512_mul_ps(values, _mm512_set1_ps(scale)), _mm512_set1_ps(min));
-    return (__m512i)_mm512_cvtne2ps_pbh(scaled, scaled);
+    __m512 of[2];
+    for (int i = 0; i < 2; i++) {
+        of[i] = _mm512_mul_ps(values, _mm512_set1_ps(scale[i]));
+        if (min)
+            of[i] = _mm512_sub_ps(of[i], _mm512_set1_ps(min[i]));
+    }
+    return (__m512i)_mm512_cvtne2ps_pbh(of[1], of[0]);
 }
 
-/* Of each 16 bits the lowest four. */
-static INLINE void bf16_nibbles(__m512i words, __m512i table, uint16_t *out)
+/* The lowest four of each 16 bits, in the first table or the second. */
+static INLINE void look_up_bf16(__m512i words, bool second, __m512i tables, uint16_t *out)
 {
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(words, table));
+    enum { AND_OR = 0xea };
+    const __m512i nibble = _mm512_set1_epi16(15), sixteen = _mm512_set1_epi16(16);
+    const __m512i at =
+        second ? _mm512_ternarylogic_epi32(words, nibble, sixteen, AND_OR) : _mm512_and_si512(words, nibble);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(at, tables));
+}
+
+/* 16 bytes as 32 words, in whose lowest four bits are the low halves of all bytes, then the high ones. */
+static INLINE __m512i words_of_nibbles(const uint8_t *p)
+{
+    const __m256i byte_at =
+        _mm256_setr_epi64x(0x0003000200010000, 0x0007000600050004, 0x000b000a00090008, 0x000f000e000d000c);
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p));
+    const __m512i words = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i64x4(byte_at));
+    return _mm512_srlv_epi16(words, _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1));
 }
 
 static INLINE __m512 values_from(int first)

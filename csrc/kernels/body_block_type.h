@@ -23,4 +23,4 @@
 #undef F16_FACTOR
 #undef RAISE
 #undef FIT
-#undef LOOKED_UP
+#undef BF16_256

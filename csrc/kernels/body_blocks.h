@@ -27,24 +27,34 @@ static void NAME(widen_)(float *out, const void *in, int n)
 }
 
 #ifdef BF16_PRODUCTS
-#ifndef LOOKED_UP /* formats.h has a bf16_block_ */
 static INLINE void NAME(bf16_block_)(const uint8_t *block, uint16_t *row)
 {
     block_values v;
     CONCAT(read_, WEIGHT)(block, &v);
+    if (BLOCK > 32) { /* a block of 32 has one scale, and pays for its q being in memory, too */
+        IN_MEMORY(v.scale);
+        IN_MEMORY(v.min);
+    }
     for (int part = 0; part < BLOCK / 32; part++) {
         const int first = part * 32 / GROUP, second = (part * 32 + 16) / GROUP;
-        const float scale[2] = {v.scale[first], v.scale[second]};
-        const float min[2] = {HAS_MIN ? v.min[first] : 0, HAS_MIN ? v.min[second] : 0};
-        bf16_part(i8_add(v.q[part], -RAISE), scale, HAS_MIN, min, row + part * 32);
+        const float scale[2] = {v.scale[first], v.scale[second]}, min[2] = {v.min[first], v.min[second]};
+        const i8x32 q = i8_add(v.q[part], -RAISE);
+        bf16_part(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1), scale, HAS_MIN ? min : NULL,
+                  row + part * 32);
     }
 }
-#endif
 
 static void NAME(bf16_row_)(const void *w, int k, size_t ahead, uint16_t *row)
 {
     const uint8_t *block = w;
-    for (int l = 0; l < k; l += BLOCK, block += BLOCK_BYTES) {
+    int l = 0;
+#ifdef BF16_256 /* formats.h has a bf16_256_ */
+    for (; l + 256 <= k; l += 256, block += WEIGHTS_IN(256)) {
+        prefetch_ahead(block, WEIGHTS_IN(256), ahead);
+        CONCAT(bf16_256_, WEIGHT)(block, row + l);
+    }
+#endif
+    for (; l < k; l += BLOCK, block += BLOCK_BYTES) {
         prefetch_ahead(block, BLOCK_BYTES, ahead);
         NAME(bf16_block_)(block, row + l);
     }

@@ -240,23 +240,42 @@ static inline void read_iq4_xs(const uint8_t *b, block_values *v)
 }
 
 #ifdef BF16_PRODUCTS
-/* Blocks of four bits as bf16 (body_bf16.h), by looking up. */
-static INLINE void bf16_block_q4_0(const uint8_t *b, uint16_t *row)
+/* 256 weights as bf16 (body_bf16.h): scales of eight blocks at once, weights of four bits by looking up. */
+static INLINE void bf16_256_q8_0(const uint8_t *b, uint16_t *row)
 {
-    const __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(b + 2)));
-    const __m512i low_high = _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_srli_epi16(words, 4), 1);
-    bf16_nibbles(low_high, bf16_table(values_from(-8), f16_at(b), 0), row);
+    float scale[8];
+    f8_store(scale, f8_from_f16(b, 34));
+    IN_MEMORY(scale);
+    for (int block = 0; block < 8; block++, b += 34, row += 32) {
+        const __m128i *q = (const __m128i *)(b + 2);
+        const float both[2] = {scale[block], scale[block]};
+        bf16_part(_mm_loadu_si128(q), _mm_loadu_si128(q + 1), both, NULL, row);
+    }
 }
 
-static INLINE void bf16_block_q4_k(const uint8_t *b, uint16_t *row)
+static INLINE void bf16_256_q4_0(const uint8_t *b, uint16_t *row)
+{
+    float scale[8];
+    f8_store(scale, f8_from_f16(b, 18));
+    IN_MEMORY(scale);
+    for (int pair = 0; pair < 4; pair++, b += 2 * 18, row += 64) {
+        const __m512i tables = bf16_tables(values_from(-8), scale + 2 * pair, NULL);
+        look_up_bf16(words_of_nibbles(b + 2), false, tables, row);
+        look_up_bf16(words_of_nibbles(b + 18 + 2), true, tables, row + 32);
+    }
+}
+
+static INLINE void bf16_256_q4_k(const uint8_t *b, uint16_t *row)
 {
     block_values v;
     read_k_scales(b + 4, f16_at(b), f16_at(b + 2), &v);
+    IN_MEMORY(v.scale);
+    IN_MEMORY(v.min);
     for (int pair = 0; pair < 4; pair++, row += 64) {
         const __m512i words = _mm512_cvtepu8_epi16(bytes_32(b + 16 + pair * 32));
-        bf16_nibbles(words, bf16_table(values_from(0), v.scale[2 * pair], v.min[2 * pair]), row);
-        bf16_nibbles(_mm512_srli_epi16(words, 4),
-                     bf16_table(values_from(0), v.scale[2 * pair + 1], v.min[2 * pair + 1]), row + 32);
+        const __m512i tables = bf16_tables(values_from(0), v.scale + 2 * pair, v.min + 2 * pair);
+        look_up_bf16(words, false, tables, row);
+        look_up_bf16(_mm512_srli_epi16(words, 4), true, tables, row + 32);
     }
 }
 #endif
