@@ -12,6 +12,7 @@ static double spin_f32(float *sums, int n)
     for (int t = 0; t < TILE_M * TILE_N; t++)
         acc[t] = vec_load(sums + t * VEC_LANES);
     for (int i = 0; i < n; i++)
+#pragma GCC unroll 24 /* or gcc keeps AVX-512's 24 sums in memory */
         for (int t = 0; t < TILE_M * TILE_N; t++)
             acc[t] = vec_fma(acc[t], factor, factor);
     for (int t = 0; t < TILE_M * TILE_N; t++)
@@ -19,6 +20,7 @@ static double spin_f32(float *sums, int n)
     return 2.0 * n * (TILE_M * TILE_N * VEC_LANES);
 }
 
+#ifndef OWN_SPIN_INT8 /* of the tile's header */
 /* Products of 4-bit weights with bytes: 8 x 2 of 15 * 127 fit 16 bits before they must be widened (body_int8_tile.h).
  * Every round reads other bytes of x, or a compiler would do one round only. */
 static double spin_int8(const int8_t *x, int32_t *sums, int n)
@@ -44,6 +46,7 @@ static double spin_int8(const int8_t *x, int32_t *sums, int n)
     sums[0] = (int32_t)f8_sum(lanes);
     return 2.0 * n * (CHAINS * FITS * 32);
 }
+#endif
 
 /* Products of 16 bits summed by pairs into 32, 16 columns and 2 inputs an instruction or two, for as many rows as the
  * encoders' tile has (body_panel16.h). Every round has other columns, or a compiler would do one round only. */
