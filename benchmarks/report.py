@@ -92,16 +92,19 @@ def _ratio(ours: list[Round], theirs: list[Round], metric: str) -> float | None:
 
 
 def shares(rounds: dict[str, list[Round]], cost: Cost, precision: str) -> dict[str, float]:
-    """Our decode as a share of the read bandwidth and our prefill as a share of the peak arithmetic (`fast`: in bytes
-    or bfloat16, whichever is faster there), both measured in the same round; the median over rounds."""
+    """Our decode as a share of the read bandwidth, our prefill as a share of the peak arithmetic, both measured in the
+    same round; the median over rounds. Each part of a prompt counts at the rate of the arithmetic it is done in:
+    attention in float32 (our loop's or sgemm's, whichever is faster), products with weights in `fast` in bytes or
+    bfloat16, whichever is faster there."""
     fast = precision == "fast"
     int8 = cost.prefill_int8 if fast else 0
     decode, prefill = [], []
     for ours, machine in zip(rounds[OURS], rounds[YARDSTICKS], strict=True):
         decode.append(median(ours["decode_tps"]) * cost.bytes_per_token / machine["read_bytes_per_s"][0])
+        f32 = max(machine["f32_ops_per_s"][0], machine.get("flops", [0.0])[0])
         bf16 = machine.get("bf16_ops_per_s", [0.0])[0] if fast else 0.0
-        plain, quantised = max(machine["f32_ops_per_s"][0], bf16), max(machine["int8_ops_per_s"][0], bf16)
-        least = (cost.prefill_flops - int8) / plain + int8 / quantised
+        plain = cost.prefill_flops - cost.prefill_attention - int8
+        least = cost.prefill_attention / f32 + plain / max(f32, bf16) + int8 / max(machine["int8_ops_per_s"][0], bf16)
         prefill.append(median(ours["prefill_tps"]) / cost.context * least)
     return {"decode_of_bandwidth": median(decode), "prefill_of_arithmetic": median(prefill)}
 
