@@ -62,7 +62,7 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
         x16_store(acc + i * INT8_N, total[i]);
 }
 
-/* As body_limits.h says, in the tile's instruction: the sums of the 16 products of each round go on apart. */
+/* That of body_limits.h, to the bit, in the tile's instruction: 16 sums in flight, where two units of 5 cycles want ten. */
 #define OWN_SPIN_INT8
 static double spin_int8(const int8_t *x, int32_t *sums, int n)
 {
