@@ -31,8 +31,7 @@ class Tensor:
 class Cost:
     """bytes_resident: weights that generating touches · bytes_per_token: weights and cached keys and values that one
     decoded token reads after `context` positions · prefill_flops: for `context` positions · prefill_int8: those of them
-    that are products with quantised weights · prefill_attention: those that are scores and weighted values · kind: the
-    type of most weights · has_experts: a mixture of experts."""
+    that are products with quantised weights · kind: the type of most weights · has_experts: a mixture of experts."""
 
     bytes_resident: int
     bytes_per_token: int
@@ -40,7 +39,6 @@ class Cost:
     prefill_flops: int
     context: int
     prefill_int8: int = 0
-    prefill_attention: int = 0
     kind: str = "BF16"
     has_experts: bool = False
 
@@ -124,7 +122,6 @@ def of_model(model: Path, context: int) -> Cost:
         prefill_flops=products.flops + attention,
         context=context,
         prefill_int8=products.int8,
-        prefill_attention=attention,
         kind=kind_of(tensors),
         has_experts=bool(config.n_experts),
     )

@@ -93,9 +93,9 @@ def _ratio(ours: list[Round], theirs: list[Round], metric: str) -> float | None:
 
 def shares(rounds: dict[str, list[Round]], cost: Cost, precision: str) -> dict[str, float]:
     """Our decode as a share of the read bandwidth, our prefill as a share of the peak arithmetic, both measured in the
-    same round; the median over rounds. Each part of a prompt counts at the rate of the arithmetic it is done in:
-    attention in float32 (our loop's or sgemm's, whichever is faster), products with weights in `fast` in bytes or
-    bfloat16, whichever is faster there."""
+    same round; the median over rounds. Each part of a prompt counts at the rate of the arithmetic it is done in, the
+    fastest there is for it: float32 (our loop's or sgemm's) or, in `fast`, bfloat16, and bytes for quantised
+    weights."""
     fast = precision == "fast"
     int8 = cost.prefill_int8 if fast else 0
     decode, prefill = [], []
@@ -103,8 +103,7 @@ def shares(rounds: dict[str, list[Round]], cost: Cost, precision: str) -> dict[s
         decode.append(median(ours["decode_tps"]) * cost.bytes_per_token / machine["read_bytes_per_s"][0])
         f32 = max(machine["f32_ops_per_s"][0], machine.get("flops", [0.0])[0])
         bf16 = machine.get("bf16_ops_per_s", [0.0])[0] if fast else 0.0
-        plain = cost.prefill_flops - cost.prefill_attention - int8
-        least = cost.prefill_attention / f32 + plain / max(f32, bf16) + int8 / max(machine["int8_ops_per_s"][0], bf16)
+        least = (cost.prefill_flops - int8) / max(f32, bf16) + int8 / max(machine["int8_ops_per_s"][0], bf16)
         prefill.append(median(ours["prefill_tps"]) / cost.context * least)
     return {"decode_of_bandwidth": median(decode), "prefill_of_arithmetic": median(prefill)}
 

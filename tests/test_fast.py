@@ -69,3 +69,20 @@ def test_decoding_agrees_with_the_prompt(tmp_path: Path) -> None:
         steps = np.concatenate([model.forward(ids[i : i + 1], sequence=sequence) for i in range(len(ids))])
     assert np.abs(whole - steps).max() <= 2e-2 * np.abs(whole).max()
     assert (whole.argmax(-1) == steps.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "BF16"])
+@pytest.mark.parametrize("name", sorted(LIMITS))
+def test_looking_changes_nothing(name: str, kind: str, tmp_path: Path) -> None:
+    """Scores and patterns are the ones that were used, to the bit, in prompts long enough for every way to multiply."""
+    path = tmp_path / "model.gguf"
+    gemma4.quantize(name, path, type=kind)
+    with gemma4.load(path, precision="fast") as model:
+        ids = text_ids(name)[:260]
+        seen, unseen = model.new_sequence(), model.new_sequence()
+        for part in (ids[:90], ids[90:93], ids[93:]):  # the second is too short for tiles, and the ring has turned
+            logits, cache = model.run_with_cache(part, names="*", sequence=seen)
+            expected = model.forward(part, sequence=unseen)
+            assert np.array_equal(logits.view(np.int32), expected.view(np.int32))
+            pattern = cache["blocks.0.attn.hook_pattern"]
+            assert np.abs(pattern.sum(-1) - 1).max() < 1e-5

@@ -19,20 +19,20 @@ static INLINE void tiles_end(void) { _tile_release(); }
 static INLINE void memory_settles(void) { __asm__ volatile("" ::: "memory"); }
 
 static INLINE void tile_products(const int rows, const int columns, const uint16_t *w, size_t w_stride,
-                                 const uint16_t *x, size_t x_stride, int n_tiles, float *sums, bool add)
+                                 const uint16_t *x, size_t x_stride, int n_tiles, tile_sums sums, bool add)
 {
-    enum { ROW = 64, SUMS = G4_TILE_ROWS * G4_TILE_ROWS };
-    const size_t w_bytes = w_stride * sizeof *w;
-    float *below = sums + columns * SUMS;
+    enum { ROW = 64 };
+    const size_t w_bytes = w_stride * sizeof *w, sum_bytes = sums.stride * sizeof *sums.at;
+    float *below = sums.at + sums.below;
     memory_settles();
     if (add) {
-        _tile_loadd(0, sums, ROW);
+        _tile_loadd(0, sums.at, sum_bytes);
         if (columns > 1)
-            _tile_loadd(1, sums + SUMS, ROW);
+            _tile_loadd(1, sums.at + sums.right, sum_bytes);
         if (rows > 1)
-            _tile_loadd(2, below, ROW);
+            _tile_loadd(2, below, sum_bytes);
         if (rows > 1 && columns > 1)
-            _tile_loadd(3, below + SUMS, ROW);
+            _tile_loadd(3, below + sums.right, sum_bytes);
     } else {
         _tile_zero(0);
         _tile_zero(1);
@@ -54,12 +54,12 @@ static INLINE void tile_products(const int rows, const int columns, const uint16
         if (rows > 1 && columns > 1)
             _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sums, ROW);
+    _tile_stored(0, sums.at, sum_bytes);
     if (columns > 1)
-        _tile_stored(1, sums + SUMS, ROW);
+        _tile_stored(1, sums.at + sums.right, sum_bytes);
     if (rows > 1)
-        _tile_stored(2, below, ROW);
+        _tile_stored(2, below, sum_bytes);
     if (rows > 1 && columns > 1)
-        _tile_stored(3, below + SUMS, ROW);
+        _tile_stored(3, below + sums.right, sum_bytes);
     memory_settles();
 }

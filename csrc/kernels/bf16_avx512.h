@@ -15,20 +15,19 @@ static INLINE __m512bh pair_of_weights(const uint16_t *w)
 }
 
 static INLINE void tile_products(const int rows, const int columns, const uint16_t *w, size_t w_stride,
-                                 const uint16_t *x, size_t x_stride, int n_tiles, float *sums, bool add)
+                                 const uint16_t *x, size_t x_stride, int n_tiles, tile_sums sums, bool add)
 {
-    enum { SUMS = G4_TILE_ROWS * G4_TILE_ROWS };
     for (int j = 0; j < rows * G4_TILE_ROWS; j += ROWS_BF16) {
         const int row = j / G4_TILE_ROWS, from = j % G4_TILE_ROWS;
         const uint16_t *ws = w + (size_t)j * w_stride;
-        float *to = sums + row * columns * SUMS + from * G4_TILE_ROWS;
+        float *to = sums.at + (size_t)row * sums.below + (size_t)from * sums.stride;
         __m512 sum[ROWS_BF16][2];
         for (int r = 0; r < ROWS_BF16; r++)
             for (int c = 0; c < 2; c++)
                 sum[r][c] = _mm512_setzero_ps();
         for (int r = 0; add && r < ROWS_BF16; r++)
             for (int c = 0; c < columns; c++)
-                sum[r][c] = _mm512_loadu_ps(to + c * SUMS + r * G4_TILE_ROWS);
+                sum[r][c] = _mm512_loadu_ps(to + (size_t)c * sums.right + (size_t)r * sums.stride);
         for (int t = 0; t < n_tiles; t++)
             for (int pair = 0; pair < 16; pair++) {
                 const uint16_t *xs = x + (size_t)t * G4_TILE + (size_t)pair * 32;
@@ -43,6 +42,6 @@ static INLINE void tile_products(const int rows, const int columns, const uint16
             }
         for (int r = 0; r < ROWS_BF16; r++)
             for (int c = 0; c < columns; c++)
-                _mm512_storeu_ps(to + c * SUMS + r * G4_TILE_ROWS, sum[r][c]);
+                _mm512_storeu_ps(to + (size_t)c * sums.right + (size_t)r * sums.stride, sum[r][c]);
     }
 }

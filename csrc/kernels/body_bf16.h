@@ -15,11 +15,18 @@
  * BF16_PRODUCTS names a header with
  *   tiles_begin(), tiles_end()  around the products of a call
  *   tile_products(rows, columns, w, w_stride, x, x_stride, n_tiles, sums, add)
- *                               1 or 2 times 16 rows of weights times as many of x; sums [row][column][16][16]
+ *                               1 or 2 times 16 rows of weights times as many of x
  */
-#include BF16_PRODUCTS
-
 enum { TILE_SUMS = G4_TILE_ROWS * G4_TILE_ROWS, TILE_PAIR = 2 * G4_TILE_ROWS };
+
+/* Where tile_products leaves its sums: squares of 16 x 16 whose rows are `stride` apart, the next rows of x to the right
+ * of the first, the next weights below. */
+typedef struct {
+    float *at;
+    size_t stride, right, below;
+} tile_sums;
+
+#include BF16_PRODUCTS
 
 /* A square of 16 x 16 numbers of 32 bits, or pairs of 16. */
 static INLINE void transpose_16(__m512i row[16])
@@ -135,9 +142,31 @@ static void tiles_of_x(const float *x, size_t x_stride, int m, int k, uint16_t *
     }
 }
 
+/* 32 positions, or the n there are and zeros, of d values: a pair of positions is what a pair of inputs is, so nothing is
+ * transposed. */
+static bool tiles_of_values(const float *v, size_t v_stride, int n, int d, const g4_tiles *tiles)
+{
+    const __m512i in_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512 most = _mm512_set1_ps(0x1p127f), zero = _mm512_setzero_ps();
+    __mmask16 small = 0xffff;
+    for (int c = 0; c < d; c += 16) {
+        uint16_t *tile = tiles->data + (size_t)(c / 16) * tiles->stride;
+        for (int l = 0; l < G4_TILE_INPUTS; l += 2) {
+            const __m512 even = l < n ? _mm512_loadu_ps(v + (size_t)l * v_stride + c) : zero;
+            const __m512 odd = l + 1 < n ? _mm512_loadu_ps(v + (size_t)(l + 1) * v_stride + c) : zero;
+            small &= _mm512_cmp_ps_mask(_mm512_abs_ps(even), most, _CMP_LT_OQ);
+            small &= _mm512_cmp_ps_mask(_mm512_abs_ps(odd), most, _CMP_LT_OQ);
+            const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+            _mm512_storeu_si512(tile + l * 16, _mm512_permutexvar_epi16(in_turns, pair));
+        }
+    }
+    return small == 0xffff;
+}
+
 /* Up to 32 rows of weights times up to as many of x. */
 static INLINE void pair_products(int m, int n, const g4_tiles *x, const uint16_t *w, size_t w_stride, int n_tiles,
-                                 float *sums, bool add)
+                                 tile_sums sums, bool add)
 {
     const uint16_t *xs = x->data;
     if (n > G4_TILE_ROWS && m > G4_TILE_ROWS)
@@ -171,6 +200,12 @@ static NOINLINE void turn_pair(const float *sums, int m, int n, float *out, size
             turn_sums(sums, m - i, n - j, out + (size_t)i * out_stride + j, out_stride);
 }
 
+/* Sums as pair_products leaves them for turn_pair: square after square. */
+static INLINE tile_sums squares(float *sums, int m)
+{
+    return (tile_sums){sums, G4_TILE_ROWS, TILE_SUMS, m > G4_TILE_ROWS ? 2 * TILE_SUMS : TILE_SUMS};
+}
+
 /* x in the outer loop: two rows of its tiles stay in the first-level cache while those of all weights pass. */
 static void matmul_tiles(const g4_tiles *x, int m, const uint16_t *w, size_t w_stride, int n, int n_tiles, float *sums,
                          bool add, float *out, size_t out_stride)
@@ -180,11 +215,30 @@ static void matmul_tiles(const g4_tiles *x, int m, const uint16_t *w, size_t w_s
         for (int j = 0; j < n; j += TILE_PAIR) {
             const int rows = m - i < TILE_PAIR ? m - i : TILE_PAIR, columns = n - j < TILE_PAIR ? n - j : TILE_PAIR;
             const g4_tiles x_i = g4_tiles_from(x, i);
-            pair_products(rows, columns, &x_i, w + (size_t)j * w_stride, w_stride, n_tiles, sums, add);
+            pair_products(rows, columns, &x_i, w + (size_t)j * w_stride, w_stride, n_tiles, squares(sums, rows), add);
             if (out)
                 turn_pair(sums, rows, columns, out + (size_t)i * out_stride + j, out_stride);
             if (add || !out) /* else nobody wants these again, and the next may lie there */
                 sums += TILE_PAIR * TILE_PAIR;
+        }
+    tiles_end();
+}
+
+/* 32 columns of x over 16 tiles of inputs are 32 KB: they stay in the first-level cache while all rows of w pass. */
+static void matmul_by_tiles(const uint16_t *w, size_t w_stride, int m, const g4_tiles *x, int n, int n_tiles,
+                            float *out, size_t out_stride)
+{
+    enum { TILES_AT_ONCE = 16 };
+    tiles_begin();
+    for (int t = 0; t < n_tiles; t += TILES_AT_ONCE)
+        for (int j = 0; j < n; j += TILE_PAIR) {
+            const int length = n_tiles - t < TILES_AT_ONCE ? n_tiles - t : TILES_AT_ONCE;
+            const g4_tiles x_j = {g4_tiles_from(x, j).data + (size_t)t * G4_TILE, x->stride};
+            for (int i = 0; i < m; i += TILE_PAIR)
+                pair_products(
+                    n - j, m - i, &x_j, w + (size_t)i * w_stride + (size_t)t * G4_TILE_INPUTS, w_stride, length,
+                    (tile_sums){out + (size_t)i * out_stride + j, out_stride, G4_TILE_ROWS, G4_TILE_ROWS * out_stride},
+                    t > 0);
         }
     tiles_end();
 }
@@ -195,7 +249,7 @@ static double spin_bf16(const uint16_t *x, float *out, int n)
     enum { N_TILES = 16 };
     tiles_begin();
     for (int i = 0; i < n; i++)
-        tile_products(2, 2, x, G4_TILE_INPUTS, x, 0, N_TILES, out, i > 0);
+        tile_products(2, 2, x, G4_TILE_INPUTS, x, 0, N_TILES, squares(out, TILE_PAIR), i > 0);
     tiles_end();
     return 2.0 * n * (N_TILES * TILE_PAIR * TILE_PAIR * G4_TILE_INPUTS);
 }

@@ -103,6 +103,12 @@ static g4_status attend_in_steps(g4_forward *f, int layer, const g4_segment *seg
     return G4_OK;
 }
 
+/* Attention rounds what the maps of these types round (ops/linear.c); whoever keeps plain wider weights gets neither. */
+static bool rounds_to_bf16(const g4_matrix *w)
+{
+    return w->dtype == G4_BF16 || g4_is_quantised(w->dtype);
+}
+
 static g4_status attend(g4_forward *f, int layer, const float *q, float *z)
 {
     const g4_layer_config *lc = &f->config->layers[layer];
@@ -122,6 +128,7 @@ static g4_status attend(g4_forward *f, int layer, const float *q, float *z)
                                  .head_dim = lc->head_dim,
                                  .window = lc->window,
                                  .n_keys = segment->end_position,
+                                 .bf16 = rounds_to_bf16(&f->model->weights.layers[layer].q),
                                  .kv = g4_kv_view_of(segment->seq, layer)};
         G4_TRY(tap_keys_used(f, layer, segment, &runs[s]));
         if (in_steps)

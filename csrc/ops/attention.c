@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "ops/attention_tiles.h"
 #include "ops/profile.h"
 
 enum {
@@ -14,16 +15,6 @@ enum {
     KEY_BLOCK = 256,      /* positions [256 i, 256 (i + 1)) are mixed first, then the blocks are added up in order */
 };
 
-static int first_key(const g4_attention *a, int position)
-{
-    return a->window && position >= a->window ? position - a->window + 1 : 0;
-}
-
-static int end_key(const g4_attention *a, int row)
-{
-    return a->ends ? a->ends[row] : a->positions[row] + 1;
-}
-
 static int min(int a, int b)
 {
     return a < b ? a : b;
@@ -32,11 +23,6 @@ static int min(int a, int b)
 static int max(int a, int b)
 {
     return a > b ? a : b;
-}
-
-static int group_of(const g4_attention *a)
-{
-    return a->n_heads / a->n_kv_heads;
 }
 
 static const void *kv_row(const g4_attention *a, const void *base, int position, int kv_head)
@@ -112,52 +98,52 @@ typedef struct {
 static query_block block_of_queries(const g4_attention *a, int first_row, int n, int kv_head, float *scores)
 {
     query_block b = {.a = a, .first_row = first_row, .n = n, .kv_head = kv_head, .scores = scores};
-    b.first = first_key(a, a->positions[first_row]);
-    b.end = end_key(a, first_row + n - 1);
+    b.first = g4_first_key(a, first_row);
+    b.end = g4_end_key(a, first_row + n - 1);
     b.stride = (size_t)(b.end - b.first);
     return b;
 }
 
 static float *scores_of(const query_block *b, int query, int position)
 {
-    return b->scores + (size_t)query * (size_t)group_of(b->a) * b->stride + (position - b->first);
+    return b->scores + (size_t)query * (size_t)g4_head_group(b->a) * b->stride + (position - b->first);
 }
 
 /* Queries and outputs of one kv head's group lie beside each other in a row. */
 static size_t row_offset(const query_block *b, int query)
 {
     const g4_attention *a = b->a;
-    return ((size_t)(b->first_row + query) * (size_t)a->n_heads + (size_t)(b->kv_head * group_of(a))) *
+    return ((size_t)(b->first_row + query) * (size_t)a->n_heads + (size_t)(b->kv_head * g4_head_group(a))) *
            (size_t)a->head_dim;
 }
 
 static size_t group_width(const g4_attention *a)
 {
-    return (size_t)group_of(a) * (size_t)a->head_dim;
+    return (size_t)g4_head_group(a) * (size_t)a->head_dim;
 }
 
 static void score_block(const g4_kernels *kernels, const query_block *b, int first, int end, float *q)
 {
     for (int i = 0; i < b->n; i++)
         memcpy(q + (size_t)i * group_width(b->a), b->a->q + row_offset(b, i), group_width(b->a) * sizeof *q);
-    score_keys(kernels, b->a, b->kv_head, q, b->n * group_of(b->a), first, end, scores_of(b, 0, first), b->stride);
+    score_keys(kernels, b->a, b->kv_head, q, b->n * g4_head_group(b->a), first, end, scores_of(b, 0, first), b->stride);
 }
 
 /* h: of the heads that share the keys. */
 static void softmax_head(const g4_kernels *kernels, const query_block *b, int query, int h)
 {
-    const int row = b->first_row + query, first = first_key(b->a, b->a->positions[row]);
-    kernels->softmax(scores_of(b, query, first) + (size_t)h * b->stride, end_key(b->a, row) - first);
+    const int row = b->first_row + query, first = g4_first_key(b->a, row);
+    kernels->softmax(scores_of(b, query, first) + (size_t)h * b->stride, g4_end_key(b->a, row) - first);
 }
 
 /* What one query sees of positions [first, end). */
 static void mix_query(const g4_kernels *kernels, const query_block *b, int query, int first, int end, float *sum)
 {
     const int row = b->first_row + query;
-    first = max(first, first_key(b->a, b->a->positions[row]));
-    end = min(end, end_key(b->a, row));
+    first = max(first, g4_first_key(b->a, row));
+    end = min(end, g4_end_key(b->a, row));
     if (first < end)
-        mix_keys(kernels, b->a, b->kv_head, scores_of(b, query, first), b->stride, group_of(b->a), first, end,
+        mix_keys(kernels, b->a, b->kv_head, scores_of(b, query, first), b->stride, g4_head_group(b->a), first, end,
                  sum + (size_t)query * group_width(b->a));
 }
 
@@ -165,15 +151,15 @@ static void mix_query(const g4_kernels *kernels, const query_block *b, int query
  * all of them; the others must not be touched with a weight of zero: zero times infinity is no zero. */
 static void mix_block(const g4_kernels *kernels, const query_block *b, int first, int end, float *sum)
 {
-    const int32_t *positions = b->a->positions + b->first_row;
-    int common = max(first, first_key(b->a, positions[b->n - 1])), common_end = min(end, end_key(b->a, b->first_row));
+    int common = max(first, g4_first_key(b->a, b->first_row + b->n - 1));
+    int common_end = min(end, g4_end_key(b->a, b->first_row));
     if (common >= common_end)
         common = common_end = end;
     memset(sum, 0, (size_t)b->n * group_width(b->a) * sizeof *sum);
     for (int i = 0; i < b->n; i++)
         mix_query(kernels, b, i, first, common, sum);
     if (common < common_end)
-        mix_keys(kernels, b->a, b->kv_head, scores_of(b, 0, common), b->stride, b->n * group_of(b->a), common,
+        mix_keys(kernels, b->a, b->kv_head, scores_of(b, 0, common), b->stride, b->n * g4_head_group(b->a), common,
                  common_end, sum);
     for (int i = 0; i < b->n; i++)
         mix_query(kernels, b, i, common_end, end, sum);
@@ -194,7 +180,7 @@ static void attend_block(const g4_kernels *kernels, const query_block *b, float 
 {
     score_block(kernels, b, b->first, b->end, q);
     for (int i = 0; i < b->n; i++) {
-        for (int h = 0; h < group_of(b->a); h++)
+        for (int h = 0; h < g4_head_group(b->a); h++)
             softmax_head(kernels, b, i, h);
         clear_z(b, i);
     }
@@ -231,14 +217,14 @@ static int most_keys(const g4_attention *a)
 {
     int most = a->window ? min(a->window, a->n_keys) : a->n_keys;
     for (int row = 0; a->ends && row < a->n_rows; row++)
-        most = max(most, a->ends[row] - first_key(a, a->positions[row]));
+        most = max(most, a->ends[row] - g4_first_key(a, row));
     return most;
 }
 
 static plan make_plan(const g4_attention *a)
 {
     plan p = {0};
-    const int group = group_of(a), span = most_keys(a);
+    const int group = g4_head_group(a), span = most_keys(a);
     p.queries = max(1, BLOCK_ROWS / group);
     while (p.queries > 1 && (size_t)p.queries * (size_t)group * (size_t)(span + p.queries) > MAX_SCORES)
         p.queries /= 2;
@@ -285,7 +271,7 @@ static g4_status attend_by_queries(g4_exec *exec, attend_task *t, int n_tasks, d
 {
     for (int r = 0; r < t->n_runs; r++) {
         const plan *p = &t->plans[r];
-        const size_t rows = (size_t)p->queries * (size_t)group_of(&t->runs[r]);
+        const size_t rows = (size_t)p->queries * (size_t)g4_head_group(&t->runs[r]);
         const size_t n_scores = rows * (size_t)p->max_span, n_queries = rows * (size_t)t->runs[r].head_dim;
         t->max_scores = n_scores > t->max_scores ? n_scores : t->max_scores;
         t->max_queries = n_queries > t->max_queries ? n_queries : t->max_queries;
@@ -341,7 +327,7 @@ static head_of_query head_of_task(const attend_task *t, int task)
     int r = 0;
     for (; task >= t->runs[r].n_rows * t->runs[r].n_heads; r++)
         task -= t->runs[r].n_rows * t->runs[r].n_heads;
-    const int head = task % t->runs[r].n_heads, group = group_of(&t->runs[r]);
+    const int head = task % t->runs[r].n_heads, group = g4_head_group(&t->runs[r]);
     const plan *p = &t->plans[r];
     return (head_of_query){p, &p->whole[head / group], task / t->runs[r].n_heads, head % group};
 }
@@ -375,7 +361,7 @@ static g4_status plan_by_keys(g4_exec *exec, attend_task *t, int *n_tasks, int *
         p->first_task = *n_tasks;
         if (!a->n_rows)
             continue;
-        const size_t rows = (size_t)a->n_rows * (size_t)group_of(a), n = (size_t)a->n_kv_heads;
+        const size_t rows = (size_t)a->n_rows * (size_t)g4_head_group(a), n = (size_t)a->n_kv_heads;
         G4_ALLOC(exec, p->whole, n);
         for (int kv_head = 0; kv_head < a->n_kv_heads; kv_head++) {
             query_block b = block_of_queries(a, 0, a->n_rows, kv_head, NULL);
@@ -402,13 +388,11 @@ static g4_status attend_by_keys(g4_exec *exec, attend_task *t, double work)
     return g4_exec_run(exec, n_heads, work / KEY_BLOCK, run_sum_task, t);
 }
 
-g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
+static g4_status attend_by_rows(g4_exec *exec, const g4_attention *runs, int n_runs)
 {
-    g4_arena_mark mark = g4_arena_save(exec->arena);
     attend_task t = {.exec = exec, .runs = runs, .n_runs = n_runs};
     int n_tasks = 0;
     double work = 0, n_scores = 0;
-    const double start = g4_profile_start(exec);
     G4_ALLOC(exec, t.plans, (size_t)n_runs);
     for (int r = 0; r < n_runs; r++) {
         const g4_attention *a = &runs[r];
@@ -421,7 +405,29 @@ g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
     }
     const int n_threads = g4_pool_size(exec->pool);
     const bool by_keys = n_threads > 1 && n_tasks < 2 * n_threads && n_scores < (double)n_threads * MAX_SCORES;
-    g4_status status = by_keys ? attend_by_keys(exec, &t, work) : attend_by_queries(exec, &t, n_tasks, work);
+    return by_keys ? attend_by_keys(exec, &t, work) : attend_by_queries(exec, &t, n_tasks, work);
+}
+
+/* Prompts one after the other, the others together. */
+static g4_status attend(g4_exec *exec, const g4_attention *runs, int n_runs)
+{
+    g4_attention *others;
+    int n_others = 0;
+    G4_ALLOC(exec, others, (size_t)n_runs);
+    for (int r = 0; r < n_runs; r++) {
+        bool done;
+        G4_TRY(g4_tiles_attend(exec, &runs[r], &done));
+        if (!done)
+            others[n_others++] = runs[r];
+    }
+    return n_others ? attend_by_rows(exec, others, n_others) : G4_OK;
+}
+
+g4_status g4_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
+{
+    g4_arena_mark mark = g4_arena_save(exec->arena);
+    const double start = g4_profile_start(exec);
+    g4_status status = attend(exec, runs, n_runs);
     g4_profile_end_attention(exec, start, runs, n_runs);
     g4_arena_restore(exec->arena, mark);
     return status;
@@ -452,12 +458,12 @@ static void score_rows(const g4_exec *exec, void *context, int first, int end)
     const steps *s = context;
     const g4_attention *a = s->a;
     for (int i = first; i < end; i++) {
-        int from = first_key(a, a->positions[i]), to = end_key(a, i);
+        int from = g4_first_key(a, i), to = g4_end_key(a, i);
         for (int h = 0; h < a->n_heads; h++) {
             float *row = array_row(s, h, i);
             const float *q = a->q + ((size_t)i * (size_t)a->n_heads + (size_t)h) * (size_t)a->head_dim;
             fill(row, -INFINITY, from);
-            score_keys(exec->kernels, a, h / group_of(a), q, 1, from, to, row + from, 0);
+            score_keys(exec->kernels, a, h / g4_head_group(a), q, 1, from, to, row + from, 0);
             fill(row + to, -INFINITY, a->n_keys - to);
         }
     }
@@ -465,13 +471,16 @@ static void score_rows(const g4_exec *exec, void *context, int first, int end)
 
 g4_status g4_attention_scores(g4_exec *exec, const g4_attention *run, float *scores)
 {
+    bool done;
+    G4_TRY(g4_tiles_scores(exec, run, scores, &done));
+    if (done)
+        return G4_OK;
     steps s = {.a = run, .array = scores};
     return g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * (size_t)run->head_dim / 8,
                         score_rows, &s);
 }
 
-/* The shortest range of a row outside which every value is `blank`; the whole row if it is all blank. */
-static void occupied(const float *row, int n, float blank, int *first, int *end)
+void g4_occupied(const float *row, int n, float blank, int *first, int *end)
 {
     *first = 0, *end = n;
     while (*first < n && row[*first] == blank)
@@ -491,7 +500,7 @@ static void pattern_rows(const g4_exec *exec, void *context, int first, int end)
         for (int h = 0; h < s->a->n_heads; h++) {
             float *row = array_row(s, h, i);
             int from, to;
-            occupied(row, s->a->n_keys, -INFINITY, &from, &to);
+            g4_occupied(row, s->a->n_keys, -INFINITY, &from, &to);
             fill(row, 0, from);
             exec->kernels->softmax(row + from, to - from);
             fill(row + to, 0, s->a->n_keys - to);
@@ -526,7 +535,7 @@ static void mix_rows(const g4_exec *exec, void *context, int first, int end)
             const float *row = array_row(s, h, i);
             float *z = a->z + ((size_t)i * (size_t)a->n_heads + (size_t)h) * (size_t)a->head_dim;
             int from, to;
-            occupied(row, a->n_keys, 0, &from, &to);
+            g4_occupied(row, a->n_keys, 0, &from, &to);
             if (row[from] == 0) { /* no weight anywhere */
                 memset(z, 0, (size_t)a->head_dim * sizeof *z);
                 continue;
@@ -534,19 +543,29 @@ static void mix_rows(const g4_exec *exec, void *context, int first, int end)
             if (from < a->kv.first)
                 atomic_store(&s->forgotten, from);
             else
-                mix_row(exec->kernels, a, h / group_of(a), row, from, to, s->sums + (z - a->z), z);
+                mix_row(exec->kernels, a, h / g4_head_group(a), row, from, to, s->sums + (z - a->z), z);
         }
     }
 }
 
-g4_status g4_attention_mix(g4_exec *exec, const g4_attention *run, const float *pattern)
+static g4_status mix_by_rows(g4_exec *exec, const g4_attention *run, const float *pattern, int *forgotten)
 {
     steps s = {.a = run, .array = (float *)pattern};
     atomic_init(&s.forgotten, -1);
     G4_ALLOC(exec, s.sums, (size_t)run->n_rows * (size_t)run->n_heads * (size_t)run->head_dim);
     G4_TRY(g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * (size_t)run->head_dim / 8,
                         mix_rows, &s));
-    int position = atomic_load(&s.forgotten);
+    *forgotten = atomic_load(&s.forgotten);
+    return G4_OK;
+}
+
+g4_status g4_attention_mix(g4_exec *exec, const g4_attention *run, const float *pattern)
+{
+    bool done;
+    int position = -1;
+    G4_TRY(g4_tiles_mix(exec, run, pattern, &position, &done));
+    if (!done)
+        G4_TRY(mix_by_rows(exec, run, pattern, &position));
     if (position >= 0)
         return g4_fail(exec->err, G4_EVALUE,
                        "an edit gives attention weight to position %d, but this sliding layer's cache holds positions "

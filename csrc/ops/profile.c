@@ -3,6 +3,8 @@
 
 #include <time.h>
 
+#include "ops/attention_tiles.h"
+
 static double now(void)
 {
     struct timespec t;
@@ -56,7 +58,8 @@ void g4_profile_end_linear(g4_exec *exec, double start, const g4_linear_job *job
 
 void g4_profile_end_attention(g4_exec *exec, double start, const g4_attention *runs, int n_runs)
 {
-    double work = 0, bytes = 0;
+    const g4_op op = n_runs && runs[0].window ? G4_OP_ATTEND_LOCAL : G4_OP_ATTEND_GLOBAL;
+    double work[2] = {0}, bytes = 0;
     if (!exec->profile || !n_runs)
         return;
     for (int r = 0; r < n_runs; r++) {
@@ -69,8 +72,9 @@ void g4_profile_end_attention(g4_exec *exec, double start, const g4_attention *r
             first = end - seen < first ? end - seen : first;
         }
         const double n_keys = a->n_rows ? a->positions[a->n_rows - 1] + 1 - first : 0;
-        work += 4.0 * pairs * a->n_heads * a->head_dim;
+        work[g4_wants_tiles(exec, a)] += 4.0 * pairs * a->n_heads * a->head_dim;
         bytes += 2.0 * n_keys * a->n_kv_heads * (double)g4_dtype_bytes(a->kv.dtype, (size_t)a->head_dim);
     }
-    g4_profile_end(exec, runs[0].window ? G4_OP_ATTEND_LOCAL : G4_OP_ATTEND_GLOBAL, start, work, bytes);
+    exec->profile->ops[op].bf16_work += work[1];
+    g4_profile_end(exec, op, start, work[0], bytes);
 }

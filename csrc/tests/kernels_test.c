@@ -298,6 +298,7 @@ int main(int n_args, char **args)
     test_sums_and_panels();
     test_tiles();
     test_linear();
+    test_attention();
     test_rows();
     test_conversions();
     test_yardsticks();

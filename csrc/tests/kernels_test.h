@@ -30,5 +30,6 @@ void test_products(void);
 void test_sums_and_panels(void);
 void test_tiles(void);
 void test_linear(void);
+void test_attention(void);
 
 #endif

@@ -296,6 +296,62 @@ static void check_tiles(const g4_kernels *t, int kind, int m, int n, int k, bool
     free(w), free(x), free(start), free(got), free(sums), free(xs.data), free(ws);
 }
 
+/* Values [n_keys, d] as tiles; whether all are small enough to be rounded. */
+static g4_tiles tiles_of_rows(const g4_kernels *t, const float *v, int n_keys, int d, bool *small)
+{
+    const g4_tiles tiles = tiles_new(d, n_keys);
+    *small = true;
+    for (int l = 0; l < n_keys; l += G4_TILE_INPUTS) {
+        const g4_tiles at = {tiles.data + l / G4_TILE_INPUTS * G4_TILE, tiles.stride};
+        const int left = n_keys - l;
+        *small &= t->tiles_of_values(v + l * d, (size_t)d, left < G4_TILE_INPUTS ? left : G4_TILE_INPUTS, d, &at);
+    }
+    return tiles;
+}
+
+/* Patterns [m, n_keys] times values [n_keys, d], as attention mixes them. */
+static void check_by_tiles(const g4_kernels *t, int kind, int m, int n_keys, int d)
+{
+    const size_t n_rows = (size_t)(m + 15) / 16 * 16, out_stride = (size_t)d + 16, n_out = n_rows * out_stride;
+    const size_t w_stride = (size_t)(g4_tiles_of(n_keys) + 1) * G4_TILE_INPUTS;
+    float *p = random_row(kind, (size_t)(m * n_keys)), *v = random_row(NORMAL, (size_t)(n_keys * d));
+    float *columns = allocate((size_t)(n_keys * d) * 4), *got = random_row(NORMAL, n_out), *start = allocate(n_out * 4);
+    uint16_t *w = narrow_rows(t, p, m, n_keys, w_stride);
+    bool small, good = true;
+    const g4_tiles values = tiles_of_rows(t, v, n_keys, d, &small);
+    for (int i = 0; i < n_keys * d; i++)
+        columns[i % d * n_keys + i / d] = v[i];
+    memcpy(start, got, n_out * 4);
+    t->matmul_by_tiles(w, w_stride, m, &values, d, g4_tiles_of(n_keys), got, out_stride);
+    for (int i = 0; i < m; i++)
+        for (int j = 0; j < d; j++)
+            good &=
+                near_products(p + i * n_keys, columns + j * n_keys, n_keys, got[(size_t)i * out_stride + (size_t)j]);
+    for (size_t i = 0; i < n_rows; i++)
+        good &= same(got + i * out_stride + d, start + i * out_stride + d, 16);
+    check(good && small, t, "matmul_by_tiles", "", m, n_keys, d);
+    free(p), free(v), free(columns), free(got), free(start), free(w), free(values.data);
+}
+
+/* One number that has no bf16 near it, wherever it lies. */
+static void check_large_values(const g4_kernels *t)
+{
+    static const float large[] = {INFINITY, -INFINITY, NAN, 0x1p127f, -3e38f};
+    const float largest = 0x1.fffffep126f;
+    float *v = random_row(NORMAL, 37 * 48);
+    for (int i = 0; i < 37 * 48; i += 53) {
+        bool small;
+        v[i] = i % 2 ? largest : -largest;
+        free(tiles_of_rows(t, v, 37, 48, &small).data);
+        check(small, t, "tiles_of_values", "", 37, 48, i);
+        v[i] = large[i % 5];
+        free(tiles_of_rows(t, v, 37, 48, &small).data);
+        check(!small, t, "tiles_of_values, large", "", 37, 48, i);
+        v[i] = 0;
+    }
+    free(v);
+}
+
 /* A row of weights is what widening makes of it, rounded; plain bf16 is itself. */
 static void check_bf16_row(g4_dtype dtype, int kind, int k)
 {
@@ -326,6 +382,14 @@ void test_tiles(void)
         for (int s = 0; tables[t]->matmul_tiles && s < 8; s++)
             for (int kind = 0; kind < N_KINDS; kind++)
                 check_tiles(tables[t], kind, sizes[s][0], sizes[s][1], sizes[s][2], (s + kind) % 2);
+    for (int t = 0; t < n_tables; t++)
+        if (tables[t]->matmul_by_tiles) {
+            for (int kind = 0; kind < N_KINDS; kind++)
+                for (int s = 0; s < 8; s++)
+                    check_by_tiles(tables[t], kind, sizes[s][0], sizes[s][2], (sizes[s][1] + 15) / 16 * 16);
+            check_by_tiles(tables[t], NORMAL, 20, 1100, 32);
+            check_large_values(tables[t]);
+        }
     for (int kind = 0; kind < N_KINDS; kind++) {
         check_bf16_row(G4_BF16, kind, 1);
         check_bf16_row(G4_BF16, kind, 95);
