@@ -163,8 +163,7 @@ static g4_status dense_mlp(g4_forward *f, int layer, const float *x, float *out)
     G4_TRY(g4_linear_jobs(&f->exec, jobs, 2));
     TAP(MLP_PRE, layer, gate);
     TAP(MLP_PRE_LINEAR, layer, up);
-    G4_TRY(g4_gelu_rows(&f->exec, gate, f->n_rows, width, gate));
-    G4_TRY(g4_mul_rows(&f->exec, gate, up, f->n_rows, width, gate));
+    G4_TRY(g4_gelu_mul_rows(&f->exec, gate, up, f->n_rows, width, gate));
     TAP(MLP_POST, layer, gate);
     G4_TRY(g4_linear(&f->exec, gate, f->n_rows, &w->down, out));
     return g4_tap_rows(f, G4_SITE_MLP_PROJ, layer, out);

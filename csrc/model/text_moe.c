@@ -96,8 +96,7 @@ static g4_status run_experts(g4_forward *f, int layer, const dispatch *d, const 
     G4_TRY(g4_linear_jobs(&f->exec, jobs, n_jobs));
     G4_TRY(tap_pairs(f, G4_SITE_EXPERT_PRE, layer, d, gate, m));
     G4_TRY(tap_pairs(f, G4_SITE_EXPERT_PRE_LINEAR, layer, d, up, m));
-    G4_TRY(g4_gelu_rows(&f->exec, gate, d->n_pairs, (int)m, gate));
-    G4_TRY(g4_mul_rows(&f->exec, gate, up, d->n_pairs, (int)m, gate));
+    G4_TRY(g4_gelu_mul_rows(&f->exec, gate, up, d->n_pairs, (int)m, gate));
     G4_TRY(tap_pairs(f, G4_SITE_EXPERT_POST, layer, d, gate, m));
     n_jobs = expert_jobs(f, d, &w->experts_down, d_model, d_model, gate, y, jobs);
     return g4_linear_jobs(&f->exec, jobs, n_jobs);

@@ -243,8 +243,7 @@ static g4_status mlp_rows(tower *t, int layer, const float *x, int n, float *out
         TAP(V_MLP_PRE, layer, gate);
         TAP(V_MLP_PRE_LINEAR, layer, up);
     }
-    G4_TRY(g4_gelu_rows(&p->exec, gate, n, width, gate));
-    G4_TRY(g4_mul_rows(&p->exec, gate, up, n, width, gate));
+    G4_TRY(g4_gelu_mul_rows(&p->exec, gate, up, n, width, gate));
     if (n == p->n_rows)
         TAP(V_MLP_POST, layer, gate);
     return g4_clipped_jobs(&p->exec, gate, n, down, &out, 1);

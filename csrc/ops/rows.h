@@ -17,6 +17,8 @@ g4_status g4_rms_norm(g4_exec *exec, const float *x, const float *gain, int n_ro
 g4_status g4_add_rows(g4_exec *exec, const float *a, const float *b, int n_rows, int n, float *out);
 g4_status g4_mul_rows(g4_exec *exec, const float *a, const float *b, int n_rows, int n, float *out);
 g4_status g4_gelu_rows(g4_exec *exec, const float *x, int n_rows, int n, float *out);
+/* gelu(gate) * up in one pass, the same bits. */
+g4_status g4_gelu_mul_rows(g4_exec *exec, const float *gate, const float *up, int n_rows, int n, float *out);
 /* x * sigmoid(gate); with gate = x that is silu. Rows of n, at the strides given. */
 g4_status g4_glu_rows(g4_exec *exec, const float *x, const float *gate, size_t stride, int n_rows, int n, float *out);
 g4_status g4_clamp_rows(g4_exec *exec, const float *x, float low, float high, int n_rows, int n, float *out);
