@@ -17,7 +17,7 @@ typedef struct {
 } shape;
 
 static const shape shapes[] = {{40, 0, 4, 1, 64, 0, 64, false, false},    {33, 70, 2, 2, 32, 0, 128, false, false},
-                               {50, 100, 8, 1, 64, 17, 97, false, false}, {70, 0, 4, 2, 96, 40, 128, true, false},
+                               {50, 100, 8, 1, 64, 17, 66, false, false}, {70, 0, 4, 2, 96, 40, 128, true, false},
                                {35, 5, 3, 3, 32, 8, 45, true, false},     {64, 31, 2, 1, 128, 0, 95, false, true},
                                {40, 300, 1, 1, 512, 0, 512, false, false}};
 
