@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from peers import warm
 
 import gemma4
+import gemma4.errors
 from gemma4 import _engine
 from gemma4.profile import Limits
 
@@ -75,8 +76,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything measured here")
     args = parser.parse_args()
     precision: Literal["exact", "fast"] = args.precision
-    warm([args.model])
-    with gemma4.load(args.model, threads=args.threads, precision=precision) as model:
+    try:
+        warm([args.model])
+        opened = gemma4.load(args.model, threads=args.threads, precision=precision)
+    except (OSError, gemma4.errors.FormatError) as unreadable:
+        parser.error(str(unreadable))
+    with opened as model:
         ids = np.random.default_rng(0).integers(model.n_token_ids // 8, model.n_token_ids * 3 // 4, args.prompt)
         turns = take_turns(model, ids.astype(np.int32), args.turns)
     for name, scale, unit in [("tokens_per_s", 1, "tokens/s"), ("share", 100, "% of peak arithmetic")]:
