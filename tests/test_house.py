@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -93,6 +94,33 @@ def test_command_line_entry_point_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, function = project["scripts"]["gemma4"].split(":")
     assert callable(getattr(importlib.import_module(module), function))
+
+
+def changelog() -> dict[str, str]:
+    """Version (or "Unreleased") -> its text, in the order of CHANGELOG.md."""
+    parts = re.split(
+        r"^## \[([^]]+)\](?: - (\d{4}-\d\d-\d\d))?$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE
+    )
+    return dict(zip(parts[1::3], parts[3::3], strict=True))
+
+
+def test_one_version():
+    """The installed metadata, the package and the newest release of the changelog say the same."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" not in project and "version" in project["dynamic"]
+    assert metadata.version("gemma4") == gemma4.__version__
+    assert next(version for version in changelog() if version != "Unreleased") == gemma4.__version__
+
+
+def test_changelog_keeps_its_form():
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    text = (ROOT / "CHANGELOG.md").read_text()
+    assert text.count("\n## ") == len(changelog()), "a heading that is no version with a date"
+    assert next(iter(changelog())) == "Unreleased"
+    for version, entries in changelog().items():
+        headings = re.findall(r"^### (.+)$", entries, flags=re.MULTILINE)
+        assert headings and set(headings) <= kinds and len(set(headings)) == len(headings), version
+        assert re.search(r"^- ", entries, flags=re.MULTILINE), f"{version} says nothing"
 
 
 def test_sources_carry_the_licence():
