@@ -8,7 +8,7 @@
 #include "base/pool.h"
 #include "gemma4.h"
 #include "kernels/kernels.h"
-#include "model/weights.h"
+#include "model/text/weights.h"
 
 struct g4_model {
     g4_config config;

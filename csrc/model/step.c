@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "model/config.h"
-#include "model/forward.h"
+#include "model/text/forward.h"
 #include "ops/profile.h"
 
 /* Rows at once: enough that reading the weights costs less than computing with them, few enough that the MLP's

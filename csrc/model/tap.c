@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "model/config.h"
-#include "model/forward.h"
+#include "model/text/forward.h"
 
 static int *list_of(const g4_forward *f, g4_site site, int layer)
 {

@@ -3,7 +3,7 @@
 
 #include <time.h>
 
-#include "ops/attention_tiles.h"
+#include "ops/attention/tiles.h"
 
 static double now(void)
 {

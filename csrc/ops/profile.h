@@ -3,7 +3,7 @@
 #ifndef GEMMA4_OPS_PROFILE_H
 #define GEMMA4_OPS_PROFILE_H
 
-#include "ops/attention.h"
+#include "ops/attention/attention.h"
 #include "ops/linear.h"
 
 /* Seconds now; 0 without a profile. */

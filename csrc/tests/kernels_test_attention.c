@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The part of kernels_test about ops/attention.h: whatever the instruction set, exact or fast, z is what float64 makes of the
+/* The part of kernels_test about ops/attention/attention.h: whatever the instruction set, exact or fast, z is what float64 makes of the
  * same queries, keys and values, as near as the rounding allows; in one go or in three steps, with one thread or three, it
  * has the same bits. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "ops/attention.h"
+#include "ops/attention/attention.h"
 #include "tests/kernels_test.h"
 
 /* A prompt's rows at positions [begin, begin + n_rows) in a ring of slots. */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The weights of the text model, by role. Matrices are views of the caller's bytes; vectors are float32 copies. */
-#ifndef GEMMA4_MODEL_WEIGHTS_H
-#define GEMMA4_MODEL_WEIGHTS_H
+#ifndef GEMMA4_MODEL_TEXT_WEIGHTS_H
+#define GEMMA4_MODEL_TEXT_WEIGHTS_H
 
 #include "base/arena.h"
 #include "base/tensor.h"

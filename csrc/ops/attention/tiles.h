@@ -3,13 +3,13 @@
  * and values are rounded, scores, softmax and sums are float32. That is what the reference implementation rounds when a
  * model runs in bf16, and less: there scores are, too.
  *
- * A query's numbers depend on its own keys only, as in ops/attention.h, once it goes this way; whether it does depends on
+ * A query's numbers depend on its own keys only, as in ops/attention/attention.h, once it goes this way; whether it does depends on
  * how many rows its run has.
  */
 #ifndef GEMMA4_OPS_ATTENTION_TILES_H
 #define GEMMA4_OPS_ATTENTION_TILES_H
 
-#include "ops/attention.h"
+#include "ops/attention/attention.h"
 
 /* Whether the functions below have something to do for the run. */
 bool g4_wants_tiles(const g4_exec *exec, const g4_attention *run);

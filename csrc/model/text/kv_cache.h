@@ -9,21 +9,21 @@
  * Invariants: every position in [first, length) is stored, and in a sliding layer first <= length - (window - 1) or 0;
  * a buffer shared with a fork is never written (copy-on-write).
  */
-#ifndef GEMMA4_MODEL_KV_CACHE_H
-#define GEMMA4_MODEL_KV_CACHE_H
+#ifndef GEMMA4_MODEL_TEXT_KV_CACHE_H
+#define GEMMA4_MODEL_TEXT_KV_CACHE_H
 
 #include <stdatomic.h>
 
 #include "base/buffer.h"
 #include "gemma4.h"
 #include "kernels/kernels.h"
-#include "ops/attention.h"
+#include "ops/attention/attention.h"
 
 typedef struct {
     g4_buffer *k, *v; /* [n_slots, K, h], k maybe less (n_turned); NULL while empty, and in layers that share */
     int n_slots;
     int first;    /* positions before it were overwritten, be it by steps that were cut back or cancelled since */
-    int n_turned; /* k holds so many pairs of each head, [n_slots, K, 2 n_turned]: ops/kv_view.h. 0: keys are whole */
+    int n_turned; /* k holds so many pairs of each head, [n_slots, K, 2 n_turned]; see kv_view.h. 0: keys are whole */
 } g4_kv_layer;
 
 struct g4_sequence {

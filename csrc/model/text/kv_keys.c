@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "model/kv_keys.h"
+#include "model/text/kv_keys.h"
 
 #include <stdlib.h>
 #include <string.h>

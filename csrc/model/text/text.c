@@ -14,7 +14,7 @@
 
 #include "base/pages.h"
 #include "model/config.h"
-#include "model/forward.h"
+#include "model/text/forward.h"
 #include "ops/linear.h"
 #include "ops/rows.h"
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "ops/attention_tiles.h"
+#include "ops/attention/tiles.h"
 
 #include <math.h>
 #include <stdatomic.h>

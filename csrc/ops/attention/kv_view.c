@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "ops/kv_view.h"
+#include "ops/attention/kv_view.h"
 
 /* How a view's heads are read: bytes, and functions for its type. */
 typedef struct {

@@ -4,8 +4,8 @@
  * Where values are the normed projection of the keys (attention_k_eq_v), a key is RoPE(gain * v), and RoPE turns few of
  * its pairs (64 of 256 in the released models). The others are gain * v to the bit, and are not stored a second time.
  */
-#ifndef GEMMA4_OPS_KV_VIEW_H
-#define GEMMA4_OPS_KV_VIEW_H
+#ifndef GEMMA4_OPS_ATTENTION_KV_VIEW_H
+#define GEMMA4_OPS_ATTENTION_KV_VIEW_H
 
 #include "kernels/kernels.h"
 

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "model/forward.h"
+#include "model/text/forward.h"
 #include "ops/linear.h"
 #include "ops/moe.h"
 #include "ops/rows.h"

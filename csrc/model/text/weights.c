@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "model/weights.h"
+#include "model/text/weights.h"
 
 #include <stdio.h>
 #include <string.h>

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "ops/attention_full.h"
+#include "ops/attention/full.h"
 
 #include <math.h>
 

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "model/kv_cache.h"
+#include "model/text/kv_cache.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 #include "model/config.h"
-#include "model/kv_keys.h"
+#include "model/text/kv_keys.h"
 #include "model/model.h"
 
 enum { MIN_SLOTS = 64 };

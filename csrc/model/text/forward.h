@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* State of one forward pass over one chunk: the rows of several runs, one below the other, never padded. */
-#ifndef GEMMA4_MODEL_FORWARD_H
-#define GEMMA4_MODEL_FORWARD_H
+#ifndef GEMMA4_MODEL_TEXT_FORWARD_H
+#define GEMMA4_MODEL_TEXT_FORWARD_H
 
 #include "gemma4.h"
-#include "model/kv_cache.h"
+#include "model/text/kv_cache.h"
 #include "model/model.h"
 #include "ops/exec.h"
 
@@ -71,7 +71,7 @@ typedef struct {
 } g4_norm_sites;
 g4_status g4_norm(g4_forward *f, int layer, g4_norm_sites sites, const float *gain, const float *x, float *out);
 
-/* ---- text_attention.c, text_moe.c ---- */
+/* ---- attention.c, moe.c ---- */
 /* attn_out [T, D] of the residual stream; prunes in the last layer that computes keys. */
 g4_status g4_text_attention(g4_forward *f, int layer, float *attn_out);
 /* Experts' part: moe_out [T, D], already normed. */

@@ -15,8 +15,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "model/encoder.h"
-#include "ops/attention_band.h"
+#include "model/encoders/encoder.h"
+#include "ops/attention/band.h"
 #include "ops/conv.h"
 #include "ops/panels.h"
 #include "ops/rows.h"

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What all encoders share: announcing sites, clipped maps, the projection, and the pass over the media. */
-#include "model/encoder.h"
+#include "model/encoders/encoder.h"
 
 #include <math.h>
 #include <string.h>

@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "base/pages.h"
-#include "model/encoder.h"
+#include "model/encoders/encoder.h"
 #include "model/model.h"
 
 /* ---- checks --------------------------------------------------------------------------------------------------------- */

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Causal attention of one run's queries over its cached keys, sliding window or not, grouped heads.
  *
- * Prompts in bf16 by tiles: ops/attention_tiles.h. Otherwise a query's numbers depend on its own keys only, taken in order of position from the first one it sees: chunking, other
+ * Prompts in bf16 by tiles: ops/attention/tiles.h. Otherwise a query's numbers depend on its own keys only, taken in order of position from the first one it sees: chunking, other
  * runs in the step, the cache's capacity and the number of threads change no bit.
  */
-#ifndef GEMMA4_OPS_ATTENTION_H
-#define GEMMA4_OPS_ATTENTION_H
+#ifndef GEMMA4_OPS_ATTENTION_ATTENTION_H
+#define GEMMA4_OPS_ATTENTION_ATTENTION_H
 
 #include "ops/exec.h"
-#include "ops/kv_view.h"
+#include "ops/attention/kv_view.h"
 
 typedef struct {
     const float *q;           /* [T, H, h], rotated */

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Cached keys that follow from values (ops/kv_view.h): which they are, and the way from whole keys to what the cache keeps
+/* Cached keys that follow from values (ops/attention/kv_view.h): which they are, and the way from whole keys to what the cache keeps
  * of them and back. */
-#ifndef GEMMA4_MODEL_KV_KEYS_H
-#define GEMMA4_MODEL_KV_KEYS_H
+#ifndef GEMMA4_MODEL_TEXT_KV_KEYS_H
+#define GEMMA4_MODEL_TEXT_KV_KEYS_H
 
-#include "model/kv_cache.h"
+#include "model/text/kv_cache.h"
 
 /* The pairs that RoPE turns where the others need not be stored, else 0: in layers whose values are the normed projection
  * of the keys, and whose heads can be cut there (quantised ones between blocks). */

@@ -8,7 +8,7 @@
  */
 #include <string.h>
 
-#include "model/encoder.h"
+#include "model/encoders/encoder.h"
 #include "ops/panels.h"
 #include "ops/rows.h"
 

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "ops/attention.h"
+#include "ops/attention/attention.h"
 
 #include <math.h>
 #include <stdatomic.h>
 #include <string.h>
 
-#include "ops/attention_tiles.h"
+#include "ops/attention/tiles.h"
 #include "ops/profile.h"
 
 enum {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Encoders of images and audio: their weights, and the state of one pass over several media, whose rows lie one below
  * the other, never padded. */
-#ifndef GEMMA4_MODEL_ENCODER_H
-#define GEMMA4_MODEL_ENCODER_H
+#ifndef GEMMA4_MODEL_ENCODERS_ENCODER_H
+#define GEMMA4_MODEL_ENCODERS_ENCODER_H
 
 #include "gemma4.h"
 #include "model/bind.h"
@@ -87,7 +87,7 @@ typedef struct {
     int n_rows, n_soft; /* input rows and soft tokens of the pass */
 } g4_encode_pass;
 
-/* ---- encoder.c, encoder_weights.c ---- */
+/* ---- encoder.c, new.c ---- */
 /* Announces a site: the arrays of all media of the pass, one below the other. Costs one compare when nobody listens. */
 g4_status g4_encoder_tap(g4_encode_pass *p, g4_site site, int layer, void *data);
 /* Announces one medium's part of it (index in the pass): scores and patterns exist one medium at a time. */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "ops/attention_band.h"
+#include "ops/attention/band.h"
 
 #include <math.h>
 #include <string.h>

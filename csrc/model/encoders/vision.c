@@ -11,8 +11,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "model/encoder.h"
-#include "ops/attention_full.h"
+#include "model/encoders/encoder.h"
+#include "ops/attention/full.h"
 #include "ops/panels.h"
 #include "ops/rows.h"
 

@@ -3,8 +3,8 @@
 #include <string.h>
 
 #include "model/config.h"
-#include "model/forward.h"
-#include "ops/attention.h"
+#include "model/text/forward.h"
+#include "ops/attention/attention.h"
 #include "ops/linear.h"
 #include "ops/profile.h"
 #include "ops/rows.h"
