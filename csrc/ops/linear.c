@@ -174,6 +174,21 @@ static g4_status quantize_inputs(g4_exec *exec, const g4_linear_job *jobs, int n
     return g4_exec_rows(exec, inputs->first[inputs->n], max_k, quantize_slice, &t);
 }
 
+static void end_profile(g4_exec *exec, double start, const g4_linear_job *jobs, int n_jobs)
+{
+    double work[2] = {0}, bytes = 0;
+    if (!exec->profile || !n_jobs)
+        return;
+    for (int j = 0; j < n_jobs; j++) {
+        const g4_matrix *w = &jobs[j].w;
+        const bool int8 = exec->fast && g4_is_quantised(w->dtype);
+        work[int8] += 2.0 * jobs[j].m * (double)w->n_rows * (double)w->n_cols;
+        bytes += jobs[j].m ? (double)w->n_rows * (double)g4_dtype_bytes(w->dtype, w->n_cols) : 0;
+    }
+    exec->profile->ops[jobs[0].w.op].int8_work += work[1];
+    g4_profile_end(exec, jobs[0].w.op, start, work[0], bytes);
+}
+
 static g4_status row_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
 {
     g4_arena_mark mark = g4_arena_save(exec->arena);
@@ -199,7 +214,7 @@ static g4_status row_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     if (max_k)
         G4_ALLOC(exec, t.panels, (size_t)g4_pool_size(exec->pool) * 4 * PANEL * max_k);
     g4_status status = g4_exec_run(exec, first_task[n_jobs], work, run_task, &t);
-    g4_profile_end_linear(exec, start, jobs, n_jobs);
+    end_profile(exec, start, jobs, n_jobs);
     g4_arena_restore(exec->arena, mark);
     return status;
 }

@@ -3,8 +3,7 @@
 #ifndef GEMMA4_OPS_PROFILE_H
 #define GEMMA4_OPS_PROFILE_H
 
-#include "ops/attention/attention.h"
-#include "ops/linear.h"
+#include "ops/exec.h"
 
 /* Seconds now; 0 without a profile. */
 double g4_profile_start(const g4_exec *exec);
@@ -16,9 +15,5 @@ void g4_profile_end(g4_exec *exec, g4_op op, double start, double work, double b
  * so the seconds of a profile add up to those of its steps. */
 double g4_profile_seconds(const g4_exec *exec);
 void g4_profile_end_step(g4_exec *exec, double start, double before);
-
-/* The same, counting what the operands say. */
-void g4_profile_end_linear(g4_exec *exec, double start, const g4_linear_job *jobs, int n_jobs);
-void g4_profile_end_attention(g4_exec *exec, double start, const g4_attention *runs, int n_runs);
 
 #endif

@@ -57,11 +57,7 @@ void g4_taps_mark_wanted(g4_forward *f, int last_kv_layer);
 /* Whether a tap listens to keys or values used in `layer` or above: then the layers run even without rows. */
 bool g4_taps_want_keys(const g4_forward *f, int layer);
 
-/* ---- text.c: the text decoder ---- */
-g4_status g4_text_embed(g4_forward *f, const int32_t *tokens, const float *const *embeddings);
-g4_status g4_text_layers(g4_forward *f, int n_layers);
-g4_status g4_text_logits(g4_forward *f);
-
+/* ---- forward.c ---- */
 /* Drops the rows that no output wants, from f's arrays and from `also` [T, D]. */
 void g4_forward_prune(g4_forward *f, float *also);
 
@@ -70,6 +66,11 @@ typedef struct {
     g4_site scale, normalized;
 } g4_norm_sites;
 g4_status g4_norm(g4_forward *f, int layer, g4_norm_sites sites, const float *gain, const float *x, float *out);
+
+/* ---- text.c: the text decoder ---- */
+g4_status g4_text_embed(g4_forward *f, const int32_t *tokens, const float *const *embeddings);
+g4_status g4_text_layers(g4_forward *f, int n_layers);
+g4_status g4_text_logits(g4_forward *f);
 
 /* ---- attention.c, moe.c ---- */
 /* attn_out [T, D] of the residual stream; prunes in the last layer that computes keys. */

@@ -17,7 +17,7 @@
 #include "base/buffer.h"
 #include "gemma4.h"
 #include "kernels/kernels.h"
-#include "ops/attention/attention.h"
+#include "ops/attention/kv_view.h"
 
 typedef struct {
     g4_buffer *k, *v; /* [n_slots, K, h], k maybe less (n_turned); NULL while empty, and in layers that share */

@@ -155,8 +155,7 @@ static size_t row_offset(const tile_run *t, const query_block *b, int r)
 
 static float *array_row(const tile_run *t, const query_block *b, int r)
 {
-    return t->array +
-           ((size_t)head_of(t, b, r) * (size_t)t->a->n_rows + (size_t)query_of(t, b, r)) * (size_t)t->a->n_keys;
+    return g4_array_row(t->a, t->array, head_of(t, b, r), query_of(t, b, r));
 }
 
 static void score(const tile_run *t, const query_block *b, const block_scratch *s)
@@ -175,12 +174,10 @@ static void show_scores(const tile_run *t, const query_block *b, const block_scr
     for (int r = 0; r < rows_of(t, b); r++) {
         const int from = g4_first_key(t->a, query_of(t, b, r)), to = g4_end_key(t->a, query_of(t, b, r));
         float *row = array_row(t, b, r);
-        for (int j = 0; j < from; j++)
-            row[j] = -INFINITY;
+        g4_fill(row, -INFINITY, from);
         memcpy(row + from, s->scores + (size_t)r * t->score_stride + (from - b->first),
                (size_t)(to - from) * sizeof *row);
-        for (int j = to; j < t->a->n_keys; j++)
-            row[j] = -INFINITY;
+        g4_fill(row + to, -INFINITY, t->a->n_keys - to);
     }
 }
 

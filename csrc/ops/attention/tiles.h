@@ -9,7 +9,8 @@
 #ifndef GEMMA4_OPS_ATTENTION_TILES_H
 #define GEMMA4_OPS_ATTENTION_TILES_H
 
-#include "ops/attention/attention.h"
+#include "ops/attention/run.h"
+#include "ops/exec.h"
 
 /* Whether the functions below have something to do for the run. */
 bool g4_wants_tiles(const g4_exec *exec, const g4_attention *run);
