@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,8 +15,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from small_models import E_LIKE, write_checkpoint
 
 import gemma4
+from gemma4 import _engine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -239,6 +242,68 @@ def test_random_gguf_loads(maker, tmp_path, monkeypatch, size, kind):
         assert model.config == other.config
         logits = model.forward(np.arange(5, 15))
     assert np.isfinite(logits).all() and logits.std() > 0.01
+
+
+# ---- tools/compare_builds.py --------------------------------------------------------------------------------------
+
+
+MISTAKE = """
+
+_right = Model.run_with_cache
+
+
+def _wrong(self, *args, **options):
+    logits, cache = _right(self, *args, **options)
+    logits[-1] += self.d_vocab == 321
+    return logits, cache
+
+
+Model.run_with_cache = _wrong
+"""
+
+
+@pytest.fixture(scope="module")
+def two_builds(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """This package in a folder, the same with a mistake in it, and a small plan of what to compare."""
+    source = Path(gemma4.__file__).parent
+    folders = [tmp_path_factory.mktemp(name) for name in ("right", "wrong")]
+    for folder in folders:
+        shutil.copytree(source, folder / "gemma4", ignore=shutil.ignore_patterns("pretrained", "__pycache__", "*.so"))
+        (folder / "gemma4" / Path(_engine.__file__).name).symlink_to(_engine.__file__)
+        if blas := importlib.util.find_spec("scipy_openblas32"):  # which the engine looks for beside its package
+            (folder / "scipy_openblas32").symlink_to(Path(blas.origin).parent)
+    with (folders[1] / "gemma4" / "__init__.py").open("a") as file:
+        file.write(MISTAKE)
+    files = tmp_path_factory.mktemp("files")
+    for name, d_vocab in (("small", 320), ("other", 321)):
+        write_checkpoint(files / name, E_LIKE | {"vocab_size": d_vocab, "vocab_size_per_layer_input": d_vocab})
+    text = [{"name": name, "prompts": [[5, 7, 11]]} for name in ("small", "other")]
+    (files / "plan.json").write_text(json.dumps({"text": text, "media": [], "shipped": []}))
+    return *folders, files
+
+
+def compare_builds(*arguments: Path | str) -> tuple[int, str]:
+    command = [sys.executable, "-P", str(ROOT / "tools" / "compare_builds.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_equal_builds_compare_equal(two_builds):
+    right, _, files = two_builds
+    status, text = compare_builds(right, sys.executable, "--files", files)
+    assert status == 0, text
+    assert "0 cases differ" in text and str(right) in text and "saved" not in text
+
+
+def test_a_build_with_a_mistake_is_seen(two_builds):
+    right, wrong, files = two_builds
+    status, text = compare_builds(right, wrong, "--files", files)
+    assert status == 1, text
+    assert re.search(
+        r"^other/prompt of 3: 1 of \d+ differ, first logits: \d.*% of the values, by 1 ", text, re.MULTILINE
+    ), text
+    assert "small/" not in text and ": 1 cases differ" in text
+    assert compare_builds(right, wrong, "--files", files, "--only", "small/*")[0] == 0
 
 
 # ---- benchmarks ---------------------------------------------------------------------------------------------------
