@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine
+from gemma4.encoders.soft_tokens import encode
 from gemma4.info import mapped_bytes, peak_bytes, size
-from gemma4.media.cache import encode
 from gemma4.media.medium import Medium, read_media
 from gemma4.model import Model, Precision, load
 from gemma4.profile import Limits, Profile

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.chat import check_messages, encode_chat
+from gemma4.encoders.hooks import EncoderTaps
 from gemma4.errors import CapacityError, StateError
 from gemma4.media.medium import read_media
 from gemma4.media.prompt import SoftRows, TokenizedPrompt, expander, locate
-from gemma4.media.taps import EncoderTaps
 from gemma4.sequence import Sequence
 from gemma4.step import Prompt
+from gemma4.text.chat import check_messages, encode_chat
 
 if TYPE_CHECKING:
     from gemma4.model import Model

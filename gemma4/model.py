@@ -15,26 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine, info
-from gemma4.encoders import Encoder, encode_audio, encode_image, encode_video
+from gemma4.encoders.encoder import Encoder, encode_audio, encode_image, encode_video
+from gemma4.encoders.hooks import EncoderTaps
+from gemma4.encoders.soft_tokens import EncodedMedia
 from gemma4.inputs import Messages, TokensLike, as_batch, tokenize_prompt
 from gemma4.interp.hooks import Hook, NaNLog, activated, active_hooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, SiteTable, names_of, reusable
 from gemma4.load import Checkpoint, TextConfig, open_checkpoint
 from gemma4.load.checkpoint import EngineTensor
 from gemma4.load.dtypes import is_quantised, stored_rows
-from gemma4.media.cache import EncodedMedia
 from gemma4.media.image import BUDGETS
 from gemma4.media.medium import Modalities
 from gemma4.media.prompt import TokenizedPrompt
-from gemma4.media.taps import EncoderTaps
 from gemma4.profile import Profile, profiling
 from gemma4.sequence import KVDtype, Sequence, restore
 from gemma4.step import Output, Positions, Want, run_step
 
 if TYPE_CHECKING:
-    from gemma4.chat import ChatTemplate
-    from gemma4.generate import TextStream
-    from gemma4.tokenizer import Tokenizer
+    from gemma4.generation.stream import TextStream
+    from gemma4.text.chat import ChatTemplate
+    from gemma4.text.tokenizer import Tokenizer
 
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
@@ -380,13 +380,13 @@ class Model:
     # -- generation ----------------------------------------------------------------------------------------------
 
     def generate(self, prompt: Any, **options: Any) -> Any:
-        """Continue a prompt; see `gemma4.generate.generate` for the options and the result."""
-        from gemma4.generate import generate
+        """Continue a prompt; see `gemma4.generation.stream.generate` for the options and the result."""
+        from gemma4.generation.stream import generate
 
         return generate(self, prompt, **options)
 
     def stream(self, prompt: Any, **options: Any) -> TextStream:
-        """Continue a prompt piece by piece; see `gemma4.generate.stream`."""
-        from gemma4.generate import stream
+        """Continue a prompt piece by piece; see `gemma4.generation.stream.stream`."""
+        from gemma4.generation.stream import stream
 
         return stream(self, prompt, **options)

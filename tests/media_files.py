@@ -58,7 +58,7 @@ class Encoders:
     def __init__(self, model: gemma4.Model, monkeypatch: Any) -> None:
         self.model, self.calls = model, []
         model.checkpoint.hf_config = {**model.checkpoint.hf_config, "vision_config": {}, "audio_config": {}}
-        monkeypatch.setattr("gemma4.media.cache.encode", self.encode)
+        monkeypatch.setattr("gemma4.encoders.soft_tokens.encode", self.encode)
 
     def encode(self, model: gemma4.Model, medium: Medium) -> tuple[np.ndarray, list]:
         assert model is self.model

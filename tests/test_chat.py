@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma4.chat import ChatTemplate, ModelTurn, ToolCall, encode_chat, parse_turn
 from gemma4.errors import FormatError
-from gemma4.tokenizer import Tokenizer
-from gemma4.turn import parse_arguments
+from gemma4.text.chat import ChatTemplate, ModelTurn, ToolCall, encode_chat, parse_turn
+from gemma4.text.tokenizer import Tokenizer
+from gemma4.text.turn import parse_arguments
 
 DATA = Path(__file__).parent / "data"
 SOURCE = (DATA / "chat_template.jinja").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma4 import CapacityError, StateError
-from gemma4.textflow import TurnText
+from gemma4.generation.pieces import TurnText
 
 
 def greedy_by_hand(model, ids, n):

@@ -22,7 +22,7 @@ from gemma4.interp.lens import logit_lens
 from gemma4.load import cache, open_checkpoint
 from gemma4.load.dtypes import ENGINE_DTYPES, is_quantised, stored_rows
 from gemma4.load.gguf import TENSOR_TYPES, GgufFile
-from gemma4.tokenizer import Tokenizer
+from gemma4.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent / "data"
 IDS = np.array([2, 5, 90, 17, 300, 33, 64, 129, 7, 300, 11, 12] * 5, np.int32)  # longer than the window of 32

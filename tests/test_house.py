@@ -44,6 +44,60 @@ def text_of(path: Path) -> str:
     return "" if b"\0" in data[:8192] else data.decode(errors="replace")
 
 
+# ---- public paths -------------------------------------------------------------------------------------------------
+
+# What could be imported before modules moved, each from where it was
+OLD_PATHS = {
+    "gemma4.chat": ("ChatTemplate", "ModelTurn", "ToolCall", "check_messages", "encode_chat", "parse_turn"),
+    "gemma4.cli": ("main",),
+    "gemma4.decode": ("Generation", "Timings"),
+    "gemma4.encoders": ("Encoder", "MediumLike", "encode_audio", "encode_image", "encode_video", "inputs_of"),
+    "gemma4.generate": ("Generation", "Options", "TextStream", "Timings", "default_stop_ids", "generate", "stream"),
+    "gemma4.info": ("ModelInfo", "count", "describe", "mapped_bytes", "peak_bytes", "resident_bytes", "size"),
+    "gemma4.inputs": (
+        "Messages",
+        "PromptLike",
+        "TokensLike",
+        "as_ids",
+        "as_tokenized",
+        "is_messages",
+        "tokenize_prompt",
+    ),
+    "gemma4.media.cache": ("EncodedMedia", "encode"),
+    "gemma4.media.medium": ("Medium", "Modalities", "read_audio", "read_image", "read_media", "read_video"),
+    "gemma4.media.prompt": (
+        "EncoderCache",
+        "SoftRows",
+        "SoftRun",
+        "TokenizedPrompt",
+        "expander",
+        "locate",
+        "run_start",
+    ),
+    "gemma4.media.taps": ("EncoderTaps",),
+    "gemma4.media.tasks": ("Passage", "detect", "transcribe"),
+    "gemma4.model": ("Model", "Precision", "load"),
+    "gemma4.sampling": (
+        *("Processor", "Sample", "Sampler", "SamplingParams", "StopCriteria", "kth_largest", "logprobs"),
+    ),
+    "gemma4.sequence": ("KVDtype", "Sequence", "restore"),
+    "gemma4.step": ("Output", "Positions", "Prompt", "run_step", "select_positions"),
+    "gemma4.textflow": ("ContinuationText", "Piece", "TurnText"),
+    "gemma4.tokenizer": ("CONTROL", "DecodeStream", "Tokenizer"),
+    "gemma4.turn": ("ModelTurn", "ToolCall", "parse_arguments", "parse_turn"),
+}
+
+
+@pytest.mark.parametrize("path", OLD_PATHS)
+def test_old_public_paths(path):
+    """Each in a process of its own: as an import, and from the package alone where that has always sufficed."""
+    names = OLD_PATHS[path]
+    lazy = path in ("gemma4.cli", "gemma4.media.tasks")  # a plain `import gemma4` never brought these
+    uses = [] if lazy else [f"import gemma4; {path}.{names[0]}"]
+    for code in (*uses, f"import {path}; {path}.{names[0]}", f"from {path} import {', '.join(names)}"):
+        subprocess.run([sys.executable, "-P", "-W", "error", "-c", code], check=True, cwd=ROOT.parent)
+
+
 # ---- csrc/ ------------------------------------------------------------------------------------------------------
 
 

@@ -14,13 +14,13 @@ from media_files import Encoders, encoded, picture, tone
 from small_models import E_LIKE, MULTIMODAL
 
 import gemma4
-from gemma4.chat import ChatTemplate, encode_chat
 from gemma4.errors import FormatError
 from gemma4.load.config import parse_config
 from gemma4.load.encoder_config import parse_encoders
 from gemma4.media.medium import Modalities, read_audio, read_image, read_media
 from gemma4.media.prompt import expander, locate
-from gemma4.tokenizer import Tokenizer
+from gemma4.text.chat import ChatTemplate, encode_chat
+from gemma4.text.tokenizer import Tokenizer
 
 Image = pytest.importorskip("PIL.Image")
 DATA = Path(__file__).parent / "data"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gemma4.errors import FormatError
-from gemma4.sampling import (
+from gemma4.generation.sampling import (
     Sample,
     Sampler,
     SamplingParams,

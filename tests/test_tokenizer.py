@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gemma4.errors import FormatError
-from gemma4.tokenizer import Tokenizer
+from gemma4.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parent / "data"
 

@@ -20,8 +20,8 @@ from gemma4.load.mapped import MappedFile, TensorInfo
 from gemma4.load.names import PLE_TABLE
 
 if TYPE_CHECKING:
-    from gemma4.chat import ChatTemplate
-    from gemma4.tokenizer import Tokenizer
+    from gemma4.text.chat import ChatTemplate
+    from gemma4.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]  # files opened, files in all, name of the file
 EngineTensor = tuple[str, tuple[int, ...], Any, int]  # dtype, shape, buffer, byte offset

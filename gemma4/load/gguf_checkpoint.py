@@ -22,8 +22,8 @@ from gemma4.load.gguf_config import ROPE_FREQS, parse_metadata, stored_name, wan
 from gemma4.load.mmproj import Mmproj, find_mmproj
 
 if TYPE_CHECKING:
-    from gemma4.chat import ChatTemplate
-    from gemma4.tokenizer import Tokenizer
+    from gemma4.text.chat import ChatTemplate
+    from gemma4.text.tokenizer import Tokenizer
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 _SHOWN = 4096  # elements of an array that hf_config shows
@@ -74,7 +74,7 @@ class GgufCheckpoint(Checkpoint):
 
     def load_tokenizer(self) -> Tokenizer:
         """Made from the metadata, which takes seconds for a full vocabulary; the result is kept in the user's cache."""
-        from gemma4.tokenizer import Tokenizer
+        from gemma4.text.tokenizer import Tokenizer
 
         if self.tokenizer_path is None:
             raise StateError(f"{self.path} holds no tokenizer: pass token ids")
@@ -91,7 +91,7 @@ class GgufCheckpoint(Checkpoint):
         return tokenizer
 
     def load_chat_template(self) -> ChatTemplate | None:
-        from gemma4.chat import ChatTemplate
+        from gemma4.text.chat import ChatTemplate
 
         source = self.metadata.get("tokenizer.chat_template")
         if source is None:

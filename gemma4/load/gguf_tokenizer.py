@@ -14,7 +14,7 @@ from typing import Any
 
 from gemma4.errors import FormatError
 from gemma4.load.gguf import GgufArray
-from gemma4.tokenizer import CONTROL
+from gemma4.text.tokenizer import CONTROL
 
 PREFIX = "tokenizer.ggml."
 _MODELS = ("gemma4", "llama")
@@ -117,7 +117,7 @@ def _added(tokens: list[str], kinds: list[int]) -> list[dict[str, Any]]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": kind != _USER_DEFINED,  # `gemma4.tokenizer.Tokenizer` knows the chat format's among them
+            "special": kind != _USER_DEFINED,  # `gemma4.text.tokenizer.Tokenizer` knows the chat format's among them
         }
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) or token in _NAMED or CONTROL.fullmatch(token)

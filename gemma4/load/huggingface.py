@@ -23,8 +23,8 @@ from gemma4.load.names import encoder_names, text_prefix, text_tensors
 from gemma4.load.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
-    from gemma4.chat import ChatTemplate
-    from gemma4.tokenizer import Tokenizer
+    from gemma4.text.chat import ChatTemplate
+    from gemma4.text.tokenizer import Tokenizer
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 _MAX_JSON = 64 << 20
@@ -60,14 +60,14 @@ class HuggingFaceCheckpoint(Checkpoint):
         return {name: self._engine_tensor(stored) for name, stored in names.items()}
 
     def load_tokenizer(self) -> Tokenizer:
-        from gemma4.tokenizer import Tokenizer
+        from gemma4.text.tokenizer import Tokenizer
 
         if self.tokenizer_path is None:
             raise StateError(f"{self.path} has no tokenizer.json: pass token ids, or add the file")
         return Tokenizer.load(self.tokenizer_path)
 
     def load_chat_template(self) -> ChatTemplate | None:
-        from gemma4.chat import ChatTemplate
+        from gemma4.text.chat import ChatTemplate
 
         return ChatTemplate.load(self.path)
 

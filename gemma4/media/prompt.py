@@ -17,9 +17,9 @@ from gemma4.media.audio import MS_PER_TOKEN
 from gemma4.media.medium import KINDS, PLACEHOLDER, Kind, Medium
 
 if TYPE_CHECKING:
-    from gemma4.media.taps import EncoderTaps
+    from gemma4.encoders.hooks import EncoderTaps
     from gemma4.model import Model
-    from gemma4.tokenizer import Tokenizer
+    from gemma4.text.tokenizer import Tokenizer
 
 # What stands for a position's token in the engine's run: it takes an embedding, of this kind.
 SOFT_ID: dict[Kind, int] = {"audio": -1, "image": -2, "video": -3}

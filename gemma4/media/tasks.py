@@ -18,7 +18,7 @@ from gemma4.media.image import ImageLike
 from gemma4.media.silence import Segment, split
 
 if TYPE_CHECKING:
-    from gemma4.generate import Generation
+    from gemma4.generation.stream import Generation
     from gemma4.model import Model
 
 _DETECT = "Detect {}, output only ```json"

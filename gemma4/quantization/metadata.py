@@ -22,7 +22,7 @@ from gemma4.load.gguf_checkpoint import SAMPLING_KEYS, TOKEN_KEYS, TURN_ENDS, Gg
 from gemma4.load.gguf_config import ARCHITECTURE, parse_metadata
 from gemma4.load.gguf_tokenizer import PREFIX
 from gemma4.load.mapped import TensorInfo
-from gemma4.tokenizer import CONTROL
+from gemma4.text.tokenizer import CONTROL
 
 # llama.cpp's number of a file's kind (llama_ftype), which it only shows
 _FILE_TYPES = {

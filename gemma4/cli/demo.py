@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma4.generate import Generation
+from gemma4.generation.stream import Generation
 from gemma4.info import count, peak_bytes, resident_bytes, size
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.lens import LENS_SITES, LogitLens, logit_lens

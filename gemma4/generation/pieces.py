@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.turn import ModelTurn, parse_turn
+from gemma4.text.turn import ModelTurn, parse_turn
 
 if TYPE_CHECKING:
     from gemma4.model import Model
-    from gemma4.tokenizer import Tokenizer
+    from gemma4.text.tokenizer import Tokenizer
 
 _THINK, _CALL = ("<|channel>", "<channel|>"), ("<|tool_call>", "<tool_call|>")
 

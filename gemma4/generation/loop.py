@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.encoders.hooks import EncoderTaps
+from gemma4.generation.pieces import ContinuationText, Piece, TurnText
+from gemma4.generation.sampling import Sample, Sampler, StopCriteria
 from gemma4.inputs import PromptLike, check_fits, is_messages, tokenize_prompt
 from gemma4.interp.cache import ActivationCache, join_caches
 from gemma4.interp.hooks import active_hooks, bind_hooks, hooks_of
 from gemma4.interp.sites import names_of, reusable
 from gemma4.media.prompt import TokenizedPrompt
-from gemma4.media.taps import EncoderTaps
-from gemma4.sampling import Sample, Sampler, StopCriteria
 from gemma4.sequence import Sequence
 from gemma4.step import Output, Prompt, Want, run_step
-from gemma4.textflow import ContinuationText, Piece, TurnText
-from gemma4.turn import ToolCall
+from gemma4.text.turn import ToolCall
 
 if TYPE_CHECKING:
-    from gemma4.generate import Options
+    from gemma4.generation.stream import Options
     from gemma4.model import Model
 
 

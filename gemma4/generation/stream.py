@@ -8,14 +8,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from gemma4.decode import Generation, Run, Timings
 from gemma4.errors import StateError
+from gemma4.generation.loop import Generation, Run, Timings
+from gemma4.generation.pieces import Piece
+from gemma4.generation.sampling import Processor, SamplingParams, StopCriteria
 from gemma4.inputs import PromptLike, is_prompt_list
 from gemma4.interp.hooks import Hook
 from gemma4.interp.sites import Names
-from gemma4.sampling import Processor, SamplingParams, StopCriteria
 from gemma4.sequence import Sequence
-from gemma4.textflow import Piece
 
 if TYPE_CHECKING:
     from gemma4.model import Model

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.encoders.soft_tokens import encode
 from gemma4.interp.hooks import Hook, SiteHooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, Site, names_of
 from gemma4.load.encoder_config import MODALITIES, Modality
-from gemma4.media.cache import encode
 from gemma4.media.medium import Kind, Medium
 from gemma4.media.prompt import TokenizedPrompt
 
 if TYPE_CHECKING:
-    from gemma4.encoders import Encoder
+    from gemma4.encoders.encoder import Encoder
     from gemma4.model import Model
 
 

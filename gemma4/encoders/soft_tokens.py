@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.encoders import inputs_of
+from gemma4.encoders.encoder import inputs_of
 from gemma4.interp.hooks import SiteHooks
 from gemma4.interp.sites import Site
 from gemma4.media.medium import Medium

@@ -25,8 +25,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
-from gemma4.tokenizer import Tokenizer
-from gemma4.turn import ModelTurn, ToolCall, parse_turn
+from gemma4.text.tokenizer import Tokenizer
+from gemma4.text.turn import ModelTurn, ToolCall, parse_turn
 
 __all__ = ["ChatTemplate", "ModelTurn", "ToolCall", "encode_chat", "parse_turn"]
 

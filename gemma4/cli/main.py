@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
-from gemma4 import cli_media
+from gemma4.cli import media as cli_media
 from gemma4.sequence import KVDtype
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def _load(args: argparse.Namespace) -> Model:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from gemma4.demo import run_demo
+    from gemma4.cli.demo import run_demo
 
     start = time.perf_counter()
     model = _load(args)
@@ -191,7 +191,7 @@ def _stdout() -> Console:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from gemma4.demo import show_speed
+    from gemma4.cli.demo import show_speed
 
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     model = _load(args)
