@@ -61,7 +61,7 @@ typedef struct g4_model g4_model;
 typedef struct g4_sequence g4_sequence;
 
 typedef struct {
-    int n_threads; /* 0: the CPUs this process may run on */
+    int n_threads; /* 0: g4_cpu_count of base/cpu.h */
     bool fast; /* precision "fast": other orders of addition, x in fewer bits; else the same bits on every machine */
 } g4_model_options;
 
@@ -200,7 +200,6 @@ const g4_encoder_config *g4_encoder_config_of(const g4_encoder *encoder);
 size_t g4_encoder_weight_bytes(const g4_encoder *encoder);
 size_t g4_encoder_copied_bytes(const g4_encoder *encoder); /* of its own, besides the weights */
 int g4_encoder_soft_tokens(const g4_encoder_config *config, int n_rows);
-bool g4_encoder_has_positions(const g4_encoder_config *config); /* its media need g4_medium.positions */
 
 bool g4_encoder_site_exists(const g4_encoder_config *config, g4_site site, int layer);
 int g4_encoder_site_shape(const g4_encoder_config *config, g4_site site, int n_rows, int64_t shape[G4_MAX_DIMS]);

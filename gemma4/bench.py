@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,12 +15,11 @@ from numpy.typing import NDArray
 
 from gemma4 import _engine
 from gemma4.encoders.soft_tokens import encode
-from gemma4.info import mapped_bytes, peak_bytes
+from gemma4.info import mapped_bytes, peak_bytes, size
 from gemma4.media.medium import Medium, read_media
 from gemma4.model import Model, Precision, load
 from gemma4.profile import Limits, Profile
 from gemma4.sequence import KVDtype
-from gemma4.units import size
 
 READ_FLOATS = 1 << 26  # 256 MiB: more than any last-level cache of a desktop
 LIMIT_SECONDS, MAX_PASSES = 0.25, 30
@@ -61,7 +59,6 @@ class Benchmark:
     weights          bytes of the files' maps that are resident then, and how many of these lie in huge pages
     limits           of this machine, with as many threads, measured right after
     media            "image PATH" and so on: from decoded pixels or samples to soft tokens
-    inputs           the model's files
     """
 
     model: str
@@ -75,7 +72,6 @@ class Benchmark:
     limits: Limits
     notes: tuple[str, ...] = field(default=())
     media: dict[str, Speed] = field(default_factory=dict)
-    inputs: tuple[Path, ...] = ()
 
     @property
     def phases(self) -> dict[str, Speed]:
@@ -248,6 +244,6 @@ def bench(
         limits = measure_limits(model.engine.threads)  # last: its array would count as memory
         engine = model.engine
         how = f"{engine.isa}, {engine.threads} threads, precision {engine.precision}, KV {model.kv_dtype}"
-        measured = (load_s, *speeds, peak, weights, limits)
-        path, inputs = str(model.checkpoint.path), model.checkpoint.inputs
-        return Benchmark(path, how, prompt, *measured, tuple(notes), encoding, inputs)
+        return Benchmark(
+            str(model.checkpoint.path), how, prompt, load_s, *speeds, peak, weights, limits, tuple(notes), encoding
+        )

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine, info
-from gemma4.encoders.encoder import Encoder
+from gemma4.encoders.encoder import Encoder, encode_audio, encode_image, encode_video
 from gemma4.encoders.hooks import EncoderTaps
-from gemma4.encoders.soft_tokens import EncodedMedia, encode_audio, encode_image, encode_video
+from gemma4.encoders.soft_tokens import EncodedMedia
 from gemma4.inputs import Messages, TokensLike, as_batch, tokenize_prompt
 from gemma4.interp.hooks import Hook, NaNLog, activated, active_hooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, SiteTable, names_of, reusable
@@ -54,8 +54,8 @@ def load(
     part of a split one; tokenizer and chat template come from its metadata).
 
     The files are mapped, not read: this takes a moment for any size. mmproj: the file that holds a .gguf model's image
-    and audio encoders; None: the only mmproj*.gguf beside it, if there is one that fits. threads: 0 = the CPUs this
-    process may use. precision: "exact" (the same bits for any thread count, batch and chunking), "fast" (whatever is
+    and audio encoders; None: the only mmproj*.gguf beside it, if there is one that fits. threads: 0 = the
+    physical cores this process may use, at most its CPU quota. precision: "exact" (the same bits for any thread count, batch and chunking), "fast" (whatever is
     quickest), or None: "fast" if a weight is quantised, else "exact". kv_dtype: how new sequences keep keys and values:
     "f32", "f16", "bf16" or "q8_0" (heads of a multiple of 32); None: "f16" when fast, else "f32". progress(files done,
     files in all, file name) is called while the files of a checkpoint in parts are opened.

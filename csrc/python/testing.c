@@ -92,7 +92,7 @@ static bool int8_rows_of(PyObject *arrays, npy_intp m, npy_intp k, g4_int8_rows 
     const npy_intp n = (npy_intp)g4_int8_bytes((int)m, (size_t)k), sizes[] = {n, n / 32, n / 16, n / 32, n / 16};
     void *data[5];
     for (int i = 0; i < 5; i++) {
-        PyObject *one = PyTuple_Check(arrays) && PyTuple_Size(arrays) == 5 ? PyTuple_GetItem(arrays, i) : NULL;
+        PyObject *one = PyTuple_Check(arrays) && PyTuple_GET_SIZE(arrays) == 5 ? PyTuple_GET_ITEM(arrays, i) : NULL;
         if (!one || !PyArray_Check(one) || PyArray_TYPE((PyArrayObject *)one) != types[i] ||
             PyArray_SIZE((PyArrayObject *)one) != sizes[i] || !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)one)) {
             PyErr_Format(PyExc_ValueError, "expected what quantize_rows returns for x [%zd, %zd]", m, k);
@@ -296,10 +296,9 @@ static PyObject *test_matmul_tiles(PyObject *self, PyObject *args)
     uint16_t *ws = PyMem_Calloc(n_groups, n_tiles * sizeof *ws), *narrow = PyMem_Calloc((size_t)k + 1, sizeof *narrow);
     float *sums = PyMem_Malloc(g4_tile_sums(m, n) * sizeof *sums);
     PyObject *out = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
-    if (!xs.data || !ws || !narrow || !sums) {
-        Py_CLEAR(out);
-        PyErr_NoMemory();
-    } else if (out) {
+    if (!xs.data || !ws || !narrow || !sums)
+        Py_SETREF(out, PyErr_NoMemory());
+    else if (out) {
         fill_tiles(kernels, x, &xs);
         fill_rows(kernels, w, narrow, ws, w_stride);
         kernels->matmul_tiles(&xs, m, ws, w_stride, n, g4_tiles_of(k), sums, false, PyArray_DATA((PyArrayObject *)out),
@@ -553,6 +552,24 @@ static PyObject *test_names(PyObject *self, PyObject *unused)
     return list;
 }
 
+/* cpu_cores(root, cpus) -> int, cpu_quota(root) -> int: base/cpu.h on a system under another root */
+static PyObject *test_cpu_cores(PyObject *self, PyObject *args)
+{
+    const char *root;
+    PyArrayObject *cpus;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!", &root, &PyArray_Type, &cpus) || !is_rows(cpus, NPY_INT32, 1))
+        return NULL;
+    return PyLong_FromLong(g4_cpu_cores(root, PyArray_DATA(cpus), (int)PyArray_DIM(cpus, 0)));
+}
+
+static PyObject *test_cpu_quota(PyObject *self, PyObject *args)
+{
+    const char *root;
+    (void)self;
+    return PyArg_ParseTuple(args, "s", &root) ? PyLong_FromLong(g4_cpu_quota(root)) : NULL;
+}
+
 static PyMethodDef testing_methods[] = {
     {"names", test_names, METH_NOARGS, "Names of all kernels."},
     {"matmul", test_matmul, METH_VARARGS,
@@ -575,6 +592,8 @@ static PyMethodDef testing_methods[] = {
     {"sum_squares", test_sum_squares, METH_VARARGS, "sum_squares(isa, x [n]) -> float"},
     {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n] or uint8 [bytes]) -> float32 [n]"},
     {"narrow", test_narrow, METH_VARARGS, "narrow(isa, dtype, x [n]) -> uint8 [bytes]"},
+    {"cpu_cores", test_cpu_cores, METH_VARARGS, "cpu_cores(root, cpus int32 [n]) -> cores among them"},
+    {"cpu_quota", test_cpu_quota, METH_VARARGS, "cpu_quota(root) -> CPUs of the cgroups' quota, 0: no limit"},
     {NULL, NULL, 0, NULL},
 };
 

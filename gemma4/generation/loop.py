@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.encoders.hooks import EncoderTaps
-from gemma4.generation.options import Options
 from gemma4.generation.pieces import ContinuationText, Piece, TurnText
 from gemma4.generation.sampling import Sample, Sampler, StopCriteria
 from gemma4.inputs import PromptLike, check_fits, is_messages, tokenize_prompt
@@ -25,6 +24,7 @@ from gemma4.step import Output, Prompt, Want, run_step
 from gemma4.text.turn import ToolCall
 
 if TYPE_CHECKING:
+    from gemma4.generation.stream import Options
     from gemma4.model import Model
 
 
@@ -54,12 +54,10 @@ class Generation:
 
     text:           the continuation; for messages, the answer without thinking and tool calls
     tokens:         int32 [n], every sampled id, the stop id included
-    finish_reason:  "stop" (stop id or string), "length" (max_tokens or context), "tool_calls", "malformed" (the model
-                    stopped, but wrote a tool call that has no single meaning), "cancelled"
+    finish_reason:  "stop" (stop id or string), "length" (max_tokens or context), "tool_calls", "cancelled"
     prompt_tokens:  length of the prompt in tokens
     logprobs:       one Sample per token if logprobs= was given
     thinking, tool_calls:  parsed from a model turn (messages only)
-    malformed:      the text of tool calls that could not be read, as the model wrote it
     cache:          with capture=: activations of every position that was run, i.e. of the prompt and of all generated
                     tokens but the last (which was never fed back); `cache.positions` says where the prompt ends;
                     `cache.media` holds those inside the encoders
@@ -73,7 +71,6 @@ class Generation:
     logprobs: list[Sample] | None = None
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    malformed: tuple[str, ...] = ()
     cache: ActivationCache | None = None
 
     def __str__(self) -> str:
@@ -110,7 +107,7 @@ class Track:
     def pending(self, model: Model) -> Prompt:
         """What the cache does not hold yet: the prompt, whose media are encoded here, later one token."""
         start = self.sequence.length
-        soft = self.taps.soft_rows(model, self.prompt, start, self.index) if start < self.n_prompt else None
+        soft = self.prompt.soft_rows(model, self.taps, start, self.index) if start < self.n_prompt else None
         return Prompt(self.sequence, self.ids[start:], self.index, soft)
 
     def accept(self, output: Output) -> list[Piece]:
@@ -136,7 +133,7 @@ class Track:
     def _text_of(self, token: int) -> list[Piece]:
         if self.stops.is_stop_id(token):
             self.finish = "stop"
-            return self._released(self.text.end(token), last=True)
+            return self._released(self.text.flush(), last=True)
         pieces = self._released(self.text.push(token), last=False)
         if not self.finish and self.n_ids == len(self.buffer):
             self.finish = "length"
@@ -162,9 +159,7 @@ class Track:
     def result(self) -> Generation:
         n = len(self.samples)
         turn = self.text.parsed() if isinstance(self.text, TurnText) else None
-        finish = self.finish
-        if turn and finish == "stop":
-            finish = "malformed" if turn.malformed else "tool_calls" if turn.tool_calls else finish
+        finish = "tool_calls" if turn and turn.tool_calls and self.finish == "stop" else self.finish
         return Generation(
             text="".join(piece for piece in self.pieces if piece.channel == "text"),
             tokens=self.ids[self.n_prompt :].copy(),
@@ -174,7 +169,6 @@ class Track:
             logprobs=self.samples if self.sampler.params.logprobs is not None else None,
             thinking=turn.thinking if turn else "",
             tool_calls=turn.tool_calls if turn else (),
-            malformed=turn.malformed if turn else (),
             cache=join_caches(self.caches) if self.caches else None,
         )
 
