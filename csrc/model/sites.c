@@ -122,3 +122,50 @@ bool g4_encoder_site_exists(const g4_encoder_config *config, g4_site site, int l
     default: return false;
     }
 }
+
+/* Of a convolution of stride 2 over n values, one value of padding on each side. */
+static int halved(int n)
+{
+    return (n + 1) / 2;
+}
+
+int g4_encoder_soft_tokens(const g4_encoder_config *config, int n_rows)
+{
+    switch (config->kind) {
+    case G4_VISION_TOWER: return n_rows / (config->pool * config->pool);
+    case G4_AUDIO_TOWER: return halved(halved(n_rows));
+    default: return n_rows;
+    }
+}
+
+static int64_t encoder_axis_size(const g4_encoder_config *c, char letter, int n_rows)
+{
+    switch (letter) {
+    case 'T':
+    case 'S': return c->kind == G4_AUDIO_TOWER ? g4_encoder_soft_tokens(c, n_rows) : n_rows;
+    case 'N': return g4_encoder_soft_tokens(c, n_rows);
+    case 'U': return halved(n_rows);
+    case 'B': return halved(c->d_in);
+    case 'b': return halved(halved(c->d_in));
+    case 'C': return c->conv_channels[0];
+    case 'c': return c->conv_channels[1];
+    case 'X': return c->d_in;
+    case 'D': return c->d_model;
+    case 'I': return c->d_soft;
+    case 'O': return c->d_out;
+    case 'H': return c->n_heads;
+    case 'K': return c->n_kv_heads;
+    case 'h': return c->head_dim;
+    case 'F': return c->d_mlp;
+    default: return 1;
+    }
+}
+
+int g4_encoder_site_shape(const g4_encoder_config *config, g4_site site, int n_rows, int64_t shape[G4_MAX_DIMS])
+{
+    const char *dims = sites[site].dims;
+    int n_dims = (int)strlen(dims);
+    for (int i = 0; i < n_dims; i++)
+        shape[i] = encoder_axis_size(config, dims[i], n_rows);
+    return n_dims;
+}
