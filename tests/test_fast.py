@@ -86,3 +86,42 @@ def test_looking_changes_nothing(name: str, kind: str, tmp_path: Path) -> None:
             assert np.array_equal(logits.view(np.int32), expected.view(np.int32))
             pattern = cache["blocks.0.attn.hook_pattern"]
             assert np.abs(pattern.sum(-1) - 1).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "BF16", "F32"])
+@pytest.mark.parametrize("name", sorted(LIMITS))
+def test_looking_at_pruned_rows_changes_nothing(name: str, kind: str, tmp_path: Path) -> None:
+    """Above the last layer with keys only rows with logits are computed, unless captures and hooks keep more. The
+    number of rows chooses the method: the rows with logits keep theirs."""
+    path = tmp_path / "model.gguf"
+    gemma4.quantize(name, path, type=kind)
+    ids = text_ids(name)[:150]
+    upper = f"blocks.{gemma4.load(name).n_layers - 1}"
+    with gemma4.load(path, precision="fast") as model:
+        for positions in ("last", [3, 90], list(range(40, 110))):
+            expected = model.forward(ids, logits=positions)
+            for names, pos in (("*", None), ("*hook_resid_post", [0, 149]), ("hook_logits", None)):
+                logits, _ = model.run_with_cache(ids, names, pos=pos, logits=positions)
+                assert np.array_equal(logits.view(np.int32), expected.view(np.int32)), (positions, names)
+            for site in (f"{upper}.hook_mlp_out", f"{upper}.attn.hook_z", "blocks.0.hook_resid_pre"):
+                logits = model.run_with_hooks(ids, [(site, lambda x, site: None)], logits=positions)
+                assert np.array_equal(logits.view(np.int32), expected.view(np.int32)), (positions, site)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "BF16"])
+def test_a_hook_that_keeps_a_long_prompt_whole_changes_nothing(kind: str, tmp_path: Path) -> None:
+    """515 tokens are two chunks, with a hook one: in both, every row is computed by the method of many rows. Where that
+    is OpenBLAS, the bits of a row depend on how many rows there are; its rounding is all that may differ."""
+    blas = gemma4.cpu_info()["isa"] in ("scalar", "avx512", "avx512_vnni", "neon", "neon_dotprod", "neon_i8mm")
+    path = tmp_path / "model.gguf"
+    gemma4.quantize("tiny-e", path, type=kind)
+    with gemma4.load(path, precision="fast") as model:
+        ids = text_ids("tiny-e")[:515]
+        for positions in ("all", "last"):
+            expected = model.forward(ids, logits=positions)
+            hook = ("blocks.1.hook_resid_pre", lambda x, site: None)
+            logits = model.run_with_hooks(ids, [hook], logits=positions)
+            if blas:
+                assert np.abs(logits - expected).max() <= 2e-2 * np.abs(expected).max()
+            else:
+                assert np.array_equal(logits.view(np.int32), expected.view(np.int32))

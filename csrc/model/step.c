@@ -7,7 +7,7 @@
 #include "model/text/forward.h"
 #include "ops/profile.h"
 
-/* Rows at once: enough that reading the weights costs less than computing with them, few enough that the MLP's
+/* Rows at once, at most: enough that reading the weights costs less than computing with them, few enough that the MLP's
  * activations stay small (2 x 25 MB at 12,288 x 512). */
 enum { DEFAULT_CHUNK = 512 };
 
@@ -111,10 +111,22 @@ static int whole_images(const step *s, int r, int n, bool is_first)
     return fewer > 0 || !is_first ? fewer : more;
 }
 
+/* What is left is cut evenly: no chunk of a long prompt is so short that `fast` computes it by another method, as it would
+ * not if a hook kept the prompt whole. */
+static int chunk_rows(const step *s)
+{
+    const int most = s->options->max_chunk > 0 ? s->options->max_chunk : DEFAULT_CHUNK;
+    int left = 0;
+    for (int r = 0; r < s->n_runs; r++)
+        left += s->runs[r].n_rows - s->done[r];
+    const int n_chunks = (left + most - 1) / most;
+    return n_chunks ? (left + n_chunks - 1) / n_chunks : most;
+}
+
 /* The rows of each run that the next chunk takes: [n_runs] counts. Returns how many in all. */
 static int plan_chunk(const step *s, int *take)
 {
-    const int most = s->options->max_chunk > 0 ? s->options->max_chunk : DEFAULT_CHUNK;
+    const int most = chunk_rows(s);
     int n_rows = 0;
     for (int r = 0; r < s->n_runs; r++) {
         int left = s->runs[r].n_rows - s->done[r], room = most - n_rows;

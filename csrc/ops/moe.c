@@ -32,15 +32,16 @@ void g4_moe_route(const float *probs, int n_rows, int n_experts, int k, const fl
                   weights + (size_t)i * (size_t)k);
 }
 
-void g4_moe_group(const int32_t *ids, int n_rows, int k, int n_experts, int32_t *order, int32_t *first)
+void g4_moe_group(const int32_t *ids, const int *rows, int n_rows, int k, int n_experts, int32_t *order, int32_t *first)
 {
     memset(first, 0, ((size_t)n_experts + 1) * sizeof *first);
     for (int i = 0; i < n_rows * k; i++)
         first[ids[i] + 1]++;
     for (int e = 0; e < n_experts; e++)
         first[e + 1] += first[e];
-    for (int i = 0; i < n_rows * k; i++)
-        order[first[ids[i]]++] = i;
+    for (int i = 0; i < n_rows; i++)
+        for (int pair = rows[i] * k; pair < (rows[i] + 1) * k; pair++)
+            order[first[ids[pair]]++] = pair;
     /* each first[e] now stands at its end, which is where the next one begins */
     for (int e = n_experts; e > 0; e--)
         first[e] = first[e - 1];

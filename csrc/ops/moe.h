@@ -10,8 +10,9 @@
 void g4_moe_route(const float *probs, int n_rows, int n_experts, int k, const float *per_expert_scale, int32_t *ids,
                   float *weights);
 
-/* Sorts the n_rows * k (row, slot) pairs by expert: order[i] = row * k + slot, expert e owns order[first[e]..first[e+1]).
- * first has n_experts + 1 entries. Stable, so each expert sees its rows in order. */
-void g4_moe_group(const int32_t *ids, int n_rows, int k, int n_experts, int32_t *order, int32_t *first);
+/* Sorts the (row, slot) pairs of the n_rows rows by expert: order[i] = row * k + slot, expert e owns
+ * order[first[e]..first[e+1]). first has n_experts + 1 entries. Stable: each expert sees its rows in the order given. */
+void g4_moe_group(const int32_t *ids, const int *rows, int n_rows, int k, int n_experts, int32_t *order,
+                  int32_t *first);
 
 #endif

@@ -40,6 +40,7 @@ static void *narrow_row(const float *row, g4_dtype dtype, size_t n)
 static test_run run_new(const shape *s, g4_dtype dtype)
 {
     test_run t = {.a = {.n_rows = s->n_rows,
+                        .n_deciding = s->n_rows,
                         .n_heads = s->n_heads,
                         .n_kv_heads = s->n_kv_heads,
                         .head_dim = s->head_dim,

@@ -40,7 +40,7 @@ static g4_status cache_keys_and_values(g4_forward *f, int layer, const float *x)
     G4_ALLOC(&f->exec, k, (size_t)f->n_rows * width);
     G4_ALLOC(&f->exec, v, (size_t)f->n_rows * width);
     g4_linear_job jobs[] = {{x, d_model, f->n_rows, w->k, k, width}, {x, d_model, f->n_rows, w->v, v, width}};
-    G4_TRY(g4_linear_jobs(&f->exec, jobs, lc->k_eq_v ? 1 : 2));
+    G4_TRY(g4_text_linear_jobs(f, jobs, lc->k_eq_v ? 1 : 2));
     G4_TRY(g4_tap_rows(f, G4_SITE_K, layer, k));
     if (lc->k_eq_v)
         memcpy(v, k, (size_t)f->n_rows * width * sizeof *v);
@@ -109,6 +109,15 @@ static bool rounds_to_bf16(const g4_matrix *w)
     return w->dtype == G4_BF16 || g4_is_quantised(w->dtype);
 }
 
+/* The number of rows that chooses the method: of rows with logits alone, so that looking changes no bit. */
+static int deciding_rows(const g4_forward *f, const g4_segment *segment)
+{
+    int n = 0;
+    for (int i = 0; g4_rows_are_split(f) && i < segment->n_rows; i++)
+        n += f->logits_slot[segment->first_row + i] >= 0;
+    return n ? n : segment->n_rows;
+}
+
 static g4_status attend(g4_forward *f, int layer, const float *q, float *z)
 {
     const g4_layer_config *lc = &f->config->layers[layer];
@@ -123,6 +132,7 @@ static g4_status attend(g4_forward *f, int layer, const float *q, float *z)
                                  .positions = f->positions + segment->first_row,
                                  .ends = lc->window && f->ends ? f->ends + segment->first_row : NULL,
                                  .n_rows = segment->n_rows,
+                                 .n_deciding = deciding_rows(f, segment),
                                  .n_heads = f->config->n_heads,
                                  .n_kv_heads = lc->n_kv_heads,
                                  .head_dim = lc->head_dim,
@@ -159,7 +169,7 @@ static g4_status project_out(g4_forward *f, int layer, const float *z, float *ou
     g4_matrix by_head = *w;
     const int n_heads = f->config->n_heads, h = f->config->layers[layer].head_dim, d = f->config->d_model;
     if (!g4_tapped(f, G4_SITE_RESULT, layer))
-        return g4_linear(&f->exec, z, f->n_rows, w, out);
+        return g4_text_linear(f, z, w, out);
     float *result;
     g4_linear_job *jobs;
     G4_TRY(with_whole_heads(f, &by_head, (size_t)h));
@@ -179,7 +189,7 @@ static g4_status project_out(g4_forward *f, int layer, const float *z, float *ou
     G4_ALLOC(&f->exec, before, n_bytes / sizeof *before);
     memcpy(before, result, n_bytes);
     G4_TRY(g4_tap_rows(f, G4_SITE_RESULT, layer, result));
-    G4_TRY(g4_linear(&f->exec, z, f->n_rows, w, out));
+    G4_TRY(g4_text_linear(f, z, w, out));
     if (memcmp(before, result, n_bytes) == 0)
         return G4_OK;
     for (int row = 0; row < f->n_rows; row++) {
@@ -211,7 +221,7 @@ g4_status g4_text_attention(g4_forward *f, int layer, float *attn_out)
 
     G4_ALLOC(&f->exec, q, (size_t)f->n_rows * width);
     G4_ALLOC(&f->exec, z, (size_t)f->n_rows * width);
-    G4_TRY(g4_linear(&f->exec, x, f->n_rows, &w->q, q));
+    G4_TRY(g4_text_linear(f, x, &w->q, q));
     G4_TRY(g4_tap_rows(f, G4_SITE_Q, layer, q));
     G4_TRY(head_norm(f, layer, G4_SITE_Q_NORMED, q, w->q_norm, n_heads, q));
     G4_TRY(rotate(f, layer, G4_SITE_ROT_Q, q, n_heads));

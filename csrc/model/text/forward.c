@@ -61,4 +61,7 @@ void g4_forward_prune(g4_forward *f, float *also)
         segment->n_rows = kept - segment->first_row;
     }
     f->n_rows = kept;
+    f->n_with_logits = 0;
+    for (int row = 0; row < kept; row++)
+        f->n_with_logits += f->logits_slot[row] >= 0;
 }

@@ -7,6 +7,7 @@
 #include "model/text/kv_cache.h"
 #include "model/model.h"
 #include "ops/exec.h"
+#include "ops/linear.h"
 
 /* One run's rows in the chunk. */
 typedef struct {
@@ -38,10 +39,11 @@ typedef struct {
 
     int n_rows; /* T: every array below has so many rows */
     int32_t *positions, *row_in_run, *logits_slot /* row of the run's logits, or -1 */;
-    int32_t *ends; /* row i sees positions before it where images see themselves; NULL: there are none */
-    bool *wanted;  /* some output needs this row above the last layer that computes keys */
-    float *resid;  /* [T, D] the residual stream */
-    float *ple;    /* [T, L, P] */
+    int32_t *ends;     /* row i sees positions before it where images see themselves; NULL: there are none */
+    bool *wanted;      /* some output needs this row above the last layer that computes keys */
+    int n_with_logits; /* after pruning: rows with logits; 0 before */
+    float *resid;      /* [T, D] the residual stream */
+    float *ple;        /* [T, L, P] */
     float *cosine[G4_MAX_ROPES], *sine[G4_MAX_ROPES]; /* [T, h/2] */
 } g4_forward;
 
@@ -71,6 +73,14 @@ g4_status g4_norm(g4_forward *f, int layer, g4_norm_sites sites, const float *ga
 g4_status g4_text_embed(g4_forward *f, const int32_t *tokens, const float *const *embeddings);
 g4_status g4_text_layers(g4_forward *f, int n_layers);
 g4_status g4_text_logits(g4_forward *f);
+
+/* ---- linear.c: g4_linear_jobs over all rows of the chunk; looking changes no bit ---- */
+/* Whether rows with logits are computed apart from rows that are kept for captures and hooks only. */
+bool g4_rows_are_split(const g4_forward *f);
+/* rows [T]: those with logits first, both parts in order; all in order where they are not split. */
+void g4_order_rows(const g4_forward *f, int *rows);
+g4_status g4_text_linear_jobs(g4_forward *f, const g4_linear_job *jobs, int n_jobs);
+g4_status g4_text_linear(g4_forward *f, const float *x, const g4_matrix *w, float *out); /* dense arrays */
 
 /* ---- attention.c, moe.c ---- */
 /* attn_out [T, D] of the residual stream; prunes in the last layer that computes keys. */

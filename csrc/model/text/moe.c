@@ -22,12 +22,13 @@ static g4_status route(g4_forward *f, int layer, dispatch *d)
     const g4_config *c = f->config;
     const g4_layer_weights *w = &f->model->weights.layers[layer];
     float *x, *probs;
+    int *rows;
     G4_ALLOC(&f->exec, x, (size_t)f->n_rows * (size_t)c->d_model);
     G4_ALLOC(&f->exec, probs, (size_t)f->n_rows * (size_t)c->n_experts);
     G4_TRY(g4_rms_norm(&f->exec, f->resid, w->router_scale, f->n_rows, c->d_model, c->rms_norm_eps, x));
     G4_TRY(g4_scale_rows(&f->exec, x, 1.0f / sqrtf((float)c->d_model), NULL, f->n_rows, c->d_model, x));
     G4_TRY(g4_tap_rows(f, G4_SITE_ROUTER_IN, layer, x));
-    G4_TRY(g4_linear(&f->exec, x, f->n_rows, &w->router, probs));
+    G4_TRY(g4_text_linear(f, x, &w->router, probs));
     G4_TRY(g4_tap_rows(f, G4_SITE_ROUTER_LOGITS, layer, probs));
     G4_TRY(g4_softmax_rows(&f->exec, probs, f->n_rows, c->n_experts));
     G4_TRY(g4_tap_rows(f, G4_SITE_ROUTER_PROBS, layer, probs));
@@ -38,7 +39,9 @@ static g4_status route(g4_forward *f, int layer, dispatch *d)
         if (d->ids[i] < 0 || d->ids[i] >= c->n_experts)
             return g4_fail(f->exec.err, G4_EVALUE, "blocks.%d.moe.hook_expert_ids: an edit chose expert %d of %d",
                            layer, d->ids[i], c->n_experts);
-    g4_moe_group(d->ids, f->n_rows, c->top_k_experts, c->n_experts, d->order, d->first);
+    G4_ALLOC(&f->exec, rows, (size_t)f->n_rows);
+    g4_order_rows(f, rows);
+    g4_moe_group(d->ids, rows, f->n_rows, c->top_k_experts, c->n_experts, d->order, d->first);
     return G4_OK;
 }
 
@@ -64,18 +67,31 @@ static g4_status tap_pairs(g4_forward *f, g4_site site, int layer, const dispatc
     return G4_OK;
 }
 
-/* A job for each expert that has rows: n_out weight rows, every `rows_each`. */
+/* The end of an expert's places of rows with logits; where rows are not split, its first place. */
+static int end_with_logits(const g4_forward *f, const dispatch *d, int expert)
+{
+    int place = d->first[expert];
+    if (g4_rows_are_split(f))
+        while (place < d->first[expert + 1] && f->logits_slot[d->order[place] / f->config->top_k_experts] >= 0)
+            place++;
+    return place;
+}
+
+/* A job for each expert that has rows, two where rows are split: n_out weight rows, every `rows_each`. */
 static int expert_jobs(const g4_forward *f, const dispatch *d, const g4_matrix *w, size_t rows_each, size_t n_out,
                        const float *x, float *out, g4_linear_job *jobs)
 {
     int n_jobs = 0;
     for (int e = 0; e < f->config->n_experts; e++) {
-        int n = d->first[e + 1] - d->first[e];
-        size_t at = (size_t)d->first[e];
-        if (n)
-            jobs[n_jobs++] =
-                (g4_linear_job){x + at * w->n_cols, w->n_cols, n, g4_matrix_rows(w, (size_t)e * rows_each, n_out),
-                                out + at * n_out,   n_out};
+        const int ends[] = {d->first[e], end_with_logits(f, d, e), d->first[e + 1]};
+        for (int part = 0; part < 2; part++) {
+            const size_t at = (size_t)ends[part];
+            const int n = ends[part + 1] - ends[part];
+            if (n)
+                jobs[n_jobs++] =
+                    (g4_linear_job){x + at * w->n_cols, w->n_cols, n, g4_matrix_rows(w, (size_t)e * rows_each, n_out),
+                                    out + at * n_out,   n_out};
+        }
     }
     return n_jobs;
 }
@@ -89,7 +105,7 @@ static g4_status run_experts(g4_forward *f, int layer, const dispatch *d, const 
     g4_linear_job *jobs;
     G4_ALLOC(&f->exec, gate, n * m);
     G4_ALLOC(&f->exec, up, n * m);
-    G4_ALLOC(&f->exec, jobs, 2 * (size_t)f->config->n_experts);
+    G4_ALLOC(&f->exec, jobs, 4 * (size_t)f->config->n_experts); /* gate and up, each in two parts */
 
     int n_jobs = expert_jobs(f, d, &w->experts_gate, w->gate_rows, m, x, gate, jobs);
     n_jobs += expert_jobs(f, d, &w->experts_up, w->gate_rows, m, x, up, jobs + n_jobs);

@@ -50,7 +50,7 @@ static g4_status embed_per_layer(g4_forward *f, const int32_t *tokens)
     G4_ALLOC(&f->exec, token, (size_t)f->n_rows * (size_t)width);
     G4_TRY(gather_per_layer(f, tokens, token));
     TAP(PLE_TOKEN, 0, token);
-    G4_TRY(g4_linear(&f->exec, f->resid, f->n_rows, &w->ple_context, f->ple));
+    G4_TRY(g4_text_linear(f, f->resid, &w->ple_context, f->ple));
     G4_TRY(g4_scale_rows(&f->exec, f->ple, 1.0f / sqrtf((float)c->d_model), NULL, f->n_rows, width, f->ple));
     G4_TRY(g4_rms_norm(&f->exec, f->ple, w->ple_context_norm, n_slices, c->d_ple, c->rms_norm_eps, f->ple));
     TAP(PLE_CONTEXT, 0, f->ple);
@@ -101,12 +101,12 @@ static g4_status dense_mlp(g4_forward *f, int layer, const float *x, float *out)
     G4_ALLOC(&f->exec, up, (size_t)f->n_rows * (size_t)width);
     g4_linear_job jobs[] = {{x, d, f->n_rows, w->gate, gate, (size_t)width},
                             {x, d, f->n_rows, w->up, up, (size_t)width}};
-    G4_TRY(g4_linear_jobs(&f->exec, jobs, 2));
+    G4_TRY(g4_text_linear_jobs(f, jobs, 2));
     TAP(MLP_PRE, layer, gate);
     TAP(MLP_PRE_LINEAR, layer, up);
     G4_TRY(g4_gelu_mul_rows(&f->exec, gate, up, f->n_rows, width, gate));
     TAP(MLP_POST, layer, gate);
-    G4_TRY(g4_linear(&f->exec, gate, f->n_rows, &w->down, out));
+    G4_TRY(g4_text_linear(f, gate, &w->down, out));
     return g4_tap_rows(f, G4_SITE_MLP_PROJ, layer, out);
 }
 
@@ -154,13 +154,13 @@ static g4_status per_layer_embedding(g4_forward *f, int layer, float *out)
     G4_ALLOC(&f->exec, slice, (size_t)f->n_rows * (size_t)p);
     G4_ALLOC(&f->exec, gate, (size_t)f->n_rows * (size_t)p);
     G4_TRY(copy_ple_slice(f, layer, slice));
-    G4_TRY(g4_linear(&f->exec, f->resid, f->n_rows, &w->ple_gate, gate));
+    G4_TRY(g4_text_linear(f, f->resid, &w->ple_gate, gate));
     TAP(PLE_GATE_PRE, layer, gate);
     G4_TRY(g4_gelu_rows(&f->exec, gate, f->n_rows, p, gate));
     TAP(PLE_GATE, layer, gate);
     G4_TRY(g4_mul_rows(&f->exec, gate, slice, f->n_rows, p, gate));
     TAP(PLE_GATED, layer, gate);
-    G4_TRY(g4_linear(&f->exec, gate, f->n_rows, &w->ple_projection, out));
+    G4_TRY(g4_text_linear(f, gate, &w->ple_projection, out));
     G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_N_SITES, G4_N_SITES}, w->ple_norm, out, out));
     return g4_tap_rows(f, G4_SITE_PLE_OUT, layer, out);
 }
@@ -212,30 +212,101 @@ static bool logits_tapped(const g4_forward *f)
     return g4_tapped(f, G4_SITE_LOGITS_RAW, 0) || g4_tapped(f, G4_SITE_LOGITS, 0);
 }
 
-/* Rows [first, end) of x to logits, announced and handed out. */
-static g4_status logits_block(g4_forward *f, const float *x, int first, int n)
+/* The head's logits [n, V] of rows [first, first + n) of x. */
+static g4_status head(g4_forward *f, const float *x, int first, int n, float *logits)
 {
-    const g4_config *c = f->config;
-    const size_t d = (size_t)c->d_model, v = (size_t)c->d_vocab;
-    float *logits;
-    G4_ALLOC(&f->exec, logits, (size_t)n * v);
-    G4_TRY(g4_linear(&f->exec, x + (size_t)first * d, n, &f->model->weights.head, logits));
-    if (c->logit_softcap > 0) {
-        TAP(LOGITS_RAW, 0, logits);
-        G4_TRY(g4_softcap_rows(&f->exec, logits, c->logit_softcap, n, c->d_vocab));
-    }
-    TAP(LOGITS, 0, logits);
+    return g4_linear(&f->exec, x + (size_t)first * (size_t)f->config->d_model, n, &f->model->weights.head, logits);
+}
+
+static g4_status cap_logits(g4_forward *f, float *logits, int n)
+{
+    if (f->config->logit_softcap > 0)
+        return g4_softcap_rows(&f->exec, logits, f->config->logit_softcap, n, f->config->d_vocab);
+    return G4_OK;
+}
+
+/* Logits [V] of a row of the chunk, to the run that asked for them. */
+static void give_logits(g4_forward *f, int s, int row, const float *logits)
+{
+    const size_t v = (size_t)f->config->d_vocab;
+    if (f->logits_slot[row] >= 0)
+        memcpy(f->runs[f->segments[s].run].logits + (size_t)f->logits_slot[row] * v, logits, v * sizeof *logits);
+}
+
+/* logits: of rows [first, first + n). */
+static void give_block(g4_forward *f, int first, int n, const float *logits)
+{
     for (int s = 0; s < f->n_segments; s++) {
-        const g4_segment *segment = &f->segments[s];
-        for (int row = segment->first_row; row < segment->first_row + segment->n_rows; row++)
-            if (row >= first && row < first + n && f->logits_slot[row] >= 0)
-                memcpy(f->runs[segment->run].logits + (size_t)f->logits_slot[row] * v,
-                       logits + (size_t)(row - first) * v, v * sizeof *logits);
+        const int begin = f->segments[s].first_row, end = begin + f->segments[s].n_rows;
+        for (int row = begin > first ? begin : first; row < end && row < first + n; row++)
+            give_logits(f, s, row, logits + (size_t)(row - first) * (size_t)f->config->d_vocab);
+    }
+}
+
+/* Blocks of [begin, end) have LOGITS_BLOCK rows each, the last one, too: it begins before the end of the one before it.
+ * So the method of a row, which depends on the rows of its block, does not depend on where chunks end. */
+static int next_block(int begin, int end, int *first)
+{
+    *first = end - *first >= LOGITS_BLOCK ? *first : end - LOGITS_BLOCK;
+    *first = *first < begin ? begin : *first;
+    return end - *first < LOGITS_BLOCK ? end - *first : LOGITS_BLOCK;
+}
+
+/* Memory stays small however many rows have logits. */
+static g4_status logits_in_blocks(g4_forward *f, const float *x)
+{
+    g4_arena_mark mark = g4_arena_save(f->exec.arena);
+    for (int first = 0, n; first < f->n_rows; first += n) {
+        float *logits;
+        n = next_block(0, f->n_rows, &first);
+        G4_ALLOC(&f->exec, logits, (size_t)n * (size_t)f->config->d_vocab);
+        G4_TRY(head(f, x, first, n, logits));
+        G4_TRY(cap_logits(f, logits, n));
+        give_block(f, first, n, logits);
+        g4_arena_restore(f->exec.arena, mark);
     }
     return G4_OK;
 }
 
-/* Of the rows that are left, those that want logits; the others were only captured below. */
+/* Rows [begin, end) of `rows`, in the same blocks as above, into their places of logits [T, V]. */
+static g4_status scatter_logits(g4_forward *f, const float *x, const int *rows, int begin, int end, float *logits)
+{
+    const size_t d = (size_t)f->config->d_model, v = (size_t)f->config->d_vocab;
+    g4_arena_mark mark = g4_arena_save(f->exec.arena);
+    for (int first = begin, n; first < end; first += n) {
+        float *some_x, *some;
+        n = next_block(begin, end, &first);
+        G4_ALLOC(&f->exec, some_x, (size_t)n * d);
+        G4_ALLOC(&f->exec, some, (size_t)n * v);
+        for (int i = 0; i < n; i++)
+            memcpy(some_x + (size_t)i * d, x + (size_t)rows[first + i] * d, d * sizeof *x);
+        G4_TRY(head(f, some_x, 0, n, some));
+        for (int i = 0; i < n; i++)
+            memcpy(logits + (size_t)rows[first + i] * v, some + (size_t)i * v, v * sizeof *some);
+        g4_arena_restore(f->exec.arena, mark);
+    }
+    return G4_OK;
+}
+
+/* Sites of logits show all rows at once. Rows with logits are multiplied in the blocks that they have unseen. */
+static g4_status announced_logits(g4_forward *f, const float *x)
+{
+    float *logits;
+    int *rows;
+    G4_ALLOC(&f->exec, logits, (size_t)f->n_rows * (size_t)f->config->d_vocab);
+    G4_ALLOC(&f->exec, rows, (size_t)f->n_rows);
+    g4_order_rows(f, rows);
+    G4_TRY(scatter_logits(f, x, rows, 0, f->n_with_logits, logits));
+    G4_TRY(scatter_logits(f, x, rows, f->n_with_logits, f->n_rows, logits));
+    if (f->config->logit_softcap > 0)
+        TAP(LOGITS_RAW, 0, logits);
+    G4_TRY(cap_logits(f, logits, f->n_rows));
+    TAP(LOGITS, 0, logits);
+    give_block(f, 0, f->n_rows, logits);
+    return G4_OK;
+}
+
+/* The others were only captured below. */
 static void keep_rows_with_logits(g4_forward *f, float *x)
 {
     f->ple = NULL;
@@ -253,13 +324,8 @@ g4_status g4_text_logits(g4_forward *f)
     G4_TRY(g4_norm(f, 0, (g4_norm_sites){G4_SITE_FINAL_SCALE, G4_SITE_FINAL_NORMALIZED}, f->model->weights.final_norm,
                    f->resid, x));
     TAP(FINAL_OUT, 0, x);
-    if (logits_tapped(f)) /* whoever looks at logits sees all rows at once */
-        return logits_block(f, x, 0, f->n_rows);
+    if (logits_tapped(f))
+        return announced_logits(f, x);
     keep_rows_with_logits(f, x);
-    g4_arena_mark mark = g4_arena_save(f->exec.arena);
-    for (int first = 0; first < f->n_rows; first += LOGITS_BLOCK) {
-        G4_TRY(logits_block(f, x, first, f->n_rows - first < LOGITS_BLOCK ? f->n_rows - first : LOGITS_BLOCK));
-        g4_arena_restore(f->exec.arena, mark);
-    }
-    return G4_OK;
+    return logits_in_blocks(f, x);
 }

@@ -11,9 +11,10 @@ typedef struct {
     const int32_t *positions; /* [T], ascending */
     const int32_t *ends;      /* [T], ascending: row i sees positions before ends[i]; NULL: up to its own */
     int n_rows, n_heads, n_kv_heads, head_dim;
-    int window; /* keys a query sees, itself included; 0 = all */
-    int n_keys; /* positions in the cache, the run's own included */
-    bool bf16;  /* a fast exec may round q, keys, values and patterns to it */
+    int n_deciding; /* the number of rows that chooses between tiles and rows; n_rows, or fewer */
+    int window;     /* keys a query sees, itself included; 0 = all */
+    int n_keys;     /* positions in the cache, the run's own included */
+    bool bf16;      /* a fast exec may round q, keys, values and patterns to it */
     g4_kv_view kv;
 } g4_attention;
 

@@ -70,7 +70,7 @@ static size_t tiles_of_head(const g4_attention *a)
 
 bool g4_wants_tiles(const g4_exec *exec, const g4_attention *a)
 {
-    return exec->fast && a->bf16 && exec->kernels->matmul_by_tiles && a->n_rows >= LEAST_QUERIES &&
+    return exec->fast && a->bf16 && exec->kernels->matmul_by_tiles && a->n_deciding >= LEAST_QUERIES &&
            a->head_dim % G4_TILE_INPUTS == 0 && a->head_dim <= MAX_HEAD && tiles_of_head(a) <= MAX_TILES_OF_HEAD;
 }
 
