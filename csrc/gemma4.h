@@ -61,7 +61,7 @@ typedef struct g4_model g4_model;
 typedef struct g4_sequence g4_sequence;
 
 typedef struct {
-    int n_threads; /* 0: the CPUs this process may run on */
+    int n_threads; /* 0: g4_cpu_count of base/cpu.h */
     bool fast; /* precision "fast": other orders of addition, x in fewer bits; else the same bits on every machine */
 } g4_model_options;
 

@@ -73,7 +73,7 @@ class Model:
     def __init__(self, config: Config, tensors: Tensors, *, threads: int = 0, precision: str = "exact") -> None:
         """Check names, shapes and dtypes and keep views of the weights (they are not copied).
 
-        threads: 0 = the CPUs this process may run on. precision: "exact" or "fast".
+        threads: 0 = the physical cores this process may use, at most its CPU quota. precision: "exact" or "fast".
         Raises FormatError (missing tensor, wrong shape or dtype: got, expected), ValueError (config out of range).
         """
     threads: int  # read-only

@@ -54,11 +54,12 @@ def load(
     part of a split one; tokenizer and chat template come from its metadata).
 
     The files are mapped, not read: this takes a moment for any size. mmproj: the file that holds a .gguf model's image
-    and audio encoders; None: the only mmproj*.gguf beside it, if there is one that fits. threads: 0 = the CPUs this
-    process may use. precision: "exact" (the same bits for any thread count, batch and chunking), "fast" (whatever is
-    quickest), or None: "fast" if a weight is quantised, else "exact". kv_dtype: how new sequences keep keys and values:
-    "f32", "f16", "bf16" or "q8_0" (heads of a multiple of 32); None: "f16" when fast, else "f32". progress(files done,
-    files in all, file name) is called while the files of a checkpoint in parts are opened.
+    and audio encoders; None: the only mmproj*.gguf beside it, if there is one that fits. threads: 0 = the physical
+    cores this process may use, at most its CPU quota. precision: "exact" (the same bits for any thread count, batch and
+    chunking), "fast" (whatever is quickest), or None: "fast" if a weight is quantised, else "exact". kv_dtype: how new
+    sequences keep keys and values: "f32", "f16", "bf16" or "q8_0" (heads of a multiple of 32); None: "f16" when fast,
+    else "f32". progress(files done, files in all, file name) is called while the files of a checkpoint in parts are
+    opened.
 
     Raises FileNotFoundError, FormatError (damaged, missing or misshapen files, an mmproj of another model),
     NotImplementedError (an architecture that this engine does not run; the message lists those it does).

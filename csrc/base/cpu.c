@@ -2,11 +2,10 @@
 #include "base/cpu.h"
 
 #include <string.h>
-#include <unistd.h>
 
 #if defined(__linux__)
-#include <sched.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 static const char *const names[G4_N_ISAS] = {
@@ -139,14 +138,3 @@ bool g4_cpu_has(g4_isa isa)
     return isa == G4_ISA_SCALAR;
 }
 #endif
-
-int g4_cpu_count(void)
-{
-#if defined(__linux__)
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        return CPU_COUNT(&set) > 0 ? CPU_COUNT(&set) : 1;
-#endif
-    long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online > 0 ? (int)online : 1;
-}

@@ -28,7 +28,13 @@ g4_isa g4_isa_parse(const char *name);
 /* Whether both the processor and the operating system support it. */
 bool g4_cpu_has(g4_isa isa);
 
-/* The CPUs this process may run on (its affinity mask), at least 1. */
+/* Threads to start by default: the cores of the affinity mask, but no more than the CPU quota. At least 1. */
 int g4_cpu_count(void);
+
+/* Its two parts, of a system whose /proc and /sys lie under `root` ("" is this one).
+ * Cores: hyper-threads of one core count once, because they share its multipliers and its memory requests.
+ * Quota: the CPUs' worth of time that the cgroups (version 1 or 2, nested) of this process grant, rounded up; 0: no limit. */
+int g4_cpu_cores(const char *root, const int *cpus, int n);
+int g4_cpu_quota(const char *root);
 
 #endif

@@ -12,6 +12,10 @@
  * operations of one step is shorter, the gap between two steps is longer, and an idle pool costs nothing. */
 enum { SPINS = 2000 };
 
+/* Of each thread we start, whatever the system's default is (128 KiB with musl, `ulimit -s` with glibc, which takes
+ * thread-local storage out of it). Frames are checked against a limit by the compiler (CMakeLists.txt). */
+enum { STACK_BYTES = 1 << 20 };
+
 typedef struct {
     g4_pool *pool;
     pthread_t thread;
@@ -25,7 +29,8 @@ static const uint64_t TASK_MASK = ((uint64_t)1 << TASK_BITS) - 1;
 
 struct g4_pool {
     int n_threads;
-    pid_t owner; /* the process that started the threads: a fork's child has none */
+    /* The process that started the threads (a fork's child has none), or minus the one that is starting them. */
+    _Atomic(pid_t) owner;
     member *members;
 
     pthread_mutex_t run_lock; /* one run at a time */
@@ -100,6 +105,17 @@ static void announce(g4_pool *pool)
     pthread_mutex_unlock(&pool->lock);
 }
 
+static bool start_thread(member *self)
+{
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0)
+        return false;
+    const bool started = pthread_attr_setstacksize(&attributes, STACK_BYTES) == 0 &&
+                         pthread_create(&self->thread, &attributes, member_main, self) == 0;
+    pthread_attr_destroy(&attributes);
+    return started;
+}
+
 /* Starts the threads; if the system gives fewer than asked for, the pool is that much smaller. */
 static void start_threads(g4_pool *pool)
 {
@@ -110,11 +126,28 @@ static void start_threads(g4_pool *pool)
     atomic_init(&pool->ticket, 0);
     atomic_init(&pool->n_unfinished, 0);
     atomic_init(&pool->stopping, false);
-    pool->owner = getpid();
     for (int i = 1; i < pool->n_threads; i++) {
         pool->members[i] = (member){.pool = pool, .worker = i};
-        if (pthread_create(&pool->members[i].thread, NULL, member_main, &pool->members[i]) != 0)
+        if (!start_thread(&pool->members[i]))
             pool->n_threads = i;
+    }
+}
+
+/* Starts the threads where this process has none yet: in a new pool, and in a fork's child, by the first of the child's
+ * threads to come here; others wait for it. */
+static void ensure_started(g4_pool *pool)
+{
+    const pid_t self = getpid();
+    pid_t owner = atomic_load_explicit(&pool->owner, memory_order_acquire);
+    while (owner != self) {
+        if (owner == -self) {
+            sched_yield();
+            owner = atomic_load_explicit(&pool->owner, memory_order_acquire);
+        } else if (atomic_compare_exchange_strong(&pool->owner, &owner, -self)) {
+            start_threads(pool);
+            atomic_store_explicit(&pool->owner, self, memory_order_release);
+            return;
+        }
     }
 }
 
@@ -129,7 +162,7 @@ g4_pool *g4_pool_new(int n_threads)
         free(pool);
         return NULL;
     }
-    start_threads(pool);
+    ensure_started(pool);
     return pool;
 }
 
@@ -137,7 +170,7 @@ void g4_pool_free(g4_pool *pool)
 {
     if (!pool)
         return;
-    if (pool->owner == getpid()) {
+    if (atomic_load_explicit(&pool->owner, memory_order_acquire) == getpid()) {
         atomic_store_explicit(&pool->stopping, true, memory_order_relaxed); /* announce() publishes it */
         announce(pool);
         for (int i = 1; i < pool->n_threads; i++)
@@ -193,8 +226,7 @@ static g4_status run_alone(int n_tasks, g4_task_fn fn, void *context, g4_poll_fn
 g4_status g4_pool_run(g4_pool *pool, int n_tasks, bool small, g4_task_fn fn, void *context, g4_poll_fn poll,
                       void *poll_context)
 {
-    if (pool->owner != getpid())
-        start_threads(pool);
+    ensure_started(pool);
     if (small || n_tasks <= 1 || n_tasks > MAX_TASKS || pool->n_threads == 1)
         return run_alone(n_tasks, fn, context, poll, poll_context);
     pthread_mutex_lock(&pool->run_lock);

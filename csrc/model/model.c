@@ -16,7 +16,7 @@ static g4_status init(g4_model *model, const g4_config *config, const g4_named_t
     G4_TRY(g4_config_copy(config, &model->config, err));
     G4_TRY(g4_kernels_select(&model->kernels, err));
     if (options->n_threads < 0 || options->n_threads > 1024)
-        return g4_fail(err, G4_EVALUE, "threads = %d: expected 1 to 1024, or 0 for one per CPU", options->n_threads);
+        return g4_fail(err, G4_EVALUE, "threads = %d: expected 1 to 1024, or 0 for the default", options->n_threads);
     model->fast = options->fast;
     if (model->fast)
         g4_blas_init();

@@ -89,7 +89,7 @@ static g4_status measure(limit_task *t, int n_threads, int n_tasks, g4_task_fn f
 static g4_status check_threads(int *n_threads, g4_error *err)
 {
     if (*n_threads < 0 || *n_threads > 1024)
-        return g4_fail(err, G4_EVALUE, "threads = %d: expected 1 to 1024, or 0 for one per CPU", *n_threads);
+        return g4_fail(err, G4_EVALUE, "threads = %d: expected 1 to 1024, or 0 for the default", *n_threads);
     *n_threads = *n_threads ? *n_threads : g4_cpu_count();
     return G4_OK;
 }

@@ -552,6 +552,24 @@ static PyObject *test_names(PyObject *self, PyObject *unused)
     return list;
 }
 
+/* cpu_cores(root, cpus) -> int, cpu_quota(root) -> int: base/cpu.h on a system under another root */
+static PyObject *test_cpu_cores(PyObject *self, PyObject *args)
+{
+    const char *root;
+    PyArrayObject *cpus;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!", &root, &PyArray_Type, &cpus) || !is_rows(cpus, NPY_INT32, 1))
+        return NULL;
+    return PyLong_FromLong(g4_cpu_cores(root, PyArray_DATA(cpus), (int)PyArray_DIM(cpus, 0)));
+}
+
+static PyObject *test_cpu_quota(PyObject *self, PyObject *args)
+{
+    const char *root;
+    (void)self;
+    return PyArg_ParseTuple(args, "s", &root) ? PyLong_FromLong(g4_cpu_quota(root)) : NULL;
+}
+
 static PyMethodDef testing_methods[] = {
     {"names", test_names, METH_NOARGS, "Names of all kernels."},
     {"matmul", test_matmul, METH_VARARGS,
@@ -574,6 +592,8 @@ static PyMethodDef testing_methods[] = {
     {"sum_squares", test_sum_squares, METH_VARARGS, "sum_squares(isa, x [n]) -> float"},
     {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n] or uint8 [bytes]) -> float32 [n]"},
     {"narrow", test_narrow, METH_VARARGS, "narrow(isa, dtype, x [n]) -> uint8 [bytes]"},
+    {"cpu_cores", test_cpu_cores, METH_VARARGS, "cpu_cores(root, cpus int32 [n]) -> cores among them"},
+    {"cpu_quota", test_cpu_quota, METH_VARARGS, "cpu_quota(root) -> CPUs of the cgroups' quota, 0: no limit"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the parts of csrc_test share: counting checks, and a small random model of every branch. */
+#ifndef GEMMA4_TESTS_CSRC_TEST_H
+#define GEMMA4_TESTS_CSRC_TEST_H
+
+#include <stdatomic.h>
+#include <stdio.h>
+
+#include "gemma4.h"
+
+extern atomic_int n_checks, n_failed;
+
+#define CHECK(condition)                                                   \
+    do {                                                                   \
+        n_checks++;                                                        \
+        if (!(condition)) {                                                \
+            n_failed++;                                                    \
+            printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+        }                                                                  \
+    } while (0)
+
+enum { D = 40, HEADS = 4, VOCAB = 61, LAYERS = 6, PLE = 8, EXPERTS = 5, MAX_TENSORS = 256 };
+
+typedef struct {
+    g4_layer_config layers[LAYERS];
+    float inv_freq[2][16];
+    g4_config config;
+    g4_named_tensor tensors[MAX_TENSORS];
+    char names[MAX_TENSORS][80];
+    size_t n_tensors;
+    unsigned seed;
+} fixture;
+
+/* Sliding and global layers, shared keys, K = V, experts, per-layer embeddings: all in one. */
+void fixture_init(fixture *f);
+void fixture_free(fixture *f);
+
+/* Both end the program where the engine refuses. */
+g4_model *new_model_with(fixture *f, g4_model_options options);
+g4_model *new_model(fixture *f, int n_threads);
+
+void test_pool(void);
+
+#endif

@@ -1,0 +1,102 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include <pthread.h>
+#include <sched.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "base/pool.h"
+#include "tests/csrc_test.h"
+
+enum { N_TASKS = 16 };
+
+static void count_task(void *context, int task, int worker)
+{
+    (void)worker;
+    atomic_fetch_add(&((atomic_int *)context)[task], 1);
+}
+
+/* A pool freed in the moment after its run, while its threads are still on their way to sleep, or have not even seen
+ * that there was a run. Every task of every run is done once; TSan reads the rest. */
+static void test_pool_freed_after_run(void)
+{
+    for (int n_threads = 1; n_threads <= 5; n_threads++) {
+        for (int round = 0; round < 100; round++) {
+            atomic_int done[N_TASKS] = {0};
+            g4_pool *pool = g4_pool_new(n_threads);
+            for (int run = 0; run <= round % 3; run++)
+                CHECK(g4_pool_run(pool, N_TASKS, false, count_task, done, NULL, NULL) == G4_OK);
+            g4_pool_free(pool);
+            int n_done = 0;
+            for (int i = 0; i < N_TASKS; i++)
+                n_done += atomic_load(&done[i]) == 1 + round % 3;
+            CHECK(n_done == N_TASKS);
+        }
+    }
+}
+
+#ifndef __SANITIZE_THREAD__ /* which starts no threads in a fork's child */
+enum { N_CALLERS = 4 };
+
+typedef struct {
+    g4_pool *pool;
+    atomic_int *n_ready; /* all of them begin together */
+    atomic_int done[N_TASKS];
+} caller;
+
+static void *run_from_a_thread(void *argument)
+{
+    caller *self = argument;
+    atomic_fetch_add(self->n_ready, 1);
+    while (atomic_load(self->n_ready) < N_CALLERS)
+        sched_yield();
+    g4_pool_run(self->pool, N_TASKS, false, count_task, self->done, NULL, NULL);
+    return NULL;
+}
+
+/* The child's first runs, from several threads at once: only one of them may start the pool's threads. */
+static bool run_in_child(g4_pool *pool)
+{
+    static caller callers[N_CALLERS];
+    atomic_int n_ready = 0;
+    pthread_t threads[N_CALLERS];
+    int n_done = 0;
+    for (int i = 0; i < N_CALLERS; i++) {
+        callers[i].pool = pool;
+        callers[i].n_ready = &n_ready;
+        pthread_create(&threads[i], NULL, run_from_a_thread, &callers[i]);
+    }
+    for (int i = 0; i < N_CALLERS; i++) {
+        pthread_join(threads[i], NULL);
+        for (int task = 0; task < N_TASKS; task++)
+            n_done += atomic_load(&callers[i].done[task]) == 1;
+    }
+    g4_pool_free(pool);
+    return n_done == N_CALLERS * N_TASKS;
+}
+
+static void test_pool_after_fork(void)
+{
+    for (int round = 0; round < 50; round++) {
+        atomic_int done[N_TASKS] = {0};
+        g4_pool *pool = g4_pool_new(3);
+        g4_pool_run(pool, N_TASKS, false, count_task, done, NULL, NULL);
+        const pid_t child = fork();
+        int status = -1;
+        if (child == 0) {
+            alarm(20); /* a child that hangs has failed */
+            _exit(run_in_child(pool) ? 0 : 1);
+        }
+        CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+        CHECK(g4_pool_run(pool, N_TASKS, false, count_task, done, NULL, NULL) == G4_OK && done[0] == 2);
+        g4_pool_free(pool);
+    }
+}
+#endif
+
+void test_pool(void)
+{
+    test_pool_freed_after_run();
+#ifndef __SANITIZE_THREAD__
+    test_pool_after_fork();
+#endif
+}
