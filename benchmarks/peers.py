@@ -72,8 +72,8 @@ def run_process(command: list[str], threads: int) -> tuple[str, float, int]:
     return out.rstrip(), float(seconds), int(peak_kb) * 1024
 
 
-def python_engine(engine: str, model: Path, precision: str, settings: Settings) -> Round:
-    """One round of worker.py."""
+def python_engine(engine: str, model: Path, precision: str, settings: Settings, python: str = sys.executable) -> Round:
+    """One round of worker.py, run by that interpreter: another one may have another build of gemma4."""
     worker = str(Path(__file__).with_name("worker.py"))
     options = {
         "--model": model,
@@ -86,7 +86,7 @@ def python_engine(engine: str, model: Path, precision: str, settings: Settings) 
         "--context": settings.context,
         "--sequences": settings.sequences,
     }
-    command = [sys.executable, worker, engine, *(str(word) for pair in options.items() for word in pair)]
+    command = [python, worker, engine, *(str(word) for pair in options.items() for word in pair)]
     out, _, _ = run_process(command, settings.threads)
     result = json.loads(out.rsplit("\n", 1)[-1])
     return {

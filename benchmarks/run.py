@@ -32,6 +32,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--llamacpp", type=Path, help="folder of a built llama.cpp; needs --gguf")
     parser.add_argument("--ik-llamacpp", type=Path, help="folder of a built ik_llama.cpp; needs --gguf")
     parser.add_argument("--gguf", type=Path, help="the same weights as GGUF (default: --model, if that is one)")
+    parser.add_argument(
+        "--other-build", metavar="PYTHON", help="interpreter of an environment with another build of this package"
+    )
     parser.add_argument("--transformers", action="store_true", help="also measure transformers in bfloat16")
     parser.add_argument("--precision", choices=["exact", "fast"], help="of this package (default: the model's own)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -60,6 +63,9 @@ def peers(args: argparse.Namespace) -> list[Peer]:
     if not weights:
         raise SystemExit(f"{args.model} is no GGUF file, nor has it *.safetensors")
     found = [Peer(report.OURS, weights, partial(python_engine, "gemma4", args.model, args.precision))]
+    if args.other_build:
+        run = partial(python_engine, "gemma4", args.model, args.precision, python=args.other_build)
+        found.append(Peer("other build", weights, run))
     for name, folder, dialect in (("llama.cpp", args.llamacpp, UPSTREAM), ("ik_llama.cpp", args.ik_llamacpp, IK)):
         if folder:
             run = partial(llamacpp, find_llama_bench(folder), args.gguf, dialect=dialect)
