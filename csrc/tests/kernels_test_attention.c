@@ -21,7 +21,7 @@ static const shape shapes[] = {{40, 0, 4, 1, 64, 0, 64, false, false},    {33, 7
                                {35, 5, 3, 3, 32, 8, 45, true, false},     {64, 31, 2, 1, 128, 0, 95, false, true},
                                {40, 300, 1, 1, 512, 0, 512, false, false}};
 
-enum { N_SHAPES = sizeof shapes / sizeof *shapes, N_TURNED = 8 };
+enum { N_SHAPES = sizeof shapes / sizeof *shapes, N_ROTATED = 8 };
 
 typedef struct {
     g4_attention a;
@@ -48,7 +48,7 @@ static test_run run_new(const shape *s, g4_dtype dtype)
                         .n_keys = s->begin + s->n_rows,
                         .bf16 = true}};
     const size_t h = (size_t)s->head_dim, width = (size_t)s->n_kv_heads * h, n = (size_t)s->n_slots;
-    const size_t k_width = s->joined ? (size_t)(s->n_kv_heads * 2 * N_TURNED) : width;
+    const size_t k_width = s->joined ? (size_t)(s->n_kv_heads * 2 * N_ROTATED) : width;
     const size_t n_q = (size_t)s->n_rows * (size_t)s->n_heads * h;
     float *k = random_row(NORMAL, n * k_width), *v = random_row(NORMAL, n * width);
     t.q = random_row(NORMAL, n_q), t.z = allocate(n_q * 4), t.gain = random_row(NORMAL, h);
@@ -62,7 +62,7 @@ static test_run run_new(const shape *s, g4_dtype dtype)
     t.a.kv = (g4_kv_view){.k = t.k, .v = t.v, .dtype = dtype, .stride = width, .n_slots = s->n_slots};
     t.a.kv.first = t.a.n_keys > s->n_slots ? t.a.n_keys - s->n_slots : 0;
     if (s->joined)
-        t.a.kv.gain = t.gain, t.a.kv.n_turned = N_TURNED;
+        t.a.kv.gain = t.gain, t.a.kv.n_rotated = N_ROTATED;
     t.a.q = t.q, t.a.z = t.z, t.a.positions = t.positions, t.a.ends = s->ends ? t.ends : NULL;
     free(k), free(v);
     return t;

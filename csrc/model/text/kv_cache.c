@@ -24,8 +24,8 @@ static size_t slot_bytes(const g4_sequence *seq, int layer)
 static size_t key_bytes(const g4_sequence *seq, int layer)
 {
     const size_t n_heads = (size_t)seq->model->config.layers[layer].n_kv_heads;
-    const int turned = seq->layers[layer].n_turned;
-    return turned ? g4_dtype_bytes(seq->dtype, n_heads * 2 * (size_t)turned) : slot_bytes(seq, layer);
+    const int rotated = seq->layers[layer].n_rotated;
+    return rotated ? g4_dtype_bytes(seq->dtype, n_heads * 2 * (size_t)rotated) : slot_bytes(seq, layer);
 }
 
 /* Slots a layer needs before n_rows more rows are written. A sliding layer also keeps one window of slack, so that a
@@ -72,7 +72,7 @@ static void release_layer(g4_kv_layer *kv)
 {
     g4_buffer_unref(kv->k);
     g4_buffer_unref(kv->v);
-    *kv = (g4_kv_layer){.n_turned = kv->n_turned};
+    *kv = (g4_kv_layer){.n_rotated = kv->n_rotated};
 }
 
 static g4_status new_slots(g4_buffer **buffer, int n_slots, size_t slot_bytes, g4_error *err)
@@ -86,7 +86,7 @@ static g4_status new_slots(g4_buffer **buffer, int n_slots, size_t slot_bytes, g
 
 static g4_status replace_layer(g4_sequence *seq, int layer, int n_slots, g4_error *err)
 {
-    g4_kv_layer *kv = &seq->layers[layer], fresh = {.n_slots = n_slots, .n_turned = kv->n_turned};
+    g4_kv_layer *kv = &seq->layers[layer], fresh = {.n_slots = n_slots, .n_rotated = kv->n_rotated};
     g4_status status = new_slots(&fresh.k, n_slots, key_bytes(seq, layer), err);
     if (status == G4_OK)
         status = new_slots(&fresh.v, n_slots, slot_bytes(seq, layer), err);
@@ -135,11 +135,11 @@ g4_kv_view g4_kv_view_of(const g4_sequence *seq, int layer)
                         .stride = slot_elements(&seq->model->config, layer),
                         .n_slots = kv->n_slots,
                         .first = kv->first,
-                        .gain = kv->n_turned ? seq->model->weights.layers[source].k_norm : NULL,
-                        .n_turned = kv->n_turned};
+                        .gain = kv->n_rotated ? seq->model->weights.layers[source].k_norm : NULL,
+                        .n_rotated = kv->n_rotated};
 }
 
-/* From now on the layer keeps whole keys. */
+/* Switches the layer to whole keys. */
 static g4_status keep_whole_keys(g4_sequence *seq, int layer, g4_error *err)
 {
     g4_kv_layer *kv = &seq->layers[layer];
@@ -150,21 +150,21 @@ static g4_status keep_whole_keys(g4_sequence *seq, int layer, g4_error *err)
         g4_kv_whole_keys(seq, layer, p, (char *)g4_buffer_data(k) + (size_t)(p % kv->n_slots) * n_bytes);
     g4_buffer_unref(kv->k);
     kv->k = k;
-    kv->n_turned = 0;
+    kv->n_rotated = 0;
     return G4_OK;
 }
 
 static void store_keys(const g4_sequence *seq, int layer, const float *k, char *slot)
 {
     const g4_layer_config *lc = &seq->model->config.layers[layer];
-    const int turned = seq->layers[layer].n_turned, half = lc->head_dim / 2;
+    const int rotated = seq->layers[layer].n_rotated, half = lc->head_dim / 2;
     const g4_narrow_f32_fn narrow = g4_narrow_for(seq->model->kernels, seq->dtype);
-    if (!turned) {
+    if (!rotated) {
         narrow(slot, k, (int)slot_elements(&seq->model->config, layer));
         return;
     }
     for (int i = 0; i < 2 * lc->n_kv_heads; i++)
-        narrow(slot + g4_dtype_bytes(seq->dtype, (size_t)(i * turned)), k + (size_t)i * (size_t)half, turned);
+        narrow(slot + g4_dtype_bytes(seq->dtype, (size_t)(i * rotated)), k + (size_t)i * (size_t)half, rotated);
 }
 
 g4_status g4_kv_store(g4_sequence *seq, int layer, int position, int n_rows, const float *k, const float *v,
@@ -172,8 +172,8 @@ g4_status g4_kv_store(g4_sequence *seq, int layer, int position, int n_rows, con
 {
     g4_kv_layer *kv = &seq->layers[layer];
     const size_t n = slot_elements(&seq->model->config, layer);
-    for (int i = 0; kv->n_turned && i < n_rows; i++)
-        if (!g4_kv_follows(seq, layer, k + (size_t)i * n, v + (size_t)i * n))
+    for (int i = 0; kv->n_rotated && i < n_rows; i++)
+        if (!g4_kv_derives_from_values(seq, layer, k + (size_t)i * n, v + (size_t)i * n))
             G4_TRY(keep_whole_keys(seq, layer, err));
     if (kv->first < position + n_rows - kv->n_slots)
         kv->first = position + n_rows - kv->n_slots;
@@ -211,7 +211,7 @@ g4_status g4_sequence_new(const g4_model *model, g4_dtype kv_dtype, int capacity
     *seq =
         (g4_sequence){.model = model, .dtype = kv_dtype, .capacity = capacity ? capacity : context, .layers = layers};
     for (int layer = 0; layer < model->config.n_layers; layer++)
-        layers[layer].n_turned = g4_kv_turned_pairs(model, kv_dtype, layer);
+        layers[layer].n_rotated = g4_kv_rotated_pairs(model, kv_dtype, layer);
     atomic_flag_clear(&seq->busy);
     *result = seq;
     return G4_OK;
@@ -281,16 +281,16 @@ static g4_status fail_busy(g4_error *err)
     return g4_fail(err, G4_ESTATE, "this sequence is in use by another call: a sequence serves one thread at a time");
 }
 
-/* Empty again: what edits left behind (whole keys) is gone. */
+/* Empties the layer; one that switched to whole keys stores rotated pairs again. */
 static void forget(g4_sequence *seq, int layer)
 {
     g4_kv_layer *kv = &seq->layers[layer];
-    const int turned = g4_kv_turned_pairs(seq->model, seq->dtype, layer);
+    const int rotated = g4_kv_rotated_pairs(seq->model, seq->dtype, layer);
     kv->first = 0;
-    if (kv->n_turned == turned)
+    if (kv->n_rotated == rotated)
         return;
     release_layer(kv);
-    kv->n_turned = turned;
+    kv->n_rotated = rotated;
 }
 
 static g4_status truncate(g4_sequence *seq, int length, g4_error *err)
@@ -327,7 +327,7 @@ g4_status g4_sequence_fork(g4_sequence *seq, g4_sequence **fork, g4_error *err)
         for (int layer = 0; layer < seq->model->config.n_layers; layer++) {
             const g4_kv_layer *kv = &seq->layers[layer];
             (*fork)->layers[layer] =
-                (g4_kv_layer){g4_buffer_ref(kv->k), g4_buffer_ref(kv->v), kv->n_slots, kv->first, kv->n_turned};
+                (g4_kv_layer){g4_buffer_ref(kv->k), g4_buffer_ref(kv->v), kv->n_slots, kv->first, kv->n_rotated};
         }
     }
     g4_sequence_release(seq);
@@ -346,7 +346,7 @@ void g4_sequence_export(const g4_sequence *seq, int layer, void *k, void *v)
     for (int p = kv->first; p < seq->length; p++) {
         const size_t source = (size_t)(p % kv->n_slots) * n_bytes, target = (size_t)(p - kv->first) * n_bytes;
         memcpy((char *)v + target, (const char *)g4_buffer_data(kv->v) + source, n_bytes);
-        if (kv->n_turned)
+        if (kv->n_rotated)
             g4_kv_whole_keys(seq, layer, p, (char *)k + target);
         else
             memcpy((char *)k + target, (const char *)g4_buffer_data(kv->k) + source, n_bytes);
@@ -362,8 +362,8 @@ static void import_slots(g4_sequence *seq, int layer, int first, int n, const ch
         const size_t slot = (size_t)((first + i) % kv->n_slots);
         char *keys = (char *)g4_buffer_data(kv->k) + slot * n_key_bytes;
         memcpy((char *)g4_buffer_data(kv->v) + slot * n_bytes, v, n_bytes);
-        if (kv->n_turned)
-            g4_kv_take_turned(seq, layer, k, keys);
+        if (kv->n_rotated)
+            g4_kv_pack_rotated(seq, layer, k, keys);
         else
             memcpy(keys, k, n_bytes);
     }
@@ -386,8 +386,8 @@ g4_status g4_sequence_import(g4_sequence *seq, int layer, int first, int length,
     G4_TRY(replace_layer(seq, layer, n_slots, err));
     seq->layers[layer].first = first;
     import_slots(seq, layer, first, n, k, v);
-    if (seq->layers[layer].n_turned)
-        G4_TRY(g4_kv_gives_back(seq, layer, first, n, k, &same, err));
+    if (seq->layers[layer].n_rotated)
+        G4_TRY(g4_kv_reproduces(seq, layer, first, n, k, &same, err));
     if (same)
         return G4_OK;
     G4_TRY(keep_whole_keys(seq, layer, err));

@@ -6,39 +6,39 @@
 
 #include "model/model.h"
 
-int g4_kv_turned_pairs(const g4_model *model, g4_dtype dtype, int layer)
+int g4_kv_rotated_pairs(const g4_model *model, g4_dtype dtype, int layer)
 {
     const g4_config *config = &model->config;
     const g4_layer_config *lc = &config->layers[layer];
     const int half = config->rope_half[lc->rope], block = (int)g4_block_size(dtype);
     const float *freq = config->rope_inv_freq[lc->rope];
-    int turned = 0;
+    int rotated = 0;
     if (!lc->k_eq_v || lc->kv_source != layer)
         return 0;
     for (int i = 0; i < half; i++)
         if (freq[i] != 0)
-            turned = i + 1;
-    return turned < half && turned % block == 0 && half % block == 0 ? turned : 0;
+            rotated = i + 1;
+    return rotated < half && rotated % block == 0 && half % block == 0 ? rotated : 0;
 }
 
-bool g4_kv_follows(const g4_sequence *seq, int layer, const float *k, const float *v)
+bool g4_kv_derives_from_values(const g4_sequence *seq, int layer, const float *k, const float *v)
 {
-    const int half = seq->model->config.layers[layer].head_dim / 2, turned = seq->layers[layer].n_turned;
+    const int half = seq->model->config.layers[layer].head_dim / 2, rotated = seq->layers[layer].n_rotated;
     const float *gain = seq->model->weights.layers[layer].k_norm;
     for (int head = 0; head < seq->model->config.layers[layer].n_kv_heads; head++, k += 2 * half, v += 2 * half)
-        for (int i = turned; i < half; i++)
+        for (int i = rotated; i < half; i++)
             if (k[i] != v[i] * gain[i] || k[half + i] != v[half + i] * gain[half + i])
                 return false;
     return true;
 }
 
-void g4_kv_take_turned(const g4_sequence *seq, int layer, const char *whole, char *turned)
+void g4_kv_pack_rotated(const g4_sequence *seq, int layer, const char *whole, char *rotated)
 {
     const g4_layer_config *lc = &seq->model->config.layers[layer];
     const size_t half = g4_dtype_bytes(seq->dtype, (size_t)lc->head_dim / 2);
-    const size_t n = g4_dtype_bytes(seq->dtype, (size_t)seq->layers[layer].n_turned);
+    const size_t n = g4_dtype_bytes(seq->dtype, (size_t)seq->layers[layer].n_rotated);
     for (int i = 0; i < 2 * lc->n_kv_heads; i++)
-        memcpy(turned + (size_t)i * n, whole + (size_t)i * half, n);
+        memcpy(rotated + (size_t)i * n, whole + (size_t)i * half, n);
 }
 
 void g4_kv_whole_keys(const g4_sequence *seq, int layer, int position, char *whole)
@@ -46,18 +46,18 @@ void g4_kv_whole_keys(const g4_sequence *seq, int layer, int position, char *who
     const g4_layer_config *lc = &seq->model->config.layers[layer];
     const g4_kv_view kv = g4_kv_view_of(seq, layer);
     const size_t half = g4_dtype_bytes(seq->dtype, (size_t)lc->head_dim / 2);
-    const size_t n = g4_dtype_bytes(seq->dtype, (size_t)kv.n_turned);
-    const char *turned = (const char *)kv.k + (size_t)(position % kv.n_slots) * (size_t)lc->n_kv_heads * 2 * n;
+    const size_t n = g4_dtype_bytes(seq->dtype, (size_t)kv.n_rotated);
+    const char *rotated = (const char *)kv.k + (size_t)(position % kv.n_slots) * (size_t)lc->n_kv_heads * 2 * n;
     float key[G4_MAX_HEAD_DIM];
-    for (int head = 0; head < lc->n_kv_heads; head++, turned += 2 * n, whole += 2 * half) {
+    for (int head = 0; head < lc->n_kv_heads; head++, rotated += 2 * n, whole += 2 * half) {
         g4_kv_read_keys(seq->model->kernels, &kv, head, lc->head_dim, position, 1, key);
         g4_narrow_for(seq->model->kernels, seq->dtype)(whole, key, lc->head_dim);
-        memcpy(whole, turned, n);
-        memcpy(whole + half, turned + n, n);
+        memcpy(whole, rotated, n);
+        memcpy(whole + half, rotated + n, n);
     }
 }
 
-g4_status g4_kv_gives_back(const g4_sequence *seq, int layer, int first, int n, const char *k, bool *same,
+g4_status g4_kv_reproduces(const g4_sequence *seq, int layer, int first, int n, const char *k, bool *same,
                            g4_error *err)
 {
     const g4_layer_config *lc = &seq->model->config.layers[layer];

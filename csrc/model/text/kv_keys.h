@@ -1,26 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Cached keys that follow from values (ops/attention/kv_view.h): which they are, and the way from whole keys to what the cache keeps
- * of them and back. */
+/* Cached keys that derive from values (ops/attention/kv_view.h): which pairs are stored, and conversion from and to whole
+ * keys. */
 #ifndef GEMMA4_MODEL_TEXT_KV_KEYS_H
 #define GEMMA4_MODEL_TEXT_KV_KEYS_H
 
 #include "model/text/kv_cache.h"
 
-/* The pairs that RoPE turns where the others need not be stored, else 0: in layers whose values are the normed projection
- * of the keys, and whose heads can be cut there (quantised ones between blocks). */
-int g4_kv_turned_pairs(const g4_model *model, g4_dtype dtype, int layer);
+/* The number of pairs that RoPE rotates, if only those need to be stored; else 0. They do where values are the normed
+ * projection of the keys and a head can be cut there (quantised heads between blocks). */
+int g4_kv_rotated_pairs(const g4_model *model, g4_dtype dtype, int layer);
 
-/* Whether float32 keys [K, h] are gain * v to the bit wherever RoPE turned nothing. */
-bool g4_kv_follows(const g4_sequence *seq, int layer, const float *k, const float *v);
+/* Whether float32 keys [K, h] equal gain * v to the bit in every pair that RoPE does not rotate. */
+bool g4_kv_derives_from_values(const g4_sequence *seq, int layer, const float *k, const float *v);
 
-/* Turned pairs [K, 2 n_turned] of whole keys [K, h], both in the sequence's type. */
-void g4_kv_take_turned(const g4_sequence *seq, int layer, const char *whole, char *turned);
+/* Rotated pairs [K, 2 n_rotated] out of whole keys [K, h], both in the sequence's type. */
+void g4_kv_pack_rotated(const g4_sequence *seq, int layer, const char *whole, char *rotated);
 
 /* One position's keys [K, h] in the sequence's type. */
 void g4_kv_whole_keys(const g4_sequence *seq, int layer, int position, char *whole);
 
-/* *same: whether what the layer keeps of positions [first, first + n) gives back the keys k [n, K, h], to the bit. */
-g4_status g4_kv_gives_back(const g4_sequence *seq, int layer, int first, int n, const char *k, bool *same,
+/* *same: whether the stored pairs and values of positions [first, first + n) reproduce keys k [n, K, h] to the bit. */
+g4_status g4_kv_reproduces(const g4_sequence *seq, int layer, int first, int n, const char *k, bool *same,
                            g4_error *err);
 
 #endif

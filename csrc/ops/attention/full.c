@@ -16,7 +16,7 @@ enum {
 _Static_assert(BLOCK_KEYS % G4_GROUP16 == 0, "a block of keys is whole groups");
 
 /* Keys and values as panels, kv head after kv head: keys [T / 16][h][16], values [h / 16][T][16], both padded. Fast, they
- * and the queries (head after head) are whole numbers of 12 bits instead; values are turned for that. */
+ * and the queries (head after head) are whole numbers of 12 bits instead; values are transposed for that. */
 typedef struct {
     const g4_full_attention *run;
     bool fast;
@@ -112,17 +112,17 @@ static void pack_head16(const g4_kernels *kernels, const plan *p, int head)
     const int n_rows = run->n_rows, h = run->head_dim;
     const size_t stride = (size_t)run->n_kv_heads * (size_t)h;
     const float *k = run->k + (size_t)head * (size_t)h, *v = run->v + (size_t)head * (size_t)h;
-    float *turned = p->v + (size_t)head * p->v_floats;
+    float *transposed = p->v + (size_t)head * p->v_floats;
     for (int j = 0; j < n_rows; j += PANEL) {
         const g4_panel16 panel = panel16_of(&p->k16, head * n_panels(n_rows) + j / PANEL, h);
         kernels->pack_panel16(k + (size_t)j * stride, stride, n_rows - j < PANEL ? n_rows - j : PANEL, h, &panel);
     }
     for (int j = 0; j < n_rows; j++)
         for (int c = 0; c < h; c++)
-            turned[(size_t)c * (size_t)n_rows + (size_t)j] = v[(size_t)j * stride + (size_t)c];
+            transposed[(size_t)c * (size_t)n_rows + (size_t)j] = v[(size_t)j * stride + (size_t)c];
     for (int c = 0; c < h; c += PANEL) {
         const g4_panel16 panel = panel16_of(&p->v16, head * n_panels(h) + c / PANEL, n_rows);
-        kernels->pack_panel16(turned + (size_t)c * (size_t)n_rows, (size_t)n_rows, h - c < PANEL ? h - c : PANEL,
+        kernels->pack_panel16(transposed + (size_t)c * (size_t)n_rows, (size_t)n_rows, h - c < PANEL ? h - c : PANEL,
                               n_rows, &panel);
     }
 }

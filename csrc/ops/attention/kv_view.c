@@ -3,33 +3,34 @@
 
 /* How a view's heads are read: bytes, and functions for its type. */
 typedef struct {
-    size_t k_head, v_head, half, turned; /* of one head, of half of a whole one, of its turned pairs' first elements */
+    size_t k_head, v_head, half,
+        rotated; /* of one head, of half of a whole one, of the first elements of its rotated pairs */
     g4_widen_f32_fn widen;
     g4_mul_fn mul;
 } reading;
 
-/* Turned pairs from k, the others from v: the first elements of all pairs, then the second ones. */
+/* Rotated pairs from k, the others from v: the first elements of all pairs, then the second ones. */
 static void join_key(const g4_kv_view *kv, const reading *r, const char *k, const char *v, int half, float *key)
 {
-    const int turned = kv->n_turned, rest = half - turned;
-    r->widen(key, k, turned);
-    r->widen(key + turned, v + r->turned, rest);
-    r->mul(key + turned, key + turned, kv->gain + turned, rest);
+    const int rotated = kv->n_rotated, rest = half - rotated;
+    r->widen(key, k, rotated);
+    r->widen(key + rotated, v + r->rotated, rest);
+    r->mul(key + rotated, key + rotated, kv->gain + rotated, rest);
     key += half;
-    r->widen(key, k + r->turned, turned);
-    r->widen(key + turned, v + r->half + r->turned, rest);
-    r->mul(key + turned, key + turned, kv->gain + half + turned, rest);
+    r->widen(key, k + r->rotated, rotated);
+    r->widen(key + rotated, v + r->half + r->rotated, rest);
+    r->mul(key + rotated, key + rotated, kv->gain + half + rotated, rest);
 }
 
 void g4_kv_read_keys(const g4_kernels *kernels, const g4_kv_view *kv, int kv_head, int head_dim, int first, int n,
                      float *keys)
 {
     const size_t h = (size_t)head_dim, n_heads = kv->stride / h, head = (size_t)kv_head;
-    const size_t k_width = kv->gain ? 2 * (size_t)kv->n_turned : h;
+    const size_t k_width = kv->gain ? 2 * (size_t)kv->n_rotated : h;
     const reading r = {.k_head = g4_dtype_bytes(kv->dtype, k_width),
                        .v_head = g4_dtype_bytes(kv->dtype, h),
                        .half = g4_dtype_bytes(kv->dtype, h / 2),
-                       .turned = g4_dtype_bytes(kv->dtype, (size_t)kv->n_turned),
+                       .rotated = g4_dtype_bytes(kv->dtype, (size_t)kv->n_rotated),
                        .widen = g4_widen_for(kernels, kv->dtype),
                        .mul = kernels->mul};
     size_t slot = (size_t)(first % kv->n_slots);

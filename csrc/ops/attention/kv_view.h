@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Cached keys and values as attention reads them.
  *
- * Where values are the normed projection of the keys (attention_k_eq_v), a key is RoPE(gain * v), and RoPE turns few of
- * its pairs (64 of 256 in the released models). The others are gain * v to the bit, and are not stored a second time.
+ * Where values are the normed projection of the keys (attention_k_eq_v), a key is RoPE(gain * v). RoPE rotates few of its
+ * pairs (64 of 256 in the released models). The others equal gain * v to the bit and are not stored a second time.
  */
 #ifndef GEMMA4_OPS_ATTENTION_KV_VIEW_H
 #define GEMMA4_OPS_ATTENTION_KV_VIEW_H
@@ -15,8 +15,8 @@ typedef struct {
     g4_dtype dtype;
     size_t stride; /* K * h: elements from slot to slot of v, and of keys that are whole */
     int n_slots, first;
-    const float *gain; /* [h] what v becomes a key by; NULL: keys are whole */
-    int n_turned;      /* with a gain, k holds 2 n_turned values of each head: pairs (i, i + h / 2), i < n_turned */
+    const float *gain; /* [h] key = gain * v where not rotated; NULL: keys are whole */
+    int n_rotated;     /* with a gain, k holds 2 n_rotated values of each head: pairs (i, i + h / 2), i < n_rotated */
 } g4_kv_view;
 
 /* The keys of one head at positions [first, first + n), float32 [n, h]. */
