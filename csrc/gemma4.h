@@ -200,6 +200,7 @@ const g4_encoder_config *g4_encoder_config_of(const g4_encoder *encoder);
 size_t g4_encoder_weight_bytes(const g4_encoder *encoder);
 size_t g4_encoder_copied_bytes(const g4_encoder *encoder); /* of its own, besides the weights */
 int g4_encoder_soft_tokens(const g4_encoder_config *config, int n_rows);
+bool g4_encoder_has_positions(const g4_encoder_config *config); /* its media need g4_medium.positions */
 
 bool g4_encoder_site_exists(const g4_encoder_config *config, g4_site site, int layer);
 int g4_encoder_site_shape(const g4_encoder_config *config, g4_site site, int n_rows, int64_t shape[G4_MAX_DIMS]);

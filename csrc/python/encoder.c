@@ -209,7 +209,7 @@ static int read_medium(const encode_args *a, PyObject *tuple, g4_medium *medium)
     }
     medium->n_rows = (int)PyArray_DIM(array, 0);
     medium->rows = PyArray_DATA(array);
-    if ((c->kind == G4_VISION_TOWER || c->kind == G4_VISION_EMBEDDER) && read_positions(positions, medium))
+    if (g4_encoder_has_positions(c) && read_positions(positions, medium))
         return -1;
     const npy_intp soft_dims[] = {g4_encoder_soft_tokens(c, medium->n_rows), c->d_out};
     array = engine_check_array(soft, NPY_FLOAT32, 2, soft_dims, "soft tokens");

@@ -25,6 +25,53 @@
 
 static const float EPS = 1e-6f; /* of all norms but those of the convolutions, whatever the config says */
 
+/* ---- sizes ------------------------------------------------------------------------------------------------------------ */
+
+static g4_status check(const g4_encoder_config *c, g4_error *err)
+{
+    G4_TRY(g4_encoder_check_layers(c, err));
+    G4_TRY(g4_encoder_check_range("conv_channels[0]", c->conv_channels[0], 1, 1 << 12, err));
+    G4_TRY(g4_encoder_check_range("conv_channels[1]", c->conv_channels[1], 1, 1 << 12, err));
+    G4_TRY(g4_encoder_check_range("conv_kernel", c->conv_kernel, 1, 1 << 8, err));
+    G4_TRY(g4_encoder_check_range("chunk", c->chunk, 1, 1 << 8, err));
+    G4_TRY(g4_encoder_check_range("context_left", c->context_left, 2, 1 << 8, err));
+    G4_TRY(g4_encoder_check_range("context_right", c->context_right, 0, 1 << 8, err));
+    if (c->n_heads * c->head_dim != c->d_model || c->d_model % 2 || c->n_kv_heads != c->n_heads)
+        return g4_fail(err, G4_EVALUE, "encoder config: %d heads of %d do not make a d_model of %d, or it is odd",
+                       c->n_heads, c->head_dim, c->d_model);
+    if (!(c->logit_cap > 0) || !(c->gradient_clipping > 0) || !isfinite(c->residual_weight))
+        return g4_fail(err, G4_EVALUE, "encoder config: logit_cap %g, gradient_clipping %g or residual_weight %g",
+                       (double)c->logit_cap, (double)c->gradient_clipping, (double)c->residual_weight);
+    return G4_OK;
+}
+
+/* Of a convolution of stride 2 over n values, one value of padding on each side. */
+static int halved(int n)
+{
+    return (n + 1) / 2;
+}
+
+static int soft_tokens(const g4_encoder_config *c, int n_rows)
+{
+    (void)c;
+    return halved(halved(n_rows));
+}
+
+static int64_t axis(const g4_encoder_config *c, char letter, int n_rows)
+{
+    switch (letter) {
+    case 'T':
+    case 'S': return soft_tokens(c, n_rows);
+    case 'U': return halved(n_rows);
+    case 'B': return halved(c->d_in);
+    case 'b': return halved(halved(c->d_in));
+    case 'C': return c->conv_channels[0];
+    case 'c': return c->conv_channels[1];
+    case 's': return c->conv_kernel;
+    default: return g4_encoder_axis(c, letter, n_rows);
+    }
+}
+
 /* ---- weights ---------------------------------------------------------------------------------------------------------- */
 
 #define TOWER(member) offsetof(g4_audio_weights, member)
@@ -141,7 +188,7 @@ static g4_status make_q_factors(g4_binder *b, const g4_encoder_config *c, g4_aud
     return G4_OK;
 }
 
-g4_status g4_audio_bind(g4_encoder *encoder, g4_binder *b)
+static g4_status bind(g4_encoder *encoder, g4_binder *b)
 {
     const g4_encoder_config *c = &encoder->config;
     g4_audio_weights *w = &encoder->audio;
@@ -188,15 +235,15 @@ static g4_status convolve(tower *t, int medium, float *x)
     g4_encode_pass *p = t->pass;
     const g4_encoder_config *c = p->config;
     const g4_medium *audio = &p->media[p->first_medium + medium];
-    const int frames = (audio->n_rows + 1) / 2, bins = (c->d_in + 1) / 2, channels = c->conv_channels[0];
+    const int frames = halved(audio->n_rows), bins = halved(c->d_in), channels = c->conv_channels[0];
     g4_arena_mark mark = g4_arena_save(p->exec.arena);
     float *between;
     G4_ALLOC(&p->exec, between, (size_t)frames * (size_t)bins * (size_t)channels);
     G4_TRY(g4_conv_3x3(&p->exec, audio->rows, audio->n_rows, c->d_in, 1, &t->weights->conv_maps[0], between));
     G4_TRY(finish_conv(p, t->weights->conv_norm[0], frames * bins, channels, G4_SITE_A_CONV0, medium, between));
     G4_TRY(g4_conv_3x3(&p->exec, between, frames, bins, channels, &t->weights->conv_maps[1], x));
-    G4_TRY(finish_conv(p, t->weights->conv_norm[1], (frames + 1) / 2 * ((bins + 1) / 2), c->conv_channels[1],
-                       G4_SITE_A_CONV1, medium, x));
+    G4_TRY(finish_conv(p, t->weights->conv_norm[1], halved(frames) * halved(bins), c->conv_channels[1], G4_SITE_A_CONV1,
+                       medium, x));
     g4_arena_restore(p->exec.arena, mark);
     return G4_OK;
 }
@@ -210,7 +257,7 @@ static g4_status embed_frames(tower *t)
     at = x;
     for (int m = 0; m < p->n_media; m++) {
         G4_TRY(convolve(t, m, at));
-        at += (size_t)g4_encoder_soft_tokens(p->config, p->media[p->first_medium + m].n_rows) * width;
+        at += (size_t)soft_tokens(p->config, p->media[p->first_medium + m].n_rows) * width;
     }
     G4_TRY(g4_panel_linear(&p->exec, x, p->n_soft, &t->weights->input, t->resid));
     return g4_encoder_tap(p, G4_SITE_A_EMBED, 0, t->resid);
@@ -239,8 +286,16 @@ static g4_status add_to_residual(tower *t, const float *branch)
     return g4_add_rows(&t->pass->exec, t->resid, branch, t->pass->n_soft, t->pass->config->d_model, t->resid);
 }
 
-/* Sites of an mlp follow each other: in, pre, post, out, what it adds, the stream after it. */
-static g4_status mlp(tower *t, int layer, const g4_audio_mlp *w, g4_site first)
+typedef struct {
+    g4_site in, pre, post, proj, out, resid;
+} mlp_sites;
+
+static const mlp_sites mlp1_sites = {G4_SITE_A_FFN1_IN,   G4_SITE_A_FFN1_PRE, G4_SITE_A_FFN1_POST,
+                                     G4_SITE_A_FFN1_PROJ, G4_SITE_A_FFN1_OUT, G4_SITE_A_RESID_MLP1},
+                       mlp2_sites = {G4_SITE_A_FFN2_IN,   G4_SITE_A_FFN2_PRE, G4_SITE_A_FFN2_POST,
+                                     G4_SITE_A_FFN2_PROJ, G4_SITE_A_FFN2_OUT, G4_SITE_A_RESID_MLP2};
+
+static g4_status mlp(tower *t, int layer, const g4_audio_mlp *w, const mlp_sites *sites)
 {
     g4_encode_pass *p = t->pass;
     const g4_encoder_config *c = p->config;
@@ -249,19 +304,19 @@ static g4_status mlp(tower *t, int layer, const g4_audio_mlp *w, g4_site first)
     G4_ALLOC(&p->exec, inner, (size_t)p->n_soft * (size_t)c->d_mlp);
     G4_TRY(limit(p, t->resid, x));
     G4_TRY(norm(p, x, w->pre, EPS, x));
-    G4_TRY(g4_encoder_tap(p, first, layer, x));
+    G4_TRY(g4_encoder_tap(p, sites->in, layer, x));
     G4_TRY(clipped(p, x, &w->up, inner));
-    G4_TRY(g4_encoder_tap(p, (g4_site)(first + 1), layer, inner));
+    G4_TRY(g4_encoder_tap(p, sites->pre, layer, inner));
     G4_TRY(g4_glu_rows(&p->exec, inner, inner, (size_t)c->d_mlp, p->n_soft, c->d_mlp, inner));
-    G4_TRY(g4_encoder_tap(p, (g4_site)(first + 2), layer, inner));
+    G4_TRY(g4_encoder_tap(p, sites->post, layer, inner));
     G4_TRY(clipped(p, inner, &w->down, x));
-    G4_TRY(g4_encoder_tap(p, (g4_site)(first + 3), layer, x));
+    G4_TRY(g4_encoder_tap(p, sites->proj, layer, x));
     G4_TRY(limit(p, x, x));
     G4_TRY(norm(p, x, w->post, EPS, x));
     G4_TRY(g4_scale_rows(&p->exec, x, c->residual_weight, NULL, p->n_soft, c->d_model, x));
-    G4_TRY(g4_encoder_tap(p, (g4_site)(first + 4), layer, x));
+    G4_TRY(g4_encoder_tap(p, sites->out, layer, x));
     G4_TRY(add_to_residual(t, x));
-    return g4_encoder_tap(p, (g4_site)(first + 5), layer, t->resid);
+    return g4_encoder_tap(p, sites->resid, layer, t->resid);
 }
 
 /* Scores, pattern and mix one after the other, for whoever looks at them. */
@@ -292,7 +347,7 @@ static g4_status attend(tower *t, int layer, const float *q, const float *k, con
                            &t->weights->layers[layer].relative_k, distances));
     size_t row = 0;
     for (int m = 0; m < p->n_media; m++) {
-        const int n = g4_encoder_soft_tokens(c, p->media[p->first_medium + m].n_rows);
+        const int n = soft_tokens(c, p->media[p->first_medium + m].n_rows);
         g4_band_attention run = {.q = q + row * d,
                                  .k = k + row * d,
                                  .v = v + row * d,
@@ -362,7 +417,7 @@ static g4_status light_conv(tower *t, int layer)
     TAP(A_CONV_GLU, layer, x);
     size_t row = 0;
     for (int m = 0; m < p->n_media; m++) {
-        const int n_rows = g4_encoder_soft_tokens(c, p->media[p->first_medium + m].n_rows);
+        const int n_rows = soft_tokens(c, p->media[p->first_medium + m].n_rows);
         G4_TRY(g4_conv_depthwise(&p->exec, x + row * d, w->depthwise, c->conv_kernel, n_rows, c->d_model, y + row * d));
         row += (size_t)n_rows;
     }
@@ -383,20 +438,20 @@ static g4_status tower_layer(tower *t, int layer)
     const g4_audio_layer *w = &t->weights->layers[layer];
     g4_arena_mark mark = g4_arena_save(p->exec.arena);
     TAP(A_RESID_PRE, layer, t->resid);
-    G4_TRY(mlp(t, layer, &w->mlp1, G4_SITE_A_FFN1_IN));
+    G4_TRY(mlp(t, layer, &w->mlp1, &mlp1_sites));
     g4_arena_restore(p->exec.arena, mark);
     G4_TRY(attention(t, layer));
     g4_arena_restore(p->exec.arena, mark);
     G4_TRY(light_conv(t, layer));
     g4_arena_restore(p->exec.arena, mark);
-    G4_TRY(mlp(t, layer, &w->mlp2, G4_SITE_A_FFN2_IN));
+    G4_TRY(mlp(t, layer, &w->mlp2, &mlp2_sites));
     g4_arena_restore(p->exec.arena, mark);
     G4_TRY(limit(p, t->resid, t->resid));
     G4_TRY(norm(p, t->resid, w->out_norm, EPS, t->resid));
     return g4_encoder_tap(p, G4_SITE_A_RESID_POST, layer, t->resid);
 }
 
-g4_status g4_audio_encode(g4_encode_pass *p)
+static g4_status encode(g4_encode_pass *p)
 {
     tower t = {.pass = p, .weights = &p->encoder->audio};
     float *soft;
@@ -415,5 +470,8 @@ g4_status g4_audio_encode(g4_encode_pass *p)
         float *at = soft + (size_t)row * (size_t)p->config->d_soft;
         p->exec.kernels->add(at, at, t.weights->output_bias, p->config->d_soft);
     }
-    return g4_encoder_project(p, G4_SITE_A_SOFT, soft);
+    return g4_encoder_project(p, &g4_audio_soft_sites, soft);
 }
+
+const g4_kind_row g4_audio_tower = {
+    .check = check, .axis = axis, .soft_tokens = soft_tokens, .bind = bind, .encode = encode};

@@ -31,7 +31,20 @@ static const g4_bind_row rows[] = {
 };
 /* clang-format on */
 
-g4_status g4_vision_embedder_bind(g4_encoder *encoder, g4_binder *b)
+static g4_status check(const g4_encoder_config *c, g4_error *err)
+{
+    G4_TRY(g4_encoder_check_range("d_model", c->d_model, 1, 1 << 16, err));
+    return g4_encoder_check_range("n_positions", c->n_positions, 1, 1 << 20, err);
+}
+
+/* A row is a soft token. */
+static int soft_tokens(const g4_encoder_config *c, int n_rows)
+{
+    (void)c;
+    return n_rows;
+}
+
+static g4_status bind(g4_encoder *encoder, g4_binder *b)
 {
     return g4_bind_table(b, rows, (int)(sizeof rows / sizeof *rows), "", 0, &encoder->embedder);
 }
@@ -66,7 +79,7 @@ static g4_status add_positions(g4_encode_pass *p, const g4_embedder_weights *w, 
     return g4_add_rows(&p->exec, soft, x, p->n_rows, d, soft);
 }
 
-g4_status g4_vision_embedder_encode(g4_encode_pass *p)
+static g4_status encode_image(g4_encode_pass *p)
 {
     const g4_encoder_config *c = p->config;
     const g4_embedder_weights *w = &p->encoder->embedder;
@@ -86,12 +99,20 @@ g4_status g4_vision_embedder_encode(g4_encode_pass *p)
     TAP(V_POS_ADDED, soft);
     G4_TRY(
         g4_layer_norm_rows(&p->exec, soft, w->pos_norm, w->pos_norm_bias, LAYER_NORM_EPS, p->n_rows, c->d_model, soft));
-    return g4_encoder_project(p, G4_SITE_V_SOFT, soft);
+    return g4_encoder_project(p, &g4_vision_soft_sites, soft);
 }
 
-g4_status g4_audio_embedder_encode(g4_encode_pass *p)
+static g4_status encode_audio(g4_encode_pass *p)
 {
     float *soft;
     G4_TRY(gather_rows(p, &soft));
-    return g4_encoder_project(p, G4_SITE_A_SOFT, soft);
+    return g4_encoder_project(p, &g4_audio_soft_sites, soft);
 }
+
+const g4_kind_row g4_vision_embedder = {.positions = true,
+                                        .check = check,
+                                        .axis = g4_encoder_axis,
+                                        .soft_tokens = soft_tokens,
+                                        .bind = bind,
+                                        .encode = encode_image};
+const g4_kind_row g4_audio_embedder = {.axis = g4_encoder_axis, .soft_tokens = soft_tokens, .encode = encode_audio};

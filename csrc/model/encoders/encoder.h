@@ -87,7 +87,29 @@ typedef struct {
     int n_rows, n_soft; /* input rows and soft tokens of the pass */
 } g4_encode_pass;
 
-/* ---- encoder.c, new.c ---- */
+/* What a kind of encoder is: a row of encoder.c's table, defined in the kind's own file. */
+typedef struct {
+    bool positions; /* input rows have an x and a y */
+    g4_status (*check)(const g4_encoder_config *c,
+                       g4_error *err); /* of the sizes that not all kinds have; NULL: none */
+    int64_t (*axis)(const g4_encoder_config *c, char letter,
+                    int n_rows); /* what a letter of sites or tensors stands for */
+    int (*soft_tokens)(const g4_encoder_config *c, int n_rows);
+    g4_status (*bind)(g4_encoder *encoder, g4_binder *b); /* all but the projection; NULL: there is nothing else */
+    g4_status (*encode)(g4_encode_pass *p);
+} g4_kind_row;
+
+extern const g4_kind_row g4_vision_tower, g4_vision_embedder, g4_audio_tower, g4_audio_embedder;
+const g4_kind_row *g4_kind_of(const g4_encoder_config *config);
+
+/* ---- new.c: checks that kinds share ---- */
+g4_status g4_encoder_check_range(const char *name, long value, long low, long high, g4_error *err);
+g4_status g4_encoder_check_layers(const g4_encoder_config *c, g4_error *err);
+
+/* ---- parts.c ---- */
+/* Letters that mean the same in every kind; T and S are input rows, unless the kind says otherwise. */
+int64_t g4_encoder_axis(const g4_encoder_config *c, char letter, int n_rows);
+
 /* Announces a site: the arrays of all media of the pass, one below the other. Costs one compare when nobody listens. */
 g4_status g4_encoder_tap(g4_encode_pass *p, g4_site site, int layer, void *data);
 /* Announces one medium's part of it (index in the pass): scores and patterns exist one medium at a time. */
@@ -99,21 +121,16 @@ g4_status g4_clipped_jobs(g4_exec *exec, const float *x, int m, const g4_clipped
                           int n);
 
 /* soft [N, I] normed and projected into the media's own arrays. */
-g4_status g4_encoder_project(g4_encode_pass *p, g4_site soft_site, float *soft);
+typedef struct {
+    g4_site soft, normed, projected;
+} g4_soft_sites;
+extern const g4_soft_sites g4_vision_soft_sites, g4_audio_soft_sites;
+g4_status g4_encoder_project(g4_encode_pass *p, const g4_soft_sites *sites, float *soft);
 
 /* Positions of all patches of the pass along one axis: factor * position + offset, as rows of a table. */
 void g4_encoder_positions(const g4_encode_pass *p, int axis, int factor, int offset, int32_t *out);
 
 /* Binds every row of a table; names of layers get the prefix with its number. */
 g4_status g4_bind_table(g4_binder *b, const g4_bind_row *rows, int n_rows, const char *prefix, int layer, void *owner);
-
-/* ---- one file for each encoder ---- */
-g4_status g4_vision_bind(g4_encoder *encoder, g4_binder *b);
-g4_status g4_vision_encode(g4_encode_pass *p);
-g4_status g4_audio_bind(g4_encoder *encoder, g4_binder *b);
-g4_status g4_audio_encode(g4_encode_pass *p);
-g4_status g4_vision_embedder_bind(g4_encoder *encoder, g4_binder *b);
-g4_status g4_vision_embedder_encode(g4_encode_pass *p);
-g4_status g4_audio_embedder_encode(g4_encode_pass *p);
 
 #endif

@@ -21,6 +21,23 @@ enum { MLP_ROWS = 1536 };
 
 #define TAP(site, layer, data) G4_TRY(g4_encoder_tap(p, G4_SITE_##site, layer, data))
 
+/* ---- sizes ------------------------------------------------------------------------------------------------------------ */
+
+static g4_status check(const g4_encoder_config *c, g4_error *err)
+{
+    G4_TRY(g4_encoder_check_layers(c, err));
+    G4_TRY(g4_encoder_check_range("n_positions", c->n_positions, 1, 1 << 20, err));
+    G4_TRY(g4_encoder_check_range("pool", c->pool, 1, 64, err));
+    if (c->head_dim % 4)
+        return g4_fail(err, G4_EVALUE, "encoder config: head_dim %d is no multiple of 4", c->head_dim);
+    return G4_OK;
+}
+
+static int soft_tokens(const g4_encoder_config *c, int n_rows)
+{
+    return n_rows / (c->pool * c->pool);
+}
+
 /* ---- weights ---------------------------------------------------------------------------------------------------------- */
 
 #define TOWER(member) offsetof(g4_vision_weights, member)
@@ -59,10 +76,22 @@ static const g4_bind_row layer_rows[] = {
 
 #define COUNT(rows) ((int)(sizeof(rows) / sizeof *(rows)))
 
-g4_status g4_vision_bind(g4_encoder *encoder, g4_binder *b)
+static g4_status copy_frequencies(g4_encoder_config *config, g4_binder *b)
+{
+    const size_t n_bytes = (size_t)(config->head_dim / 4) * sizeof *config->rope_inv_freq;
+    float *copy = g4_arena_alloc(b->arena, n_bytes + 1);
+    if (!copy)
+        return g4_fail_nomem(b->err, n_bytes);
+    memcpy(copy, config->rope_inv_freq, n_bytes);
+    config->rope_inv_freq = copy;
+    return G4_OK;
+}
+
+static g4_status bind(g4_encoder *encoder, g4_binder *b)
 {
     g4_vision_weights *w = &encoder->vision;
     char prefix[64];
+    G4_TRY(copy_frequencies(&encoder->config, b));
     G4_TRY(g4_bind_table(b, tower_rows, COUNT(tower_rows), "", 0, w));
     if (encoder->config.standardize)
         G4_TRY(g4_bind_table(b, standardize_rows, COUNT(standardize_rows), "", 0, w));
@@ -341,7 +370,7 @@ static g4_status make_soft(tower *t, float *soft)
     return G4_OK;
 }
 
-g4_status g4_vision_encode(g4_encode_pass *p)
+static g4_status encode(g4_encode_pass *p)
 {
     tower t = {.pass = p, .weights = &p->encoder->vision};
     const size_t d = (size_t)p->config->d_model;
@@ -359,5 +388,12 @@ g4_status g4_vision_encode(g4_encode_pass *p)
         g4_arena_restore(p->exec.arena, mark);
     }
     G4_TRY(make_soft(&t, soft));
-    return g4_encoder_project(p, G4_SITE_V_SOFT, soft);
+    return g4_encoder_project(p, &g4_vision_soft_sites, soft);
 }
+
+const g4_kind_row g4_vision_tower = {.positions = true,
+                                     .check = check,
+                                     .axis = g4_encoder_axis,
+                                     .soft_tokens = soft_tokens,
+                                     .bind = bind,
+                                     .encode = encode};
