@@ -48,7 +48,7 @@ static int call_edit(const engine_edit *edit, void *data, const int64_t *shape, 
         return -1;
     size_t n_bytes = (size_t)PyArray_NBYTES(array);
     memcpy(PyArray_DATA(array), data, n_bytes);
-    PyObject *result = PyObject_CallOneArg(edit->callable, (PyObject *)array);
+    PyObject *result = PyObject_CallFunctionObjArgs(edit->callable, (PyObject *)array, NULL);
     int failed = result ? copy_back(result, array, edit, data, n_bytes) : -1;
     Py_XDECREF(result);
     Py_DECREF(array);

@@ -59,7 +59,7 @@ static int read_layers(PyObject *dict, config_holder *holder)
             PyErr_SetString(PyExc_ValueError, "config: layers is not a list");
         return -1;
     }
-    Py_ssize_t n = PyList_GET_SIZE(list);
+    Py_ssize_t n = PyList_Size(list);
     if (n < 1 || n > 1 << 12) {
         PyErr_Format(PyExc_ValueError, "config: %zd layers, expected 1 to 4096", n);
         return -1;
@@ -70,7 +70,7 @@ static int read_layers(PyObject *dict, config_holder *holder)
         return -1;
     }
     for (Py_ssize_t i = 0; i < n; i++)
-        if (read_layer(PyList_GET_ITEM(list, i), &holder->layers[i]))
+        if (read_layer(PyList_GetItem(list, i), &holder->layers[i]))
             return -1;
     holder->config.n_layers = (int)n;
     holder->config.layers = holder->layers;
@@ -80,13 +80,13 @@ static int read_layers(PyObject *dict, config_holder *holder)
 static int read_ropes(PyObject *dict, config_holder *holder)
 {
     PyObject *list = get_item(dict, "rope_inv_freq");
-    if (!list || !PyList_Check(list) || PyList_GET_SIZE(list) > G4_MAX_ROPES) {
+    if (!list || !PyList_Check(list) || PyList_Size(list) > G4_MAX_ROPES) {
         if (list)
             PyErr_Format(PyExc_ValueError, "config: rope_inv_freq is not a list of at most %d arrays", G4_MAX_ROPES);
         return -1;
     }
-    for (Py_ssize_t r = 0; r < PyList_GET_SIZE(list); r++) {
-        PyObject *array = PyArray_FROM_OTF(PyList_GET_ITEM(list, r), NPY_FLOAT32, NPY_ARRAY_CARRAY_RO);
+    for (Py_ssize_t r = 0; r < PyList_Size(list); r++) {
+        PyObject *array = PyArray_FROM_OTF(PyList_GetItem(list, r), NPY_FLOAT32, NPY_ARRAY_CARRAY_RO);
         if (!array)
             return -1;
         holder->inv_freq[r] = (PyArrayObject *)array;
@@ -127,6 +127,6 @@ void engine_config_release(config_holder *holder)
 {
     PyMem_Free(holder->layers);
     for (int r = 0; r < G4_MAX_ROPES; r++)
-        Py_XDECREF(holder->inv_freq[r]);
+        Py_XDECREF((PyObject *)holder->inv_freq[r]);
     memset(holder, 0, sizeof *holder);
 }

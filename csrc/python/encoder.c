@@ -16,7 +16,7 @@ static const char *const kind_names[] = {"vision_tower", "vision_embedder", "aud
 static int read_kind(PyObject *dict, g4_encoder_kind *kind)
 {
     PyObject *value = PyDict_Check(dict) ? PyDict_GetItemString(dict, "kind") : NULL;
-    const char *name = value && PyUnicode_Check(value) ? PyUnicode_AsUTF8(value) : NULL;
+    const char *name = value && PyUnicode_Check(value) ? PyUnicode_AsUTF8AndSize(value, NULL) : NULL;
     for (int i = 0; name && i <= G4_AUDIO_EMBEDDER; i++)
         if (strcmp(name, kind_names[i]) == 0) {
             *kind = (g4_encoder_kind)i;
@@ -145,12 +145,10 @@ static int encoder_init(PyObject *object, PyObject *args, PyObject *kwargs)
 static void encoder_dealloc(PyObject *object)
 {
     encoder_object *self = (encoder_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
     g4_encoder_free(self->encoder);
     engine_release_buffers(self->buffers, self->n_buffers);
-    Py_XDECREF(self->owner);
-    type->tp_free(object);
-    Py_DECREF(type);
+    Py_XDECREF((PyObject *)self->owner);
+    engine_free(object);
 }
 
 static bool encoder_ready(const encoder_object *self)
@@ -236,7 +234,7 @@ static int read_args(encode_args *a, PyObject *media, PyObject *taps)
     a->medium_tuple = PySequence_Tuple(media);
     if (!a->medium_tuple)
         return -1;
-    const size_t n_media = (size_t)PyTuple_GET_SIZE(a->medium_tuple);
+    const size_t n_media = (size_t)PyTuple_Size(a->medium_tuple);
     a->media = PyMem_Calloc(n_media + 1, sizeof *a->media);
     if (!a->media || n_media > 1 << 16) {
         PyErr_NoMemory();
@@ -244,7 +242,7 @@ static int read_args(encode_args *a, PyObject *media, PyObject *taps)
     }
     for (size_t i = 0; i < n_media; i++) {
         a->n_media = (int)i + 1;
-        if (read_medium(a, PyTuple_GET_ITEM(a->medium_tuple, (Py_ssize_t)i), &a->media[i]))
+        if (read_medium(a, PyTuple_GetItem(a->medium_tuple, (Py_ssize_t)i), &a->media[i]))
             return -1;
     }
     const engine_tap_owner owner = {a, &a->gil, "medium", a->n_media, site_exists, site_shape, NULL};

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The Python face of the engine: arguments in, arrays out, one mapping of errors. Contract: gemma4/_engine.pyi. */
+/* The Python face of the engine: arguments in, arrays out, one mapping of errors. Contract: gemma4/_engine.pyi. Only
+ * Python's stable ABI of 3.11 is used (Py_LIMITED_API), so that one wheel serves every later version. */
 #ifndef GEMMA4_PYTHON_ENGINE_H
 #define GEMMA4_PYTHON_ENGINE_H
 
@@ -24,6 +25,14 @@ typedef struct {
     PyObject_HEAD model_object *owner;
     g4_sequence *seq; /* NULL: closed */
 } sequence_object;
+
+/* The end of every tp_dealloc. */
+static inline void engine_free(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(object);
+    Py_DECREF((PyObject *)type);
+}
 
 /* errors.c: sets the exception for err->status (unless one is set already) and returns NULL. */
 PyObject *engine_raise(const g4_error *err);

@@ -1,4 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include <stdio.h>
+
 #include "python/engine.h"
 
 /* ---- tensors -------------------------------------------------------------------------------------------------------- */
@@ -6,13 +8,13 @@
 static int read_shape(PyObject *shape, const char *name, g4_named_tensor *tensor, size_t *n_elements)
 {
     *n_elements = 1;
-    if (!PyTuple_Check(shape) || PyTuple_GET_SIZE(shape) > G4_MAX_DIMS) {
+    if (!PyTuple_Check(shape) || PyTuple_Size(shape) > G4_MAX_DIMS) {
         PyErr_Format(PyExc_ValueError, "tensor %s: expected a shape of at most %d axes", name, G4_MAX_DIMS);
         return -1;
     }
-    tensor->n_dims = (int)PyTuple_GET_SIZE(shape);
+    tensor->n_dims = (int)PyTuple_Size(shape);
     for (int i = 0; i < tensor->n_dims; i++) {
-        long long size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+        long long size = PyLong_AsLongLong(PyTuple_GetItem(shape, i));
         if (size < 0 || __builtin_mul_overflow(*n_elements, (size_t)size, n_elements)) {
             if (!PyErr_Occurred())
                 PyErr_Format(PyExc_ValueError, "tensor %s: impossible shape", name);
@@ -68,7 +70,7 @@ void engine_release_buffers(Py_buffer *views, size_t n)
 
 g4_named_tensor *engine_read_tensors(PyObject *items, Py_buffer **views, size_t *n)
 {
-    const size_t n_items = (size_t)PyList_GET_SIZE(items);
+    const size_t n_items = (size_t)PyList_Size(items);
     g4_named_tensor *tensors = PyMem_Calloc(n_items + 1, sizeof *tensors);
     *views = PyMem_Calloc(n_items + 1, sizeof **views);
     *n = 0;
@@ -78,9 +80,9 @@ g4_named_tensor *engine_read_tensors(PyObject *items, Py_buffer **views, size_t 
         return NULL;
     }
     for (; *n < n_items; ++*n) {
-        PyObject *pair = PyList_GET_ITEM(items, (Py_ssize_t)*n);
-        const char *name = PyUnicode_AsUTF8(PyTuple_GET_ITEM(pair, 0));
-        if (engine_read_tensor(name, PyTuple_GET_ITEM(pair, 1), &tensors[*n], &(*views)[*n])) {
+        PyObject *pair = PyList_GetItem(items, (Py_ssize_t)*n);
+        const char *name = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(pair, 0), NULL);
+        if (engine_read_tensor(name, PyTuple_GetItem(pair, 1), &tensors[*n], &(*views)[*n])) {
             PyMem_Free(tensors);
             return NULL;
         }
@@ -142,14 +144,12 @@ static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
 static void model_dealloc(PyObject *object)
 {
     model_object *self = (model_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
     if (self->model) {
         Py_BEGIN_ALLOW_THREADS g4_model_free(self->model);
         Py_END_ALLOW_THREADS
     }
     engine_release_buffers(self->buffers, self->n_buffers);
-    type->tp_free(object);
-    Py_DECREF(type);
+    engine_free(object);
 }
 
 bool engine_ready(const model_object *self)
@@ -189,7 +189,7 @@ static PyObject *site_dims(const char *letters, const int64_t *shape, int n_dims
             Py_CLEAR(dims);
             break;
         }
-        PyTuple_SET_ITEM(dims, i, size);
+        PyTuple_SetItem(dims, i, size);
     }
     return dims;
 }

@@ -109,7 +109,7 @@ static PyObject *profile_ops(PyObject *self, PyObject *unused)
         if (!name)
             Py_CLEAR(tuple);
         else
-            PyTuple_SET_ITEM(tuple, op, name);
+            PyTuple_SetItem(tuple, op, name);
     }
     return tuple;
 }

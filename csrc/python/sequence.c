@@ -33,7 +33,7 @@ PyTypeObject *engine_sequence_type(PyObject *model)
 PyObject *engine_sequence_wrap(model_object *owner, g4_sequence *seq)
 {
     PyTypeObject *type = engine_sequence_type((PyObject *)owner);
-    sequence_object *self = type ? (sequence_object *)type->tp_alloc(type, 0) : NULL;
+    sequence_object *self = type ? (sequence_object *)PyType_GenericAlloc(type, 0) : NULL;
     if (!self) {
         g4_sequence_free(seq);
         return NULL;
@@ -46,11 +46,9 @@ PyObject *engine_sequence_wrap(model_object *owner, g4_sequence *seq)
 static void sequence_dealloc(PyObject *object)
 {
     sequence_object *self = (sequence_object *)object;
-    PyTypeObject *type = Py_TYPE(object);
     g4_sequence_free(self->seq);
     Py_XDECREF((PyObject *)self->owner);
-    type->tp_free(object);
-    Py_DECREF(type);
+    engine_free(object);
 }
 
 static PyObject *sequence_close(PyObject *object, PyObject *unused)

@@ -83,7 +83,7 @@ static int read_args(step_args *s, PyObject *runs, PyObject *taps)
     s->run_tuple = PySequence_Tuple(runs);
     if (!s->run_tuple)
         return -1;
-    const size_t n_runs = (size_t)PyTuple_GET_SIZE(s->run_tuple);
+    const size_t n_runs = (size_t)PyTuple_Size(s->run_tuple);
     s->runs = PyMem_Calloc(n_runs + 1, sizeof *s->runs);
     if (!s->runs || n_runs > 1 << 20) {
         PyErr_NoMemory();
@@ -91,7 +91,7 @@ static int read_args(step_args *s, PyObject *runs, PyObject *taps)
     }
     for (size_t i = 0; i < n_runs; i++) {
         s->n_runs = (int)i + 1;
-        if (read_run(s, PyTuple_GET_ITEM(s->run_tuple, (Py_ssize_t)i), &s->runs[i]))
+        if (read_run(s, PyTuple_GetItem(s->run_tuple, (Py_ssize_t)i), &s->runs[i]))
             return -1;
     }
     const engine_tap_owner owner = {s, &s->gil, "run", s->n_runs, site_exists, site_shape, rows_of};

@@ -101,7 +101,7 @@ int engine_read_taps(PyObject *object, const engine_tap_owner *owner, engine_tap
     taps->tuple = object ? PySequence_Tuple(object) : PyTuple_New(0);
     if (!taps->tuple)
         return -1;
-    const size_t n = (size_t)PyTuple_GET_SIZE(taps->tuple);
+    const size_t n = (size_t)PyTuple_Size(taps->tuple);
     taps->taps = PyMem_Calloc(n + 1, sizeof *taps->taps);
     taps->edits = PyMem_Calloc(n + 1, sizeof *taps->edits);
     if (!taps->taps || !taps->edits || n > 1 << 24) {
@@ -110,7 +110,7 @@ int engine_read_taps(PyObject *object, const engine_tap_owner *owner, engine_tap
     }
     for (size_t i = 0; i < n; i++) {
         taps->n = (int)i + 1;
-        if (read_tap(owner, PyTuple_GET_ITEM(taps->tuple, (Py_ssize_t)i), &taps->taps[i], &taps->edits[i]))
+        if (read_tap(owner, PyTuple_GetItem(taps->tuple, (Py_ssize_t)i), &taps->taps[i], &taps->edits[i]))
             return -1;
     }
     return 0;

@@ -92,7 +92,7 @@ static bool int8_rows_of(PyObject *arrays, npy_intp m, npy_intp k, g4_int8_rows 
     const npy_intp n = (npy_intp)g4_int8_bytes((int)m, (size_t)k), sizes[] = {n, n / 32, n / 16, n / 32, n / 16};
     void *data[5];
     for (int i = 0; i < 5; i++) {
-        PyObject *one = PyTuple_Check(arrays) && PyTuple_GET_SIZE(arrays) == 5 ? PyTuple_GET_ITEM(arrays, i) : NULL;
+        PyObject *one = PyTuple_Check(arrays) && PyTuple_Size(arrays) == 5 ? PyTuple_GetItem(arrays, i) : NULL;
         if (!one || !PyArray_Check(one) || PyArray_TYPE((PyArrayObject *)one) != types[i] ||
             PyArray_SIZE((PyArrayObject *)one) != sizes[i] || !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)one)) {
             PyErr_Format(PyExc_ValueError, "expected what quantize_rows returns for x [%zd, %zd]", m, k);
@@ -296,9 +296,10 @@ static PyObject *test_matmul_tiles(PyObject *self, PyObject *args)
     uint16_t *ws = PyMem_Calloc(n_groups, n_tiles * sizeof *ws), *narrow = PyMem_Calloc((size_t)k + 1, sizeof *narrow);
     float *sums = PyMem_Malloc(g4_tile_sums(m, n) * sizeof *sums);
     PyObject *out = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
-    if (!xs.data || !ws || !narrow || !sums)
-        Py_SETREF(out, PyErr_NoMemory());
-    else if (out) {
+    if (!xs.data || !ws || !narrow || !sums) {
+        Py_CLEAR(out);
+        PyErr_NoMemory();
+    } else if (out) {
         fill_tiles(kernels, x, &xs);
         fill_rows(kernels, w, narrow, ws, w_stride);
         kernels->matmul_tiles(&xs, m, ws, w_stride, n, g4_tiles_of(k), sums, false, PyArray_DATA((PyArrayObject *)out),
