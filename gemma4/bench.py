@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -59,6 +60,7 @@ class Benchmark:
     weights          bytes of the files' maps that are resident then, and how many of these lie in huge pages
     limits           of this machine, with as many threads, measured right after
     media            "image PATH" and so on: from decoded pixels or samples to soft tokens
+    inputs           the model's files
     """
 
     model: str
@@ -72,6 +74,7 @@ class Benchmark:
     limits: Limits
     notes: tuple[str, ...] = field(default=())
     media: dict[str, Speed] = field(default_factory=dict)
+    inputs: tuple[Path, ...] = ()
 
     @property
     def phases(self) -> dict[str, Speed]:
@@ -244,6 +247,6 @@ def bench(
         limits = measure_limits(model.engine.threads)  # last: its array would count as memory
         engine = model.engine
         how = f"{engine.isa}, {engine.threads} threads, precision {engine.precision}, KV {model.kv_dtype}"
-        return Benchmark(
-            str(model.checkpoint.path), how, prompt, load_s, *speeds, peak, weights, limits, tuple(notes), encoding
-        )
+        measured = (load_s, *speeds, peak, weights, limits)
+        path, inputs = str(model.checkpoint.path), model.checkpoint.inputs
+        return Benchmark(path, how, prompt, *measured, tuple(notes), encoding, inputs)

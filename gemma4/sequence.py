@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError, StateError
+from gemma4.files import new_file
 from gemma4.media.prompt import run_start
 
 if TYPE_CHECKING:
@@ -143,7 +144,9 @@ class Sequence:
             "first_positions": firsts,
         }
         arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-        return _write_atomically(Path(path), arrays)
+        with new_file(path, force=True, inputs=self._model.checkpoint.inputs) as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        return Path(path)
 
     def _record(self, ids: NDArray[np.int32], keys: NDArray[np.int64] | None, before: int) -> None:
         """Note which of `ids` the engine took in since the cache held `before` positions. keys None: the ids."""
@@ -194,17 +197,3 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise FormatError(f"{path} is not a saved sequence, or is damaged: {error}") from error
     return meta, arrays
-
-
-def _write_atomically(path: Path, arrays: dict[str, NDArray[Any]]) -> Path:
-    # a crash while writing must not leave a file that looks whole
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import warnings
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gemma4.files import free_name, write_file
 from gemma4.generation.stream import Generation
 from gemma4.info import count, peak_bytes, resident_bytes, size
 from gemma4.interp.cache import ActivationCache
@@ -21,6 +23,7 @@ from gemma4.interp.lens import LENS_SITES, LogitLens, logit_lens
 from gemma4.interp.plots import shown
 from gemma4.model import Model
 
+DEFAULT_OUTPUT = "gemma4-demo.png"
 STORY = "Once upon a time there was a little"
 # indirect object identification (Wang et al. 2022): the answer is the name that is not repeated
 RIDDLE = "When Mary and John went to the store, John gave a book to"
@@ -29,9 +32,19 @@ _ADDED = (("|attn|", 6), ("|mlp|", 6), ("|ple|", 6))  # their columns: name, wid
 
 
 def run_demo(
-    model: Model, prompt: str | None, *, console: Console, output: Path, load_s: float, max_tokens: int = 64
+    model: Model,
+    prompt: str | None,
+    *,
+    console: Console,
+    output: Path | None,
+    load_s: float,
+    max_tokens: int = 64,
+    force: bool = False,
 ) -> None:
-    """Stream a continuation, then show what happened inside and save a heat map."""
+    """Stream a continuation, then show what happened inside and save a heat map.
+
+    output: None = gemma4-demo.png, or a name of its kind that is free. force: replace a file that was named.
+    """
     console.print(
         f"[bold]{model.checkpoint.path.name}[/]  {count(model.checkpoint.n_parameters)} parameters "
         f"({count(model.info().effective_parameters)} effective), {model.n_layers} layers, loaded in "
@@ -45,7 +58,9 @@ def run_demo(
     lens = logit_lens(model, cache)
     console.print(Text(f"\nInside, where the model reads the last word of {inside!r}:", style="bold"))
     console.print(_layer_table(model, cache, lens))
-    _save_plot(lens, model.to_str_tokens(ids), output, console)
+    picture = _plot(lens, model.to_str_tokens(ids), output or Path(DEFAULT_OUTPUT), console)
+    if picture is not None:
+        _save(picture, output, force, model, console)
 
 
 def _stream(model: Model, prompt: str, console: Console, max_tokens: int) -> Generation:
@@ -112,16 +127,26 @@ def _words(lens: LogitLens, row: int) -> list[Text]:
     return [Text(f"{shown(token)} {p:.2f}", style="bold green" if p > 0.5 else "") for token, p in list(pairs)[:3]]
 
 
-def _save_plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) -> None:
+def _plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) -> bytes | None:
+    """The heat map in the format that the name asks for; None where matplotlib is missing."""
     from gemma4.interp import plots
 
-    if not os.access(output.parent, os.W_OK):  # a read-only place to start in is no reason to fail
-        output = Path(tempfile.gettempdir()) / output.name
+    image = io.BytesIO()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # the font lacks some of the world's scripts
-            plots.overview(lens, tokens).savefig(output, dpi=130)
+            plots.overview(lens, tokens).savefig(image, format=output.suffix[1:] or "png", dpi=130)
     except ImportError as error:
         console.print(f"no heat map: {error}", style="yellow", markup=False)
-        return
-    console.print(f"heat map of every layer and position: {output.resolve()}", highlight=False, soft_wrap=True)
+        return None
+    return image.getvalue()
+
+
+def _save(picture: bytes, output: Path | None, force: bool, model: Model, console: Console) -> None:
+    target = output or Path(DEFAULT_OUTPUT)
+    target = target if target.suffix else target.with_suffix(".png")
+    if not os.access(target.parent, os.W_OK):  # a read-only place to start in is no reason to fail
+        target = Path(tempfile.gettempdir()) / target.name
+    target = target if output else free_name(target)
+    write_file(target, picture, force=force, inputs=model.checkpoint.inputs)
+    console.print(f"heat map of every layer and position: {target.resolve()}", highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.text import Text
 
 from gemma4.cli import media as cli_media
+from gemma4.files import check_output, write_file
 from gemma4.sequence import KVDtype
 
 if TYPE_CHECKING:
@@ -64,9 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = _command(commands, "demo", _demo, "stream a continuation, then show what happened inside")
     demo.add_argument("prompt", nargs="?", help="default: two that the shipped model knows how to go on with")
-    demo.add_argument(
-        "--output", type=Path, default=Path("gemma4-demo.png"), help="the heat map (default: %(default)s)"
-    )
+    demo.add_argument("--output", type=Path, help="the heat map (default: gemma4-demo.png, or a name that is free)")
+    cli_media.add_force(demo)
     generate = _command(commands, "generate", _generate, "continue a prompt")
     generate.add_argument("prompt", help='text; "-" reads it from standard input')
     generate.add_argument("--chat", action="store_true", help="put the prompt through the chat template as a user turn")
@@ -97,6 +97,7 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--precision", choices=("exact", "fast"), help="default: the model's own")
     parser.add_argument("--profile", action="store_true", help="also a table of where the time goes, per operation")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
+    cli_media.add_force(parser)
     cli_media.add_attachments(parser, "time the encoding of it, too (repeatable)")
     _add_engine(parser)
 
@@ -115,7 +116,7 @@ def _add_quantize(commands: Any) -> None:
         metavar="TENSOR=TYPE",
         help="another type for tensors of this GGUF name or glob (repeatable): per_layer_token_embd=Q8_0",
     )
-    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    cli_media.add_force(parser)
     parser.add_argument("--threads", type=int, default=0, help="0 = the CPUs this process may use")
     parser.add_argument(
         "--report",
@@ -182,7 +183,7 @@ def _demo(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     model = _load(args)
     seconds = time.perf_counter() - start
-    run_demo(model, args.prompt, console=_stdout(), output=args.output, load_s=seconds)
+    run_demo(model, args.prompt, console=_stdout(), output=args.output, force=args.force, load_s=seconds)
 
 
 def _stdout() -> Console:
@@ -210,15 +211,20 @@ def _info(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from gemma4.bench import bench
 
+    if args.json:
+        check_output(args.json, force=args.force, devices=True)  # before the work
     names = ("mmproj", "prompt", "decode", "repeats", "threads", "precision", "kv_dtype")
     options = {name: getattr(args, name) for name in names}
-    result = bench(args.model, media=cli_media.parts(args), image_tokens=args.image_tokens, **options)
+    media = cli_media.parts(args)
+    result = bench(args.model, media=media, image_tokens=args.image_tokens, **options)
     print(result)
     if args.profile:
         for name, speed in result.phases.items():
             _stdout().print(speed.profile.table(result.limits, f"{name}, {speed.tokens} tokens"))
     if args.json:
-        args.json.write_text(json.dumps(result.as_dict(), indent=1) + "\n", encoding="utf-8")
+        inputs = [*result.inputs, *(part[part["type"]] for part in media)]
+        text = json.dumps(result.as_dict(), indent=1) + "\n"
+        write_file(args.json, text.encode(), force=args.force, inputs=inputs)
 
 
 def _quantize(args: argparse.Namespace) -> None:

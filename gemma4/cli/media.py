@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gemma4.files import free_name, write_file
 
 if TYPE_CHECKING:
     from gemma4.media.medium import Kind, Medium
@@ -29,10 +32,18 @@ def add_image_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-tokens", type=int, choices=BUDGETS, help=text)
 
 
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """--force, of the commands that write a file."""
+    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+
+
 def add_detect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="PHOTO")
     parser.add_argument("what", nargs="+", help='what to look for: "a car" "the red circle"')
-    parser.add_argument("--output", type=Path, help="the picture with boxes (default: PHOTO-boxes.png here)")
+    parser.add_argument(
+        "--output", type=Path, help="the picture with boxes (default: PHOTO-boxes.png here, or a free name)"
+    )
+    add_force(parser)
     parser.add_argument("--prompt", help="ask this instead; {} stands for what is looked for")
     parser.add_argument("--max-tokens", type=int, default=512)
     add_image_tokens(parser)
@@ -105,15 +116,17 @@ def run_detect(model: Model, args: argparse.Namespace, say: Callable[[str], None
         numbers = " ".join(str(round(value)) for value in one.pixels(height, width))
         print(f"{'box' if one.box else 'point'}\t{numbers}\t{one.label}", flush=True)
     if found:
-        output = args.output or Path(f"{args.image.stem}-boxes.png")
-        _save(draw_boxes(pixels, found), output)
+        output = args.output or free_name(f"{args.image.stem}-boxes.png")
+        _save(draw_boxes(pixels, found), output, args.force, (args.image, *model.checkpoint.inputs))
         say(f"{len(found)} found (top left bottom right in pixels, or y x); drawn in {output}")
 
 
-def _save(picture: Any, output: Path) -> None:
+def _save(picture: Any, output: Path, force: bool, inputs: Iterable[Path]) -> None:
     """The answer is printed already: a picture that cannot be written loses nothing but itself."""
+    png = io.BytesIO()
+    picture.save(png, "PNG")
     try:
-        picture.save(output, "PNG")
+        write_file(output, png.getvalue(), force=force, inputs=inputs)
     except OSError as error:
         raise OSError(f"cannot write {output}: {error.strerror or error}; name another file with --output") from None
 

@@ -119,6 +119,11 @@ class Checkpoint(ABC):
         return self._files
 
     @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Every file that the model is read from, which no output may replace."""
+        return tuple(file.path for file in self._files)
+
+    @property
     def total_bytes(self) -> int:
         """Size of the weight files."""
         return sum(file.nbytes for file in self._files)

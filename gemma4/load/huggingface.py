@@ -47,6 +47,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
 
     @property
+    def inputs(self) -> tuple[Path, ...]:
+        return (*super().inputs, *self.path.glob("*.json"), *self.path.glob("*.jinja"))
+
+    @property
     def encoders(self) -> Mapping[Modality, EncoderConfig]:
         return parse_encoders(self.hf_config, self.config)
 

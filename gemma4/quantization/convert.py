@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +16,7 @@ from numpy.typing import NDArray
 
 from gemma4 import _engine
 from gemma4.errors import FormatError
+from gemma4.files import check_output, new_file
 from gemma4.load import open_checkpoint
 from gemma4.load.checkpoint import Checkpoint, EngineTensor
 from gemma4.load.dtypes import is_quantised, stored_rows
@@ -69,7 +67,7 @@ def quantize(
     """
     kind, path = checked_type(type, KINDS), Path(out)
     with open_checkpoint(source) as checkpoint:
-        _check_target(path, force, checkpoint)
+        check_output(path, force=force, inputs=checkpoint.inputs)
         _check_source(checkpoint)
         planned, notes = plan(checkpoint, kind, overrides or {})
         infos = laid_out([*((t.name, t.dtype, t.shape) for t in planned), _freqs_entry(checkpoint)])
@@ -77,23 +75,10 @@ def quantize(
         check(table, infos, checkpoint.config, str(checkpoint.path))
         start = head(table, infos)
         total = len(start) + infos[-1].offset + infos[-1].nbytes
-        with _new_file(path, total, force) as file:
+        with new_file(path, force=force, inputs=checkpoint.inputs, n_bytes=total) as file:
             file.write(start)
             written = _write_tensors(file, checkpoint, planned, infos, threads, _scaled(progress, len(start), total))
     return QuantizationResult(path, total, tuple(written), tuple(notes))
-
-
-def _check_target(path: Path, force: bool, checkpoint: Checkpoint) -> None:
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder; name the file to write", str(path))
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such folder", str(path.parent))
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no regular file; name the file to write")
-    if path.exists() and any(path.samefile(file.path) for file in checkpoint.files):
-        raise ValueError(f"{path} is the source itself; write to another name")
-    if path.exists() and not force:
-        raise FileExistsError(errno.EEXIST, "exists already; --force (force=True) replaces it", str(path))
 
 
 def _check_source(checkpoint: Checkpoint) -> None:
@@ -112,34 +97,6 @@ def _freqs_entry(checkpoint: Checkpoint) -> tuple[str, str, tuple[int, ...]]:
 def _scaled(progress: Progress | None, start: int, total: int) -> Progress:
     """From bytes of data to bytes of the file."""
     return (lambda done, _, name: progress(start + done, total, name)) if progress else (lambda *_: None)
-
-
-@contextlib.contextmanager
-def _new_file(path: Path, nbytes: int, force: bool) -> Iterator[IO[bytes]]:
-    """A file that gets its name once it is whole, and is removed otherwise."""
-    free = shutil.disk_usage(path.parent).free
-    if free < nbytes:
-        raise OSError(errno.ENOSPC, f"the file needs {nbytes:,} bytes, the disk has {free:,} left", str(path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "xb") as file:
-            yield file
-        if not force and path.exists():
-            raise FileExistsError(errno.EEXIST, "appeared while its replacement was written", str(path))
-        os.replace(partial, path)
-    except OSError as error:
-        _remove(partial)
-        if error.filename is None:  # from write(): does not say which file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    except BaseException:
-        _remove(partial)
-        raise
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def _write_tensors(
