@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from gemma4 import _engine
 from gemma4.encoders.soft_tokens import encode
-from gemma4.info import mapped_bytes, peak_bytes, size
+from gemma4.info import mapped_bytes, peak_bytes
 from gemma4.media.medium import Medium, read_media
 from gemma4.model import Model, Precision, load
 from gemma4.profile import Limits, Profile
 from gemma4.sequence import KVDtype
+from gemma4.units import size
 
 READ_FLOATS = 1 << 26  # 256 MiB: more than any last-level cache of a desktop
 LIMIT_SECONDS, MAX_PASSES = 0.25, 30

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma4.units import count, size
+
 if TYPE_CHECKING:
     from gemma4.model import Model
 
@@ -154,21 +156,3 @@ def mapped_bytes(paths: Iterable[Path]) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return found["Rss:"], found["FilePmdMapped:"]
-
-
-def count(number: int) -> str:
-    """1234567 -> "1.23 M"."""
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return str(number)
-
-
-def size(n_bytes: int) -> str:
-    """Bytes in a unit that people read: 1536 -> "1.5 KiB"."""
-    value = float(n_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"

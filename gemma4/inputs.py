@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.encoders.hooks import EncoderTaps
+from gemma4.encoders.soft_tokens import SoftRows
 from gemma4.errors import CapacityError, StateError
 from gemma4.media.medium import read_media
-from gemma4.media.prompt import SoftRows, TokenizedPrompt, expander, locate
+from gemma4.media.prompt import TokenizedPrompt, expander, locate
 from gemma4.sequence import Sequence
 from gemma4.step import Prompt
 from gemma4.text.chat import check_messages, encode_chat
@@ -100,7 +101,7 @@ def as_batch(
 
 
 def _soft_rows(model: Model, rows: list[TokenizedPrompt], taps: EncoderTaps) -> list[SoftRows | None]:
-    return [row.soft_rows(model, taps, sequence=i) for i, row in enumerate(rows)]
+    return [taps.soft_rows(model, row, sequence=i) for i, row in enumerate(rows)]
 
 
 def _prompts(sequences: list[Sequence], rows: list[TokenizedPrompt], soft: list[SoftRows | None]) -> list[Prompt]:

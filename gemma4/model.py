@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine, info
-from gemma4.encoders.encoder import Encoder, encode_audio, encode_image, encode_video
+from gemma4.encoders.encoder import Encoder
 from gemma4.encoders.hooks import EncoderTaps
-from gemma4.encoders.soft_tokens import EncodedMedia
+from gemma4.encoders.soft_tokens import EncodedMedia, encode_audio, encode_image, encode_video
 from gemma4.inputs import Messages, TokensLike, as_batch, tokenize_prompt
 from gemma4.interp.hooks import Hook, NaNLog, activated, active_hooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, SiteTable, names_of, reusable

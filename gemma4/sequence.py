@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gemma4.errors import FormatError, StateError
 from gemma4.files import new_file
-from gemma4.media.prompt import run_start
+from gemma4.media.keys import run_start
 
 if TYPE_CHECKING:
     from gemma4._engine import Sequence as EngineSequence

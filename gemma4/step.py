@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.encoders.soft_tokens import SoftRows
 from gemma4.errors import CapacityError, StateError
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import HookPoint, SiteHooks, make_edit
 from gemma4.interp.sites import Site
-from gemma4.media.prompt import SoftRows
 from gemma4.profile import step_array
 from gemma4.sequence import Sequence
 

@@ -17,11 +17,12 @@ from rich.text import Text
 
 from gemma4.files import free_name, write_file
 from gemma4.generation.stream import Generation
-from gemma4.info import count, peak_bytes, resident_bytes, size
+from gemma4.info import peak_bytes, resident_bytes
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.lens import LENS_SITES, LogitLens, logit_lens
 from gemma4.interp.plots import shown
 from gemma4.model import Model
+from gemma4.units import count, size
 
 DEFAULT_OUTPUT = "gemma4-demo.png"
 STORY = "Once upon a time there was a little"

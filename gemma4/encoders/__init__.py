@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's image and audio encoders, what they make of media, and what a run does inside them."""
 
-from gemma4.encoders.encoder import Encoder, MediumLike, encode_audio, encode_image, encode_video, inputs_of
+from gemma4.encoders.encoder import Encoder, MediumLike
+from gemma4.encoders.soft_tokens import encode_audio, encode_image, encode_video, inputs_of
 
 __all__ = ["Encoder", "MediumLike", "encode_audio", "encode_image", "encode_video", "inputs_of"]

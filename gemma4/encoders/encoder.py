@@ -19,10 +19,6 @@ from gemma4 import _engine
 from gemma4.interp.hooks import HookPoint, SiteHooks, active_hooks, bind_hooks, hooks_of, make_edit
 from gemma4.interp.sites import Names, Site, SiteTable
 from gemma4.load.encoder_config import EncoderConfig, Modality
-from gemma4.media import audio as sounds
-from gemma4.media import image as images
-from gemma4.media import video as videos
-from gemma4.media.medium import Medium
 from gemma4.profile import step_array
 
 if TYPE_CHECKING:
@@ -157,41 +153,3 @@ class Encoder:
         n_soft = self.engine.soft_tokens(n_rows)
         inside = n_soft if self.config.kind == "audio_tower" else n_rows
         return {"T": inside, "S": inside, "N": n_soft, "U": (n_rows + 1) // 2}
-
-
-def encode_image(model: Model, image: Any, image_tokens: int) -> F32:
-    """See `Model.encode_image`."""
-    encoder = model.vision
-    [soft] = encoder.encode([_patches(encoder, images.load_image(image), image_tokens)])
-    return soft
-
-
-def encode_video(model: Model, video: Any, image_tokens: int = videos.FRAME_TOKENS, **options: Any) -> F32:
-    """See `Model.encode_video`."""
-    encoder = model.vision
-    if not isinstance(video, videos.VideoFrames):
-        video = videos.load_video(video, **options)
-    return np.concatenate(encoder.encode([_patches(encoder, frame, image_tokens) for frame in video.frames]))
-
-
-def encode_audio(model: Model, audio: Any, rate: int | None = None) -> F32:
-    """See `Model.encode_audio`."""
-    encoder, samples = model.audio, sounds.load_audio(audio, rate)
-    raw = encoder.config.kind == "audio_embedder"
-    [soft] = encoder.encode([sounds.raw_frames(samples) if raw else sounds.log_mel(samples)])
-    return soft
-
-
-def inputs_of(encoder: Encoder, medium: Medium) -> list[tuple[F32, I32 | None]]:
-    """What the encoder reads of a part of a message: a picture, a recording, or every frame of a video."""
-    if medium.kind == "audio":
-        raw = encoder.config.kind == "audio_embedder"
-        return [(sounds.raw_frames(medium.content) if raw else sounds.log_mel(medium.content), None)]
-    frames = [medium.content] if medium.kind == "image" else medium.content.frames
-    return [_patches(encoder, frame, medium.image_tokens) for frame in frames]
-
-
-def _patches(encoder: Encoder, pixels: Any, image_tokens: int) -> tuple[F32, I32]:
-    unified = encoder.config.kind == "vision_embedder"
-    found = (images.preprocess_unified if unified else images.preprocess)(pixels, image_tokens)
-    return found.patches, found.positions

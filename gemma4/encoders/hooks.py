@@ -7,12 +7,13 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.encoders.soft_tokens import encode
+from gemma4.encoders.soft_tokens import SOFT_ID, SoftRows, encode
+from gemma4.interp.cache import EncoderCache
 from gemma4.interp.hooks import Hook, SiteHooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, Site, names_of
 from gemma4.load.encoder_config import MODALITIES, Modality
@@ -61,6 +62,32 @@ class EncoderTaps:
             return model.encoded_media.get(model, medium), []
         made, caches = encode(model, medium, hooks, sites, sequence=sequence, first=first)
         return made, caches if sites else []
+
+    def soft_rows(self, model: Model, prompt: TokenizedPrompt, start: int = 0, sequence: int = 0) -> SoftRows | None:
+        """Of positions start.. ; media there are encoded, or taken from the model's cache. None if all are tokens.
+
+        sequence: the prompt's index in the batch, for hooks.
+        """
+        runs = [(i, run) for i, run in enumerate(prompt.runs) if run.stop > start]
+        if not runs:
+            return None
+        encoded: dict[int, Any] = {}  # by the number of the medium's first run
+        caches: list[EncoderCache] = []
+        ids = prompt.ids[start:].copy()
+        # calloc: pages of text positions, which nobody reads, are never touched
+        embeddings = np.zeros((len(ids), model.engine_config["d_model"]), np.float32)
+        for i, run in runs:
+            frame = run.first // run.medium.run_length
+            if i - frame not in encoded:
+                encoded[i - frame] = self.encode(model, run.medium, sequence=sequence, first=i - frame)
+            rows, captured = encoded[i - frame]
+            if captured:
+                caches.append(EncoderCache(run, captured[frame]))
+            begin = max(run.start, start)
+            ids[begin - start : run.stop - start] = SOFT_ID[run.medium.kind]
+            first = run.first + begin - run.start
+            embeddings[begin - start : run.stop - start] = rows[first : first + run.stop - begin]
+        return SoftRows(ids, embeddings, prompt.keys()[start:], tuple(caches))
 
     def apart(self, model: Model, prompt: TokenizedPrompt) -> TokenizedPrompt:
         """The prompt, its media like no other's where hooks may edit them: a cached sequence must neither take them

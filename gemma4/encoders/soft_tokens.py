@@ -1,25 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What encoders gave, kept by content: a question that follows does not encode the picture again."""
+"""From media to soft tokens, kept by content: a question that follows does not encode the picture again."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.encoders.encoder import inputs_of
+from gemma4.encoders.encoder import Encoder
+from gemma4.interp.cache import EncoderCache
 from gemma4.interp.hooks import SiteHooks
 from gemma4.interp.sites import Site
-from gemma4.media.medium import Medium
+from gemma4.media import audio as sounds
+from gemma4.media import image as images
+from gemma4.media import video as videos
+from gemma4.media.medium import Kind, Medium
 
 if TYPE_CHECKING:
     from gemma4.model import Model
 
+F32: TypeAlias = NDArray[np.float32]
+I32: TypeAlias = NDArray[np.int32]
+
+# What stands for a position's token in the engine's run: it takes an embedding, of this kind.
+SOFT_ID: dict[Kind, int] = {"audio": -1, "image": -2, "video": -3}
 MAX_BYTES = 256 << 20  # a picture of 280 soft tokens is 1.7 MB for E2B, a video of 32 frames 48 MB for 31B
+
+
+class SoftRows(NamedTuple):
+    """The soft tokens among T positions, as a step takes them."""
+
+    ids: NDArray[np.int32]  # int32 [T]: the token's id, or below 0 where the position is an embedding (SOFT_ID)
+    embeddings: NDArray[np.float32]  # float32 [T, d_model]; rows of tokens are not read
+    keys: NDArray[np.int64]  # int64 [T]: what the cache tells positions apart by: token ids, or content
+    caches: tuple[EncoderCache, ...] = ()  # what was captured inside the encoders
 
 
 class EncodedMedia:
@@ -67,3 +85,41 @@ def encode(
         raise RuntimeError(f"{medium.name}: the encoder gave {made.shape} where {expected} soft tokens were announced")
     made.flags.writeable = False
     return made, caches
+
+
+def encode_image(model: Model, image: Any, image_tokens: int) -> F32:
+    """See `Model.encode_image`."""
+    encoder = model.vision
+    [soft] = encoder.encode([_patches(encoder, images.load_image(image), image_tokens)])
+    return soft
+
+
+def encode_video(model: Model, video: Any, image_tokens: int = videos.FRAME_TOKENS, **options: Any) -> F32:
+    """See `Model.encode_video`."""
+    encoder = model.vision
+    if not isinstance(video, videos.VideoFrames):
+        video = videos.load_video(video, **options)
+    return np.concatenate(encoder.encode([_patches(encoder, frame, image_tokens) for frame in video.frames]))
+
+
+def encode_audio(model: Model, audio: Any, rate: int | None = None) -> F32:
+    """See `Model.encode_audio`."""
+    encoder, samples = model.audio, sounds.load_audio(audio, rate)
+    raw = encoder.config.kind == "audio_embedder"
+    [soft] = encoder.encode([sounds.raw_frames(samples) if raw else sounds.log_mel(samples)])
+    return soft
+
+
+def inputs_of(encoder: Encoder, medium: Medium) -> list[tuple[F32, I32 | None]]:
+    """What the encoder reads of a part of a message: a picture, a recording, or every frame of a video."""
+    if medium.kind == "audio":
+        raw = encoder.config.kind == "audio_embedder"
+        return [(sounds.raw_frames(medium.content) if raw else sounds.log_mel(medium.content), None)]
+    frames = [medium.content] if medium.kind == "image" else medium.content.frames
+    return [_patches(encoder, frame, medium.image_tokens) for frame in frames]
+
+
+def _patches(encoder: Encoder, pixels: Any, image_tokens: int) -> tuple[F32, I32]:
+    unified = encoder.config.kind == "vision_embedder"
+    found = (images.preprocess_unified if unified else images.preprocess)(pixels, image_tokens)
+    return found.patches, found.positions

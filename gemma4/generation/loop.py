@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.encoders.hooks import EncoderTaps
+from gemma4.generation.options import Options
 from gemma4.generation.pieces import ContinuationText, Piece, TurnText
 from gemma4.generation.sampling import Sample, Sampler, StopCriteria
 from gemma4.inputs import PromptLike, check_fits, is_messages, tokenize_prompt
@@ -24,7 +25,6 @@ from gemma4.step import Output, Prompt, Want, run_step
 from gemma4.text.turn import ToolCall
 
 if TYPE_CHECKING:
-    from gemma4.generation.stream import Options
     from gemma4.model import Model
 
 
@@ -107,7 +107,7 @@ class Track:
     def pending(self, model: Model) -> Prompt:
         """What the cache does not hold yet: the prompt, whose media are encoded here, later one token."""
         start = self.sequence.length
-        soft = self.prompt.soft_rows(model, self.taps, start, self.index) if start < self.n_prompt else None
+        soft = self.taps.soft_rows(model, self.prompt, start, self.index) if start < self.n_prompt else None
         return Prompt(self.sequence, self.ids[start:], self.index, soft)
 
     def accept(self, output: Output) -> list[Piece]:

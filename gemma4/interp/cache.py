@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import SiteError
-from gemma4.info import size
 from gemma4.interp.sites import ENCODER_PREFIXES, Site, canonical_name
+from gemma4.units import size
 
 if TYPE_CHECKING:
-    from gemma4.media.prompt import EncoderCache
+    from gemma4.media.prompt import SoftRun
     from gemma4.model import Model
 
 F32 = NDArray[np.float32]
@@ -50,6 +50,27 @@ class CapturedArrays(Mapping[str, NDArray[Any]]):
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self._arrays.values())
+
+
+class EncoderCache(CapturedArrays):
+    """Activations inside an encoder of one picture, frame or recording: site name -> array, in forward order.
+
+    run: which it is, and where in the prompt its soft tokens stand
+    """
+
+    def __init__(self, run: SoftRun, arrays: dict[str, NDArray[Any]]) -> None:
+        super().__init__(arrays)
+        self.run = run
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._arrays:
+            kind = self.run.medium.kind
+            raise SiteError(f"{name!r} was not captured of this {kind}: ask for it with names= (docs/sites.md)")
+        return self._arrays[name]
+
+    def __repr__(self) -> str:
+        run = self.run
+        return f"EncoderCache: {len(self)} arrays of the {run.medium.kind} at positions {run.start} to {run.stop - 1}"
 
 
 class ActivationCache(CapturedArrays):

@@ -6,54 +6,30 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.errors import SiteError
-from gemma4.interp.cache import CapturedArrays
+from gemma4._moved import moved
 from gemma4.media.audio import MS_PER_TOKEN
+from gemma4.media.keys import content_key
 from gemma4.media.medium import KINDS, PLACEHOLDER, Kind, Medium
 
 if TYPE_CHECKING:
-    from gemma4.encoders.hooks import EncoderTaps
-    from gemma4.model import Model
     from gemma4.text.tokenizer import Tokenizer
 
-# What stands for a position's token in the engine's run: it takes an embedding, of this kind.
-SOFT_ID: dict[Kind, int] = {"audio": -1, "image": -2, "video": -3}
+__getattr__ = moved(
+    __name__,
+    {
+        "EncoderCache": "gemma4.interp.cache",
+        "SOFT_ID": "gemma4.encoders.soft_tokens",
+        "SoftRows": "gemma4.encoders.soft_tokens",
+        "run_start": "gemma4.media.keys",
+    },
+)
+
 _ANY = re.compile("|".join(map(re.escape, PLACEHOLDER.values())))
-
-
-class EncoderCache(CapturedArrays):
-    """Activations inside an encoder of one picture, frame or recording: site name -> array, in forward order.
-
-    run: which it is, and where in the prompt its soft tokens stand
-    """
-
-    def __init__(self, run: SoftRun, arrays: dict[str, NDArray[Any]]) -> None:
-        super().__init__(arrays)
-        self.run = run
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self._arrays:
-            kind = self.run.medium.kind
-            raise SiteError(f"{name!r} was not captured of this {kind}: ask for it with names= (docs/sites.md)")
-        return self._arrays[name]
-
-    def __repr__(self) -> str:
-        run = self.run
-        return f"EncoderCache: {len(self)} arrays of the {run.medium.kind} at positions {run.start} to {run.stop - 1}"
-
-
-class SoftRows(NamedTuple):
-    """The soft tokens among T positions, as a step takes them."""
-
-    ids: NDArray[np.int32]  # int32 [T]: the token's id, or below 0 where the position is an embedding (SOFT_ID)
-    embeddings: NDArray[np.float32]  # float32 [T, d_model]; rows of tokens are not read
-    keys: NDArray[np.int64]  # int64 [T]: what the cache tells positions apart by: token ids, or content
-    caches: tuple[EncoderCache, ...] = ()  # what was captured inside the encoders
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,48 +74,8 @@ class TokenizedPrompt:
         keys = self.ids.astype(np.int64)
         for run in self.runs:
             rows = np.arange(run.first, run.first + run.stop - run.start)
-            keys[run.start : run.stop] = _content_key(run.medium) + rows
+            keys[run.start : run.stop] = content_key(run.medium.digest) + rows
         return keys
-
-    def soft_rows(self, model: Model, taps: EncoderTaps, start: int = 0, sequence: int = 0) -> SoftRows | None:
-        """Of positions start.. ; media there are encoded, or taken from the model's cache. None if all are tokens.
-
-        taps: what to do inside the encoders. sequence: the prompt's index in the batch, for hooks.
-        """
-        runs = [(i, run) for i, run in enumerate(self.runs) if run.stop > start]
-        if not runs:
-            return None
-        encoded: dict[int, Any] = {}  # by the number of the medium's first run
-        caches: list[EncoderCache] = []
-        ids = self.ids[start:].copy()
-        # calloc: pages of text positions, which nobody reads, are never touched
-        embeddings = np.zeros((len(ids), model.engine_config["d_model"]), np.float32)
-        for i, run in runs:
-            frame = run.first // run.medium.run_length
-            if i - frame not in encoded:
-                encoded[i - frame] = taps.encode(model, run.medium, sequence=sequence, first=i - frame)
-            rows, captured = encoded[i - frame]
-            if captured:
-                caches.append(EncoderCache(run, captured[frame]))
-            begin = max(run.start, start)
-            ids[begin - start : run.stop - start] = SOFT_ID[run.medium.kind]
-            first = run.first + begin - run.start
-            embeddings[begin - start : run.stop - start] = rows[first : first + run.stop - begin]
-        return SoftRows(ids, embeddings, self.keys()[start:], tuple(caches))
-
-
-_SOFT_KEY = 1 << 62  # soft tokens' keys have this bit; below it 42 bits of the digest and 20 for the row
-
-
-def _content_key(medium: Medium) -> int:
-    return _SOFT_KEY | (int.from_bytes(medium.digest[:8], "little") >> 22) << 20
-
-
-def run_start(keys: Sequence[int] | NDArray[np.int64], position: int) -> int:
-    """The first position of the run of soft tokens that goes on at `position`; position itself where none does."""
-    while 0 < position < len(keys) and keys[position] & _SOFT_KEY and keys[position - 1] + 1 == keys[position]:
-        position -= 1
-    return position
 
 
 def expander(media: Sequence[Medium]) -> Callable[[str], str]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from gemma4.info import size
+from gemma4.units import size
 
 
 class WrittenTensor(NamedTuple):

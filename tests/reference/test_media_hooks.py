@@ -12,7 +12,7 @@ from media_files import picture, tone
 
 import gemma4
 from gemma4 import HookPoint, SiteError
-from gemma4.encoders.encoder import inputs_of
+from gemma4.encoders.soft_tokens import inputs_of
 from gemma4.media.medium import read_audio, read_image, read_video
 from gemma4.media.prompt import SoftRun, TokenizedPrompt
 
