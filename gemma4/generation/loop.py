@@ -54,10 +54,12 @@ class Generation:
 
     text:           the continuation; for messages, the answer without thinking and tool calls
     tokens:         int32 [n], every sampled id, the stop id included
-    finish_reason:  "stop" (stop id or string), "length" (max_tokens or context), "tool_calls", "cancelled"
+    finish_reason:  "stop" (stop id or string), "length" (max_tokens or context), "tool_calls", "malformed" (the model
+                    stopped, but wrote a tool call that has no single meaning), "cancelled"
     prompt_tokens:  length of the prompt in tokens
     logprobs:       one Sample per token if logprobs= was given
     thinking, tool_calls:  parsed from a model turn (messages only)
+    malformed:      the text of tool calls that could not be read, as the model wrote it
     cache:          with capture=: activations of every position that was run, i.e. of the prompt and of all generated
                     tokens but the last (which was never fed back); `cache.positions` says where the prompt ends;
                     `cache.media` holds those inside the encoders
@@ -71,6 +73,7 @@ class Generation:
     logprobs: list[Sample] | None = None
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    malformed: tuple[str, ...] = ()
     cache: ActivationCache | None = None
 
     def __str__(self) -> str:
@@ -133,7 +136,7 @@ class Track:
     def _text_of(self, token: int) -> list[Piece]:
         if self.stops.is_stop_id(token):
             self.finish = "stop"
-            return self._released(self.text.flush(), last=True)
+            return self._released(self.text.end(token), last=True)
         pieces = self._released(self.text.push(token), last=False)
         if not self.finish and self.n_ids == len(self.buffer):
             self.finish = "length"
@@ -159,7 +162,9 @@ class Track:
     def result(self) -> Generation:
         n = len(self.samples)
         turn = self.text.parsed() if isinstance(self.text, TurnText) else None
-        finish = "tool_calls" if turn and turn.tool_calls and self.finish == "stop" else self.finish
+        finish = self.finish
+        if turn and finish == "stop":
+            finish = "malformed" if turn.malformed else "tool_calls" if turn.tool_calls else finish
         return Generation(
             text="".join(piece for piece in self.pieces if piece.channel == "text"),
             tokens=self.ids[self.n_prompt :].copy(),
@@ -169,6 +174,7 @@ class Track:
             logprobs=self.samples if self.sampler.params.logprobs is not None else None,
             thinking=turn.thinking if turn else "",
             tool_calls=turn.tool_calls if turn else (),
+            malformed=turn.malformed if turn else (),
             cache=join_caches(self.caches) if self.caches else None,
         )
 

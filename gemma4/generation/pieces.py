@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.text.turn import ModelTurn, parse_turn
+from gemma4.text.turn import ModelTurn, is_bare_call, may_be_bare_call, parse_turn
 
 if TYPE_CHECKING:
     from gemma4.model import Model
-    from gemma4.text.tokenizer import Tokenizer
+    from gemma4.text.tokenizer import DecodeStream, Tokenizer
 
 _THINK, _CALL = ("<|channel>", "<channel|>"), ("<|tool_call>", "<tool_call|>")
 
@@ -37,7 +37,11 @@ class ContinuationText:
         self._stream = model.tokenizer.decode_stream() if model.checkpoint.tokenizer_path else None
 
     def push(self, token: int) -> list[Piece]:
-        return _pieces(self._stream.push(token)) if self._stream else []
+        return _pieces(_decoded(self._stream, token)) if self._stream else []
+
+    def end(self, token: int) -> list[Piece]:
+        """What is left when generation stops at `token`, which is not shown."""
+        return self.flush()
 
     def flush(self) -> list[Piece]:
         return _pieces(self._stream.flush()) if self._stream else []
@@ -46,41 +50,60 @@ class ContinuationText:
 class TurnText:
     """A model turn: the answer as pieces of text, thinking only if it is to be shown, tool calls never.
 
-    Channels are told apart by the ids of their markers, so text that merely looks like one stays text. prompt: int32
-    [pos]; some templates end inside an open thinking channel, and what follows belongs to it.
+    Channels are told apart by the ids of their markers, so text that merely looks like one stays text. Text that may
+    turn out to be a call whose opening marker is missing is held back until that is certain. prompt: int32 [pos]; some
+    templates end inside an open thinking channel, and what follows belongs to it.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: NDArray[np.int32], show_thinking: bool = False, tools: Collection[str] = ()
     ) -> None:
-        self._tokenizer, self._tools, self._show_thinking = tokenizer, tools, show_thinking
+        self._special, self._tools, self._show_thinking = tokenizer.special_ids, frozenset(tools), show_thinking
         self._opens = {_id(tokenizer, _THINK[0]): "thinking", _id(tokenizer, _CALL[0]): "tool_call"}
-        self._closes = {_id(tokenizer, _THINK[1]), _id(tokenizer, _CALL[1])}
-        self._ids: list[int] = []
+        self._call_end = _id(tokenizer, _CALL[1])
+        self._closes = {_id(tokenizer, _THINK[1]), self._call_end}
         self._began_thinking = _is_open(prompt, _id(tokenizer, _THINK[0]), _id(tokenizer, _THINK[1]))
         self._channel = "thinking" if self._began_thinking else "text"
         self._label: str | None = None  # a channel's name line ("thought\n") as far as it has come
+        self._held: str | None = ""  # text since the last marker while it may be a call; None once it cannot be
         self._stream = tokenizer.decode_stream(skip_special=True)
+        self._whole, self._turn = tokenizer.decode_stream(), [""]  # the turn with its markers, for `parsed`
 
     def push(self, token: int) -> list[Piece]:
-        self._ids.append(token)
+        self._turn.append(_decoded(self._whole, token))
         if token not in self._opens and token not in self._closes:
-            return self._visible(self._stream.push(token))
-        held = self.flush()
+            return self._visible(_decoded(self._stream, token))
+        if token == self._call_end and self._held and is_bare_call(self._held + self._stream.flush(), self._tools):
+            self._held = ""
+        pieces = self.flush()
         self._channel = self._opens.get(token, "text")
         self._label = "" if self._channel == "thinking" else None
-        return held
+        self._held = ""
+        return pieces
+
+    def end(self, token: int) -> list[Piece]:
+        """What is left when generation stops at `token`, which is not shown; a marker may tell that a call is whole."""
+        if token in self._special:
+            self._turn.append(_decoded(self._whole, token))
+        return self.flush()
 
     def flush(self) -> list[Piece]:
-        return self._visible(self._stream.flush())
+        pieces = self._visible(self._stream.flush())
+        label, self._label = self._label, None
+        if label and label != "thought" and self._show_thinking:  # a thought without a name line
+            pieces += _pieces(label, self._channel)
+        held, self._held = self._held, None
+        return pieces + _pieces(held or "")
 
     def parsed(self) -> ModelTurn:
         """Answer, thinking and tool calls of the turn so far."""
-        return parse_turn(self._tokenizer.decode(self._ids), thinking=self._began_thinking, tools=self._tools)
+        return parse_turn("".join(self._turn), thinking=self._began_thinking, tools=self._tools)
 
     def _visible(self, text: str) -> list[Piece]:
         if self._channel == "tool_call" or (self._channel == "thinking" and not self._show_thinking):
             return []
+        if self._channel == "text":
+            return self._certain(text)
         if self._label is not None:
             self._label += text
             _, newline, text = self._label.partition("\n")
@@ -88,6 +111,22 @@ class TurnText:
                 return []
             self._label = None
         return _pieces(text, self._channel)
+
+    def _certain(self, text: str) -> list[Piece]:
+        if self._held is not None:
+            self._held += text
+            if may_be_bare_call(self._held, self._tools):
+                return []
+            text, self._held = self._held, None
+        return _pieces(text)
+
+
+def _decoded(stream: DecodeStream, token: int) -> str:
+    """A model's table may be larger than its tokenizer: an id without a piece is shown as U+FFFD."""
+    try:
+        return stream.push(token)
+    except ValueError:
+        return stream.flush() + "\ufffd"
 
 
 def _id(tokenizer: Tokenizer, piece: str) -> int:

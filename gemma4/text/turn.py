@@ -6,7 +6,8 @@
     <|tool_call>call:NAME{city:<|"|>Rome<|"|>,days:3}<tool_call|><|tool_response>
 
 Models leave tokens out, so the reader never fails: thoughts may be empty, several, unclosed or interrupted by a call;
-closers may come without openers; calls may follow each other or be cut off at the end. Time is linear in the text.
+closers may come without openers; calls may follow each other or be cut off at the end. Calls that are written in
+another way are repaired where that is unambiguous (gemma4/text/repair.py). Time is linear in the text.
 """
 
 from __future__ import annotations
@@ -17,15 +18,20 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemma4.text.literals import QUOTE, Malformed, literal
+from gemma4.text.repair import offered, repair_calls
+
 _MARK = re.compile(
     r"<\|channel>|<channel\|>|<\|tool_call>|<tool_call\|>|<\|tool_response>|<tool_response\|>|<\|turn>|<turn\|>"
     r"|<bos>|<eos>|<pad>"
 )
 _ENDS = ("<turn|>", "<eos>", "<|tool_response>")
-_CALL = re.compile(r"\s*call:\s*([^\s{}<>:]{1,256})\s*\{")
-_QUOTE = '<|"|>'
+_CALL_ENDS = ("<tool_call|>", "<|tool_response>")  # with these the model itself says that a call is whole
+_CALL = re.compile(r"\s*call:\s*([^\s{}<>()\[\]\"',=|]{1,256})\s*\{")
+_NAME = re.compile(r"""\s*["']?([^\s{}<>()\[\]"',=|]{1,256})["'\s{(]""")
+_BARE_CALL = re.compile(r"\s*call\s*:")
+_CLOSERS = re.compile(r"[\s})\]]*\Z")
 _BARE = re.compile(r"[^,{}\[\]]*")
-_NUMBER = re.compile(r"-?\d{1,400}(?:\.\d{1,400})?(?:[eE][+-]?\d{1,4})?\Z")
 _KEY = re.compile(r'\s*(?:<\|"\|>(?P<q>(?:(?!<\|"\|>).)*)<\|"\|>|"(?P<j>[^"]*)"|(?P<b>[^:,{}\[\]"<]+?))\s*:', re.S)
 _SPACE = re.compile(r"\s*")
 _JSON = json.JSONDecoder(strict=False)
@@ -42,7 +48,7 @@ class ToolCall:
 class ModelTurn:
     """content and thinking are stripped of surrounding whitespace; thoughts are joined by newlines.
 
-    malformed: the text of calls that could not be read (cut off, or not `call:NAME{…}`).
+    malformed: the text of calls that could not be read (cut off, or written in a way that has no single meaning).
     """
 
     content: str = ""
@@ -55,8 +61,8 @@ def parse_turn(text: str, *, thinking: bool = False, tools: Collection[str] = ()
     """The parts of `text`, which was decoded with control tokens kept; it may be the beginning of a turn.
 
     thinking: the prompt already opened the thought, so the text starts inside it.
-    tools: names of the tools offered. Only for these is a call accepted that lacks its opening token: a stranger's text
-    must not be able to write one.
+    tools: names of the tools offered. Only for these is a call repaired, or accepted without its opening token: a
+    stranger's text must not be able to write one.
     """
     text = re.sub(r"\A\s*<\|turn>model\n?", "", text)
     reader = _Reader(text, frozenset(tools), in_thought=thinking)
@@ -64,6 +70,22 @@ def parse_turn(text: str, *, thinking: bool = False, tools: Collection[str] = ()
     thoughts = [t.strip() for t in reader.thoughts]
     thought = "\n".join(t for t in thoughts if t)
     return ModelTurn("".join(reader.content).strip(), thought, tuple(reader.calls), tuple(reader.malformed))
+
+
+def may_be_bare_call(text: str, tools: Collection[str]) -> bool:
+    """Whether `text` may be the beginning of a call without its opening token: "call:", or less of it, or more."""
+    if not tools:
+        return False
+    start = _BARE_CALL.match(text)
+    if start is None:
+        return "call:".startswith(text.strip())
+    name = _NAME.match(text, start.end())
+    return name is None or offered(name[1].rstrip(":"), tools) is not None
+
+
+def is_bare_call(text: str, tools: Collection[str]) -> bool:
+    """Whether `text`, which a closing token follows, is a call of one of the tools."""
+    return _Reader("", frozenset(tools), in_thought=False)._bare_call(text)
 
 
 class _Reader:
@@ -94,68 +116,107 @@ class _Reader:
     def _text(self, text: str, closer: str) -> None:
         if self.in_thought:
             self.thoughts.append(text)
-            return
-        if closer == "<tool_call|>":  # a closer without opener: a call if it reads as one of the offered tools
-            start = _CALL.match(text)
-            if start and start[1] in self.tools and self._parse(text, start) == len(text.rstrip()):
-                return
-        self.content.append(text)
+        elif closer != "<tool_call|>" or not self._bare_call(text):
+            self.content.append(text)
+
+    def _bare_call(self, text: str) -> bool:
+        """Text before a closer without opener: a call if it reads as one of the offered tools."""
+        if not _BARE_CALL.match(text):
+            return False
+        read = self._canonical(text, 0)
+        if read and read[0].name in self.tools and not text[read[1] :].strip():
+            self.calls.append(read[0])
+            return True
+        return self._repaired(text, ended=True)
 
     def _call(self, at: int) -> int:
         """Read the call that starts at `at`; returns where to go on."""
-        start = _CALL.match(self.text, at)
-        after = self._parse(self.text, start) if start else None
-        if after is not None:
-            return after
+        read = self._canonical(self.text, at)
+        if read:
+            self.calls.append(read[0])
+            return self._without_spare_closers(read[1])
         mark = _MARK.search(self.text, at)
         stop = mark.start() if mark else len(self.text)
-        self.malformed.append(self.text[at:stop])
+        body = self.text[at:stop]
+        if not self._repaired(body, ended=mark is not None and mark[0] in _CALL_ENDS) and not self._in_words(body):
+            self.malformed.append(body)
         return stop
 
-    def _parse(self, text: str, start: re.Match[str]) -> int | None:
-        try:
-            arguments, after = _object(text, start.end(), 1)
-        except _Malformed:
+    def _without_spare_closers(self, at: int) -> int:
+        mark = _MARK.search(self.text, at)
+        stop = mark.start() if mark else len(self.text)
+        return stop if _CLOSERS.match(self.text[at:stop]) else at
+
+    def _canonical(self, text: str, at: int) -> tuple[ToolCall, int] | None:
+        """A call in the very format, whose strings may hold anything, and where it ends."""
+        start = _CALL.match(text, at)
+        name = self._name(start[1]) if start else None
+        if start is None or name is None:
             return None
-        self.calls.append(ToolCall(start[1], arguments))
-        return after
+        try:
+            arguments, after = _object(text, start.end(), 1, words=False)
+        except Malformed:
+            return None
+        return ToolCall(name, arguments), after
 
+    def _name(self, written: str) -> str | None:
+        """The offered tool that is meant, else the name as it stands, unless it has a namespace that nobody offered."""
+        return offered(written, self.tools) or (None if ":" in written else written)
 
-class _Malformed(Exception):
-    pass
+    def _repaired(self, body: str, ended: bool) -> bool:
+        found = repair_calls(body, ended, self.tools) if self.tools else None
+        self.calls += [ToolCall(name, arguments) for name, arguments in found or ()]
+        return found is not None
+
+    def _in_words(self, body: str) -> bool:
+        """The format with strings that lack their quotes, and nothing after it: a call of whatever tool."""
+        start = _CALL.match(body)
+        name = self._name(start[1]) if start else None
+        if (
+            start is None or name is None or name in self.tools
+        ):  # of a tool that is known, repair_calls has the last word
+            return False
+        try:
+            arguments, after = _object(body, start.end(), 1, words=True)
+        except Malformed:
+            return False
+        if not _CLOSERS.match(body[after:]):
+            return False
+        self.calls.append(ToolCall(name, arguments))
+        return True
 
 
 def parse_arguments(text: str) -> dict[str, Any]:
     """The mapping in `{key:value,…}` as the model writes it. Raises ValueError if it is not one."""
     try:
         if not text.startswith("{"):
-            raise _Malformed
-        arguments, at = _object(text, 1, 1)
+            raise Malformed
+        arguments, at = _object(text, 1, 1, words=True)
         if text[at:].strip():
-            raise _Malformed
+            raise Malformed
         return arguments
-    except _Malformed:
+    except Malformed:
         raise ValueError(f"not a tool call's arguments: {text!r:.200}") from None
 
 
-def _object(text: str, at: int, depth: int) -> tuple[dict[str, Any], int]:
+def _object(text: str, at: int, depth: int, words: bool) -> tuple[dict[str, Any], int]:
     out: dict[str, Any] = {}
     at = _skip(text, at)
     while not text.startswith("}", at):
         key = _KEY.match(text, at)
         if key is None:
-            raise _Malformed
+            raise Malformed
         name = next(part for part in (key["q"], key["j"], key["b"]) if part is not None)
-        out[name], at = _value(text, key.end(), depth)
+        out[name], at = _value(text, key.end(), depth, words)
         at = _comma(text, at, "}")
     return out, at + 1
 
 
-def _list(text: str, at: int, depth: int) -> tuple[list[Any], int]:
+def _list(text: str, at: int, depth: int, words: bool) -> tuple[list[Any], int]:
     out: list[Any] = []
     at = _skip(text, at)
     while not text.startswith("]", at):
-        item, at = _value(text, at, depth)
+        item, at = _value(text, at, depth, words)
         out.append(item)
         at = _comma(text, at, "]")
     return out, at + 1
@@ -166,26 +227,26 @@ def _comma(text: str, at: int, closer: str) -> int:
     if text.startswith(",", at):
         return _skip(text, at + 1)
     if not text.startswith(closer, at):
-        raise _Malformed
+        raise Malformed
     return at
 
 
-def _value(text: str, at: int, depth: int) -> tuple[Any, int]:
+def _value(text: str, at: int, depth: int, words: bool) -> tuple[Any, int]:
     at = _skip(text, at)
     if depth > _MAX_DEPTH:
-        raise _Malformed
-    if text.startswith(_QUOTE, at):
-        end = text.find(_QUOTE, at + len(_QUOTE))
+        raise Malformed
+    if text.startswith(QUOTE, at):
+        end = text.find(QUOTE, at + len(QUOTE))
         if end < 0:
-            raise _Malformed
-        return text[at + len(_QUOTE) : end], end + len(_QUOTE)
+            raise Malformed
+        return text[at + len(QUOTE) : end], end + len(QUOTE)
     if text.startswith("{", at):
-        return _object(text, at + 1, depth + 1)
+        return _object(text, at + 1, depth + 1, words)
     if text.startswith("[", at):
-        return _list(text, at + 1, depth + 1)
+        return _list(text, at + 1, depth + 1, words)
     if text.startswith('"', at):
         return _json_string(text, at)
-    return _bare(text, at)
+    return _bare(text, at, words)
 
 
 def _json_string(text: str, at: int) -> tuple[str, int]:
@@ -194,24 +255,20 @@ def _json_string(text: str, at: int) -> tuple[str, int]:
         value, end = _JSON.raw_decode(text, at)
         return value, end
     except ValueError:
-        raise _Malformed from None
+        raise Malformed from None
 
 
-def _bare(text: str, at: int) -> tuple[Any, int]:
-    """A number, true, false, null, or unquoted words."""
+def _bare(text: str, at: int, words: bool) -> tuple[Any, int]:
+    """A number, true, false, null, or (if `words` may stand so) text without quotes."""
     found = _BARE.match(text, at)
     end = found.end() if found else at
     word = text[at:end].strip()
     if not word or "<" in word or end >= len(text):
-        raise _Malformed
-    if word in ("true", "false", "null"):
-        return {"true": True, "false": False, "null": None}[word], end
-    return (json.loads(word) if _NUMBER.match(word) and _json_number(word) else word), end
-
-
-def _json_number(word: str) -> bool:
-    digits = word.lstrip("-")
-    return not (len(digits) > 1 and digits[0] == "0" and digits[1].isdigit())  # 007 is not JSON: keep it as text
+        raise Malformed
+    value = literal(word)
+    if isinstance(value, str) and not words:
+        raise Malformed
+    return value, end
 
 
 def _skip(text: str, at: int) -> int:

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values of tool calls that stand without quotes: numbers, truth values, null, and words."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+QUOTE = '<|"|>'
+_NUMBER = (
+    r"[+-]?(?:\d{1,3}(?:_\d{3})+|\d{1,400})(?:\.\d{0,400})?(?:[eE][+-]?\d{1,4})?|[+-]?\.\d{1,400}(?:[eE][+-]?\d{1,4})?"
+)
+_WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
+LITERAL = rf"(?:{_NUMBER}|true|True|false|False|null|None)"
+_IS_NUMBER = re.compile(rf"(?:{_NUMBER})\Z")
+_IS_INTEGER = re.compile(r"[+-]?\d+\Z")
+
+
+class Malformed(Exception):
+    """The text is not what is read; never leaves the package."""
+
+
+def literal(word: str) -> Any:
+    """The number (also `.5`, `1.`, `+3`, `1_000`), truth value or null (as JSON or Python writes them); else the word.
+
+    What would lose something as a number stays text: 007, and numbers beyond float64.
+    """
+    if word in _WORDS:
+        return _WORDS[word]
+    if not _IS_NUMBER.match(word):
+        return word
+    digits = word.lstrip("+-").replace("_", "")
+    if len(digits) > 1 and digits[0] == "0" and digits[1].isdigit():
+        return word
+    plain = word.replace("_", "")
+    number = int(plain) if _IS_INTEGER.match(plain) else float(plain)
+    return number if isinstance(number, int) or math.isfinite(number) else word
