@@ -3,7 +3,9 @@
 
 import os
 import platform
+import subprocess
 import time
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,33 @@ def version(package: str) -> str | None:
         return None
 
 
+def commit() -> str | None:
+    """The commit that these files are of, with a "+" if tracked files differ from it; None outside of git."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=12",
+        "--exclude=*",
+        "--dirty=+",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
 def record() -> dict[str, Any]:
-    """Everything about the machine that a reader needs to place the numbers; no names, no paths."""
+    """What a reader needs to place the numbers, and when and of which commit they are; no names, no paths."""
+    from gemma4 import cpu_info
+
     return cpu_record() | {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "level": cpu_info()["isa"],
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

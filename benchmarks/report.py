@@ -240,8 +240,15 @@ def plot(summary: Summary, path: Path) -> None:
     plt.close(figure)
 
 
+def heading(record: dict[str, Any]) -> str:
+    """One line on the machine, the commit and the date of a result file; files of earlier versions say less."""
+    level, date, commit = (record.get(key) or "not recorded" for key in ("level", "date", "commit"))
+    return f"{record['cpu']}, {record['cores']} cores, level {level}; commit {commit}; {date}"
+
+
 def main() -> None:
     result = json.loads(Path(sys.argv[1]).read_text())
+    print(f"{heading(result['machine'])}\n")
     known = {field.name for field in fields(Cost)}  # files of earlier versions have fewer
     cost = Cost(**{name: value for name, value in result["model"].items() if name in known})
     print(markdown(*table(result["summary"])))

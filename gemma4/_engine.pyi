@@ -98,8 +98,8 @@ class Model:
         Long runs are cut into chunks of at most max_chunk rows in all (0 = 512); with precision "exact" the numbers do
         not depend on it. On success every sequence is longer by its run. With stop_at_layer = n only layers 0..n-1 run,
         nothing is appended to the sequences, and logits must be None.
-        profile: float64 [len(profile_ops()), 5], to which the step adds each operation's calls, seconds, float32
-        operations, int8 operations and bytes; the seconds add up to those of the step.
+        profile: float64 [len(profile_ops()), 6], to which the step adds each operation's calls, seconds, float32
+        operations, integer operations, bfloat16 operations and bytes; the seconds add up to those of the step.
         Raises ValueError (token id out of range, empty run, bad rows), CapacityError (context overflow),
         StateError (closed sequence, or one in use by another thread), KeyboardInterrupt (within 100 ms of Ctrl-C;
         sequences keep whole chunks only: see `Sequence.length`), and whatever an edit raises.
@@ -181,7 +181,11 @@ class Encoder:
         """
 
 def cpu_info() -> dict[str, Any]:
-    """{"isa": active level, "available": [...], "threads": default count, "blas": config string or ""}"""
+    """{"isa": active level, "available": [...], "threads": default count, "blas": config string or ""}
+
+    Levels: "scalar"; on x86-64 "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"; on Arm "neon",
+    "neon_dotprod", "neon_i8mm". The best one is active, or the one that GEMMA4_ISA names.
+    """
 
 def profile_ops() -> tuple[str, ...]:
     """Names of a profile's rows."""
@@ -189,8 +193,8 @@ def profile_ops() -> tuple[str, ...]:
 def arithmetic_rate(kind: str, threads: int) -> float:
     """Operations per second (a multiply-add counts as two) of a loop in registers on all threads, about 10 ms long.
 
-    kind: "f32" (fma), "int8" (products of 4-bit weights with bytes, as precision="fast" adds them up in the text model)
-    or "int16" (products of 16 bits added by pairs, as it does in encoders).
+    kind: "f32" (fma), "int8" (products of 4-bit weights with bytes, as precision="fast" adds them up in the text
+    model), "int16" (products of 16 bits added by pairs, as it does in encoders) or "bf16" (0 without instructions).
     """
 
 def read_rate(array: F32, threads: int) -> tuple[float, float]:
