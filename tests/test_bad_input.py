@@ -320,6 +320,7 @@ INTERRUPT = """
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_prefill(tmp_path):
     directory = write_checkpoint(tmp_path / "slow", SLOW)
     done = subprocess.run(

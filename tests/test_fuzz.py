@@ -87,6 +87,7 @@ def read_everything(value: Any) -> None:
         value.item(0), value.index("x")
 
 
+@pytest.mark.slow
 @fuzz
 @given(data=gguf_bytes())
 def test_gguf(data: bytes, tmp_path: Path) -> None:

@@ -317,6 +317,7 @@ def real(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_real_vocabulary_gives_the_same_ids(real):
     from test_tokenizer import TEXTS
 

@@ -378,6 +378,7 @@ def test_tokenizers_that_do_not_fit(tmp_path):
     assert leftovers(tmp_path) == ["hf", "spaced"]
 
 
+@pytest.mark.slow
 def test_real_vocabulary_has_the_converter_s_token_types():
     import lzma
 

@@ -34,6 +34,7 @@ def card_scores(name: str) -> list[tuple[str, str, float]]:
     return [(skill, measure, float(score) / (100 if percent else 1)) for skill, measure, score, percent in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(shipped_models()))
 def test_the_card_holds_through_this_engine(name: str) -> None:
     claimed = card_scores(name)

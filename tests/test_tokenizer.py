@@ -164,6 +164,7 @@ def test_runs(tokenizer, reference, char, base, first):
         assert plain(tokenizer, f"a{char * n}b") == reference.encode(f"a{char * n}b", add_special_tokens=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["x", "the quick brown fox ", "é🤖漢 ", " ", "ab<|turn>"])
 def test_one_megabyte_in_one_line(tokenizer, reference, line):
     text = (line * (2**20 // len(line.encode()) + 1)).encode()[: 2**20].decode(errors="ignore")
@@ -181,6 +182,7 @@ def test_bos_exactly_once(tokenizer, text):
     assert tokenizer.encode("").tolist() == tokenizer.encode("<bos>").tolist() == [2]
 
 
+@pytest.mark.slow
 def test_bos_of_the_file_s_own_post_processor_is_not_doubled(tokenizer_file, tmp_path):
     table = json.loads(tokenizer_file.read_text())
     bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
@@ -229,6 +231,7 @@ def test_text_from_strangers_cannot_write_control_tokens(tokenizer):
     assert tokenizer.encode("<bos>x", parse_special=False).tolist().count(2) == 1
 
 
+@pytest.mark.slow
 def test_control_tokens_listed_as_ordinary_are_still_special(tokenizer_file, tmp_path):
     table = json.loads(tokenizer_file.read_text())
     for token in table["added_tokens"]:

@@ -301,6 +301,7 @@ def test_the_right_answer_is_right_and_another_is_not(skill: str) -> None:
         assert right(first, second.turns[0][2]) == (answer == second.turns[0][2])
 
 
+@pytest.mark.slow
 def test_the_card_holds_for_what_the_shipped_model_sees_and_hears() -> None:
     """Through this engine, from pixels and samples, on a sample of what the card was measured on."""
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) % \| \d+ \| [\w. ]+ \|$", (TINY / "README.md").read_text("utf-8"), re.M)

@@ -235,6 +235,7 @@ def test_any_thread_count(name: str, threads: int, loaded: Load) -> None:
     assert_same(one, steps.whole(loaded(name), ids[:1]))
 
 
+@pytest.mark.slow
 def test_every_instruction_set(loaded: Load, checkpoint: Callable[[str], Checkpoint]) -> None:
     ids = [int(i) for i in prompt("everything")]  # the smallest vocabulary: valid everywhere
     names = [*NAMES, "wide"]
