@@ -7,7 +7,7 @@ C_FILES = git ls-files -z --cached --others --exclude-standard 'csrc/*.c' 'csrc/
 PY_DIRS = gemma4 tests tools benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test lint format notebooks bench ci clean neon simde $(PRESETS)
+.PHONY: help dev test lint format notebooks bench wheel ci clean neon simde $(PRESETS)
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,16 @@ simde: ## AVX-512 and VNNI kernels on a processor with AVX2 alone, out of its in
 	set -e; cmake --preset simde; cmake --build --preset simde --parallel; \
 	for isa in avx_vnni avx512 avx512_vnni avx512_bf16 amx; do GEMMA4_ISA=$$isa build/simde/csrc_test; done; \
 	build/simde/kernels_test avx2 avx_vnni avx512 avx512_vnni avx512_bf16 amx
+
+# OpenBLAS stays a dependency (scipy-openblas32): 25 MB that other packages share and that pip updates by itself.
+wheel: ## one wheel for this machine type and every Python from 3.11 on, in dist/ (Linux: manylinux)
+	rm -rf build/wheel dist
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel . -C build-dir=build/wheel-build
+	@if [ "$$(uname)" = Linux ]; then set -e; \
+	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" \
+	$(PYTHON) -m auditwheel repair --exclude 'libscipy_openblas*' --wheel-dir dist build/wheel/*.whl; \
+	else mkdir -p dist && cp build/wheel/*.whl dist/; fi
+	@ls -l dist
 
 notebooks: ## execute every notebook in place
 	$(PYTHON) -m jupyter execute --inplace notebooks/*.ipynb

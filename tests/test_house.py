@@ -8,13 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import yaml
 from small_models import E_LIKE, write_checkpoint
 
 import gemma4
@@ -180,6 +183,22 @@ def test_changelog_keeps_its_form():
         assert re.search(r"^- ", entries, flags=re.MULTILINE), f"{version} says nothing"
 
 
+def test_one_wheel_for_every_python():
+    """The stable ABI of the oldest Python that we support, the same in `make wheel` and on hosted machines."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = project["project"]["requires-python"].removeprefix(">=3.")
+    assert project["tool"]["scikit-build"]["wheel"]["py-api"] == f"cp3{oldest}"
+    assert project["tool"]["cibuildwheel"]["build"].startswith(f"cp3{oldest}-")
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        assert _engine.__file__.endswith(".abi3.so")
+    repair = r"auditwheel repair --exclude '([^']*)'"
+    hosted = re.findall(repair, project["tool"]["cibuildwheel"]["linux"]["repair-wheel-command"])
+    assert hosted == re.findall(repair, (ROOT / "Makefile").read_text()) != []
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())
+    platforms = {entry["name"] for entry in workflow["jobs"]["wheels"]["strategy"]["matrix"]["include"]}
+    assert {"linux-x86_64", "linux-aarch64", "macos-arm64", "windows-x86_64"} <= platforms
+
+
 def test_sources_carry_the_licence():
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     folders = ("csrc", "gemma4", "tools", "tests", "benchmarks")
@@ -199,6 +218,13 @@ def test_no_machine_paths_and_no_large_files():
     assert files
     assert [p.name for p in files if path.search(text_of(p))] == []
     assert [p.name for p in files if p.stat().st_size > 10_000_000] == []
+
+
+def test_slow_selects_something():
+    marked = [
+        path.name for path in sorted((ROOT / "tests").rglob("test_*.py")) if "@pytest.mark.slow\n" in path.read_text()
+    ]
+    assert len(marked) >= 8
 
 
 # ---- tools/random_checkpoint.py -----------------------------------------------------------------------------------
@@ -278,6 +304,7 @@ def test_random_checkpoint_command(tmp_path):
 # ---- tools/random_gguf.py -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, kind", [("e2b-mini", "Q4_K_M"), ("26b-a4b-mini", "Q4_0")])
 def test_random_gguf_loads(maker, tmp_path, monkeypatch, size, kind):
     """The file that `gemma4 quantize` would have written, with other values in it."""
@@ -342,6 +369,7 @@ def compare_builds(*arguments: Path | str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_equal_builds_compare_equal(two_builds):
     right, _, files = two_builds
     status, text = compare_builds(right, sys.executable, "--files", files)
@@ -349,6 +377,7 @@ def test_equal_builds_compare_equal(two_builds):
     assert "0 cases differ" in text and str(right) in text and "saved" not in text
 
 
+@pytest.mark.slow
 def test_a_build_with_a_mistake_is_seen(two_builds):
     right, wrong, files = two_builds
     status, text = compare_builds(right, wrong, "--files", files)
@@ -367,7 +396,7 @@ def test_a_build_with_a_mistake_is_seen(two_builds):
 def benchmark_modules():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        yield {name: importlib.import_module(name) for name in ("cost", "report", "peers")}
+        yield {name: importlib.import_module(name) for name in ("cost", "report", "peers", "machine")}
     finally:
         sys.path.pop(0)
 
@@ -420,3 +449,27 @@ def test_benchmark_ratios_pair_the_rounds(benchmark_modules):
     heads, rows = report.table(summary)
     assert heads == ["", "gemma4", "llama.cpp", "ratio"]
     assert rows[0][-1] == "2.00x" and len(rows) == 2
+
+
+def test_benchmark_results_say_what_they_are_of(benchmark_modules):
+    record = benchmark_modules["machine"].record()
+    assert record["level"] == gemma4.cpu_info()["isa"] and record["cpu"]
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(record["date"])).total_seconds()) < 60
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = record["commit"]
+    assert (commit is None) == (not head) and (not head or head.startswith(commit.removesuffix("+")))
+    heading = benchmark_modules["report"].heading
+    assert all(str(record[key]) in heading(record) for key in ("cpu", "level", "commit", "date"))
+    assert "commit not recorded" in heading({"cpu": "AMD EPYC", "cores": 2})
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if '"summary"' in p.read_text()),
+    ids=lambda path: path.stem,
+)
+def test_benchmark_results_of_earlier_versions_are_read(path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "report.py", path], capture_output=True, text=True, check=True
+    )
+    assert "| prefill" in done.stdout and "level" in done.stdout.splitlines()[0]
