@@ -91,14 +91,14 @@ class GgufCheckpoint(Checkpoint):
         return tokenizer
 
     def load_chat_template(self) -> ChatTemplate | None:
-        from gemma4.text.chat import ChatTemplate
+        from gemma4.text.chat import ChatTemplate, is_blank
 
         source = self.metadata.get("tokenizer.chat_template")
         if source is None:
             return None
         if not isinstance(source, str):
             raise FormatError(f"{self.path}: tokenizer.chat_template is no string")
-        return ChatTemplate(source, self._special_tokens)
+        return None if is_blank(source) else ChatTemplate(source, self._special_tokens)
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:

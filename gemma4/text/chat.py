@@ -1,48 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages to a prompt, by the checkpoint's own chat template, and a model's turn back into its parts.
 
-A template is a program from a stranger: it runs in jinja2's sandbox, sees plain JSON values only, and its size, its
-output and its multiplications are bounded. The environment is the one transformers gives templates
-(utils/chat_template_utils.py), so the same template writes the same bytes.
+A template is a program from a stranger: it sees plain JSON values only, its size and its output are bounded, and it
+runs where all work is (gemma4/text/sandbox.py). The same template writes the same bytes as in transformers.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 import numpy as np
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import do_indent
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
+from gemma4.text.sandbox import Meter, Sandbox, metered
 from gemma4.text.tokenizer import Tokenizer
 from gemma4.text.turn import ModelTurn, ToolCall, parse_turn
 
 __all__ = ["ChatTemplate", "ModelTurn", "ToolCall", "encode_chat", "parse_turn"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_MAX_TEMPLATE, _MAX_OUTPUT, _MAX_PRODUCT, _MAX_DEPTH = 1 << 20, 1 << 26, 1 << 20, 64
+_MAX_TEMPLATE, _MAX_OUTPUT, _MAX_DEPTH = 1 << 20, 1 << 26, 64
 _TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names a message's thoughts go by; the first is passed on
-_TEMPLATE_ERRORS = (  # whatever a template can do wrong
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
-)  # fmt: skip
 _PLACES = ("<|image|>", "<|audio|>", "<|video|>")  # where a template puts a part that is not text
+_BOM = "\ufeff"  # some editors put it before a file's text
 _SEAM = "\ue0f4"  # private-use character that marks a cut through a control token
 
 
 class ChatTemplate:
-    """A compiled chat template. Raises FormatError if the source is not valid jinja2 or longer than 1 MiB.
+    """A compiled chat template. Raises FormatError if the source is blank, not valid jinja2 or longer than 1 MiB.
 
     tokens: what the template may write as bos_token, eos_token, pad_token, unk_token.
     """
@@ -50,28 +42,33 @@ class ChatTemplate:
     def __init__(self, source: str, tokens: Mapping[str, str] | None = None) -> None:
         if len(source) > _MAX_TEMPLATE:
             raise FormatError(f"the chat template has {len(source)} characters, the limit is {_MAX_TEMPLATE}")
-        self.source = source
+        self.source = source.removeprefix(_BOM)
+        if is_blank(self.source):
+            raise FormatError("the chat template is empty: it would leave out every message")
         self.tokens = _TOKENS | dict(tokens or {})
         try:
-            self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
-            raise FormatError(f"the chat template is not valid: {str(error)[:300]}") from None
+            with metered(Meter()):
+                self._template = Sandbox().from_string(self.source)
+        except MemoryError:
+            raise
+        except Exception as error:  # the compiler lets anything through that a strange source makes Python raise
+            raise FormatError(f"the chat template is not valid: {_words(error)[:300]}") from None
 
     @classmethod
     def load(cls, directory: str | Path) -> ChatTemplate | None:
         """From chat_template.jinja, else chat_template.json, else tokenizer_config.json; None if none has a template.
 
-        Raises FormatError if one of them is damaged.
+        A blank one counts as none. Raises FormatError if one of them is damaged.
         """
         directory = Path(directory)
         config = _json_object(directory / "tokenizer_config.json")
         tokens = {name: text for name in _TOKENS if (text := _token_text(config.get(name))) is not None}
         file = directory / "chat_template.jinja"
-        if file.is_file():
-            return cls(_read_text(file), tokens)
+        if file.is_file() and not is_blank(text := _read_text(file)):
+            return cls(text, tokens)
         for table in (_json_object(directory / "chat_template.json"), config):
             source = _named_template(table.get("chat_template"))
-            if source is not None:
+            if source is not None and not is_blank(source):
                 return cls(source, tokens)
         return None
 
@@ -102,20 +99,42 @@ class ChatTemplate:
         out: list[str] = []
         size = 0
         try:
-            for text in self._template.generate(values):
-                out.append(text)
-                size += len(text)
-                if size > _MAX_OUTPUT:
-                    raise jinja2.TemplateError(f"it wrote more than {_MAX_OUTPUT} characters")
-        except _TEMPLATE_ERRORS as error:
-            raise ValueError(f"the chat template failed: {str(error)[:500]}") from error
+            with metered(Meter(_length(values))):
+                for text in self._template.generate(values):
+                    out.append(text)
+                    size += len(text)
+                    if size > _MAX_OUTPUT:
+                        raise jinja2.TemplateError(f"it wrote more than {_MAX_OUTPUT} characters")
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever a stranger's program can do wrong
+            raise ValueError(f"the chat template failed: {_words(error)[:500]}") from error
         return "".join(out)
 
     def _once(self, text: str) -> str:
+        """With one bos_token in front, also where whitespace stands before the template's own."""
         bos = self.tokens["bos_token"]
-        while bos and text.startswith(bos):
-            text = text[len(bos) :]
+        while bos and text.lstrip().startswith(bos):
+            text = text.lstrip()[len(bos) :]
         return bos + text
+
+
+def is_blank(source: str) -> bool:
+    """Whether a template writes nothing, whatever the messages."""
+    return not source.removeprefix(_BOM).strip()
+
+
+def _words(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _length(value: Any) -> int:
+    """Characters of a plain JSON value."""
+    if isinstance(value, dict):
+        return sum(len(key) + _length(item) for key, item in value.items() if isinstance(key, str))
+    if isinstance(value, list):
+        return sum(map(_length, value))
+    return len(value) if isinstance(value, str) else 8
 
 
 def encode_chat(
@@ -132,16 +151,50 @@ def encode_chat(
     trust_content=False keeps user and tool messages from writing control tokens: "<|turn>" in them becomes characters.
     expand: rewrites the rendered prompt, putting media where the template left <|image|>, <|audio|>, <|video|>; in the
     messages' own text these are characters then.
+    Raises ValueError as `ChatTemplate.render`, and if the template left out what a message says.
     """
+    messages = check_messages(messages)
+    if not trust_content or expand is not None:
+        places = _any_of(_PLACES if expand else ())
+        control = places if trust_content else _any_of(tokenizer.id_to_piece(token) for token in tokenizer.special_ids)
+        messages = [_guard(m, control if m["role"] in ("user", "tool") else places) for m in messages]
+    text = template.render(messages, **kwargs)
+    _check_kept(messages, text.removeprefix(template.tokens["bos_token"]))
     if trust_content and expand is None:
-        return tokenizer.encode(template.render(messages, **kwargs))
-    places = _any_of(_PLACES if expand else ())
-    control = places if trust_content else _any_of(tokenizer.id_to_piece(token) for token in tokenizer.special_ids)
-    guarded = [_guard(m, control if m["role"] in ("user", "tool") else places) for m in check_messages(messages)]
-    text = template.render(guarded, **kwargs)
+        return tokenizer.encode(text)
     # A control token cut in two is encoded as two texts, neither of which is one.
     first, *rest = (expand(text) if expand else text).split(_SEAM)
     return np.concatenate([tokenizer.encode(first), *(tokenizer.encode(text, bos=False) for text in rest)])
+
+
+def _check_kept(messages: Sequence[Mapping[str, Any]], prompt: str) -> None:
+    """Raise ValueError if a template left out what a message says; the model's own turns may lose their thoughts.
+
+    White space does not count: templates trim. Texts stand in the order of the messages, as a rule.
+    """
+    prompt, at = _squeezed(prompt), 0
+    for i, message in enumerate(messages):
+        for text in _texts(message["content"]) if message["role"] != "assistant" else ():
+            for words in (_squeezed(text), _squeezed(json.dumps(text, ensure_ascii=False)[1:-1])):
+                found = prompt.find(words, at)
+                found = prompt.find(words) if found < 0 else found
+                if found >= 0:
+                    break
+            else:
+                raise ValueError(
+                    f"the chat template left out the text of message {i} ({message['role']}): {text!r:.80}; it was not "
+                    "written for this kind of content"
+                )
+            at = found + len(words)
+
+
+def _texts(content: Any) -> list[str]:
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return [part["text"] for part in parts if part["type"] == "text" and isinstance(part.get("text"), str)]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _any_of(pieces: Iterable[str]) -> re.Pattern[str]:
@@ -247,94 +300,11 @@ def _plain(value: Any, depth: int = 0) -> Any:
     return f"<{type(value).__name__}>"
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses products, powers and widths that make something huge out of a short template."""
-
-    intercepted_binops = frozenset(["*", "**", "%"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and not (_small(left, 1e6) and _small(right, 64)):
-            raise SecurityError("a power in the chat template is too large")
-        if operator == "*" and _repeats(left, right) > _MAX_PRODUCT:
-            raise SecurityError("a repetition in the chat template is too large")
-        if operator == "%" and isinstance(left, str):
-            raise SecurityError("%-formatting is not allowed in chat templates; use ~")
-        return super().call_binop(context, operator, left, right)
-
-    def wrap_str_format(self, value: Any) -> Any:
-        wrapped = super().wrap_str_format(value)
-        if wrapped is not None and re.search(r"\d{4}|:[^}]*\{", value.__self__):
-            raise SecurityError("a field width in the chat template is too large or computed")
-        return wrapped
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        # Padding makes a gigabyte out of a number; no chat format needs it.
-        banned = ("ljust", "rjust", "center", "zfill", "expandtabs")
-        return super().is_safe_attribute(obj, attr, value) and not (isinstance(obj, str) and attr in banned)
-
-
-def _repeats(left: Any, right: Any) -> float:
-    """Length of sequence * number; 0 for numbers."""
-    for items, times in ((left, right), (right, left)):
-        if isinstance(items, str | list | tuple):
-            return len(items) * times if isinstance(times, int) else float("inf")
-    return 0
-
-
-def _small(value: Any, limit: float) -> bool:
-    return isinstance(value, int | float) and abs(value) <= limit
-
-
-class _GenerationBlock(Extension):
-    """{% generation %} … {% endgeneration %}, which marks assistant text for training, renders as its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Any) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> _Sandbox:
-    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
-    for name in ("lipsum", "cycler", "joiner"):
-        env.globals.pop(name, None)
-    for name in ("format", "center", "indent", "wordwrap", "filesizeformat", "pprint"):
-        env.filters.pop(name, None)
-    env.filters["indent"] = _indent
-    env.filters["tojson"] = _tojson
-    env.globals["raise_exception"] = _raise
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return env
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(str(message))
-
-
-def _tojson(
-    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """Unlike jinja2's own filter this one does not escape HTML."""
-    _check_indent(indent)
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    _check_indent(width)
-    return do_indent(s, width, first, blank)
-
-
-def _check_indent(indent: Any) -> None:
-    if (len(indent) if isinstance(indent, str) else indent or 0) > 64:
-        raise SecurityError("an indent of more than 64 in the chat template")
-
-
 def _read_text(file: Path) -> str:
     if file.stat().st_size > 4 * _MAX_TEMPLATE:
         raise FormatError(f"{file} has {file.stat().st_size} bytes: too long for a chat template")
     try:
-        return file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FormatError(f"{file} is not UTF-8: {error}") from None
 
@@ -346,7 +316,7 @@ def _json_object(file: Path) -> dict[str, Any]:
     if file.stat().st_size > 64 << 20:
         raise FormatError(f"{file} has {file.stat().st_size} bytes, the limit is 64 MiB")
     try:
-        table = json.loads(file.read_bytes().decode("utf-8"))
+        table = json.loads(file.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file} is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(table, dict):
