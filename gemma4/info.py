@@ -8,12 +8,9 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from gemma4.core import Core
 from gemma4.units import count, size
-
-if TYPE_CHECKING:
-    from gemma4.model import Model
 
 _TABLES = ("embed_tokens.weight", "embed_tokens_per_layer.weight")
 
@@ -66,7 +63,7 @@ class ModelInfo:
     __repr__ = __str__
 
 
-def describe(model: Model) -> ModelInfo:
+def describe(model: Core) -> ModelInfo:
     """Collect a ModelInfo; computes nothing heavy."""
     sizes = {name: math.prod(shape) for name, (_, shape, _, _) in model.checkpoint.engine_tensors.items()}
     return ModelInfo(
@@ -98,7 +95,7 @@ def _effective(sizes: dict[str, int], n_experts: int, top_k: int) -> int:
     return total
 
 
-def _architecture(model: Model) -> str:
+def _architecture(model: Core) -> str:
     config = model.engine_config
     layers = config["layers"]
     local = sum(layer["window"] > 0 for layer in layers)

@@ -5,22 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.core import Core
 from gemma4.encoders.hooks import EncoderTaps
 from gemma4.encoders.soft_tokens import SoftRows
 from gemma4.errors import CapacityError, StateError
 from gemma4.media.medium import read_media
 from gemma4.media.prompt import TokenizedPrompt, expander, locate
-from gemma4.sequence import Sequence
+from gemma4.sequence import Sequence, new_sequence
 from gemma4.step import Prompt
 from gemma4.text.chat import check_messages, encode_chat
-
-if TYPE_CHECKING:
-    from gemma4.model import Model
 
 Single: TypeAlias = str | NDArray[Any] | Seq[int] | TokenizedPrompt
 TokensLike: TypeAlias = Single | Seq[Single]
@@ -54,7 +52,7 @@ def _is_id(item: object) -> bool:
     return isinstance(item, (int, np.integer)) or (isinstance(item, np.ndarray) and item.ndim == 0)
 
 
-def as_tokenized(model: Model, prompt: Single, *, bos: bool = True) -> TokenizedPrompt:
+def as_tokenized(model: Core, prompt: Single, *, bos: bool = True) -> TokenizedPrompt:
     """One prompt that is text, ids, or tokenized already. Raises as `as_ids`."""
     if isinstance(prompt, TokenizedPrompt):
         as_ids(model, prompt.ids)
@@ -62,7 +60,7 @@ def as_tokenized(model: Model, prompt: Single, *, bos: bool = True) -> Tokenized
     return TokenizedPrompt(as_ids(model, prompt, bos=bos))
 
 
-def as_ids(model: Model, prompt: str | NDArray[Any] | Seq[int], *, bos: bool = True) -> NDArray[np.int32]:
+def as_ids(model: Core, prompt: str | NDArray[Any] | Seq[int], *, bos: bool = True) -> NDArray[np.int32]:
     """One prompt as int32 [T]. Raises ValueError (empty, id out of range), TypeError (not whole numbers)."""
     ids = model.to_tokens(prompt, bos=bos) if isinstance(prompt, str) else np.asarray(prompt)
     if ids.ndim != 1:
@@ -81,7 +79,7 @@ def as_ids(model: Model, prompt: str | NDArray[Any] | Seq[int], *, bos: bool = T
 
 
 def as_batch(
-    model: Model, ids: TokensLike, sequence: Sequence | Seq[Sequence] | None, taps: EncoderTaps
+    model: Core, ids: TokensLike, sequence: Sequence | Seq[Sequence] | None, taps: EncoderTaps
 ) -> tuple[Batch, bool]:
     """(batch, was it a list). Fresh sequences where none are given, just large enough; media are encoded with taps."""
     many = is_batch(ids)
@@ -91,7 +89,7 @@ def as_batch(
         rows = [taps.apart(model, as_tokenized(model, prompt)) for prompt in prompts]
         check_fits(max(len(row) for row in rows), model.context_length)
         soft = _soft_rows(model, rows, taps)
-        sequences = [model.new_sequence(capacity=len(row)) for row in rows]
+        sequences = [new_sequence(model, capacity=len(row)) for row in rows]
         return Batch(_prompts(sequences, rows, soft), own=True), many
     rows = [
         taps.apart(model, as_tokenized(model, prompt, bos=s.length == 0))
@@ -100,7 +98,7 @@ def as_batch(
     return Batch(_prompts(sequences, rows, _soft_rows(model, rows, taps)), own=False), many
 
 
-def _soft_rows(model: Model, rows: list[TokenizedPrompt], taps: EncoderTaps) -> list[SoftRows | None]:
+def _soft_rows(model: Core, rows: list[TokenizedPrompt], taps: EncoderTaps) -> list[SoftRows | None]:
     return [taps.soft_rows(model, row, sequence=i) for i, row in enumerate(rows)]
 
 
@@ -109,7 +107,7 @@ def _prompts(sequences: list[Sequence], rows: list[TokenizedPrompt], soft: list[
 
 
 def _given_sequences(
-    model: Model, given: Sequence | Seq[Sequence] | None, n_prompts: int, many: bool
+    model: Core, given: Sequence | Seq[Sequence] | None, n_prompts: int, many: bool
 ) -> list[Sequence] | None:
     if given is None:
         return None
@@ -130,7 +128,7 @@ def check_fits(n_tokens: int, capacity: int, of: str = "the model's context") ->
 
 
 def tokenize_prompt(
-    model: Model,
+    model: Core,
     prompt: PromptLike,
     *,
     tools: Seq[Mapping[str, Any]] | None = None,

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,9 +24,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from gemma4 import _engine
-
-if TYPE_CHECKING:
-    from gemma4.model import Model
 
 F64: TypeAlias = NDArray[np.float64]
 
@@ -181,7 +178,7 @@ _ACTIVE: ContextVar[tuple[tuple[Any, Profile], ...]] = ContextVar("gemma4_active
 
 
 @contextmanager
-def profiling(model: Model) -> Iterator[Profile]:
+def profiling(model: object) -> Iterator[Profile]:
     """While this is open, every step of this model (in this thread or task) adds to the profile it gives."""
     profile = Profile()
     token = _ACTIVE.set((*_ACTIVE.get(), (model, profile)))
@@ -192,7 +189,7 @@ def profiling(model: Model) -> Iterator[Profile]:
 
 
 @contextmanager
-def step_array(model: Model, part: Part = "text") -> Iterator[F64 | None]:
+def step_array(model: object, part: Part = "text") -> Iterator[F64 | None]:
     """Where the engine's step is to add its times; None if nobody asked. Nested blocks all get them."""
     profiles = [profile for owner, profile in _ACTIVE.get() if owner is model]
     if not profiles:

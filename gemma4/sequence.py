@@ -8,20 +8,21 @@ import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.core import Core, KVDtype
 from gemma4.errors import FormatError, StateError
 from gemma4.files import new_file
 from gemma4.media.keys import run_start
 
 if TYPE_CHECKING:
     from gemma4._engine import Sequence as EngineSequence
-    from gemma4.model import Model
 
-KVDtype: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
+__all__ = ["KVDtype", "Sequence", "new_sequence", "restore"]
+
 _FORMAT = "gemma4-sequence-1"
 
 
@@ -34,7 +35,7 @@ class Sequence:
     """
 
     def __init__(
-        self, model: Model, engine: EngineSequence, tokens: Iterable[int] = (), keys: Iterable[int] = ()
+        self, model: Core, engine: EngineSequence, tokens: Iterable[int] = (), keys: Iterable[int] = ()
     ) -> None:
         self._model = model
         self._engine = engine
@@ -74,7 +75,7 @@ class Sequence:
     def closed(self) -> bool:
         return self._engine.closed
 
-    def check_usable_by(self, model: Model) -> None:
+    def check_usable_by(self, model: Core) -> None:
         """Raises StateError if closed, ValueError if it belongs to another model."""
         if self.closed:
             raise StateError("the sequence is closed; make a new one with Model.new_sequence()")
@@ -155,7 +156,12 @@ class Sequence:
         self._keys.extend((ids if keys is None else keys)[:taken].tolist())
 
 
-def restore(model: Model, path: str | os.PathLike[str]) -> Sequence:
+def new_sequence(model: Core, *, capacity: int = 0, kv_dtype: KVDtype | None = None) -> Sequence:
+    """See `Model.new_sequence`."""
+    return Sequence(model, model.engine.new_sequence(kv_dtype=kv_dtype or model.kv_dtype, capacity=capacity))
+
+
+def restore(model: Core, path: str | os.PathLike[str]) -> Sequence:
     """A sequence as it was when `Sequence.save(path)` wrote it.
 
     Raises FormatError (not such a file, or damaged), StateError (written by another model), OSError.
@@ -171,7 +177,7 @@ def restore(model: Model, path: str | os.PathLike[str]) -> Sequence:
         int(layer): (int(first), arrays[f"k.{layer}"], arrays[f"v.{layer}"])
         for layer, first in meta["first_positions"].items()
     }
-    sequence = model.new_sequence(kv_dtype=meta["kv_dtype"])
+    sequence = new_sequence(model, kv_dtype=meta["kv_dtype"])
     try:
         sequence._engine.load_state({"length": meta["length"], "kv_dtype": meta["kv_dtype"], "layers": layers})
     except (ValueError, TypeError) as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.core import Core
 from gemma4.encoders.soft_tokens import SoftRows
 from gemma4.errors import CapacityError, StateError
 from gemma4.interp.cache import ActivationCache
@@ -20,7 +21,6 @@ from gemma4.sequence import Sequence
 
 if TYPE_CHECKING:
     from gemma4._engine import Run, Tap
-    from gemma4.model import Model
 
 I32: TypeAlias = NDArray[np.int32]
 F32: TypeAlias = NDArray[np.float32]
@@ -82,7 +82,7 @@ def _ascending(rows: I32) -> tuple[I32, NDArray[np.intp] | None]:
 class _Plan:
     """The engine's view of one prompt, and the arrays it will fill."""
 
-    def __init__(self, model: Model, run_index: int, prompt: Prompt, want: Want) -> None:
+    def __init__(self, model: Core, run_index: int, prompt: Prompt, want: Want) -> None:
         self.prompt, self.run_index = prompt, run_index
         n_new = len(prompt.ids)
         self.before = prompt.sequence.length
@@ -104,7 +104,7 @@ class _Plan:
             return sequence, ids, embeddings, None, None
         return sequence, ids, embeddings, self.rows, self.logits
 
-    def taps(self, model: Model, want: Want) -> list[Tap]:
+    def taps(self, model: Core, want: Want) -> list[Tap]:
         edits: list[Tap] = [
             (site.id, site.layer or 0, self.run_index, make_edit(site, fns, self._point(site), model.nan_log), None)
             for site, fns in want.hooks
@@ -127,7 +127,7 @@ class _Plan:
         rows[self.kept] = np.arange(len(self.kept), dtype=np.int32)
         return rows
 
-    def output(self, model: Model) -> Output:
+    def output(self, model: Core) -> Output:
         logits = self.logits if self.logits is None or self.order is None else self.logits[self.order]
         if not self.captures:
             return Output(logits, None)
@@ -136,7 +136,7 @@ class _Plan:
         return Output(logits, ActivationCache(model, self.arrays, self.prompt.ids[self.kept], positions, media))
 
 
-def run_step(model: Model, prompts: list[Prompt], want: Want) -> list[Output]:
+def run_step(model: Core, prompts: list[Prompt], want: Want) -> list[Output]:
     """Run every prompt in one engine step; sequences grow by their ids (not with stop_at_layer).
 
     Raises CapacityError (numbers in the message) before anything is computed, and what the engine raises.

@@ -374,9 +374,10 @@ def test_bad_files_are_refused_by_name(model, encoders, tmp_path):
         model.generate([user({"type": "audio", "audio": tmp_path / "nowhere.mp3"})])
 
 
-def test_an_encoder_that_gives_another_number_of_rows(model):
+def test_an_encoder_that_gives_another_number_of_rows(model, monkeypatch):
     rows = np.zeros((3, model.engine_config["d_model"]), np.float32)
     model.checkpoint.hf_config = {**model.checkpoint.hf_config, "vision_config": {}}
-    model.vision = SimpleNamespace(config=SimpleNamespace(kind="vision_tower"), run=lambda *_, **__: ([rows], []))
+    encoder = SimpleNamespace(config=SimpleNamespace(kind="vision_tower"), run=lambda *_, **__: ([rows], []))
+    monkeypatch.setattr("gemma4.encoders.soft_tokens.encoder_of", lambda *_: encoder)
     with pytest.raises(RuntimeError, match="encoder gave"):
         model.generate([user(image())], max_tokens=1)

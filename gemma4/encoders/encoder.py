@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine
+from gemma4.core import Core
 from gemma4.interp.hooks import HookPoint, SiteHooks, active_hooks, bind_hooks, hooks_of, make_edit
 from gemma4.interp.sites import Names, Site, SiteTable
 from gemma4.load.encoder_config import EncoderConfig, Modality
@@ -23,7 +24,6 @@ from gemma4.profile import step_array
 
 if TYPE_CHECKING:
     from gemma4._engine import EncoderTap
-    from gemma4.model import Model
 
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
@@ -39,7 +39,7 @@ class Encoder:
     sites     every site by name, in forward order (docs/sites.md)
     """
 
-    def __init__(self, model: Model, modality: Modality) -> None:
+    def __init__(self, model: Core, modality: Modality) -> None:
         checkpoint = model.checkpoint
         if modality not in checkpoint.encoders:
             others = ", ".join(checkpoint.encoders) or "none"
@@ -153,3 +153,13 @@ class Encoder:
         n_soft = self.engine.soft_tokens(n_rows)
         inside = n_soft if self.config.kind == "audio_tower" else n_rows
         return {"T": inside, "S": inside, "N": n_soft, "U": (n_rows + 1) // 2}
+
+
+class _Bound(dict[Modality, Encoder]):
+    """Those of one model."""
+
+
+def encoder_of(model: Core, modality: Modality) -> Encoder:
+    """The model's encoder, bound at its first use. Raises NotImplementedError if the checkpoint has none."""
+    bound = model.attached(_Bound)
+    return bound[modality] if modality in bound else bound.setdefault(modality, Encoder(model, modality))

@@ -7,22 +7,20 @@ import dataclasses
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.encoders.soft_tokens import SOFT_ID, SoftRows, encode
+from gemma4.core import Core
+from gemma4.encoders.encoder import encoder_of
+from gemma4.encoders.soft_tokens import SOFT_ID, EncodedMedia, SoftRows, encode
 from gemma4.interp.cache import EncoderCache
 from gemma4.interp.hooks import Hook, SiteHooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, Site, names_of
 from gemma4.load.encoder_config import MODALITIES, Modality
 from gemma4.media.medium import Kind, Medium
 from gemma4.media.prompt import TokenizedPrompt
-
-if TYPE_CHECKING:
-    from gemma4.encoders.encoder import Encoder
-    from gemma4.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class EncoderTaps:
     names: Names = ()
 
     @classmethod
-    def of(cls, model: Model, hooks: Iterable[Hook] = (), names: Names = ()) -> EncoderTaps:
+    def of(cls, model: Core, hooks: Iterable[Hook] = (), names: Names = ()) -> EncoderTaps:
         """Raises SiteError and NotImplementedError for names that the model's encoders lack, now and not at the first
         picture. Predicates are asked when there is one.
         """
@@ -45,13 +43,13 @@ class EncoderTaps:
             named = [hook for hook in hooks_of(hooks, f"{modality}.") if not callable(hook[0])]
             wanted = [] if callable(names) else names_of(names, f"{modality}.")
             if named or wanted:
-                encoder: Encoder = getattr(model, modality)
+                encoder = encoder_of(model, modality)
                 bind_hooks(encoder.sites, named)
                 encoder.sites.select(wanted)
         return cls(hooks, names)
 
     def encode(
-        self, model: Model, medium: Medium, *, sequence: int, first: int
+        self, model: Core, medium: Medium, *, sequence: int, first: int
     ) -> tuple[NDArray[np.float32], list[dict[str, NDArray[np.float32]]]]:
         """Soft tokens float32 [n_runs * run_length, d_model], and what was kept of each run ([] if nothing was asked).
 
@@ -59,11 +57,11 @@ class EncoderTaps:
         """
         hooks, sites = self._bound(model, medium.kind)
         if not hooks and not sites:
-            return model.encoded_media.get(model, medium), []
+            return model.attached(EncodedMedia).get(model, medium), []
         made, caches = encode(model, medium, hooks, sites, sequence=sequence, first=first)
         return made, caches if sites else []
 
-    def soft_rows(self, model: Model, prompt: TokenizedPrompt, start: int = 0, sequence: int = 0) -> SoftRows | None:
+    def soft_rows(self, model: Core, prompt: TokenizedPrompt, start: int = 0, sequence: int = 0) -> SoftRows | None:
         """Of positions start.. ; media there are encoded, or taken from the model's cache. None if all are tokens.
 
         sequence: the prompt's index in the batch, for hooks.
@@ -89,7 +87,7 @@ class EncoderTaps:
             embeddings[begin - start : run.stop - start] = rows[first : first + run.stop - begin]
         return SoftRows(ids, embeddings, prompt.keys()[start:], tuple(caches))
 
-    def apart(self, model: Model, prompt: TokenizedPrompt) -> TokenizedPrompt:
+    def apart(self, model: Core, prompt: TokenizedPrompt) -> TokenizedPrompt:
         """The prompt, its media like no other's where hooks may edit them: a cached sequence must neither take them
         for what it holds nor be taken for the unedited ones later.
         """
@@ -102,10 +100,10 @@ class EncoderTaps:
         runs = (dataclasses.replace(run, medium=fresh.get(id(run.medium), run.medium)) for run in prompt.runs)
         return TokenizedPrompt(prompt.ids, tuple(runs))
 
-    def _bound(self, model: Model, kind: Kind) -> tuple[SiteHooks, list[Site]]:
+    def _bound(self, model: Core, kind: Kind) -> tuple[SiteHooks, list[Site]]:
         modality: Modality = "audio" if kind == "audio" else "vision"
         hooks, names = hooks_of(self.hooks, f"{modality}."), names_of(self.names, f"{modality}.")
         if not hooks and not names:  # an encoder that nobody watches need not be bound
             return [], []
-        encoder: Encoder = getattr(model, modality)
+        encoder = encoder_of(model, modality)
         return bind_hooks(encoder.sites, hooks), encoder.sites.select(names)

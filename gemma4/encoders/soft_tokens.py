@@ -6,12 +6,13 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.encoders.encoder import Encoder
+from gemma4.core import Core
+from gemma4.encoders.encoder import Encoder, encoder_of
 from gemma4.interp.cache import EncoderCache
 from gemma4.interp.hooks import SiteHooks
 from gemma4.interp.sites import Site
@@ -19,9 +20,6 @@ from gemma4.media import audio as sounds
 from gemma4.media import image as images
 from gemma4.media import video as videos
 from gemma4.media.medium import Kind, Medium
-
-if TYPE_CHECKING:
-    from gemma4.model import Model
 
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
@@ -52,7 +50,7 @@ class EncodedMedia:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self._kept.values())
 
-    def get(self, model: Model, medium: Medium) -> NDArray[np.float32]:
+    def get(self, model: Core, medium: Medium) -> NDArray[np.float32]:
         """float32 [n_runs * run_length, d_model], read-only: from here, or else from the model's encoder, unedited."""
         with self._lock:
             found = self._kept.get(medium.digest)
@@ -72,13 +70,13 @@ class EncodedMedia:
 
 
 def encode(
-    model: Model, medium: Medium, hooks: SiteHooks | None = None, capture: Iterable[Site] = (), **place: int
+    model: Core, medium: Medium, hooks: SiteHooks | None = None, capture: Iterable[Site] = (), **place: int
 ) -> tuple[NDArray[np.float32], list[dict[str, NDArray[np.float32]]]]:
     """Soft tokens float32 [n_runs * run_length, d_model], read-only, and what was captured of each run.
 
     hooks, capture, place: as `Encoder.run` takes them. Raises as the model's encoder does.
     """
-    encoder = model.audio if medium.kind == "audio" else model.vision
+    encoder = encoder_of(model, "audio" if medium.kind == "audio" else "vision")
     soft, caches = encoder.run(inputs_of(encoder, medium), hooks or [], capture, **place)
     made, expected = np.concatenate(soft), (medium.n_runs * medium.run_length, model.engine_config["d_model"])
     if made.shape != expected:
@@ -87,24 +85,24 @@ def encode(
     return made, caches
 
 
-def encode_image(model: Model, image: Any, image_tokens: int) -> F32:
+def encode_image(model: Core, image: Any, image_tokens: int) -> F32:
     """See `Model.encode_image`."""
-    encoder = model.vision
+    encoder = encoder_of(model, "vision")
     [soft] = encoder.encode([_patches(encoder, images.load_image(image), image_tokens)])
     return soft
 
 
-def encode_video(model: Model, video: Any, image_tokens: int = videos.FRAME_TOKENS, **options: Any) -> F32:
+def encode_video(model: Core, video: Any, image_tokens: int = videos.FRAME_TOKENS, **options: Any) -> F32:
     """See `Model.encode_video`."""
-    encoder = model.vision
+    encoder = encoder_of(model, "vision")
     if not isinstance(video, videos.VideoFrames):
         video = videos.load_video(video, **options)
     return np.concatenate(encoder.encode([_patches(encoder, frame, image_tokens) for frame in video.frames]))
 
 
-def encode_audio(model: Model, audio: Any, rate: int | None = None) -> F32:
+def encode_audio(model: Core, audio: Any, rate: int | None = None) -> F32:
     """See `Model.encode_audio`."""
-    encoder, samples = model.audio, sounds.load_audio(audio, rate)
+    encoder, samples = encoder_of(model, "audio"), sounds.load_audio(audio, rate)
     raw = encoder.config.kind == "audio_embedder"
     [soft] = encoder.encode([sounds.raw_frames(samples) if raw else sounds.log_mel(samples)])
     return soft

@@ -6,11 +6,12 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.core import Core
 from gemma4.encoders.hooks import EncoderTaps
 from gemma4.generation.options import Options
 from gemma4.generation.pieces import ContinuationText, Piece, TurnText
@@ -20,12 +21,9 @@ from gemma4.interp.cache import ActivationCache, join_caches
 from gemma4.interp.hooks import active_hooks, bind_hooks, hooks_of
 from gemma4.interp.sites import names_of, reusable
 from gemma4.media.prompt import TokenizedPrompt
-from gemma4.sequence import Sequence
+from gemma4.sequence import Sequence, new_sequence
 from gemma4.step import Output, Prompt, Want, run_step
 from gemma4.text.turn import ToolCall
-
-if TYPE_CHECKING:
-    from gemma4.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,7 @@ class Track:
         """int32 [pos]: prompt and generated."""
         return self.buffer[: self.n_ids]
 
-    def pending(self, model: Model) -> Prompt:
+    def pending(self, model: Core) -> Prompt:
         """What the cache does not hold yet: the prompt, whose media are encoded here, later one token."""
         start = self.sequence.length
         soft = self.taps.soft_rows(model, self.prompt, start, self.index) if start < self.n_prompt else None
@@ -182,7 +180,7 @@ class Track:
 class Run:
     """Several tracks decoded together."""
 
-    def __init__(self, model: Model, prompts: list[PromptLike], opts: Options) -> None:
+    def __init__(self, model: Core, prompts: list[PromptLike], opts: Options) -> None:
         self.model, self.opts = model, opts
         if opts.sequence is not None:
             opts.sequence.check_usable_by(model)
@@ -203,7 +201,7 @@ class Run:
         model, opts, ids = self.model, self.opts, tokenized.ids
         if opts.sequence is None:
             room = min(opts.max_tokens, model.context_length - len(ids) + 1)  # the last token needs no place
-            sequence = model.new_sequence(capacity=len(ids) + room - 1)
+            sequence = new_sequence(model, capacity=len(ids) + room - 1)
         else:
             sequence = opts.sequence
             check_fits(len(ids), sequence.capacity, "the sequence's capacity")

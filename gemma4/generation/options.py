@@ -6,15 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gemma4.core import Core
 from gemma4.generation.sampling import Processor, SamplingParams, StopCriteria
 from gemma4.interp.hooks import Hook
 from gemma4.interp.sites import Names
 from gemma4.sequence import Sequence
-
-if TYPE_CHECKING:
-    from gemma4.model import Model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +61,12 @@ class Options:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
-    def sampling(self, model: Model) -> SamplingParams:
+    def sampling(self, model: Core) -> SamplingParams:
         """The checkpoint's defaults with what was given here on top."""
         given = {name: getattr(self, name) for name in _SAMPLING}
         return SamplingParams.from_generation_config(model.checkpoint.generation_config, **given)
 
-    def stops(self, model: Model) -> StopCriteria:
+    def stops(self, model: Core) -> StopCriteria:
         ids = default_stop_ids(model) if self.stop_ids is None else self.stop_ids
         return StopCriteria(ids, [self.stop] if isinstance(self.stop, str) else self.stop)
 
@@ -76,7 +74,7 @@ class Options:
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))  # those that Options has under the same name
 
 
-def default_stop_ids(model: Model) -> tuple[int, ...]:
+def default_stop_ids(model: Core) -> tuple[int, ...]:
     """The checkpoint's stop ids: generation_config's eos_token_id, else the configuration's."""
     ids = model.checkpoint.generation_config.get("eos_token_id")
     if ids is None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.core import Core
 from gemma4.text.turn import ModelTurn, is_bare_call, may_be_bare_call, parse_turn
 
 if TYPE_CHECKING:
-    from gemma4.model import Model
     from gemma4.text.tokenizer import DecodeStream, Tokenizer
 
 _THINK, _CALL = ("<|channel>", "<channel|>"), ("<|tool_call>", "<tool_call|>")
@@ -32,7 +32,7 @@ class Piece(str):
 class ContinuationText:
     """Everything the model writes, special tokens visible."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Core) -> None:
         # a checkpoint without a tokenizer still generates ids
         self._stream = model.tokenizer.decode_stream() if model.checkpoint.tokenizer_path else None
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gemma4.core import Core
 from gemma4.errors import StateError
 from gemma4.generation.loop import Generation, Run, Timings
 from gemma4.generation.options import Options, default_stop_ids
 from gemma4.generation.pieces import Piece
 from gemma4.inputs import PromptLike, is_prompt_list
 
-if TYPE_CHECKING:
-    from gemma4.model import Model
-
 __all__ = ["Generation", "Options", "TextStream", "Timings", "default_stop_ids", "generate", "stream"]
 
 
-def generate(model: Model, prompt: PromptLike | Seq[PromptLike], **options: Any) -> Any:
+def generate(model: Core, prompt: PromptLike | Seq[PromptLike], **options: Any) -> Any:
     """Continue a prompt. Keyword arguments: see `Options`. Returns a Generation, or a list of them for a list.
 
     prompt: text (continued as it is, BOS added once), token ids, chat messages (dicts with "role" and "content", put
@@ -42,7 +40,7 @@ def generate(model: Model, prompt: PromptLike | Seq[PromptLike], **options: Any)
     return results if many else results[0]
 
 
-def stream(model: Model, prompt: PromptLike, **options: Any) -> TextStream:
+def stream(model: Core, prompt: PromptLike, **options: Any) -> TextStream:
     """Continue one prompt piece by piece. Arguments and errors as for `generate`; the prompt is checked right here."""
     if is_prompt_list(prompt):
         raise ValueError("stream() takes one prompt; generate() takes a list")

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.core import Core
 from gemma4.errors import SiteError
 from gemma4.interp.sites import ENCODER_PREFIXES, Site, canonical_name
 from gemma4.units import size
 
 if TYPE_CHECKING:
     from gemma4.media.prompt import SoftRun
-    from gemma4.model import Model
 
 F32 = NDArray[np.float32]
 
@@ -87,7 +87,7 @@ class ActivationCache(CapturedArrays):
 
     def __init__(
         self,
-        model: Model,
+        model: Core,
         arrays: dict[str, NDArray[Any]],
         tokens: NDArray[np.int32],
         positions: NDArray[np.int64],

@@ -142,7 +142,7 @@ _ACTIVE: ContextVar[tuple[tuple[Any, tuple[Hook, ...]], ...]] = ContextVar("gemm
 
 
 @contextmanager
-def activated(model: Any, hooks: Iterable[Hook]) -> Iterator[None]:
+def activated(model: object, hooks: Iterable[Hook]) -> Iterator[None]:
     """While this is open, `active_hooks(model)` includes `hooks`, after those already there."""
     token = _ACTIVE.set((*_ACTIVE.get(), (model, tuple(hooks))))
     try:
@@ -151,6 +151,6 @@ def activated(model: Any, hooks: Iterable[Hook]) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def active_hooks(model: Any) -> list[Hook]:
+def active_hooks(model: object) -> list[Hook]:
     """The hooks of every open `activated` block of this model, outermost first."""
     return [hook for owner, hooks in _ACTIVE.get() if owner is model for hook in hooks]

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loaded model as data: configuration, weights, sites, tokenizer. Steps, sequences, encoders and generation take it.
+
+`gemma4.model.Model` is this with the methods that run it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4 import _engine
+from gemma4.interp.hooks import NaNLog
+from gemma4.interp.sites import SiteTable
+from gemma4.load import Checkpoint, TextConfig
+from gemma4.load.checkpoint import EngineTensor
+from gemma4.load.dtypes import is_quantised, stored_rows
+from gemma4.media.image import BUDGETS
+from gemma4.media.medium import Modalities
+
+if TYPE_CHECKING:
+    from gemma4.text.chat import ChatTemplate
+    from gemma4.text.tokenizer import Tokenizer
+
+F32: TypeAlias = NDArray[np.float32]
+I32: TypeAlias = NDArray[np.int32]
+Precision: TypeAlias = Literal["exact", "fast"]
+KVDtype: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
+T = TypeVar("T")
+
+
+class Core:
+    """A loaded model as data. Immutable weights: threads may share it.
+
+    checkpoint     the opened files
+    engine         the C engine's model; engine_config: what it was made of
+    kv_dtype       how new sequences keep keys and values
+    sites          every site of the text model by name, in forward order (docs/sites.md)
+    nan_log        sites where edits produced NaN
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        threads: int = 0,
+        precision: Precision | None = None,
+        kv_dtype: KVDtype | None = None,
+    ) -> None:
+        if kv_dtype is not None and kv_dtype not in get_args(KVDtype):
+            raise ValueError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))} or None, got {kv_dtype!r}")
+        precision = precision or ("fast" if checkpoint.quantised else "exact")
+        self.checkpoint = checkpoint
+        self.engine_config = checkpoint.engine_config
+        self.engine = _engine.Model(
+            checkpoint.engine_config,  # type: ignore[arg-type]
+            checkpoint.engine_tensors,
+            threads=threads,
+            precision=precision,
+        )
+        self.kv_dtype: KVDtype = kv_dtype or ("f16" if precision == "fast" else "f32")
+        self.sites = SiteTable(self.engine.sites(), self.engine_config["layers"])
+        self.nan_log = NaNLog()
+        self._attached: dict[type, object] = {}
+        self._attaching = threading.Lock()
+
+    def attached(self, kind: type[T]) -> T:
+        """The one `kind()` of this model, made at first use: what others keep with it, as encoders that are bound."""
+        with self._attaching:
+            if kind not in self._attached:
+                self._attached[kind] = kind()
+            return cast(T, self._attached[kind])
+
+    # -- what is loaded ------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> TextConfig:
+        """The text model's configuration, whichever spelling the checkpoint uses."""
+        return self.checkpoint.config
+
+    @property
+    def tensors(self) -> Mapping[str, NDArray[Any]]:
+        """Every stored tensor under its stored name: read-only views of the file, bf16 as ml_dtypes.bfloat16."""
+        return self.checkpoint.tensors
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.engine_config["layers"])
+
+    @property
+    def d_vocab(self) -> int:
+        return self.engine_config["d_vocab"]
+
+    @property
+    def context_length(self) -> int:
+        """The most positions a sequence of this model can hold."""
+        return self.engine_config["context_length"]
+
+    @property
+    def n_token_ids(self) -> int:
+        """Ids below this may be fed in: every embedding table has a row for them."""
+        config = self.engine_config
+        return min(config["d_vocab"], config["d_vocab_ple"]) if config["d_ple"] else config["d_vocab"]
+
+    def __repr__(self) -> str:
+        how = f"{self.engine.precision}, {self.engine.isa}"
+        return f"<gemma4.Model {self.checkpoint.path.name}: {self.n_layers} layers, {how}>"
+
+    def close(self) -> None:
+        """Let go of the files; any later run raises StateError. Arrays handed out before stay valid."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def weight(self, name: str) -> F32:
+        """A text-model tensor as float32 (a copy), without the checkpoint's prefix: "layers.0.mlp.up_proj.weight"."""
+        return self._rows(name, slice(None))
+
+    def layer_scalar(self, layer: int) -> float:
+        """The number that block `layer` multiplies the residual stream by at its end."""
+        return float(self._rows(f"layers.{layer}.layer_scalar", slice(0, 1))[0])
+
+    def unembed(self, ids: NDArray[np.integer[Any]] | slice) -> F32:
+        """Rows of the output head, float32 [n, d_model]: logit before the softcap = row . ln_final.hook_out."""
+        tied = "lm_head.weight" not in self.checkpoint.engine_tensors
+        return self._rows("embed_tokens.weight" if tied else "lm_head.weight", ids)
+
+    def _rows(self, name: str, ids: Any) -> F32:
+        """A tensor, or some of its rows, unpacked to float32; only those rows are read."""
+        dtype, shape, _, _ = self._stored(name)
+        rows = self._view(name)[ids]
+        if not is_quantised(dtype):
+            return rows.astype(np.float32)
+        unpacked = (*rows.shape[:-1], shape[-1])
+        return _engine.dequantize(dtype, unpacked, np.ascontiguousarray(rows), 0)
+
+    def _view(self, name: str) -> NDArray[Any]:
+        return stored_rows(*self._stored(name))
+
+    def _stored(self, name: str) -> EngineTensor:
+        if name not in self.checkpoint.engine_tensors:
+            raise KeyError(f"no tensor {name!r} in the text model")
+        return self.checkpoint.engine_tensors[name]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell models apart: configuration, tensor shapes, and a sample of every tensor's bytes."""
+        digest = hashlib.sha256(json.dumps(self.checkpoint.hf_config, sort_keys=True, default=str).encode())
+        for name in sorted(self.checkpoint.engine_tensors):
+            dtype, shape, *_ = self.checkpoint.engine_tensors[name]
+            flat = self._view(name).reshape(-1)
+            digest.update(f"{name} {dtype} {tuple(shape)}".encode())
+            digest.update(flat[:512].tobytes() + flat[-512:].tobytes())
+        return digest.hexdigest()[:16]
+
+    # -- text ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded at first use. Raises StateError if the checkpoint has none; token ids work without."""
+        return self.checkpoint.load_tokenizer()
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The checkpoint's own chat template, None if it has none."""
+        return self.checkpoint.load_chat_template()
+
+    def to_tokens(self, text: str, bos: bool = True) -> I32:
+        """int32 [pos]: token ids of `text`, BOS first exactly once (bos=False: none added)."""
+        return self.tokenizer.encode(text, bos=bos)
+
+    def to_string(self, ids: Iterable[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self.tokenizer.decode(ids)
+
+    def to_str_tokens(self, text_or_ids: str | Iterable[int], bos: bool = True) -> list[str]:
+        """One string per token, for labels in plots."""
+        ids = self.to_tokens(text_or_ids, bos=bos) if isinstance(text_or_ids, str) else text_or_ids
+        return self.tokenizer.str_tokens(ids)
+
+    def to_single_token(self, text: str) -> int:
+        """The id of text that is exactly one token. Raises ValueError otherwise, with the tokens it splits into."""
+        ids = self.to_tokens(text, bos=False)
+        if len(ids) != 1:
+            raise ValueError(f"{text!r} is {len(ids)} tokens, not one: {self.tokenizer.str_tokens(ids)}")
+        return int(ids[0])
+
+    # -- images and sound ----------------------------------------------------------------------------------------
+
+    @property
+    def modalities(self) -> Modalities:
+        """What the checkpoint has encoders for."""
+        return Modalities.of(self.checkpoint.encoders, self.checkpoint.encoder_advice)
+
+    @cached_property
+    def image_tokens(self) -> int:
+        """How many soft tokens a picture takes at most where nobody says: 280, or what processor_config.json says."""
+        processor = self.checkpoint.processor_config.get("image_processor")
+        found = processor.get("max_soft_tokens") if isinstance(processor, Mapping) else None
+        return int(found) if isinstance(found, int) and found in BUDGETS else 280
