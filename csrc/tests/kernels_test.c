@@ -3,7 +3,8 @@
  * the same rows alone. tests/reference/test_kernels.py does this and compares with float64, too; this is for where no
  * Python is: cross-compiled programs under an emulator.
  *
- *   kernels_test [ISA…]   exit status 0: all passed, and those instruction sets were among the tested ones */
+ *   kernels_test [ISA…]   exit status 0: all passed, and those instruction sets were among the tested ones
+ *   kernels_test --time   no test: the time of each kernel on each level, next to the scalar one's */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -111,31 +112,11 @@ void *random_weights(g4_dtype dtype, int kind, size_t n)
 
 /* ---- rows ----------------------------------------------------------------------------------------------------------- */
 
-enum {
-    SUM_SQUARES,
-    SCALE,
-    SCALE_GAIN,
-    ADD,
-    MUL,
-    AXPY,
-    GELU,
-    GLU,
-    CLAMP,
-    NORM,
-    NORM_BIAS,
-    MUL_ADD,
-    SOFTMAX,
-    SOFTCAP,
-    ROPE,
-    READ_SUM,
-    N_ROW_KERNELS
-};
-static const char *const row_names[] = {
+const char *const row_names[N_ROW_KERNELS] = {
     "sum_squares", "scale_mul",  "scale_mul with a gain",  "add",     "mul",     "axpy",    "gelu", "glu",
     "clamp",       "layer_norm", "layer_norm with a bias", "mul_add", "softmax", "softcap", "rope", "read_sum"};
 
-/* x is changed, y and z are read. */
-static void run_row(const g4_kernels *t, int kernel, float *x, const float *y, const float *z, int n)
+void run_row(const g4_kernels *t, int kernel, float *x, const float *y, const float *z, int n)
 {
     switch (kernel) {
     case SUM_SQUARES: x[0] = t->sum_squares(x, n); break;
@@ -287,6 +268,10 @@ int main(int n_args, char **args)
         if (g4_kernels_for((g4_isa)isa))
             tables[n_tables++] = g4_kernels_for((g4_isa)isa);
     scalar = tables[0];
+    if (n_args == 2 && strcmp(args[1], "--time") == 0) {
+        report_times();
+        return 0;
+    }
     for (int i = 1; i < n_args; i++) {
         const g4_isa isa = g4_isa_parse(args[i]);
         if (isa == G4_N_ISAS || !g4_kernels_for(isa)) {

@@ -26,6 +26,34 @@ void *random_weights(g4_dtype dtype, int kind, size_t n);
 /* Where a block keeps its factors: f16, but MXFP4 an exponent. */
 extern const int factors_of[G4_N_DTYPES][2];
 
+/* Kernels of one row. x is changed, y and z are read. */
+enum {
+    SUM_SQUARES,
+    SCALE,
+    SCALE_GAIN,
+    ADD,
+    MUL,
+    AXPY,
+    GELU,
+    GLU,
+    CLAMP,
+    NORM,
+    NORM_BIAS,
+    MUL_ADD,
+    SOFTMAX,
+    SOFTCAP,
+    ROPE,
+    READ_SUM,
+    N_ROW_KERNELS
+};
+extern const char *const row_names[N_ROW_KERNELS];
+void run_row(const g4_kernels *t, int kernel, float *x, const float *y, const float *z, int n);
+
+/* Room for m rows of k inputs as bytes. */
+g4_int8_rows int8_rows_new(int m, int k);
+void int8_rows_free(g4_int8_rows rows);
+
+void report_times(void);
 void test_products(void);
 void test_sums_and_panels(void);
 void test_tiles(void);
