@@ -91,14 +91,56 @@ OLD_PATHS = {
 }
 
 
-@pytest.mark.parametrize("path", OLD_PATHS)
-def test_old_public_paths(path):
-    """Each in a process of its own: as an import, and from the package alone where that has always sufficed."""
-    names = OLD_PATHS[path]
-    lazy = path in ("gemma4.cli", "gemma4.media.tasks")  # a plain `import gemma4` never brought these
-    uses = [] if lazy else [f"import gemma4; {path}.{names[0]}"]
-    for code in (*uses, f"import {path}; {path}.{names[0]}", f"from {path} import {', '.join(names)}"):
-        subprocess.run([sys.executable, "-P", "-W", "error", "-c", code], check=True, cwd=ROOT.parent)
+def test_old_public_paths():
+    """In a fresh process: by attributes of the package alone where that has always sufficed, and as imports."""
+    lazy = ("gemma4.cli", "gemma4.media.tasks")  # a plain `import gemma4` never brought these
+    eager = [f"{path}.{names[0]}" for path, names in OLD_PATHS.items() if path not in lazy]
+    imports = [f"import {path}\nfrom {path} import {', '.join(names)}" for path, names in OLD_PATHS.items()]
+    code = "\n".join(["import gemma4", *eager, *imports])
+    subprocess.run([sys.executable, "-P", "-W", "error", "-c", code], check=True, cwd=ROOT.parent)
+
+
+# ---- gemma4/ ----------------------------------------------------------------------------------------------------
+
+
+def test_gemma4_keeps_its_rooms():
+    assert load_tool("check_layers").python_problems(ROOT / "gemma4") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "complaint"),
+    [
+        ("core", "from gemma4.model import Model", "imports model, but core may only use"),
+        ("core", "import gemma4.model", "imports model, but core may only use"),
+        ("core", "from gemma4 import model", "imports model, but core may only use"),
+        ("core", "from gemma4 import load_it", "imports gemma4, but core may only use"),
+        ("media.image", "from gemma4.encoders.encoder import Encoder", "imports encoders.encoder, but media may only"),
+        ("media.image", "from gemma4.load import open_checkpoint", "imports load, but media may only"),
+        ("media.image", "if TYPE_CHECKING:\n    from gemma4.core import Core", "2: imports core, but media may only"),
+        ("step", "from gemma4.generation.sampling import Sampler", "imports generation.sampling, but step may only"),
+        ("encoders.encoder", "def f():\n    from gemma4 import model", "2: imports model, but encoders may only"),
+        ("interp.hooks", "from gemma4.interp.cache import join_caches", "imports interp.cache, but interp.hooks may"),
+        ("errors", "from gemma4 import units", "errors may only use nothing"),
+        ("serve", "import json", "serve is in no room"),
+        ("media.image", "from . import video", "(relative) is in no room"),
+        (
+            "media.image",
+            "from gemma4.media.video import f",
+            "media.image -> media.video -> media.image import each other",
+        ),
+    ],
+)
+def test_room_check_finds(tmp_path, module, text, complaint):
+    package = tmp_path / "gemma4"
+    rooms = ("model", "core", "units", "load", "encoders.encoder", "generation.sampling", "interp.cache")
+    for name in ("", *rooms, "media.video", module):
+        path = package.joinpath(*name.split("."))
+        path = path / "__init__.py" if name in ("", "load") else path.with_suffix(".py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("from gemma4.media.image import f" if name == "media.video" and "video" in text else "")
+    package.joinpath(*module.split(".")).with_suffix(".py").write_text(text)
+    found = load_tool("check_layers").python_problems(package)
+    assert len(found) == 1 and complaint in found[0], found
 
 
 # ---- csrc/ ------------------------------------------------------------------------------------------------------

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check the rules that keep csrc/ readable and embeddable, one line for each place that breaks one.
+"""Check the rules that keep csrc/ and gemma4/ readable and embeddable, one line for each place that breaks one.
 
-    python tools/check_layers.py [CSRC]
+    python tools/check_layers.py [CSRC [GEMMA4]]
 
 Layers     base < kernels < ops < model < python: a file includes only its own layer and those before it. gemma4.h, the
            public header, includes only base and the list of sites, and is for model, python and tests. Only python/
            knows Python and NumPy.
 Library    nothing ends the process or writes to a stream: errors are statuses (tests/ are programs, and may).
 Sizes      files of at most 800 lines, functions of at most 120.
+Rooms      gemma4/: a module imports only what the table ROOMS gives its room, also for types and inside functions; and
+           no module imports itself, over however many others.
 """
 
+import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 LAYERS = ("base", "kernels", "ops", "model", "python")
@@ -20,6 +23,38 @@ PUBLIC_HEADER = "gemma4.h"
 LISTS_IN_PUBLIC_HEADER = ("model/sites.inc",)
 USERS_OF_PUBLIC_HEADER = ("model", "python", "tests")
 MAX_FILE, MAX_FUNCTION = 800, 120
+
+# Rooms of gemma4/, from the ground up: a module or a folder, and the rooms that it may use. A module is in the room of
+# its longest name here. core knows no face, media no encoder, and nothing below generation samples.
+ROOMS = {
+    "_engine": "",
+    "_moved": "",
+    "errors": "",
+    "units": "",
+    "profile": "_engine",
+    "files": "errors",
+    "text": "errors",
+    "load": "errors files text _engine",
+    "media": "errors text load.encoder_config _moved",
+    "interp.sites": "errors",
+    "interp.hooks": "interp.sites",
+    "core": "errors text load media interp.sites interp.hooks _engine",
+    "interp.cache": "errors units media interp.sites core",
+    "encoders": "media interp.sites interp.hooks core interp.cache profile load.encoder_config _engine",
+    "sequence": "errors files media.keys core _engine",
+    "step": "errors interp.sites interp.hooks interp.cache core encoders.soft_tokens sequence profile _engine",
+    "inputs": "errors text media core encoders sequence step",
+    "generation": "errors text media interp.sites interp.hooks interp.cache core encoders sequence step inputs",
+    "info": "units core",
+    "model": "load media interp.sites interp.hooks core profile encoders sequence step inputs generation info",
+    "interp": "media interp.sites interp.hooks interp.cache model",  # lenses and plots, which run a model
+    "media.tasks": "errors load media generation model",
+    "quantization": "errors units files text load inputs model _engine",
+    "bench": "errors units media encoders sequence profile info model _engine",
+    "cli": "errors units files media interp interp.cache sequence generation info model media.tasks bench quantization",
+    "__main__": "cli",
+    "": "*",  # gemma4/__init__.py, the names that users see
+}
 
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"]+)[>"]', re.MULTILINE)
 PYTHON_HEADER = re.compile(r"^(Python|structmember|pythread)\.h$|^numpy/")
@@ -117,10 +152,88 @@ def problems(csrc: Path) -> list[str]:
     ]
 
 
+def modules_of(package: Path) -> dict[str, Path]:
+    """Every module of the package by its name inside it ("" is the package itself) -> its file."""
+    found = {}
+    for path in sorted([*package.rglob("*.py"), *package.glob("*.pyi")]):
+        parts = path.relative_to(package).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def room_of(module: str) -> str | None:
+    """The room of a module: its longest name, or that of a folder around it, in ROOMS."""
+    parts = module.split(".")
+    names = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((name for name in names if name in ROOMS), None)
+
+
+def imports_of(tree: ast.AST, package: str, modules: Mapping[str, Path]) -> Iterator[tuple[int, str]]:
+    """(line, module inside the package) of each import, for types and inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = f"{package}.(relative)" if node.level else node.module  # a name that no room has
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == package:
+                inside = name.removeprefix(package).removeprefix(".")
+                yield node.lineno, inside if inside in modules else inside.rpartition(".")[0]
+
+
+def room_problem(module: str, target: str) -> str | None:
+    """What is wrong with one import, or None."""
+    room, used = room_of(module), room_of(target)
+    if room is None or used is None:
+        return f"{(module if room is None else target) or 'gemma4'} is in no room of the table ROOMS"
+    if ROOMS[room] == "*" or room == used:
+        return None
+    allowed = ROOMS[room].split()
+    inside = any(target == name or target.startswith(f"{name}.") for name in allowed if room_of(name) == used)
+    return None if inside else f"imports {target or 'gemma4'}, but {room} may only use {ROOMS[room] or 'nothing'}"
+
+
+def circle_in(graph: Mapping[str, set[str]]) -> list[str]:
+    """Some modules that import each other in a circle, [] if none do."""
+    done: set[str] = set()
+
+    def search(module: str, above: list[str]) -> list[str]:
+        if module in above:
+            return above[above.index(module) :]
+        if module in done:
+            return []
+        for target in sorted(graph.get(module, ())):
+            if found := search(target, [*above, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := search(module, []))), [])
+
+
+def python_problems(package: Path) -> list[str]:
+    """One line for each import that breaks a rule: `file:line: what is wrong`."""
+    modules, found, graph = modules_of(package), [], {}
+    for module, path in modules.items():
+        where = path.relative_to(package.parent)
+        imports = list(imports_of(ast.parse(path.read_text(encoding="utf-8")), package.name, modules))
+        graph[module] = {target for _, target in imports} - {module}
+        found += [f"{where}:{line}: {what}" for line, target in imports if (what := room_problem(module, target))]
+        if room_of(module) is None:
+            found.append(f"{where}:1: {module} is in no room of the table ROOMS")
+    if circle := circle_in(graph):
+        found.append(f"{package.name}: {' -> '.join([*circle, circle[0]])} import each other in a circle")
+    return found
+
+
 def main() -> int:
-    csrc = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent / "csrc"
-    found = problems(csrc)
-    print("\n".join(found) if found else f"{csrc.name}: layers, library rules and sizes hold")
+    root = Path(__file__).resolve().parent.parent
+    csrc, package = [Path(name) for name in sys.argv[1:3]] + [root / "csrc", root / "gemma4"][len(sys.argv[1:3]) :]
+    found = problems(csrc) + python_problems(package)
+    print("\n".join(found) if found else f"{csrc.name} and {package.name}: layers, library rules, sizes and rooms hold")
     return 1 if found else 0
 
 
