@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from gemma4.errors import FormatError
+from gemma4.generation.defaults import read_defaults
 from gemma4.generation.sampling import (
     Sample,
     Sampler,
@@ -106,17 +106,44 @@ def test_gemma_defaults_from_generation_config():
 @pytest.mark.parametrize(
     "config",
     [
-        {"top_k": "64"},
-        {"top_k": -1},
         {"temperature": float("nan"), "do_sample": True},
-        {"suppress_tokens": 5},
+        {"temperature": -1, "do_sample": True},
+        {"temperature": "warm", "do_sample": True},
+        {"do_sample": "perhaps"},
+        {"top_k": 1.5},
+        {"top_k": [64]},
+        {"top_p": {}},
+        {"repetition_penalty": 1e999},
+        {"suppress_tokens": 5.5},
         {"suppress_tokens": ["x"]},
         {"suppress_tokens": [[1]]},
+        {"eos_token_id": [[1]]},
+        {"eos_token_id": {"a": 1}},
+        {"eos_token_id": 1e999},
+        {"eos_token_id": True},
     ],
+    ids=str,
 )
 def test_bad_generation_config(config):
-    with pytest.raises(FormatError, match="generation_config"):
-        SamplingParams.from_generation_config(config)
+    """Of what means nothing a warning tells; it is not used."""
+    with pytest.warns(UserWarning, match=rf"generation_config.json: {next(iter(config))} is .*not used"):
+        params = SamplingParams.from_generation_config(config)
+    assert params == SamplingParams(temperature=1.0 if config.get("do_sample") is True else 0.0)
+
+
+def test_odd_but_meaningful_generation_config(recwarn):
+    config = {
+        "temperature": "0.5", "top_k": "64", "top_p": "0.9", "repetition_penalty": 1, "do_sample": "true",
+        "suppress_tokens": ["7", 8.0, -1, None], "eos_token_id": "106",
+    }  # fmt: skip
+    params = SamplingParams.from_generation_config(config)
+    assert (params.temperature, params.top_k, params.top_p, params.repetition_penalty) == (0.5, 64, 0.9, 1)
+    assert params.logit_bias == {7: -math.inf, 8: -math.inf}
+    for value, k in ((-1, 0), (64.0, 64), ("-1", 0), (None, 0)):
+        assert SamplingParams.from_generation_config({"top_k": value}).top_k == k
+    for value, ids in (("106", (106,)), ([1, "106", 50.0], (1, 106, 50)), (-1, None), ([4294967295, None], None)):
+        assert read_defaults({"eos_token_id": value})[0].get("stop_ids") == ids
+    assert not recwarn.list
 
 
 # -- edits of the logits -----------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ class Run:
             if is_messages(prompt)
             else ContinuationText(model)
         )
-        sampler, stops = Sampler(opts.sampling(model), stream=index), opts.stops(model)
+        sampler, stops = Sampler(opts.sampling(model), stream=index), opts.stops(model, is_messages(prompt))
         buffer = np.append(ids, np.zeros(room, dtype=np.int32))
         tokenized = self.taps.apart(model, tokenized)
         track = Track(index, tokenized, buffer, len(ids), len(ids), sequence, sampler, stops, self.taps, text)

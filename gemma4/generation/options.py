@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from gemma4.core import Core
+from gemma4.generation import checks
+from gemma4.generation.defaults import Defaults
 from gemma4.generation.sampling import Processor, SamplingParams, StopCriteria
 from gemma4.interp.hooks import Hook
 from gemma4.interp.sites import Names
+from gemma4.media.image import BUDGETS, check_budget
 from gemma4.sequence import Sequence
 
 
@@ -58,25 +64,78 @@ class Options:
     show_thinking: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            default = type(self).__dataclass_fields__[name].default
+            object.__setattr__(self, name, default if value is None else check(name, value))
 
     def sampling(self, model: Core) -> SamplingParams:
         """The checkpoint's defaults with what was given here on top."""
         given = {name: getattr(self, name) for name in _SAMPLING}
-        return SamplingParams.from_generation_config(model.checkpoint.generation_config, **given)
+        defaults = model.attached(Defaults).of(model).sampling
+        params = SamplingParams.with_defaults(defaults or {}, **given)
+        beyond = [token for token in params.logit_bias if token >= model.d_vocab]
+        if beyond:
+            raise ValueError(f"logit_bias: token id {beyond[0]} is outside the vocabulary of {model.d_vocab}")
+        return params
 
-    def stops(self, model: Core) -> StopCriteria:
-        ids = default_stop_ids(model) if self.stop_ids is None else self.stop_ids
-        return StopCriteria(ids, [self.stop] if isinstance(self.stop, str) else self.stop)
+    def stops(self, model: Core, turn: bool) -> StopCriteria:
+        """turn: the model's turn of a chat, not the continuation of a text."""
+        ids = self.stop_ids
+        if ids is None:
+            defaults = model.attached(Defaults).of(model)
+            ids = defaults.turn_stop_ids(model) if turn else defaults.stop_ids
+        return StopCriteria(ids, self.stop)
 
 
-_SAMPLING = tuple(field.name for field in fields(SamplingParams))  # those that Options has under the same name
+def _max_tokens(name: str, value: Any) -> int:
+    if isinstance(value, int | np.integer) and not isinstance(value, bool) and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {checks.shown(value)}")
+    return checks.integer(name, value, 1, sys.maxsize)
+
+
+def _hooks(name: str, value: Any) -> tuple[Hook, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        checks.fail(name, value, "pairs (site name, glob or predicate; function)")
+    return tuple(value)
+
+
+def _capture(name: str, value: Any) -> Names:
+    if isinstance(value, str) or callable(value):
+        return value
+    names = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(site, str) for site in names):
+        checks.fail(name, value, "a site name or glob, several of them, or a predicate")
+    return names
+
+
+def _sequence(name: str, value: Any) -> Sequence:
+    if not isinstance(value, Sequence):
+        checks.fail(name, value, "a Sequence, as Model.new_sequence() makes it")
+    return value
+
+
+def _tools(name: str, value: Any) -> Seq[Mapping[str, Any]]:
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        checks.fail(name, value, "a list of JSON schemas (mappings)")
+    return value
+
+
+def _image_tokens(name: str, value: Any) -> int:
+    budget = checks.integer(name, value, 1, max(BUDGETS))
+    check_budget(budget)
+    return budget
+
+
+# Those that Options has under the same name are checked by SamplingParams.
+_SAMPLING = tuple(field.name for field in fields(SamplingParams))
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "max_tokens": _max_tokens, "stop": checks.strings, "stop_ids": checks.token_ids, "hooks": _hooks,
+    "capture": _capture, "sequence": _sequence, "tools": _tools, "think": checks.boolean,
+    "image_tokens": _image_tokens, "show_thinking": checks.boolean,
+}  # fmt: skip
 
 
 def default_stop_ids(model: Core) -> tuple[int, ...]:
     """The checkpoint's stop ids: generation_config's eos_token_id, else the configuration's."""
-    ids = model.checkpoint.generation_config.get("eos_token_id")
-    if ids is None:
-        return tuple(model.config.eos_token_ids)
-    return (ids,) if isinstance(ids, int) else tuple(ids)
+    return model.attached(Defaults).of(model).stop_ids

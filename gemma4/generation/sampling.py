@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.errors import FormatError
+from gemma4.generation import checks
+from gemma4.generation.checks import shown
+from gemma4.generation.defaults import MAX_TOP_K, NUMBERS, read_defaults, warn_of
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -53,67 +55,38 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.0, 1e4, float)
-        _check("top_k", self.top_k, 0, 1 << 31, int)
-        _check("top_p", self.top_p, 0.0, 1.0, float)
-        _check("min_p", self.min_p, 0.0, 1.0, float)
-        _check("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, float)
-        _check("presence_penalty", self.presence_penalty, -1e3, 1e3, float)
-        _check("frequency_penalty", self.frequency_penalty, -1e3, 1e3, float)
+        for name, (low, high) in NUMBERS.items():
+            checks.number(name, getattr(self, name), low, high)
+        checks.integer("top_k", self.top_k, 0, MAX_TOP_K)
         if self.seed is not None:
-            _check("seed", self.seed, 0, (1 << 128) - 1, int)
+            checks.integer("seed", self.seed, 0, (1 << 128) - 1)
         if self.logprobs is not None:
-            _check("logprobs", self.logprobs, 0, 1 << 20, int)
-        _check_bias(self.logit_bias)
-        object.__setattr__(self, "processors", tuple(self.processors))
-        if not all(callable(p) for p in self.processors):
-            raise ValueError("processors must be functions (ids, logits) -> logits or None")
+            checks.integer("logprobs", self.logprobs, 0, 1 << 20)
+        object.__setattr__(self, "logit_bias", checks.logit_bias("logit_bias", self.logit_bias))
+        object.__setattr__(self, "processors", checks.functions("processors", self.processors))
 
     @classmethod
     def from_generation_config(cls, config: Mapping[str, Any], **overrides: Any) -> SamplingParams:
         """A checkpoint's generation_config.json with `overrides` (those that are not None) on top.
 
         As in transformers, do_sample absent or false means greedy, unless a temperature is given in `overrides`.
-        `suppress_tokens` become -inf biases. Raises FormatError (a bad value in the file), ValueError (in overrides),
-        TypeError (an override that is no field).
+        `suppress_tokens` become -inf biases. Warns of values in the file that mean nothing, and does not use them.
+        Raises ValueError (in overrides), TypeError (an override that is no field).
         """
+        defaults, bad = read_defaults(config)
+        warn_of(bad)
+        defaults.pop("stop_ids", None)
+        return cls.with_defaults(defaults, **overrides)
+
+    @classmethod
+    def with_defaults(cls, defaults: Mapping[str, Any], **overrides: Any) -> SamplingParams:
+        """`defaults` with `overrides` (those that are not None) on top; biases are joined. top_k=-1 means all."""
         given = {name: value for name, value in overrides.items() if value is not None}
-        try:
-            base = cls(**_from_file(config))
-        except (TypeError, ValueError) as error:
-            raise FormatError(f"generation_config.json: {error}") from None
-        if "logit_bias" in given:
-            given["logit_bias"] = {**base.logit_bias, **given["logit_bias"]}
-        return cls(**{f.name: getattr(base, f.name) for f in fields(cls)} | given)
-
-
-def _from_file(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    out = {name: config[name] for name in names if config.get(name) is not None}
-    if not config.get("do_sample", False):
-        out["temperature"] = 0.0
-    banned = config.get("suppress_tokens")
-    if banned is not None:
-        if not isinstance(banned, list):
-            raise ValueError(f"suppress_tokens is {banned!r:.80}, expected a list of token ids")
-        out["logit_bias"] = dict.fromkeys(banned, -math.inf)
-    return out
-
-
-def _check(name: str, value: Any, low: float, high: float, kind: type) -> None:
-    ok = isinstance(value, int | np.integer) if kind is int else isinstance(value, int | float | np.number)
-    if not ok or isinstance(value, bool) or not low <= value <= high:
-        what = "an integer" if kind is int else "a number"
-        raise ValueError(f"{name} must be {what} in {low:g}..{high:g}, got {value!r:.80}")
-
-
-def _check_bias(bias: Any) -> None:
-    if not isinstance(bias, Mapping):
-        raise ValueError(f"logit_bias must map token ids to numbers, got {type(bias).__name__}")
-    for token, value in bias.items():
-        _check("a token id in logit_bias", token, 0, 1 << 31, int)
-        if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not value < math.inf:
-            raise ValueError(f"logit_bias[{token}] must be a number below infinity, got {value!r:.80}")
+        if "logit_bias" in given and "logit_bias" in defaults:
+            given["logit_bias"] = defaults["logit_bias"] | checks.logit_bias("logit_bias", given["logit_bias"])
+        if isinstance(given.get("top_k"), int | np.integer) and given["top_k"] == -1:
+            given["top_k"] = 0
+        return cls(**{**defaults, **given})
 
 
 @dataclass(frozen=True)
@@ -142,7 +115,8 @@ class Sampler:
         logits = _as_logits(logits)
         p = self.params
         scores = _apply_processors(_edit(p, logits, ids, n_prompt), ids, p.processors)
-        token = int(scores.argmax()) if p.temperature == 0 else self._draw(scores)
+        greedy = np.float32(p.temperature) == 0  # also of what is too small for float32: the limit is the argmax
+        token = int(scores.argmax()) if greedy else self._draw(scores)
         if p.logprobs is None:
             return Sample(token)
         logprob, top = logprobs(logits, token, p.logprobs)
@@ -224,7 +198,10 @@ def _apply_processors(scores: F32, ids: I32, processors: tuple[Processor, ...]) 
     shape = scores.shape
     for processor in processors:
         result = processor(ids, scores)
-        scores = scores if result is None else np.asarray(result, np.float32)
+        try:
+            scores = scores if result is None else np.asarray(result, np.float32)
+        except (TypeError, ValueError):
+            raise ValueError(f"the processor {processor!r:.80} returned {shown(result)}, no logits") from None
         if scores.shape != shape:
             raise ValueError(f"the processor {processor!r:.80} returned shape {list(scores.shape)}, not {list(shape)}")
     _check_finite(scores, "the logits after bias, penalties and processors")
@@ -290,11 +267,8 @@ class StopCriteria:
     """
 
     def __init__(self, stop_ids: Iterable[int] = (), stop_strings: Iterable[str] = ()) -> None:
-        self.stop_ids = frozenset(int(i) for i in stop_ids)
-        self.stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-        for text in self.stop_strings:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"a stop string must be a non-empty string, got {text!r:.80}")
+        self.stop_ids = frozenset(checks.token_ids("stop_ids", stop_ids))
+        self.stop_strings = checks.strings("stop", stop_strings)
         self.stopped: str | None = None
         self._held = ""
 

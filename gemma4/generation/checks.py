@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of option values. Each raises ValueError that names the option, what was found and what is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+
+MAX_TOKEN_ID = (1 << 31) - 1
+
+
+def fail(name: str, value: Any, expected: str) -> NoReturn:
+    raise ValueError(f"{name} must be {expected}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """A short repr() of whatever a caller may have passed."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # an integer of more digits than Python prints, or an object whose repr() fails
+        return f"a {type(value).__name__}"
+
+
+def integer(name: str, value: Any, low: int, high: int) -> int:
+    """value as an int, in low..high."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        fail(name, value, f"an integer in {low:,}..{high:,}" if high < 1 << 63 else f"an integer in {low:,}..{high:g}")
+    return int(value)
+
+
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """value, a number in low..high, which NaN is never."""
+    known = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not known or not low <= value <= high:
+        fail(name, value, f"a number in {low:g}..{high:g}")
+    return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """value as a bool; 0 and 1 are taken, too."""
+    if not isinstance(value, bool | np.bool_) and not (isinstance(value, int | np.integer) and value in (0, 1)):
+        fail(name, value, "True or False")
+    return bool(value)
+
+
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """One token id, or any number of them."""
+    if isinstance(value, int | np.integer):
+        value = (value,)
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        fail(name, value, "a token id or several (integers)")
+    return tuple(integer(f"each of {name}", token, 0, MAX_TOKEN_ID) for token in value)
+
+
+def strings(name: str, value: Any) -> tuple[str, ...]:
+    """One string that is not empty, or any number of them."""
+    texts = (value,) if isinstance(value, str) else value
+    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+        fail(name, value, "a string or several")
+    texts = tuple(texts)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            fail(f"{name}: a stop string", text, "a non-empty string")
+    return texts
+
+
+def functions(name: str, value: Any) -> tuple[Any, ...]:
+    """One function, or any number of them."""
+    found = (value,) if callable(value) else tuple(value) if isinstance(value, Iterable) else None
+    if found is None or not all(callable(function) for function in found):
+        fail(name, value, "functions (ids, logits) -> logits or None")
+    return found
+
+
+def logit_bias(name: str, value: Any) -> dict[int, float]:
+    """Token id -> a number below infinity. Keys may be text, as in JSON."""
+    if not isinstance(value, Mapping):
+        fail(name, value, "a mapping of token ids to numbers")
+    out = {}
+    for key, bias in value.items():
+        text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
+        token = integer(f"a token id in {name}", int(key) if text else key, 0, MAX_TOKEN_ID)
+        known = isinstance(bias, int | float | np.integer | np.floating) and not isinstance(bias, bool)
+        if not known or not bias < np.inf:
+            fail(f"{name}[{token}]", bias, "a number below infinity")
+        out[token] = bias
+    return out
