@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -429,6 +430,45 @@ def test_a_build_with_a_mistake_is_seen(two_builds):
     ), text
     assert "small/" not in text and ": 1 cases differ" in text
     assert compare_builds(right, wrong, "--files", files, "--only", "small/*")[0] == 0
+
+
+# ---- tools/mutate.py ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mutate() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        yield load_tool("mutate")
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+
+
+def test_mistakes_can_be_planted(mutate):
+    """Each text stands once in the sources. A few may have gone stale: mend tools/mutations.py, do not only delete."""
+    stale = []
+    for mistake in mutate.MISTAKES:
+        assert mistake.old != mistake.new
+        try:
+            mutate.place_of(mistake, ROOT)
+            mutate.test_files(mistake.tests, ROOT)
+        except mutate.Stale as reason:
+            stale.append(f"{mistake.what}: {reason}")
+    assert len(mutate.MISTAKES) - len(stale) >= 60, stale
+
+
+def test_a_mistake_is_planted_and_taken_out(mutate, tmp_path):
+    (tmp_path / "gemma4").mkdir()
+    file = tmp_path / "gemma4" / "some.py"
+    file.write_text("a = 1\nb = 1\n")
+    mistake = mutate.Mistake("b is 2", "b = 1", "b = 2", "api")
+    with mutate.planted(mistake, tmp_path):
+        assert file.read_text() == "a = 1\nb = 2\n"
+    assert file.read_text() == "a = 1\nb = 1\n"
+    for text in ("b = 1\nb = 1\n", "c = 1\n"):
+        file.write_text(text)
+        with pytest.raises(mutate.Stale, match="not once"), mutate.planted(mistake, tmp_path):
+            pass
 
 
 # ---- benchmarks ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-line mistakes that tools/mutate.py plants, each with the tests that should see it.
+
+`old` stands exactly once in the sources (csrc/ without its tests, gemma4/), in whichever file; `new` replaces it.
+Tests are named by file below tests/, without "test_" and ".py", and run in that order until one fails.
+"""
+
+from typing import NamedTuple
+
+
+class Mistake(NamedTuple):
+    """`old` becomes `new`; a mistake that no test sees is a hole in the tests."""
+
+    what: str
+    old: str
+    new: str
+    tests: str
+
+
+SITES, EXACT, FAST = "reference/reference_sites", "reference/exactness", "fast reference/plain_fast"
+MEDIA = "reference/multimodal reference/media_models"
+MODEL = f"{SITES} {EXACT} api load"
+VISION = "reference/vision reference/fast_encoders reference/media_hooks"
+AUDIO = "reference/audio reference/fast_encoders reference/media_hooks"
+KERNELS = "reference/kernels reference/block_formats"
+
+# ---- the text model -------------------------------------------------------------------------------------------------
+
+TEXT = [
+    Mistake(
+        "per-layer rows of a table on disk land in the first 64",
+        "float *to = out + (size_t)row * table->n_cols;",
+        "float *to = out + (size_t)(row % 64) * table->n_cols;",
+        f"{MODEL}",
+    ),
+    Mistake(
+        "per-layer rows of a table on disk are those of the first 64 tokens",
+        "table, tokens + row, n, f->config->ple_scale, to",
+        "table, tokens + row % 64, n, f->config->ple_scale, to",
+        f"{MODEL}",
+    ),
+    Mistake(
+        "the per-layer projection is scaled by D", "f->ple, 1.0f / sqrtf((float)c->d_model)", "f->ple, 1.0f", SITES
+    ),
+    Mistake("both halves of the per-layer input count one half", "sqrtf(0.5f)", "0.5f", SITES),
+    Mistake(
+        "only as many per-layer slices as rows are normed",
+        "w->ple_context_norm, n_slices, c->d_ple",
+        "w->ple_context_norm, f->n_rows, c->d_ple",
+        SITES,
+    ),
+    Mistake("no layer scalar", "*f->model->weights.layers[layer].layer_scalar, NULL", "1.0f, NULL", SITES),
+    Mistake(
+        "the gate is shown as the linear half",
+        "TAP(MLP_PRE_LINEAR, layer, up);",
+        "TAP(MLP_PRE_LINEAR, layer, gate);",
+        SITES,
+    ),
+    Mistake(
+        "images see both ways in global layers, too", ".ends = lc->window && f->ends ?", ".ends = f->ends ?", MEDIA
+    ),
+    Mistake(
+        "values have the keys' gain",
+        "G4_SITE_V_NORMED, v, NULL, lc->n_kv_heads, v",
+        "G4_SITE_V_NORMED, v, w->k_norm, lc->n_kv_heads, v",
+        SITES,
+    ),
+    Mistake(
+        "edits of hook_result act in the first 16 rows",
+        "for (int row = 0; row < f->n_rows; row++) {\n"
+        "        const size_t offset = (size_t)row * (size_t)n_heads * (size_t)d;",
+        "for (int row = 0; row < f->n_rows && row < 16; row++) {\n"
+        "        const size_t offset = (size_t)row * (size_t)n_heads * (size_t)d;",
+        "capture_api reference/exactness reference/reference_sites",
+    ),
+    Mistake(
+        "an edit of hook_result in the second half of the rows is not noticed",
+        "if (memcmp(before, result, n_bytes) == 0)",
+        "if (memcmp(before, result, n_bytes / 2) == 0)",
+        "capture_api reference/exactness reference/reference_sites",
+    ),
+    Mistake(
+        "the method in `fast` depends on who looks", "return n ? n : segment->n_rows;", "return segment->n_rows;", FAST
+    ),
+    Mistake(
+        "a batch's last softmax row is not capped",
+        "g4_softcap_rows(&f->exec, logits, f->config->logit_softcap, n,",
+        "g4_softcap_rows(&f->exec, logits, f->config->logit_softcap, n > 1 ? n - 1 : n,",
+        SITES,
+    ),
+    Mistake(
+        "layers stop one too early for unwanted rows",
+        "if (layer > last_kv_layer && f->n_rows == 0",
+        "if (layer >= last_kv_layer && f->n_rows == 0",
+        MODEL,
+    ),
+    # pruning
+    Mistake(
+        "image ends do not follow pruned rows",
+        "f->ends[to] = f->ends[from];",
+        "(void)from;",
+        f"{MEDIA} exactness split_keys",
+    ),
+    Mistake(
+        "logits slots do not follow pruned rows", "f->logits_slot[to] = f->logits_slot[from];", "(void)from;", EXACT
+    ),
+    Mistake(
+        "captured rows do not follow pruned rows", "f->row_in_run[to] = f->row_in_run[from];", "(void)from;", EXACT
+    ),
+    Mistake(
+        "sines do not follow pruned rows",
+        "move_row(f->sine[r], (size_t)c->rope_half[r], to, from);",
+        "(void)r;",
+        EXACT,
+    ),
+    Mistake(
+        "per-layer inputs do not follow pruned rows",
+        "move_row(f->ple, (size_t)c->n_layers * (size_t)c->d_ple, to, from);",
+        "(void)c;",
+        EXACT,
+    ),
+    # experts
+    Mistake(
+        "of equal experts the last one wins", "probs[e] > probs[best]", "probs[e] >= probs[best]", f"{KERNELS} {SITES}"
+    ),
+    Mistake(
+        "expert weights are not normed",
+        "weights[slot] / sum * per_expert_scale",
+        "weights[slot] * per_expert_scale",
+        SITES,
+    ),
+    Mistake("router inputs are not scaled", "x, 1.0f / sqrtf((float)c->d_model), NULL", "x, 1.0f, NULL", SITES),
+]
+
+# ---- taps, steps, the cache -----------------------------------------------------------------------------------------
+
+STEPS = [
+    Mistake(
+        "hooks run in the opposite order",
+        "for (int i = n_taps - 1; i >= 0; i--) {\n        int *first = list_of(",
+        "for (int i = 0; i < n_taps; i++) {\n        int *first = list_of(",
+        "capture_api api",
+    ),
+    Mistake("later keys have score 0", "to[j] = masked;", "to[j] = 0;", f"{EXACT} capture_api"),
+    Mistake(
+        "keys of a prompt are copied to every prompt of its length",
+        "if (tap->run != segment->run)\n            continue;",
+        "if (f->runs[tap->run].n_rows != f->runs[segment->run].n_rows)\n            continue;",
+        f"capture_api {EXACT}",
+    ),
+    Mistake(
+        "the first visible key is one too early",
+        "segment->first_position - window + 1 : 0",
+        "segment->first_position - window : 0",
+        f"{EXACT} {SITES}",
+    ),
+    Mistake("an edit does not keep its rows", "|= tap->edit || dest_row(", "|= dest_row(", f"capture_api {EXACT}"),
+    Mistake(
+        "an image begins where the row before it was text",
+        "run->tokens[row - 1] <= G4_IMAGE_ROW && run->tokens[row] <= G4_IMAGE_ROW",
+        "run->tokens[row] <= G4_IMAGE_ROW",
+        f"{MEDIA} media_prompt",
+    ),
+    Mistake(
+        "a row outside images does not see itself",
+        "f->ends[row + 1] : f->positions[row] + 1;",
+        "f->ends[row + 1] : f->positions[row];",
+        MEDIA,
+    ),
+    Mistake(
+        "runs with edits are cut into chunks",
+        "take[r] = n_rows == 0 || left <= room ? left : 0;",
+        "take[r] = left < room ? left : room;",
+        f"capture_api {EXACT}",
+    ),
+    Mistake(
+        "wanted rows are looked up one too far",
+        "if (run->logits_rows[middle] < row)",
+        "if (run->logits_rows[middle] <= row)",
+        EXACT,
+    ),
+    Mistake(
+        "the first id beyond the vocabulary is let in",
+        "|| run->tokens[i] >= n)",
+        "|| run->tokens[i] > n)",
+        "bad_input api",
+    ),
+    Mistake(
+        "a fork forgets what it has forgotten",
+        "kv->n_slots, kv->first, kv->n_rotated};",
+        "kv->n_slots, 0, kv->n_rotated};",
+        f"{EXACT} api split_keys",
+    ),
+    Mistake("sliding layers keep no slack", "(n_rows > window ? n_rows : window)", "n_rows", EXACT),
+    Mistake(
+        "one too few positions to go back to",
+        "kv->first + config->layers[layer].window - 1;",
+        "kv->first + config->layers[layer].window;",
+        EXACT,
+    ),
+    Mistake(
+        "a saved window may lack a key",
+        "length - first < window - 1)",
+        "length - first < window - 2)",
+        f"{EXACT} api bad_input",
+    ),
+    Mistake(
+        "forks write into shared buffers",
+        "kv->n_slots >= needed && g4_buffer_is_unique(kv->k) && g4_buffer_is_unique(kv->v)",
+        "kv->n_slots >= needed",
+        EXACT,
+    ),
+    Mistake(
+        "a key is lost when keys become whole",
+        "for (int p = kv->first; p < seq->length; p++)\n        g4_kv_whole_keys(",
+        "for (int p = kv->first + 1; p < seq->length; p++)\n        g4_kv_whole_keys(",
+        f"split_keys {EXACT}",
+    ),
+    Mistake("an emptied sequence remembers a gap", "kv->first = 0;\n    if (kv->n_rotated", "if (kv->n_rotated", EXACT),
+    Mistake(
+        "slots move without what was forgotten",
+        "to->first = from->first > seq->length - to->n_slots ? from->first : seq->length - to->n_slots;",
+        "to->first = from->first;",
+        EXACT,
+    ),
+    Mistake(
+        "exported keys begin at slot 0",
+        "(size_t)(p % kv->n_slots) * n_bytes, target =",
+        "(size_t)(p - kv->first) * n_bytes, target =",
+        EXACT,
+    ),
+]
+
+# ---- operations and kernels -----------------------------------------------------------------------------------------
+
+OPS = [
+    Mistake(
+        "beyond 2048 columns the first ones' up is used",
+        "ROW(o->out, i) + j, ROW(o->b, i) + j, n);",
+        "ROW(o->out, i) + j, ROW(o->b, i), n);",
+        f"{SITES}",
+    ),
+    Mistake(
+        "angles turn back after 1024 positions",
+        "(float)o->positions[i] * o->inv_freq[j]",
+        "(float)(o->positions[i] & 1023) * o->inv_freq[j]",
+        f"{MODEL} reference/oracle",
+    ),
+    Mistake(
+        "norms forget eps",
+        "float scale = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n + o->factor);",
+        "float scale = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n);",
+        SITES,
+    ),
+    Mistake(
+        "only every other slice of logits is capped",
+        "size_t start = (size_t)i * SOFTCAP_SLICE;",
+        "size_t start = (size_t)(i / 2) * SOFTCAP_SLICE;",
+        f"{SITES} {EXACT} load",
+    ),
+    Mistake("far-apart wanted rows have too little scratch", "p.max_span = a->n_keys;", "(void)a->n_keys;", f"{EXACT}"),
+    Mistake(
+        "spans do not count images",
+        "most = max(most, a->ends[row] - g4_first_key(a, row));",
+        "most = max(most, 0);",
+        MEDIA,
+    ),
+    Mistake(
+        "keys that some queries do not see are mixed for all",
+        "int common_end = min(end, g4_end_key(b->a, b->first_row));",
+        "int common_end = min(end, g4_end_key(b->a, b->first_row + b->n - 1));",
+        f"{EXACT} {SITES}",
+    ),
+    Mistake(
+        "ring slots are read past their end",
+        "return min(end - first, a->kv.n_slots - first % a->kv.n_slots);",
+        "return end - first;",
+        EXACT,
+    ),
+    Mistake(
+        "small work wakes nobody, large neither",
+        "if (small || n_tasks <= 1",
+        "if (!small || n_tasks <= 1",
+        "bench bad_input",
+    ),
+    Mistake(
+        "convolutions beyond 4.5 s overwrite their first slice",
+        "out + (size_t)t.first * (size_t)out_width * w->n_rows",
+        "out + (size_t)(t.first % slice) * (size_t)out_width * w->n_rows",
+        AUDIO,
+    ),
+    Mistake(
+        "convolutions beyond 4.5 s read their first slice",
+        "const int y = 2 * (t->first + row) - 1",
+        "const int y = 2 * row - 1",
+        AUDIO,
+    ),
+    Mistake("the depthwise convolution looks a frame ahead", "row - t->size + 1 + i;", "row - t->size + 2 + i;", AUDIO),
+    Mistake("depthwise frames before the first are read", "if (source >= 0)", "if (source >= -1)", AUDIO),
+    Mistake(
+        "Q5_1 forgets its minimum",
+        "i8_spread(b + 4, 16));\n    set_scale(v, f16_at(b), -f16_at(b + 2));",
+        "i8_spread(b + 4, 16));\n    set_scale(v, f16_at(b), 0);",
+        KERNELS,
+    ),
+    Mistake(
+        "MXFP4's smallest exponents are equal",
+        "exponent < 2 ? 0x00200000u << exponent",
+        "exponent < 2 ? 0x00200000u",
+        KERNELS,
+    ),
+    Mistake(
+        "one value of IQ4's table is off",
+        "iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,",
+        "iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -11,",
+        KERNELS,
+    ),
+]
+
+# ---- encoders -------------------------------------------------------------------------------------------------------
+
+ENCODERS = [
+    Mistake(
+        "distances of sound are off by one",
+        "(float)(w->n_distances - 1 - i) * scale",
+        "(float)(w->n_distances - i) * scale",
+        AUDIO,
+    ),
+    Mistake("an odd last frame of sound is dropped", "return (n + 1) / 2;", "return n / 2;", AUDIO),
+    Mistake(
+        "maps of one lower bound share their clamped input",
+        "maps[j]->input_min == map->input_min && maps[j]->input_max == map->input_max",
+        "maps[j]->input_min == map->input_min",
+        f"{VISION} {AUDIO}",
+    ),
+    Mistake(
+        "an image's angles are those of the first",
+        "at += (size_t)image->n_rows * 2;",
+        "at += 0 * (size_t)image->n_rows;",
+        VISION,
+    ),
+    Mistake(
+        "images of a batch begin at row 0",
+        "row += (size_t)n;\n        if (in_steps)",
+        "row += 0 * (size_t)n;\n        if (in_steps)",
+        VISION,
+    ),
+    Mistake("the clipping of sound is one-sided", "-most, most, p->n_soft", "-FLT_MAX, most, p->n_soft", AUDIO),
+    Mistake(
+        "softplus of large scales",
+        "softplus = x > 20 ? x : log1p(exp(x));",
+        "softplus = x > 1 ? x : log1p(exp(x));",
+        AUDIO,
+    ),
+]
+
+# ---- the package ----------------------------------------------------------------------------------------------------
+
+PACKAGE = [
+    Mistake("a draw of exactly a border", 'side="right" if beyond else "left"', 'side="left"', "sampling"),
+    Mistake(
+        "repetition makes negative logits likelier",
+        "np.where(values < 0, values * p.repetition_penalty",
+        "np.where(values > 0, values * p.repetition_penalty",
+        "sampling",
+    ),
+    Mistake(
+        "equals are not ordered by id",
+        "np.lexsort((ids, -logits[ids]))",
+        "np.argsort(-logits[ids])[::1] * 1",
+        "sampling",
+    ),
+    Mistake(
+        "penalties count the prompt", "np.unique(np.asarray(ids)[n_prompt:]", "np.unique(np.asarray(ids)", "sampling"
+    ),
+    Mistake("top_k of the whole vocabulary", "if k >= x.size:", "if k > x.size + 1:", "sampling"),
+    Mistake(
+        "the floor of block maxima",
+        "np.partition(maxima, blocks - k)[blocks - k]",
+        "np.partition(maxima, blocks - k)[blocks - 1]",
+        "sampling",
+    ),
+    Mistake("the nucleus loses its tail", "(1 - top_p) * total / weights.size", "(1 - top_p) * total", "sampling"),
+    Mistake(
+        "of two stop strings the shorter one is found",
+        "(text.find(s), -len(s), s)",
+        "(text.find(s), len(s), s)",
+        "sampling generate",
+    ),
+    Mistake(
+        "all prompts of a batch draw the same numbers", "spawn_key=(stream,)", "spawn_key=(0,)", "sampling generate"
+    ),
+    Mistake("the last layer may slide", "return (*types[:-1], FULL)", "return tuple(types)", "config"),
+    Mistake("every layer has a double MLP", "width * (wide if source != i else 1)", "width * wide", "config"),
+    Mistake("sliding layers have K = V, too", "tied and kind == FULL", "tied", "config"),
+    Mistake(
+        "every sixth layer begins with the first",
+        "SLIDING if (i + 1) % 6 else FULL",
+        "SLIDING if i % 6 else FULL",
+        "config",
+    ),
+    Mistake(
+        "unsorted positions come back sorted",
+        "self.logits if self.logits is None or self.order is None else self.logits[self.order]",
+        "self.logits",
+        "api capture_api",
+    ),
+    Mistake("repeated positions", "(rows[1:] > rows[:-1]).all()", "(rows[1:] >= rows[:-1]).all()", "api capture_api"),
+    Mistake(
+        "hooks see positions of the step",
+        "np.arange(self.before, self.before + len(self.prompt.ids))",
+        "np.arange(len(self.prompt.ids))",
+        "capture_api api",
+    ),
+    Mistake(
+        "a step that failed is not recorded", "_record(plans)  # Ctrl-C keeps whole chunks", "pass", "bad_input api"
+    ),
+    Mistake(
+        "a fork shares its list of tokens",
+        "self._engine.fork(), self._tokens, self._keys)",
+        "self._engine.fork(), [], [])",
+        "api generate",
+    ),
+    Mistake(
+        "the cache is reused one token too far",
+        "self._keys[: len(keys) - 1]",
+        "self._keys[: len(keys)]",
+        "generate api",
+    ),
+    Mistake(
+        "a saved sequence of another model is taken",
+        'if meta["model"] != model.fingerprint:',
+        'if meta["model"] == 0:',
+        "api bad_input",
+    ),
+    Mistake(
+        "greedy with an explicit temperature",
+        'if not config.get("do_sample", False):',
+        'if config.get("do_sample") is None:',
+        "sampling generate",
+    ),
+    Mistake("<bos> is doubled", "return [self.bos_id, *ids[start:]]", "return [self.bos_id, *ids]", "tokenizer"),
+    Mistake(
+        "half a character is shown",
+        'return self.flush() + piece.replace("▁", " ")',
+        'return piece.replace("▁", " ")',
+        "tokenizer",
+    ),
+    Mistake(
+        "tall pictures get too many squares",
+        "rows, cols = min(height // width, image_tokens), 1",
+        "rows, cols = height // width, 1",
+        "media_image",
+    ),
+    Mistake("sound of 8 bits is taken as signed", "128.0 if array.dtype == np.uint8 else 0.0", "0.0", "media_audio"),
+    Mistake("the mel window is symmetric", "np.hanning(FRAME + 1)[:-1]", "np.hanning(FRAME)", "media_audio"),
+]
+
+MISTAKES = [*TEXT, *STEPS, *OPS, *ENCODERS, *PACKAGE]
