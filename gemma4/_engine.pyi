@@ -105,6 +105,17 @@ class Model:
         sequences keep whole chunks only: see `Sequence.length`), and whatever an edit raises.
         """
 
+class GuardedMap:
+    """A read-only buffer over a mapped file. Pages that the file loses while it is held are read as zeros, instead of a
+    SIGBUS that ends the process. A step or an encoding that has met one raises FormatError, and sequences keep what
+    they held. The process's own handler of SIGBUS is called for everything else."""
+
+    def __init__(self, map: Any) -> None:
+        """map: what `mmap.mmap` made; it stays mapped as long as this object or a view of it is held."""
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def is_torn(self) -> bool:
+        """Whether a page was gone when it was read. Also puts the handler in place again, if another replaced it."""
+
 class Sequence:
     length: int  # positions in the cache (read-only, as are the others)
     capacity: int

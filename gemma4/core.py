@@ -139,11 +139,12 @@ class Core:
     def _rows(self, name: str, ids: Any) -> F32:
         """A tensor, or some of its rows, unpacked to float32; only those rows are read."""
         dtype, shape, _, _ = self._stored(name)
-        rows = self._view(name)[ids]
-        if not is_quantised(dtype):
-            return rows.astype(np.float32)
-        unpacked = (*rows.shape[:-1], shape[-1])
-        return _engine.dequantize(dtype, unpacked, np.ascontiguousarray(rows), 0)
+        with self.checkpoint.reading():
+            rows = self._view(name)[ids]
+            if not is_quantised(dtype):
+                return rows.astype(np.float32)
+            unpacked = (*rows.shape[:-1], shape[-1])
+            return _engine.dequantize(dtype, unpacked, np.ascontiguousarray(rows), 0)
 
     def _view(self, name: str) -> NDArray[Any]:
         return stored_rows(*self._stored(name))
@@ -155,7 +156,14 @@ class Core:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell models apart: configuration, tensor shapes, and a sample of every tensor's bytes."""
+        """16 hex digits that tell models apart: configuration, tensor shapes, and a sample of every tensor's bytes.
+
+        Taken when the first sequence is made: one that lives can be saved, whatever becomes of the files.
+        """
+        with self.checkpoint.reading():
+            return self._fingerprint()
+
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.checkpoint.hf_config, sort_keys=True, default=str).encode())
         for name in sorted(self.checkpoint.engine_tensors):
             dtype, shape, *_ = self.checkpoint.engine_tensors[name]

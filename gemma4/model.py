@@ -112,7 +112,8 @@ class Model(Core):
     # -- the forward pass ----------------------------------------------------------------------------------------
 
     def new_sequence(self, *, capacity: int = 0, kv_dtype: KVDtype | None = None) -> Sequence:
-        """An empty cached sequence; capacity in positions, 0 = the model's context."""
+        """An empty cached sequence; capacity in positions, 0 = the model's context. Raises FormatError (a weight file
+        changed since it was loaded)."""
         return new_sequence(self, capacity=capacity, kv_dtype=kv_dtype)
 
     def restore(self, path: str | os.PathLike[str]) -> Sequence:

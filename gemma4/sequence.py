@@ -158,6 +158,7 @@ class Sequence:
 
 def new_sequence(model: Core, *, capacity: int = 0, kv_dtype: KVDtype | None = None) -> Sequence:
     """See `Model.new_sequence`."""
+    _ = model.fingerprint  # a file that is cut short later could no longer give it
     return Sequence(model, model.engine.new_sequence(kv_dtype=kv_dtype or model.kv_dtype, capacity=capacity))
 
 

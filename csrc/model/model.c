@@ -23,7 +23,10 @@ static g4_status init(g4_model *model, const g4_config *config, const g4_named_t
     model->vectors = g4_arena_new();
     if (!model->vectors)
         return g4_fail_nomem(err, sizeof(void *));
+    for (size_t i = 0; i < n_tensors; i++)
+        G4_TRY(g4_guards_add(&model->guards, tensors[i].data, err));
     G4_TRY(g4_weights_bind(&model->weights, &model->config, tensors, n_tensors, model->vectors, err));
+    G4_TRY(g4_guards_check(&model->guards, err));
     model->pool = g4_pool_new(options->n_threads ? options->n_threads : g4_cpu_count());
     return model->pool ? G4_OK : g4_fail_nomem(err, sizeof(void *));
 }
@@ -49,6 +52,7 @@ void g4_model_free(g4_model *model)
         return;
     g4_pool_free(model->pool);
     g4_arena_free(model->vectors);
+    g4_guards_release(&model->guards);
     g4_arena_free(atomic_load(&model->spare));
     g4_config_release(&model->config);
     free(model);

@@ -5,6 +5,7 @@
 #include <stdatomic.h>
 
 #include "base/arena.h"
+#include "base/guard.h"
 #include "base/pool.h"
 #include "gemma4.h"
 #include "kernels/kernels.h"
@@ -13,7 +14,8 @@
 struct g4_model {
     g4_config config;
     g4_weights weights;
-    g4_arena *vectors; /* owns the weights' float32 copies */
+    g4_arena *vectors;   /* owns the weights' float32 copies */
+    g4_guard_set guards; /* of the files that the weights are read from */
     const g4_kernels *kernels;
     g4_pool *pool;
     bool fast;

@@ -246,6 +246,7 @@ static g4_status run_chunks(step *s)
     g4_arena_mark mark = g4_arena_save(s->arena);
     for (int n_rows; (n_rows = plan_chunk(s, take)) > 0;) {
         G4_TRY(run_chunk(s, take, n_rows));
+        G4_TRY(g4_guards_check(&s->model->guards, s->err)); /* before the sequences count the chunk as theirs */
         for (int r = 0; r < s->n_runs; r++) {
             s->done[r] += take[r];
             s->runs[r].seq->length = s->start[r] + s->done[r];

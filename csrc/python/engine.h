@@ -79,8 +79,8 @@ void engine_release_taps(engine_taps *taps);
 /* A copy of a one-dimensional int32 array, to be freed with PyMem_Free; None gives NULL and -1. */
 int engine_copy_ints(PyObject *object, const char *what, int32_t **copy, int *n);
 
-/* model.c, sequence.c, step.c, encoder.c, testing.c */
-extern PyType_Spec engine_model_spec, engine_sequence_spec, engine_encoder_spec;
+/* model.c, sequence.c, step.c, encoder.c, map.c, testing.c */
+extern PyType_Spec engine_model_spec, engine_sequence_spec, engine_encoder_spec, engine_map_spec;
 PyObject *engine_sequence_wrap(model_object *owner, g4_sequence *seq); /* takes seq, also when it fails */
 PyTypeObject *engine_sequence_type(PyObject *model);                   /* borrowed */
 g4_dtype engine_kv_dtype(const char *name);                            /* G4_N_DTYPES: there is none of that name */

@@ -276,6 +276,7 @@ int main(void)
     test_buffers();
     test_pages();
     test_pool();
+    test_guards();
     fixture_free(&f);
     printf("%d passed, %d failed\n", n_checks - n_failed, n_failed);
     return n_failed != 0;

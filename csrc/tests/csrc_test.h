@@ -40,5 +40,6 @@ g4_model *new_model_with(fixture *f, g4_model_options options);
 g4_model *new_model(fixture *f, int n_threads);
 
 void test_pool(void);
+void test_guards(void);
 
 #endif

@@ -8,7 +8,6 @@ about a second for the largest, and the file's pages leave memory.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -54,7 +53,7 @@ class Encoder:
         self._model = model
         tensors = checkpoint.encoder_tensors(modality)
         copied = [buffer for name, (_, _, buffer, _) in tensors.items() if name.endswith(".linear.weight")]
-        on_disk = all(isinstance(buffer, mmap.mmap) for buffer in copied)
+        on_disk = all(isinstance(buffer, _engine.GuardedMap) for buffer in copied)
         self.engine = _engine.Encoder(model.engine, self.config.engine(on_disk), tensors)
         self.sites = SiteTable(self.engine.sites(), [{}] * self.config.n_layers)
 

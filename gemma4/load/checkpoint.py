@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -87,7 +88,7 @@ class Checkpoint(ABC):
         file = self._owner[stored]
         info = file.tensors[stored]
         check_dtype(file, info)
-        return info.dtype, info.shape, file.buffer, info.offset
+        return info.dtype, info.shape, file.view, info.offset
 
     def _keep_on_disk(self, table: str | None) -> bool:
         """Whether the per-layer table is so large that its rows should be read one by one, and stay on disk else."""
@@ -149,12 +150,23 @@ class Checkpoint(ABC):
     def check(self) -> None:
         """Raise FormatError if a weight file shrank or changed since it was opened, StateError if closed.
 
-        Call it before the engine reads the weights: a read past the end of a truncated map is fatal to the process.
+        Call it before the engine reads the weights; see `reading` for everybody else.
         """
         if self._closed:
             raise StateError(f"the checkpoint {self.path} is closed; open it again")
         for file in self._files:
             file.check()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """`with checkpoint.reading():` around whatever reads the weights: `check` before and after, so that numbers of
+        a file that changed meanwhile go nowhere. A closed checkpoint's files are not looked at: its arrays stay valid.
+        """
+        if not self._closed:
+            self.check()
+        yield
+        if not self._closed:
+            self.check()
 
     def close(self) -> None:
         """Let go of the files. Arrays and engine models made from them stay valid until they go."""
@@ -173,12 +185,14 @@ class Checkpoint(ABC):
 
 
 class TensorMap(Mapping[str, "NDArray[Any]"]):
-    """Stored name -> read-only array over the mapped file, made on access."""
+    """Stored name -> read-only array over the mapped file, made on access, when the file is checked. Numbers that are
+    read off an array after its file shrank are zeros: `Checkpoint.check` tells."""
 
     def __init__(self, owner: Mapping[str, MappedFile]) -> None:
         self._owner = owner
 
     def __getitem__(self, name: str) -> NDArray[Any]:
+        self._owner[name].check()
         return self._owner[name].array(name)
 
     def __iter__(self) -> Iterator[str]:

@@ -168,7 +168,7 @@ class GgufFile(MappedFile):
         info = self.tensors[name]
         dtype = _NUMPY.get(info.dtype, np.dtype(np.uint8))
         shape = info.shape if info.dtype in _NUMPY else (*info.shape[:-1], info.nbytes // math.prod(info.shape[:-1]))
-        return np.frombuffer(self.buffer, dtype, info.nbytes // dtype.itemsize, info.offset).reshape(shape)
+        return np.frombuffer(memoryview(self.view), dtype, info.nbytes // dtype.itemsize, info.offset).reshape(shape)
 
 
 class _Reader:

@@ -78,14 +78,16 @@ class GgufCheckpoint(Checkpoint):
 
         if self.tokenizer_path is None:
             raise StateError(f"{self.path} holds no tokenizer: pass token ids")
-        name = f"tokenizer-{gguf_tokenizer.digest(self.metadata)}.json"
+        with self.reading():
+            name = f"tokenizer-{gguf_tokenizer.digest(self.metadata)}.json"
         cached = cache.read(name)
         if cached is not None:
             try:
                 return Tokenizer.load(cached)
             except (FormatError, OSError):
                 pass  # damaged: made again below
-        text = gguf_tokenizer.tokenizer_json(self.metadata, str(self.tokenizer_path))
+        with self.reading():
+            text = gguf_tokenizer.tokenizer_json(self.metadata, str(self.tokenizer_path))
         tokenizer = Tokenizer.from_json(text, str(self.tokenizer_path))
         cache.write(name, text)
         return tokenizer
@@ -98,7 +100,8 @@ class GgufCheckpoint(Checkpoint):
             return None
         if not isinstance(source, str):
             raise FormatError(f"{self.path}: tokenizer.chat_template is no string")
-        return None if is_blank(source) else ChatTemplate(source, self._special_tokens)
+        with self.reading():
+            return None if is_blank(source) else ChatTemplate(source, self._special_tokens)
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A read-only memory map of a whole file that notices when the file changes under it."""
+"""A read-only memory map of a whole file that notices when the file changes under it.
+
+Reading a map beyond the end of a file that shrank would kill the process. `check` finds that before reading; where the
+file shrinks in between, the guarded map (csrc/base/guard.h) gives zeros, and the check after reading finds it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from gemma4 import _engine
 from gemma4.errors import FormatError, StateError
+from gemma4.files import open_regular
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class MappedFile(ABC):
     """One mapped file of a format that subclasses know: `_parse`, called once it is mapped, fills `tensors`.
 
     `kind` and `least` (bytes of the smallest such file) are for the message on files that are too short.
-    Raises FileNotFoundError/OSError (cannot be opened), FormatError (too short, or whatever `_parse` finds).
+    Raises FileNotFoundError/OSError (cannot be opened), FormatError (a pipe, a device, too short, or whatever `_parse`
+    finds).
     """
 
     kind = "data"
@@ -46,16 +53,18 @@ class MappedFile(ABC):
             )
         self.path = Path(path)
         self._map: mmap.mmap | None = None
-        self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._guarded: _engine.GuardedMap | None = None
+        self._fd = open_regular(self.path)
         try:
             self._stat = os.fstat(self._fd)
             if self.nbytes < self.least:
                 need = f"{self.nbytes} bytes, at least {self.least} are needed"
                 raise FormatError(f"{self.path} is not a {self.kind} file: {need}")
             self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+            self._guarded = _engine.GuardedMap(self._map)
             self._advise("MADV_HUGEPAGE", 0, self.nbytes)
             self._parse()
-            self._check_same(os.fstat(self._fd), "while it was being opened")
+            self._check_same("while it was being opened")
         except BaseException:
             self.close()
             raise
@@ -69,10 +78,18 @@ class MappedFile(ABC):
 
     @property
     def buffer(self) -> mmap.mmap:
-        """The whole file, read-only. Raises StateError if it is closed."""
+        """The whole file, to read from at once. Raises StateError if it is closed."""
         if self._map is None:
             raise StateError(f"{self.path} is closed")
         return self._map
+
+    @property
+    def view(self) -> _engine.GuardedMap:
+        """The whole file as a read-only buffer that arrays may keep; it stays guarded as long as one does. Raises
+        StateError if it is closed."""
+        if self._guarded is None:
+            raise StateError(f"{self.path} is closed")
+        return self._guarded
 
     @property
     def nbytes(self) -> int:
@@ -95,10 +112,10 @@ class MappedFile(ABC):
 
     def check(self) -> None:
         """Raise FormatError if the file has shrunk, been overwritten or replaced since it was opened (reading the map
-        past a file's end would kill the process), StateError if it is closed. Two system calls."""
+        past a file's end gives zeros), StateError if it is closed. Three system calls."""
         if self._map is None:
             raise StateError(f"{self.path} is closed")
-        self._check_same(os.fstat(self._fd), "since it was loaded")
+        self._check_same("since it was loaded")
         try:
             now = os.stat(self.path)
         except OSError:
@@ -106,19 +123,22 @@ class MappedFile(ABC):
         if (now.st_dev, now.st_ino) != (self._stat.st_dev, self._stat.st_ino):
             raise FormatError(f"{self.path} was replaced by another file since it was loaded; load the model again")
 
-    def _check_same(self, now: os.stat_result, when: str) -> None:
+    def _check_same(self, when: str) -> None:
+        now = os.fstat(self._fd)
         if now.st_size != self._stat.st_size:
             size = f"from {self._stat.st_size} to {now.st_size} bytes"
             raise FormatError(f"{self.path} changed size {when}, {size}; load the model again")
         if now.st_mtime_ns != self._stat.st_mtime_ns:
             raise FormatError(f"{self.path} was written to {when}; load the model again")
+        if self.view.is_torn():
+            raise FormatError(f"{self.path} lost a part {when}, which it may have again; load the model again")
 
     def close(self) -> None:
         """Let go of the file. Arrays still held keep the map alive until they go."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-        mapped, self._map = self._map, None
+        mapped, self._map, self._guarded = self._map, None, None
         if mapped is not None:
             with contextlib.suppress(BufferError):  # views are out: the map is unmapped when the last one goes
                 mapped.close()

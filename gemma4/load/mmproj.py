@@ -162,7 +162,7 @@ class Mmproj:
         info = self.file.tensors[stored]
         if name in _PIXELS or name.endswith("per_dim_scale"):
             _check_plain(self.file, stored)
-        values = stored_rows(info.dtype, info.shape, self.file.buffer, info.offset)
+        values = stored_rows(info.dtype, info.shape, self.file.view, info.offset)
         if name in _PIXELS:
             side = math.isqrt(shape[-1] // 3)
             return _made(info.dtype, shape, values.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
@@ -170,7 +170,7 @@ class Mmproj:
             return _made(info.dtype, shape, values.transpose(1, 0, 2))
         if name.endswith("per_dim_scale"):
             return _made("F32", shape, _before_softplus(values, f"{self.file.path}: {stored}"))
-        return info.dtype, shape, self.file.buffer, info.offset
+        return info.dtype, shape, self.file.view, info.offset
 
 
 class _Reader:

@@ -159,10 +159,10 @@ class SafetensorsFile(MappedFile):
         info = self.tensors[name]
         dtype = DTYPES[info.dtype][1]
         if dtype is None:
-            return np.frombuffer(self.buffer, np.uint8, info.nbytes, info.offset)
+            return np.frombuffer(memoryview(self.view), np.uint8, info.nbytes, info.offset)
         count = math.prod(info.shape)
         if count == 0:  # frombuffer refuses an empty span at the end of the file
             empty = np.empty(info.shape, dtype)
             empty.flags.writeable = False
             return empty
-        return np.frombuffer(self.buffer, dtype, count, info.offset).reshape(info.shape)
+        return np.frombuffer(memoryview(self.view), dtype, count, info.offset).reshape(info.shape)

@@ -71,9 +71,10 @@ def quantize(
         _check_source(checkpoint)
         planned, notes = plan(checkpoint, kind, overrides or {})
         infos = laid_out([*((t.name, t.dtype, t.shape) for t in planned), _freqs_entry(checkpoint)])
-        table = metadata(checkpoint, kind)
-        check(table, infos, checkpoint.config, str(checkpoint.path))
-        start = head(table, infos)
+        with checkpoint.reading():
+            table = metadata(checkpoint, kind)
+            check(table, infos, checkpoint.config, str(checkpoint.path))
+            start = head(table, infos)
         total = len(start) + infos[-1].offset + infos[-1].nbytes
         with new_file(path, force=force, inputs=checkpoint.inputs, n_bytes=total) as file:
             file.write(start)
@@ -112,12 +113,13 @@ def _write_tensors(
     pool = ThreadPoolExecutor(n_threads, "quantize")
     try:
         for tensor, info in zip(planned, infos, strict=False):
-            checkpoint.check()
             error, square, done = 0.0, 0.0, 0
-            for packed in _packed(pool, 2 * n_threads, tensor, checkpoint.engine_tensors[tensor.source]):
-                file.write(packed.data)
-                error, square, done = error + packed.square_error, square + packed.square_sum, done + len(packed.data)
-                progress(info.offset + done, total, tensor.name)
+            with checkpoint.reading():
+                for packed in _packed(pool, 2 * n_threads, tensor, checkpoint.engine_tensors[tensor.source]):
+                    file.write(packed.data)
+                    error, square = error + packed.square_error, square + packed.square_sum
+                    done += len(packed.data)
+                    progress(info.offset + done, total, tensor.name)
             file.write(bytes(padding(info.nbytes)))
             written.append(WrittenTensor(info.name, info.dtype, math.prod(info.shape), info.nbytes, error, square))
     finally:

@@ -85,6 +85,7 @@ static g4_status run_passes(g4_encode_pass *p, int n_media)
             p->n_soft += g4_encoder_soft_tokens(p->config, p->media[m].n_rows);
         }
         G4_TRY(g4_kind_of(p->config)->encode(p));
+        G4_TRY(g4_guards_check(&p->encoder->guards, p->exec.err));
         g4_arena_restore(p->exec.arena, mark);
     }
     return G4_OK;

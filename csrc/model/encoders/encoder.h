@@ -4,6 +4,7 @@
 #ifndef GEMMA4_MODEL_ENCODERS_ENCODER_H
 #define GEMMA4_MODEL_ENCODERS_ENCODER_H
 
+#include "base/guard.h"
 #include "gemma4.h"
 #include "model/bind.h"
 #include "ops/exec.h"
@@ -66,6 +67,7 @@ struct g4_encoder {
     g4_model *model;
     g4_encoder_config config;
     g4_arena *vectors; /* owns the weights' float32 copies and the layers' structs */
+    g4_guard_set guards;
     size_t n_bytes, n_copied;
     g4_soft_weights soft;
     union { /* by config.kind */

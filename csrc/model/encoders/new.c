@@ -80,8 +80,12 @@ static g4_status bind(g4_encoder *e, const g4_named_tensor *tensors, size_t n_te
                    .arena = e->vectors,
                    .err = err};
     g4_status status = g4_binder_open(&b, tensors, n_tensors);
+    for (size_t i = 0; i < n_tensors && status == G4_OK; i++)
+        status = g4_guards_add(&e->guards, tensors[i].data, err);
     if (status == G4_OK)
         status = bind_with(e, &b);
+    if (status == G4_OK)
+        status = g4_guards_check(&e->guards, err);
     e->n_bytes = b.n_bytes;
     e->n_copied = b.n_copied;
     g4_binder_close(&b);
@@ -117,6 +121,7 @@ void g4_encoder_free(g4_encoder *encoder)
     if (!encoder)
         return;
     g4_arena_free(encoder->vectors);
+    g4_guards_release(&encoder->guards);
     free(encoder);
 }
 
