@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -304,3 +306,67 @@ def test_turn_that_starts_inside_a_thought(tiny):
     assert "".join(pieces) == "Yes." and flow.parsed().thinking == "so"
     _, pieces = pieces_of(tiny, "Yes.", prompt="<|turn>model\n<|channel>thought\n<channel|>")
     assert "".join(pieces) == "Yes."
+
+
+# -- closing from elsewhere ------------------------------------------------------------------------------------------
+
+
+def test_close_from_another_thread(tiny):
+    """While a reader waits for a step, before it began, after it ended, many times at once: never an error."""
+    for delay in (0.0, 0.005, 0.05):
+        stream = tiny.stream("Once upon a time", max_tokens=900, seed=1)
+        errors, pieces = [], []
+
+        def read(stream=stream, pieces=pieces, errors=errors):
+            try:
+                pieces.extend(stream)
+            except BaseException as error:
+                errors.append(error)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        time.sleep(delay)
+        closers = [threading.Thread(target=stream.close) for _ in range(3)]
+        for thread in closers:
+            thread.start()
+        for thread in [*closers, reader]:
+            thread.join(30)
+            assert not thread.is_alive()
+        assert not errors
+        assert stream.result.finish_reason == "cancelled" and stream.result.text.startswith("".join(pieces))
+        assert stream._run.tracks[0].sequence.closed
+
+
+def test_close_in_a_processor_of_the_stream_itself(tiny):
+    calls = []
+
+    def stop(ids, logits):
+        calls.append(len(ids))
+        if len(calls) == 3:
+            stream.close()
+
+    stream = tiny.stream("Once", max_tokens=20, temperature=0, processors=(stop,))
+    pieces = list(stream)
+    assert len(calls) == 3 and stream.result.finish_reason == "cancelled"
+    assert stream.result.text == "".join(pieces) and len(stream.result.tokens) == 3
+
+
+def test_reading_a_stream_within_itself(tiny):
+    stream = tiny.stream("Once", max_tokens=20, processors=(lambda ids, logits: next(stream),))
+    with pytest.raises(StateError, match="while it computes"):
+        next(stream)
+
+
+def test_two_readers_share_the_pieces(tiny):
+    whole = tiny.generate("Once upon a time", max_tokens=40, temperature=0).text
+    stream = tiny.stream("Once upon a time", max_tokens=40, temperature=0)
+    found: list[list[str]] = [[], []]
+    readers = [threading.Thread(target=pieces.extend, args=(stream,)) for pieces in found]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(30)
+    assert (
+        sorted(found[0] + found[1]) == sorted(tiny.stream("Once upon a time", max_tokens=40, temperature=0))
+        and stream.result.text == whole
+    )

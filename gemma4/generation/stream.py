@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -58,16 +59,44 @@ class TextStream(Iterator[Piece]):
         self._run = run
         self._steps = run.steps()
         self._ready: list[Piece] = []
+        self._stepping = threading.Lock()  # one step at a time; `_reader` is the thread that runs it
+        self._reader = 0
+        self._closing = False
 
     def __next__(self) -> Piece:
-        while not self._ready:
-            self._ready = next(self._steps)[0]
-        return self._ready.pop(0)
+        while True:
+            try:
+                return self._ready.pop(0)
+            except IndexError:
+                self._step()
 
-    def close(self) -> None:
-        """Stop generating. Safe at any time, also twice."""
+    def _step(self) -> None:
+        """The next pieces into `_ready`. Raises StopIteration at the end, or where somebody closed the stream."""
+        if self._reader == threading.get_ident():
+            raise StateError("the stream is read while it computes a step: by a hook or a processor of its own")
+        with self._stepping:
+            self._reader = threading.get_ident()
+            try:
+                if not self._closing and not self._ready:  # another reader's step may have brought some
+                    self._ready += next(self._steps)[0]
+            finally:
+                self._reader = 0
+                if self._closing:
+                    self._end()
+            if self._closing and not self._ready:
+                raise StopIteration
+
+    def _end(self) -> None:
         self._steps.close()
         self._run.close()
+
+    def close(self) -> None:
+        """Stop generating. Safe at any time, also twice, and from any thread: a step that runs there ends first. In a
+        hook or a processor of the stream itself, the stream ends after the step."""
+        self._closing = True
+        if self._reader != threading.get_ident():
+            with self._stepping:
+                self._end()
 
     def __enter__(self) -> TextStream:
         return self

@@ -12,14 +12,15 @@ for that; their parts sum to the residual stream up to float32 rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.core import Core
-from gemma4.errors import SiteError
-from gemma4.interp.sites import ENCODER_PREFIXES, Site, canonical_name
+from gemma4.errors import SiteError, StateError
+from gemma4.interp.sites import ENCODER_PREFIXES, Site, SiteTable, canonical_name
 from gemma4.units import size
 
 if TYPE_CHECKING:
@@ -73,6 +74,22 @@ class EncoderCache(CapturedArrays):
         return f"EncoderCache: {len(self)} arrays of the {run.medium.kind} at positions {run.start} to {run.stop - 1}"
 
 
+class Detached:
+    """What a cache knows of its model after it was pickled: sites and layer scalars, no weights."""
+
+    def __init__(self, sites: SiteTable, n_layers: int, scalars: list[float]) -> None:
+        self.sites, self.n_layers, self._scalars = sites, n_layers, scalars
+
+    @classmethod
+    def of(cls, model: Core | Detached) -> Detached:
+        if isinstance(model, Detached):
+            return model
+        return cls(model.sites, model.n_layers, [model.layer_scalar(i) for i in range(model.n_layers)])
+
+    def layer_scalar(self, layer: int) -> float:
+        return self._scalars[layer]
+
+
 class ActivationCache(CapturedArrays):
     """Site name -> float32 array (int32 for expert ids), in forward order.
 
@@ -94,10 +111,35 @@ class ActivationCache(CapturedArrays):
         media: tuple[EncoderCache, ...] = (),
     ) -> None:
         super().__init__(arrays)
-        self._model = model
+        self._model: Core | Detached = model
         self.tokens = tokens
         self.positions = positions
         self.media = media
+
+    # Pickles hold the arrays, not the model and its file map; copies in one process share the model.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": Detached.of(self._model)}
+
+    def __copy__(self) -> ActivationCache:
+        return self._with(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ActivationCache:
+        return self._with({key: deepcopy(value, memo) for key, value in self.__dict__.items() if key != "_model"})
+
+    def _with(self, state: Mapping[str, Any]) -> ActivationCache:
+        copy = object.__new__(type(self))
+        copy.__dict__.update({"_model": self._model, **state})
+        return copy
+
+    def attach(self, model: Core) -> None:
+        """Give a cache that was unpickled its model back, for what needs weights (`logit_attrs`, `per_head=True`).
+
+        Raises ValueError for a model with other sites.
+        """
+        if list(model.sites.values()) != list(self._model.sites.values()):
+            raise ValueError(f"the cache is of a model with other sites than {model!r}")
+        self._model = model
 
     def __getitem__(self, key: str | tuple[str, int]) -> NDArray[Any]:
         name = self._name(key)
@@ -188,7 +230,7 @@ class ActivationCache(CapturedArrays):
 
     def _written(self, layer: int, per_head: bool) -> Iterator[tuple[str, NDArray[Any]]]:
         if per_head:
-            gain = self._model.weight(f"layers.{layer}.post_attention_layernorm.weight")
+            gain = self._weights.weight(f"layers.{layer}.post_attention_layernorm.weight")
             scale = self[f"blocks.{layer}.ln1_post.hook_scale"][:, None]  # [T, 1, 1]
             heads = self[f"blocks.{layer}.attn.hook_result"] / scale * gain
             for head in range(heads.shape[1]):
@@ -212,17 +254,24 @@ class ActivationCache(CapturedArrays):
         the difference of the two logits. Returns float32 [n, pos]; summed over n it is hook_logits_raw of that token.
         """
         values = stack.values if isinstance(stack, Stack) else np.asarray(stack, dtype=np.float32)
-        direction = self._model.unembed(self._ids(tokens))
+        model = self._weights
+        direction = model.unembed(self._ids(tokens))
         if incorrect_tokens is not None:
-            direction = direction - self._model.unembed(self._ids(incorrect_tokens))
-        final = self._resid(self._model.n_layers)
-        scale = np.sqrt(np.mean(final * final, axis=-1, keepdims=True) + self._model.engine_config["rms_norm_eps"])
-        normed = values / scale * self._model.weight("norm.weight")
+            direction = direction - model.unembed(self._ids(incorrect_tokens))
+        final = self._resid(model.n_layers)
+        scale = np.sqrt(np.mean(final * final, axis=-1, keepdims=True) + model.engine_config["rms_norm_eps"])
+        normed = values / scale * model.weight("norm.weight")
         return np.einsum("npd,pd->np", normed, np.broadcast_to(direction, final.shape))
+
+    @property
+    def _weights(self) -> Core:
+        if isinstance(self._model, Detached):
+            raise StateError("this cache was pickled without its model: give it back with cache.attach(model)")
+        return self._model
 
     def _ids(self, tokens: int | str | Sequence[int]) -> NDArray[np.int32]:
         if isinstance(tokens, str):
-            return np.array([self._model.to_single_token(tokens)], dtype=np.int32)
+            return np.array([self._weights.to_single_token(tokens)], dtype=np.int32)
         return np.atleast_1d(np.asarray(tokens, dtype=np.int32))
 
     def _resid(self, layer: int) -> F32:
@@ -247,7 +296,7 @@ def join_caches(caches: Sequence[ActivationCache]) -> ActivationCache:
         return first
     arrays = {name: _join(first._model.sites[name], [cache[name] for cache in caches]) for name in first}
     return ActivationCache(
-        first._model,
+        first._weights,
         arrays,
         np.concatenate([cache.tokens for cache in caches]),
         np.concatenate([cache.positions for cache in caches]),
