@@ -314,7 +314,8 @@ def test_turn_that_starts_inside_a_thought(tiny):
 def test_close_from_another_thread(tiny):
     """While a reader waits for a step, before it began, after it ended, many times at once: never an error."""
     for delay in (0.0, 0.005, 0.05):
-        stream = tiny.stream("Once upon a time", max_tokens=900, seed=1)
+        slow = (lambda ids, logits: time.sleep(0.005),)
+        stream = tiny.stream("Once upon a time", max_tokens=400, seed=1, stop_ids=(), processors=slow)
         errors, pieces = [], []
 
         def read(stream=stream, pieces=pieces, errors=errors):

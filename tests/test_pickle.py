@@ -28,7 +28,7 @@ def cache(tiny):
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_a_pickled_cache_holds_arrays_not_the_model(cache, protocol):
     data = pickle.dumps(cache, protocol)
-    assert len(data) < 2 * cache.nbytes + 200_000  # protocol 2 writes a byte as up to two; the model has 16 MB
+    assert len(data) < 2 * cache.nbytes + 200_000  # protocol 2 writes a byte as up to two; the model has 8.8 MB
     again = pickle.loads(data)
     assert list(again) == list(cache) and again.nbytes == cache.nbytes
     for name in cache:
