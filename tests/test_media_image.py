@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import math
 import struct
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +157,116 @@ def test_sixteen_bits_keep_their_range():
     assert np.array_equal(load_image(grey)[:, :, 2], (grey >> 8).astype(np.uint8))
 
 
+def tiff(values: np.ndarray) -> bytes:
+    """A TIFF file of one channel of 32 bits, uint32 or int32 [height, width], as its SampleFormat says."""
+    height, width = values.shape
+    data, sample_format = values.tobytes(), 1 if values.dtype.kind == "u" else 2
+    tags = {256: width, 257: height, 258: 32, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in (tags | {339: sample_format}).items()]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory
+
+
+RAMP = np.arange(64 * 64).reshape(64, 64) % 256
+WIDE = {
+    "8 bits in 32": Image.fromarray(RAMP.astype(np.int32)),
+    "16 bits in 32": Image.fromarray((RAMP * 256 + 255 - RAMP).astype(np.int32)),
+    "31 bits": Image.fromarray((RAMP << 23).astype(np.int32)),
+    "8 bits in 32, TIFF": tiff(RAMP.astype(np.int32)),
+    "31 bits, TIFF": tiff((RAMP << 23).astype(np.int32)),
+    "32 bits, TIFF": tiff((RAMP << 24).astype(np.uint32)),
+    "8 bits in 32 unsigned, TIFF": tiff(RAMP.astype(np.uint32)),
+    "floats to 1": Image.fromarray((RAMP / 255).astype(np.float32)),
+    "floats to 255": Image.fromarray(RAMP.astype(np.float32)),
+    "floats to 65535": Image.fromarray((RAMP * 257).astype(np.float32)),
+    "floats to 1, TIFF": encoded(Image.fromarray((RAMP / 255).astype(np.float32)), "TIFF"),
+    "floats to 1, PFM": b"Pf\n64 64\n-1.0\n" + (RAMP[::-1] / 255).astype("<f4").tobytes(),
+    "10 bits, PGM": b"P5 64 64 1023\n" + (RAMP * 1023 // 255).astype(">u2").tobytes(),
+    "16 bits, big-endian": Image.frombytes("I;16B", (64, 64), (RAMP * 257).astype(">u2").tobytes()),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_pixels_keep_their_range(name):
+    found = load_image(WIDE[name])
+    assert found.shape == (64, 64, 3) and (found == found[:, :, :1]).all()
+    assert np.abs(found[:, :, 0].astype(int) - RAMP).max() <= (2 if "10 bits" in name else 0)
+
+
+def test_black_stays_black():
+    for dtype in (np.int32, np.float32, np.uint16):
+        assert not load_image(Image.fromarray(np.zeros((40, 50), dtype))).any()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.full((9, 9), -1, np.int32), "from -1 to -1"),
+        (np.full((9, 9), 1 << 20, np.int32), "to 1048576"),
+        (np.full((9, 9), np.nan, np.float32), "from nan to nan"),
+        (np.full((9, 9), 1e6, np.float32), "to 1000000"),
+    ],
+)
+def test_wide_pixels_of_no_known_range_are_refused(values, words):
+    with pytest.raises(FormatError, match=rf"pixels of mode [IF] .*{words}"):
+        load_image(Image.fromarray(values))
+
+
+def test_rgb_of_16_bits():
+    """Pillow reads them to their upper 8."""
+    rows = np.zeros((64, 1 + 64 * 6), np.uint8)
+    rows[:, 1:] = np.repeat(RAMP * 257, 3).astype(">u2").view(np.uint8).reshape(64, -1)
+    data = png(struct.pack(">IIBBBBB", 64, 64, 16, 2, 0, 0, 0), zlib.compress(rows.tobytes()))
+    assert np.array_equal(load_image(data), np.repeat(RAMP[:, :, None], 3, axis=2))
+
+
+def test_premultiplied_alpha():
+    rgba = modes()["RGBA"]
+    assert np.abs(load_image(rgba.convert("RGBa")).astype(int) - load_image(rgba)).max() <= 8
+
+
+# -- HEIC ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_heic(orientation):
+    heif = pytest.importorskip("pillow_heif")
+    upright = np.zeros((64, 96, 3), np.uint8)
+    upright[:20, :30] = 250
+    stored = {1: upright, 3: upright[::-1, ::-1], 6: np.rot90(upright, 1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    heif.from_pillow(Image.fromarray(np.ascontiguousarray(stored))).save(buffer, quality=95, exif=exif.tobytes())
+    found = load_image(buffer.getvalue())
+    assert found.shape == (64, 96, 3) and found[:15, :25].min() > 200 and found[30:].max() < 60
+    damaged = buffer.getvalue()[:-300]
+    with pytest.raises(FormatError, match=r"not an image|damaged"):
+        load_image(damaged)
+
+
+HEIC_HEAD = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic" + bytes(100)
+
+
+def test_heic_without_its_package(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImportError, match=r'pillow-heif.*pip install "gemma4\[heic\]"'):
+        load_image(HEIC_HEAD)
+
+
+def test_heic_is_measured_before_it_is_decoded(monkeypatch):
+    import sys
+
+    made = SimpleNamespace(size=(20_000, 20_000), to_pillow=None)
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(open_heif=lambda file: made))
+    with pytest.raises(FormatError, match="400 megapixels"):
+        load_image(HEIC_HEAD)
+    made.size, made.to_pillow = (30, 20), lambda: Image.new("RGB", (30, 20), (9, 8, 7))
+    assert load_image(HEIC_HEAD)[0, 0].tolist() == [9, 8, 7]
+
+
 def test_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (50, 40), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     for form in ("GIF", "WEBP", "PNG"):
@@ -190,15 +302,21 @@ def test_boxes_tile_the_picture():
 # -- refused ---------------------------------------------------------------------------------------------------------
 
 
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that says this size and holds a few bytes."""
-
+def png(header: bytes, body: bytes) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = zlib.compress(bytes(100))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that says this size and holds a few bytes."""
+    return png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), zlib.compress(bytes(100)))
+
+
+def icon(picture: bytes) -> bytes:
+    """An ICO file whose directory says 256 x 256."""
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(picture), 22) + picture
 
 
 @lru_cache
@@ -216,6 +334,11 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "bomb.png": (bomb, "40 megapixels.*bomb"),
         "huge.png": (png_header(60000, 60000), "megapixels|pixels"),
         "wide.png": (png_header(15000, 10000), "150 megapixels"),
+        "bitmap.ico": (icon(struct.pack("<Iii", 40, 20_000, 20_000) + bytes(100)), "200 megapixels"),
+        "icon.ico": (
+            struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, 200, 22) + png_header(12000, 12000),
+            "144 mega",
+        ),
         "postscript.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n%%EndComments\n", "not an image"),
     }
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,9 @@ SIDE = PATCH * POOL  # pixels of a soft token's square
 # Decoding takes 4 bytes a pixel. Photographs of 50 megapixels are common and spend 0.1 to 0.5 bytes on each; a file
 # made to fill the memory of whoever opens it spends a thousandth.
 MAX_PIXELS, FREE_PIXELS, MIN_BYTES_PER_PIXEL = 100_000_000, 32_000_000, 1 / 64
+# ISO files whose pictures are HEVC; "mif1" and "msf1" say a picture and a sequence of any coding
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+_PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")  # no EPS: runs a program
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[Any] | Image.Image"
@@ -118,22 +122,60 @@ def _from_pillow(image: Any) -> U8:
     if not isinstance(image, require("PIL.Image").Image):
         raise ValueError(f"an image must be a path, bytes, a PIL image or an array, got {type(image).__name__}")
     check_pixels(image.height, image.width, None, "the image")
-    return _decode(image, "the image")
+    return _decode(lambda: image, "the image")
 
 
 def _read_file(source: FileLike, name: str) -> U8:
-    pillow = require("PIL.Image")
     with open_source(source, "image") as file:
+        n_bytes = file.seek(0, os.SEEK_END)
+        for width, height in _icon_sizes(file):
+            check_pixels(height, width, n_bytes, name)
+        file.seek(0)
+        opener = _open_heif if _is_heif(file) else _open_pillow
         try:
-            opened = pillow.open(file, formats=_FORMATS)
-        except pillow.DecompressionBombError as error:
-            raise FormatError(f"{name}: {reason(error)}") from error
+            (width, height), load = opener(file)
+        except ImportError:
+            raise
         except Exception as error:  # a damaged header makes a plugin fail in any way
             raise FormatError(f"{name}: not an image that can be read ({_short(error)})") from error
-        with opened:
-            size = file.seek(0, os.SEEK_END)
-            check_pixels(opened.height, opened.width, size, name)
-            return _decode(opened, name)
+        check_pixels(height, width, n_bytes, name)
+        return _decode(load, name)
+
+
+def _open_pillow(file: BinaryIO) -> tuple[tuple[int, int], Callable[[], Any]]:
+    """Width and height, and how to get the picture."""
+    opened = require("PIL.Image").open(file, formats=_FORMATS)
+    return opened.size, lambda: opened
+
+
+def _icon_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Width and height of each picture in an ICO file: Pillow decodes one of them when it opens the file, and they may
+    be larger than the directory says.
+    """
+    file.seek(0)
+    head = file.read(6)
+    entries = file.read(16 * int.from_bytes(head[4:], "little")) if head[:4] == b"\0\0\1\0" else b""
+    for at in range(12, len(entries), 16):
+        file.seek(int.from_bytes(entries[at : at + 4], "little"))
+        picture = file.read(24)
+        if picture.startswith(b"\x89PNG"):
+            yield int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:], "big")
+        else:  # a bitmap, with a mask as high as itself below it
+            yield int.from_bytes(picture[4:8], "little"), int.from_bytes(picture[8:12], "little") // 2
+
+
+def _open_heif(file: BinaryIO) -> tuple[tuple[int, int], Callable[[], Any]]:
+    opened = require("pillow_heif").open_heif(file)
+    return opened.size, opened.to_pillow
+
+
+def _is_heif(file: BinaryIO) -> bool:
+    """Whether it is one of the files that pillow-heif reads and Pillow does not: telephones' HEIC."""
+    head = file.read(64)
+    file.seek(0)
+    size = min(len(head), int.from_bytes(head[:4], "big"))
+    brands = {head[8:12], *(head[at : at + 4] for at in range(16, size, 4))}
+    return head[4:8] == b"ftyp" and bool(brands & _HEIF_BRANDS) and not brands & {b"avif", b"avis"}
 
 
 def check_pixels(height: int, width: int, n_bytes: int | None, name: str) -> None:
@@ -153,32 +195,60 @@ def _short(error: BaseException) -> str:
     return "unknown format" if type(error).__name__ == "UnidentifiedImageError" else reason(error)
 
 
-def _decode(image: Any, name: str) -> U8:
+def _decode(load: Callable[[], Any], name: str) -> U8:
     ops = require("PIL.ImageOps")
     try:
+        image = load()
         image.load()
-        return np.asarray(_rgb(ops.exif_transpose(image)))
+        signed = _is_signed(image)
+        return np.asarray(_rgb(ops.exif_transpose(image), signed))
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # truncated or damaged: OSError, SyntaxError, struct.error, …, as the plugin likes
         raise FormatError(f"{name}: the image is damaged ({reason(error)})") from error
 
 
-def _rgb(image: Any) -> Any:
+def _is_signed(image: Any) -> bool:
+    """Whether integers of 32 bits are signed: as Pillow has them, unless a TIFF file says otherwise."""
+    sample_format = 339
+    return image.format != "TIFF" or image.tag_v2.get(sample_format, (1,))[0] != 1
+
+
+def _rgb(image: Any, signed: bool) -> Any:
     pillow = require("PIL.Image")
     if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these at 255
-        return pillow.fromarray(_from_array(_as_16_bit(image)))
+        return pillow.fromarray(_from_array(_narrowed(image, signed)))
+    if image.mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[image.mode])
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         return pillow.alpha_composite(pillow.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _as_16_bit(image: Any) -> NDArray[np.uint16]:
+def _narrowed(image: Any, signed: bool) -> U8:
+    """uint8 [height, width] of one channel of 16 or 32 bits, or of floats.
+
+    16 bits have a range of their own. 32 bits and floats have none, so their values tell: to 1 (floats), to 255, to
+    65535, or of 32 bits where they use the upper four.
+    """
     values = np.asarray(image)
-    if values.dtype.kind not in "iu" or (values.size and (values.min() < 0 or values.max() > 65535)):
-        raise ValueError(f"pixels of mode {image.mode}: expected whole numbers from 0 to 65535")
-    return values.astype(np.uint16)
+    if values.dtype.itemsize == 4 and values.dtype.kind == "i" and not signed:
+        values = values.view(np.uint32)
+    low, high, kind = values.min(), values.max(), values.dtype.kind
+    bits = 31 if signed else 32
+    if low >= 0:  # false for NaN
+        if kind == "f" and high <= 1:
+            return _as_bytes(values)
+        if values.dtype.itemsize > 2 and high <= 255:
+            return np.round(values).astype(np.uint8)
+        if high <= 65535:
+            return _as_bytes(values.astype(np.uint16))
+        if kind != "f" and high >> (bits - 4):
+            return (values >> (bits - 8)).astype(np.uint8)
+    raise ValueError(
+        f"pixels of mode {image.mode} from {low} to {high}; expected 0 to 1, 255, 65535 or 2**{bits}: bring them there"
+    )
 
 
 def _from_array(array: NDArray[Any]) -> U8:

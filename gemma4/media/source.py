@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import os
+import stat
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, TypeGuard
 
@@ -15,7 +16,9 @@ from gemma4.errors import FormatError
 FileLike: TypeAlias = str | os.PathLike[str] | bytes  # and what is like bytes
 _BYTES = (bytes, bytearray, memoryview)
 _FILES = {"audio": "sound"}
-_PACKAGES = {"PIL": "Pillow", "soundfile": "soundfile", "soxr": "soxr", "av": "PyAV"}
+_PACKAGES = {"PIL": "Pillow", "av": "PyAV", "pillow_heif": "pillow-heif"}
+_EXTRAS = {"pillow_heif": "heic"}
+_LONGEST_NAME = 200  # characters of a path in a message; a file's text given for its path is longer
 
 
 def require(module: str) -> Any:
@@ -23,8 +26,8 @@ def require(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = _PACKAGES.get(module.partition(".")[0], module)
-        raise ImportError(f'this needs {package} ({error}): pip install "gemma4[media]"') from error
+        package, extra = _PACKAGES.get(module.partition(".")[0], module), _EXTRAS.get(module, "media")
+        raise ImportError(f'this needs {package} ({error}): pip install "gemma4[{extra}]"') from error
 
 
 def is_file(source: object) -> TypeGuard[FileLike]:
@@ -35,30 +38,50 @@ def is_file(source: object) -> TypeGuard[FileLike]:
 def name_of(source: object, kind: str) -> str:
     """What errors call it: the path, or "the image" with its size where there is no name."""
     if isinstance(source, str | os.PathLike):
-        return os.fspath(source)
+        name = os.fspath(source)
+        return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}… ({len(name)} characters)"
     if isinstance(source, _BYTES):
         return f"the {kind} ({len(source)} bytes)"
     return f"the {kind}"
 
 
 def open_source(source: FileLike, kind: str) -> BinaryIO:
-    """A file object over a path or bytes. Raises OSError (no such file), FormatError (empty), ValueError (a URL)."""
+    """A file object over a path or bytes.
+
+    Raises OSError (no such file), FormatError (empty, or no regular file: a FIFO or a device may never end), ValueError
+    (a URL).
+    """
     if isinstance(source, _BYTES):
         if not len(source):
             raise FormatError(f"the {kind} is empty: 0 bytes")
         return io.BytesIO(source)
     if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
         raise ValueError(f"{source[:80]}: the {kind} must be a file's path or bytes; nothing is fetched from the net")
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, f"No such {_FILES.get(kind, kind)} file", str(path))
-    if path.is_dir():
-        raise IsADirectoryError(21, "Is a directory", str(path))
-    file = path.open("rb")
-    if not os.fstat(file.fileno()).st_size:
+    path, name = Path(source), name_of(source, kind)
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte in the path
+        raise FileNotFoundError(errno.ENOENT, f"No such {_FILES.get(kind, kind)} file", name) from None
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, name) from None
+    _check_regular(found, name)
+    # Should somebody put a FIFO in its place now, opening it must not wait for a writer.
+    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+    try:
+        _check_regular(os.fstat(file.fileno()), name)
+    except BaseException:
         file.close()
-        raise FormatError(f"{path}: the file is empty (0 bytes)")
+        raise
     return file
+
+
+def _check_regular(found: os.stat_result, name: str) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", name)
+    if not stat.S_ISREG(found.st_mode):
+        raise FormatError(f"{name}: a FIFO, socket or device, not a regular file. Read it yourself and pass the bytes.")
+    if not found.st_size:
+        raise FormatError(f"{name}: the file is empty (0 bytes)")
 
 
 def reason(error: BaseException) -> str:
