@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 from fractions import Fraction
 from typing import Any
 
@@ -38,17 +39,49 @@ def tone(seconds: float, rate: int = 16_000, seed: int = 0, hertz: float = 220.0
     return (0.4 * np.sin(2 * np.pi * (hertz + 60 * t) * t) + noise).astype(np.float32)
 
 
-def video(frames: NDArray[np.uint8], fps: int = 10, container: str = "mp4", codec: str = "mpeg4") -> bytes:
-    """The bytes of a video file of uint8 [n, height, width, 3]."""
+def video(
+    frames: NDArray[np.uint8], fps: int = 10, container: str = "mp4", codec: str = "mpeg4", times: Any = None
+) -> bytes:
+    """The bytes of a video file of uint8 [n, height, width, 3]. times: when each shows, in whole milliseconds."""
     import av
 
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as out:
         stream = out.add_stream(codec, rate=Fraction(fps))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"  # type: ignore[attr-defined]
-        for pixels in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))  # type: ignore[attr-defined]
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = int(times[i]), Fraction(1, 1000)
+            out.mux(stream.encode(frame))  # type: ignore[attr-defined]
         out.mux(stream.encode())  # type: ignore[attr-defined]
+    return buffer.getvalue()
+
+
+def turned(mp4: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """The same film with another display matrix in its track header: (x, y) goes to (a x + c y, b x + d y)."""
+    data, (a, b, c, d) = bytearray(mp4), matrix
+    at = data.index(b"tkhd") + 44
+    assert data[at : at + 4] == struct.pack(">i", 1 << 16), "the identity matrix begins here"
+    data[at : at + 36] = struct.pack(">9i", *(value << 16 for value in (a, b, 0, c, d, 0, 0, 0)), 1 << 30)
+    return bytes(data)
+
+
+def sound(samples: NDArray[np.float32], rate: int, container: str, codec: str) -> bytes:
+    """The bytes of a file of mono sound, float32 [n], as FFmpeg writes them."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=rate)
+        stream.layout = "mono"  # type: ignore[attr-defined]
+        resampler = av.AudioResampler(stream.format, "mono", rate, stream.codec_context.frame_size or None)  # type: ignore[attr-defined]
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), format="flt", layout="mono")
+        frame.sample_rate, frame.pts = rate, 0
+        for piece in (*resampler.resample(frame), *resampler.resample(None), None):
+            out.mux(stream.encode(piece))  # type: ignore[attr-defined]
     return buffer.getvalue()
 
 

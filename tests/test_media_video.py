@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import pytest
-from media_files import encoded, picture, tone, video
+from media_files import encoded, picture, sound, tone, turned, video
 
 from gemma4.errors import FormatError
 from gemma4.media.video import load_video, preprocess, sample_indices, timestamp
@@ -111,21 +109,75 @@ def test_timestamps_round_down():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("degrees", "matrix"), [
-    (90, (0, 1, 0, -1, 0, 0, 0, 0, 0)), (180, (-1, 0, 0, 0, -1, 0, 0, 0, 0)), (270, (0, -1, 0, 1, 0, 0, 0, 0, 0)),
-])  # fmt: skip
-def test_telephones_hold_the_camera_sideways(degrees, matrix):
-    """The file says how to turn its frames (16.16 fixed-point numbers in the track header)."""
+# What a camera stored, and the matrix that the file has for it: (x, y) goes to (a x + c y, b x + d y).
+STORED = {
+    "as it is": (lambda a: a, (1, 0, 0, 1)),
+    "turned 90": (lambda a: np.rot90(a, 1, (1, 2)), (0, 1, -1, 0)),
+    "turned 180": (lambda a: np.rot90(a, 2, (1, 2)), (-1, 0, 0, -1)),
+    "turned 270": (lambda a: np.rot90(a, 3, (1, 2)), (0, -1, 1, 0)),
+    "mirrored left and right": (lambda a: a[:, :, ::-1], (-1, 0, 0, 1)),
+    "mirrored top and bottom": (lambda a: a[:, ::-1], (1, 0, 0, -1)),
+    "mirrored on the diagonal": (lambda a: a.swapaxes(1, 2), (0, 1, 1, 0)),
+    "mirrored on the other diagonal": (lambda a: a[:, ::-1, ::-1].swapaxes(1, 2), (0, -1, -1, 0)),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_telephones_hold_the_camera_sideways_and_mirror(name):
+    """The file says how to turn and mirror its frames (16.16 fixed-point numbers in the track header)."""
     upright = np.zeros((4, 64, 96, 3), np.uint8)
     upright[:, :20, :30] = 250  # a bright corner, top left
-    stored = np.ascontiguousarray(np.rot90(upright, degrees // 90, axes=(1, 2)))  # to be turned clockwise
-    data = bytearray(video(stored))
-    at = data.index(b"tkhd") + 44
-    assert data[at : at + 4] == struct.pack(">i", 1 << 16), "the identity matrix begins here"
-    data[at : at + 36] = struct.pack(">9i", *(value << 16 for value in matrix[:8]), 1 << 30)
-    frame = load_video(bytes(data)).frames[0]
-    assert frame.shape == (64, 96, 3)
+    store, matrix = STORED[name]
+    frame = load_video(turned(video(np.ascontiguousarray(store(upright))), matrix)).frames[0]
+    assert frame.shape == (64, 96, 3) and frame.flags.c_contiguous
     assert frame[:15, :25].min() > 200 and frame[30:].max() < 60 and frame[:, 45:].max() < 60
+
+
+SLOW_THEN_FAST = [*range(0, 4000, 500), *range(4000, 6000, 50)]  # 8 frames in 4 s, then 40 in 2 s
+
+
+@pytest.mark.parametrize("container", ["mp4", "matroska", "mov"])
+def test_frames_of_uneven_films_are_taken_by_time(container):
+    """Telephones slow down in the dark: half of the frames may be of the last second."""
+    data = video(counting(48), 20, container, times=SLOW_THEN_FAST)
+    found = load_video(data, num_frames=6)
+    assert numbers(found.frames) == found.indices.tolist() == [0, 2, 4, 6, 8, 28]
+    assert found.seconds == [0, 1, 2, 3, 4, 5] and found.timestamps[-1] == "00:05"
+    by_index = load_video(data, num_frames=6, sampling="index")
+    assert numbers(by_index.frames) == by_index.indices.tolist() == [0, 8, 16, 24, 32, 40]
+    assert by_index.seconds == [i / by_index.fps for i in by_index.indices]
+
+
+def test_sampling_by_index_is_transformers_on_uneven_films(tmp_path):
+    utils = pytest.importorskip("transformers.video_utils")
+    path = tmp_path / "film.mp4"
+    path.write_bytes(video(counting(48), 20, times=SLOW_THEN_FAST))
+    frames, metadata = utils.read_video_pyav(
+        str(path), lambda metadata: utils.default_sample_indices_fn(metadata, num_frames=8)
+    )
+    ours = load_video(path, num_frames=8, sampling="index")
+    assert np.array_equal(np.stack(ours.frames), frames) and ours.seconds == metadata.timestamps
+
+
+def test_a_long_still_is_one_frame():
+    data = video(counting(12), times=[*range(0, 1100, 100), 31_000])
+    found = load_video(data, num_frames=8)
+    assert numbers(found.frames) == found.indices.tolist() == [0, 10] and found.seconds == [0, 1]
+    everything = load_video(data, num_frames=12)
+    assert numbers(everything.frames) == list(range(12)) and everything.timestamps[-2:] == ["00:01", "00:31"]
+
+
+def test_times_count_from_the_first_frame():
+    data = video(counting(12), container="matroska", times=range(5000, 17_000, 1000))
+    assert load_video(data, num_frames=4).seconds == [0, 3, 6, 9]
+
+
+def test_a_stream_that_changes_its_size():
+    """Frames of another size are brought to the first one's: the model reads them all alike."""
+    small, large = (video(counting(6, 64, width), container="mpegts", codec="mpeg2video") for width in (128, 256))
+    found = load_video(small + large, num_frames=12)
+    assert {frame.shape for frame in found.frames} == {(64, 128, 3)}
+    assert numbers(found.frames)[:5] == list(range(5)) and numbers(found.frames)[-5:] == list(range(1, 6))
 
 
 def test_a_header_that_promises_too_much():
@@ -139,24 +191,10 @@ def test_a_header_that_promises_too_much():
 # -- refused ---------------------------------------------------------------------------------------------------------
 
 
-def sound_only() -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as out:
-        stream = out.add_stream("aac", rate=16_000)
-        samples = np.ascontiguousarray(tone(0.5)[None])
-        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
-        frame.sample_rate = 16_000
-        out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return buffer.getvalue()
-
-
 def bad_files() -> dict[str, tuple[bytes, str]]:
     good, avi = video(counting(20)), video(counting(20), container="avi")
     return {
-        "sound.mp4": (sound_only(), r"no video stream in it \(streams: audio\)"),
+        "sound.mp4": (sound(tone(0.5), 16_000, "mp4", "aac"), r"no video stream in it \(streams: audio\)"),
         "empty.mp4": (b"", "empty"),
         "text.mp4": (b"not a film, only words\n" * 50, "not a video that can be read|no video stream"),
         "cut.mp4": (good[: len(good) // 2], "not a video that can be read"),
@@ -183,6 +221,9 @@ def test_bad_files_are_refused_by_name(tmp_path, name):
         (lambda: load_video(np.zeros((2, 8, 8, 3), np.uint8), fps=0), "fps must be"),
         (lambda: load_video("a.mp4", fps=3), "fps="),
         (lambda: load_video(np.zeros((2, 8, 8, 3), np.uint8), num_frames=0), "num_frames"),
+        (lambda: load_video(np.zeros((2, 8, 8, 3), np.uint8), num_frames=True), "num_frames.*True"),
+        (lambda: load_video(np.zeros((2, 8, 8, 3), np.uint8), num_frames=2.5), r"num_frames.*2\.5"),
+        (lambda: load_video(np.zeros((2, 8, 8, 3), np.uint8), sampling="rate"), '"time" or "index", got \'rate\''),
         (lambda: load_video(7), "int"),
     ],
 )
