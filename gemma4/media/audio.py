@@ -10,15 +10,22 @@ models/gemma4_unified/feature_extraction_gemma4_unified.py
 
 from __future__ import annotations
 
+import io
 import math
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from itertools import chain
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
+from gemma4.media.container import open_container, stream_kinds
 from gemma4.media.source import FileLike, is_file, name_of, open_source, reason, require
 
 RATE = 16_000  # samples per second that the encoders are made for
@@ -28,34 +35,40 @@ MEL_FLOOR = 1e-3
 UNIFIED_FRAME = 640
 MS_PER_TOKEN = 40
 MIN_RATE, MAX_RATE, MAX_CHANNELS, MAX_SECONDS = 1_000, 384_000, 64, 8 * 3600
+MAX_PEAK = 32.0  # floats beyond are no samples of full scale 1: decoders and mixes go over it a little, never so far
+# The emptiest honest sound, digital silence in FLAC at 8 kHz, spends 23 bytes a second; a file made to fill the memory
+# of whoever opens it, 3.
+FREE_SECONDS, MIN_BYTES_PER_SECOND = 1800, 16
+_UNKNOWN = 1 << 60  # libsndfile says such a number of samples for FLAC from a pipe, and cannot read its last block
 _BLOCK = 1 << 18  # samples decoded at once
 
 AudioLike: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any]
 F32: TypeAlias = NDArray[np.float32]
 
 
-def load_audio(audio: AudioLike, rate: int | None = None) -> F32:
+def load_audio(audio: AudioLike, rate: int | None = None, *, max_seconds: float | None = None) -> F32:
     """float32 [n]: mono samples at 16 kHz, in -1..1 for ordinary files.
 
-    audio: path or bytes (wav, flac, ogg, mp3, and what else libsndfile reads), or an array [n] or [n, channels] of
-    floats in -1..1 or of integers (full scale = 1). rate: samples per second of an array, None = 16,000; a file knows
-    its own. Channels are averaged, then soxr resamples ("HQ").
+    audio: path or bytes, or an array [n] or [n, channels] of floats in -1..1 or of integers of full scale. libsndfile
+    reads wav, flac, ogg, mp3 and more; PyAV what it does not know (m4a, aac, webm, 3gp, the sound track of films).
+    Signed samples of 32 and 64 bits may hold 16-bit values; unsigned ones have their silence in the middle.
+    rate: samples per second of an array, None = 16,000; a file knows its own. Channels are averaged, then soxr
+    resamples ("HQ"). max_seconds: no more is decoded; None = 8 hours.
 
-    Raises FormatError (damaged, empty, NaN, over 8 hours), ValueError (array, rate), OSError, ImportError.
+    Raises FormatError (damaged, empty, NaN, too long, too long for its bytes), ValueError (array, rate), OSError,
+    ImportError.
     """
+    most = MAX_SECONDS if max_seconds is None else max_seconds
     if is_file(audio):
         if rate is not None:
             raise ValueError("rate= goes with an array of samples; a file says its own")
         name = name_of(audio, "audio")
-        samples = _read_file(audio, name)
+        samples = _read_file(audio, name, most)
     else:
         name = "the audio"
-        samples = _from_array(np.asarray(audio), RATE if rate is None else rate, name)
+        samples = _from_array(np.asarray(audio), RATE if rate is None else rate, name, most)
     if not len(samples):
         raise FormatError(f"{name}: there is no sound in it (0 samples)")
-    if not np.isfinite(samples).all():
-        first = int(np.argmin(np.isfinite(samples)))
-        raise FormatError(f"{name}: sample {first} (at {first / RATE:.2f} s) is {samples[first]}, not a number")
     return samples
 
 
@@ -68,7 +81,7 @@ def log_mel(samples: NDArray[np.floating[Any]]) -> F32:
     """
     samples = check_samples(samples)
     if len(samples) > MAX_SAMPLES:
-        raise ValueError(too_long(len(samples)))
+        raise ValueError(too_long(f"{len(samples) / RATE:.1f} s of audio", MAX_SAMPLES / RATE))
     if n_frames(len(samples)) < 1:
         raise ValueError(too_short(len(samples)))
     padded = np.concatenate([np.zeros(FRAME // 2, np.float32), samples])
@@ -78,10 +91,12 @@ def log_mel(samples: NDArray[np.floating[Any]]) -> F32:
     return np.log(magnitudes @ _filters() + MEL_FLOOR).astype(np.float32)
 
 
-def too_long(n_samples: int) -> str:
-    """Why a spectrogram of so many samples is refused."""
+def too_long(length: str, most: float) -> str:
+    """Why more than so many seconds are refused. length: "31.0 s of audio"."""
+    if most >= MAX_SECONDS:
+        return f"more than {most / 3600:g} hours of sound. Cut it first."
     return (
-        f"{n_samples / RATE:.1f} s of audio; at most {MAX_SAMPLES // RATE} s go in at once. "
+        f"{length}; at most {most:g} s go in at once. "
         "Cut it (`gemma4 transcribe` and gemma4.media.silence.split do that at silences)."
     )
 
@@ -137,69 +152,188 @@ def _filters() -> NDArray[np.float64]:
 # -- files and arrays ------------------------------------------------------------------------------------------------
 
 
-def _from_array(array: NDArray[Any], rate: int, name: str) -> F32:
-    if array.ndim not in (1, 2) or (array.ndim == 2 and array.shape[1] > MAX_CHANNELS):
-        raise ValueError(f"{name} must be an array [n], or [n, channels], got {array.shape}")
-    if array.dtype.kind in "iu":
-        # 8-bit sound is unsigned, as in wav files
-        middle = 128.0 if array.dtype == np.uint8 else 0.0
-        array = (array - middle) / (2.0 ** (array.dtype.itemsize * 8 - 1))
-    elif array.dtype.kind != "f":
+def _from_array(array: NDArray[Any], rate: int, name: str, most: float) -> F32:
+    if array.dtype.kind not in "fiu":
         raise ValueError(f"{name} must be floats or integers, got {array.dtype}")
-    resampler = _Resampler(rate, name)
-    blocks = [array.astype(np.float32, copy=False)]
-    return resampler.join(blocks)
+    if array.ndim not in (1, 2) or (array.ndim == 2 and not 1 <= array.shape[1] <= MAX_CHANNELS):
+        raise ValueError(f"{name} must be an array [n], or [n, channels], got {array.shape}")
+    return _Track(name, rate, iter([_full_scale(array, name)]), len(array)).join(most)
 
 
-def _read_file(source: FileLike, name: str) -> F32:
-    with open_source(source, "audio") as file:
+def _full_scale(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """Samples as floats, full scale 1, where a wide type may hold the values of a narrow one."""
+    bits = array.dtype.itemsize * 8
+    if array.dtype.kind == "f" or bits == 8 or not array.size:
+        return _scaled(array)
+    low, high, middle = int(array.min()), int(array.max()), 2 ** (bits - 1)
+    if array.dtype.kind == "i":
+        return array / 2.0 ** (_bits_used(array, max(high, -1 - low), name) - 1)
+    if not low <= middle <= high:
+        raise ValueError(
+            f"{name}: {array.dtype} samples from {low} to {high} never cross the middle of their type, {middle}: no "
+            "sound of full scale. Subtract their middle, divide by their full scale, and pass floats in -1..1."
+        )
+    return _scaled(array)
+
+
+def _scaled(array: NDArray[Any]) -> NDArray[Any]:
+    """Floats as they are, integers divided by their type's full scale; silence is the middle of unsigned ones."""
+    if array.dtype.kind == "f":
+        return array
+    full = 2.0 ** (array.dtype.itemsize * 8 - 1)
+    return (array - full) / full if array.dtype.kind == "u" else array / full
+
+
+def _bits_used(array: NDArray[Any], peak: int, name: str) -> int:
+    """Bits of the full scale that these signed samples have: a wide type may hold the values of a narrow one.
+
+    Values of 32 bits are taken as such if they are loud (-48 dB and up) or left-justified, as decoders give them.
+    """
+    bits = array.dtype.itemsize * 8
+    if bits <= 16:
+        return bits
+    if peak < 1 << 15:
+        return 16
+    for wide in (32, 64):
+        if wide <= bits and peak < 1 << (wide - 1) and (peak >> (wide - 9) or not (array & 0xFF).any()):
+            return wide
+    raise ValueError(
+        f"{name}: {array.dtype} samples of up to {peak}: neither 16 bits nor the full scale of a wider type. "
+        "Divide them by their full scale (2**23 for 24 bits), and pass floats in -1..1."
+    )
+
+
+def _read_file(source: FileLike, name: str, most: float) -> F32:
+    with open_source(source, "audio") as file, _with_descriptor(file) as plain:
+        n_bytes = os.fstat(plain.fileno()).st_size
         soundfile = require("soundfile")
         try:
-            with soundfile.SoundFile(file) as sound:
-                if sound.frames > MAX_SECONDS * sound.samplerate:
-                    raise FormatError(f"{name}: more than {MAX_SECONDS // 3600} hours of sound. Cut it first.")
-                if not MIN_RATE <= sound.samplerate <= MAX_RATE:
-                    raise FormatError(f"{name}: {_wrong_rate(sound.samplerate)}")
-                return _Resampler(sound.samplerate, name).join(_blocks(sound, name))
+            sound = soundfile.SoundFile(plain.fileno(), closefd=False)
         except (soundfile.SoundFileError, RuntimeError) as error:
-            words = reason(error).partition(": ")[2] or reason(error)  # "Error opening <_io.BytesIO …>: words"
-            raise FormatError(f"{name}: not audio that can be read ({words})") from error
+            words = reason(error).partition(": ")[2] or reason(error)  # "Error opening 5: words"
+            return _read_container(plain, name, n_bytes, most, words)
+        with sound:
+            if sound.frames >= _UNKNOWN:
+                return _read_container(plain, name, n_bytes, most, "its header does not say how long it is.")
+            try:
+                return _Track(name, sound.samplerate, _blocks(sound), sound.frames, n_bytes).join(most)
+            except (soundfile.SoundFileError, RuntimeError) as error:
+                raise FormatError(f"{name}: not audio that can be read ({reason(error)})") from error
 
 
-def _wrong_rate(rate: Any) -> str:
-    return f"a rate of {rate} samples per second; expected {MIN_RATE} to {MAX_RATE}"
+@contextmanager
+def _with_descriptor(file: BinaryIO) -> Iterator[BinaryIO]:
+    """The same as a file of the system: a Ctrl-C inside libsndfile's callbacks into Python would be lost."""
+    if not isinstance(file, io.BytesIO):
+        yield file
+        return
+    in_memory = getattr(os, "memfd_create", None)
+    with os.fdopen(in_memory("sound"), "w+b") if in_memory else tempfile.TemporaryFile() as copy:
+        copy.write(file.getbuffer())
+        copy.seek(0)  # flushes, too
+        yield copy
 
 
-def _blocks(sound: Any, name: str) -> Any:
+def _blocks(sound: Any) -> Iterator[F32]:
     """Blocks of samples [n, channels], however many the header promised."""
-    total = 0
     while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
-        total += len(block)
-        if total > MAX_SECONDS * sound.samplerate:
-            raise FormatError(f"{name}: more than {MAX_SECONDS // 3600} hours of sound. Cut it first.")
         yield block
 
 
-class _Resampler:
-    """Averages channels and brings the rate to 16 kHz, block by block: an hour of 96 kHz stereo is 2.8 GB at once."""
+def _read_container(file: BinaryIO, name: str, n_bytes: int, most: float, words: str) -> F32:
+    """The first sound track of what FFmpeg knows: m4a, aac, webm, 3gp, films. words: why libsndfile did not read it."""
+    file.seek(0)
+    try:
+        with open_container(file) as container:
+            if not container.streams.audio:
+                kinds = stream_kinds(container)
+                raise FormatError(f"{name}: not audio that can be read: no sound track in it (streams: {kinds})")
+            frames = container.decode(audio=0)
+            first = next(frames, None)
+            if first is None:
+                raise FormatError(f"{name}: there is no sound in it (0 samples)")
+            blocks = (_frame_samples(frame, first.sample_rate, name) for frame in chain([first], frames))
+            return _Track(name, first.sample_rate, blocks, 0, n_bytes).join(most)
+    except ImportError as error:
+        raise FormatError(f"{name}: not audio that can be read ({words}); {error}, which reads more kinds") from error
+    except (FormatError, MemoryError):
+        raise
+    except Exception as error:  # FFmpegError, and whatever a header that lies makes of PyAV
+        why = f"libsndfile: {words} FFmpeg: {reason(error)}"
+        raise FormatError(f"{name}: not audio that can be read ({why})") from error
 
-    def __init__(self, rate: int, name: str) -> None:
-        if not isinstance(rate, int | np.integer) or not MIN_RATE <= rate <= MAX_RATE:
-            raise ValueError(f"{name}: {_wrong_rate(rate)}")
-        self.rate = int(rate)
 
-    def join(self, blocks: Any) -> F32:
+def _frame_samples(frame: Any, rate: int, name: str) -> NDArray[Any]:
+    """float [n, channels] of a frame that FFmpeg decoded. (Its resampler would do, but loses a Ctrl-C.)"""
+    if frame.sample_rate != rate:
+        raise FormatError(
+            f"{name}: its rate changes from {rate} to {frame.sample_rate} samples per second. Convert it."
+        )
+    samples = _scaled(frame.to_ndarray())
+    return samples.T if frame.format.is_planar else samples.reshape(frame.samples, -1)
+
+
+@dataclass(slots=True)
+class _Track:
+    """Sound that is still to be read, block by block: an hour of 96 kHz stereo is 2.8 GB at once.
+
+    blocks: float [n] or [n, channels] · promised: samples that a header says, 0 = unknown · n_bytes: of the file, None
+    for an array
+    """
+
+    name: str
+    rate: Any
+    blocks: Iterator[NDArray[Any]]
+    promised: int = 0
+    n_bytes: int | None = None
+
+    def join(self, most: float) -> F32:
+        """Mono at 16 kHz, at most so many seconds of it. Raises FormatError, ValueError for the rate of an array."""
+        if not isinstance(self.rate, int | np.integer) or not MIN_RATE <= self.rate <= MAX_RATE:
+            words = f"{self.name}: a rate of {self.rate} samples per second; expected {MIN_RATE} to {MAX_RATE}"
+            raise ValueError(words) if self.n_bytes is None else FormatError(words)
+        self._check_length(self.promised, most, f"{self.promised / self.rate:.1f} s of audio")
         if self.rate == RATE:
-            return np.concatenate([np.zeros(0, np.float32), *(_mono(block) for block in blocks)])
-        soxr = require("soxr")
-        stream = soxr.ResampleStream(self.rate, RATE, 1, dtype="float32", quality="HQ")
+            return np.concatenate([np.zeros(0, np.float32), *map(_mono, self._checked(most))])
+        stream = require("soxr").ResampleStream(int(self.rate), RATE, 1, dtype="float32", quality="HQ")
         total, out = 0, []
-        for block in blocks:
+        for block in self._checked(most):
             total += len(block)
             out.append(stream.resample_chunk(_mono(block)))
         out.append(stream.resample_chunk(np.zeros(0, np.float32), last=True))
         samples, wanted = np.concatenate(out), math.ceil(total * RATE / self.rate)
         return np.pad(samples, (0, max(0, wanted - len(samples))))[:wanted]
+
+    def _checked(self, most: float) -> Iterator[F32]:
+        """The blocks, as long as they are numbers of a sensible size and the limits are not passed."""
+        total = 0
+        for block in self.blocks:
+            self._check_values(block, total)
+            total += len(block)
+            self._check_length(total, most, f"more than {most:g} s of audio")
+            yield block.astype(np.float32, copy=False)
+
+    def _check_values(self, block: NDArray[Any], start: int) -> None:
+        loudest = np.abs(block).max(initial=0)
+        if loudest <= MAX_PEAK:  # false for NaN too
+            return
+        rows = np.abs(block.reshape(len(block), -1)).max(axis=1)
+        at = int(np.argmax(~(rows <= MAX_PEAK)))
+        where = f"{self.name}: sample {start + at} (at {(start + at) / self.rate:.2f} s) is {rows[at]:g}"
+        if not np.isfinite(rows[at]):
+            raise FormatError(f"{where}, not a number")
+        raise FormatError(f"{where}: floats must be in -1..1. Divide them by their full scale (32768 for 16 bits).")
+
+    def _check_length(self, total: int, most: float, length: str) -> None:
+        seconds = total / self.rate
+        if seconds > most:
+            raise FormatError(f"{self.name}: {too_long(length, most)}")
+        if self.n_bytes is not None and seconds > max(FREE_SECONDS, self.n_bytes / MIN_BYTES_PER_SECOND):
+            raise FormatError(
+                f"{self.name}: {seconds / 60:.0f} minutes of sound out of {self.n_bytes} bytes look like a "
+                f"decompression bomb (expected at least {MIN_BYTES_PER_SECOND} bytes a second beyond "
+                f"{FREE_SECONDS / 60:.0f} minutes). Cut it first."
+            )
 
 
 def _mono(block: F32) -> F32:

@@ -29,7 +29,7 @@ _BEGIN, _END = {"image": "<|image>", "audio": "<|audio>"}, {"image": "<image|>",
 _OPTIONS: dict[str, set[str]] = {
     "image": {"image_tokens"},
     "audio": {"rate"},
-    "video": {"image_tokens", "fps", "num_frames"},
+    "video": {"image_tokens", "fps", "num_frames", "sampling"},
 }
 
 
@@ -102,7 +102,7 @@ def read_media(
     """Every medium of a conversation, in order: parts {"type": "image" | "audio" | "video", that type: what it is, …}.
 
     image: path, bytes, PIL image, array · image_tokens   audio: path, bytes, array · rate (of an array)
-    video: path, bytes, frames · fps (of frames), num_frames (32), image_tokens (70 a frame)
+    video: path, bytes, frames · fps (of frames), num_frames (32), image_tokens (70 a frame), sampling ("time")
     Raises what `load_image`, `load_audio`, `load_video` raise, ValueError for parts that are no such thing, and
     NotImplementedError for a kind that the model has no encoder for.
     """
@@ -146,10 +146,9 @@ def read_image(image: images.ImageLike, image_tokens: int = 280) -> Medium:
 
 def read_audio(audio: sounds.AudioLike, rate: int | None = None, *, raw: bool = False) -> Medium:
     """A recording as a part of a message. Raises FormatError if it is too short, or over 30 s for a spectrogram."""
-    samples, name = sounds.load_audio(audio, rate), name_of(audio, "audio")
+    most = None if raw else sounds.MAX_SAMPLES / sounds.RATE
+    samples, name = sounds.load_audio(audio, rate, max_seconds=most), name_of(audio, "audio")
     n = -(-len(samples) // sounds.UNIFIED_FRAME) if raw else sounds.n_soft_tokens(len(samples))
-    if not raw and len(samples) > sounds.MAX_SAMPLES:
-        raise FormatError(f"{name}: {sounds.too_long(len(samples))}")
     if n < 1:
         raise FormatError(f"{name}: {sounds.too_short(len(samples))}")
     return Medium("audio", name, samples, 0, (1, n), 1, _digest(int(raw), samples))
@@ -161,9 +160,10 @@ def read_video(
     fps: float | None = None,
     num_frames: int = videos.NUM_FRAMES,
     image_tokens: int = videos.FRAME_TOKENS,
+    sampling: videos.Sampling = "time",
 ) -> Medium:
     """A video as a part of a message."""
-    found = videos.load_video(video, fps=fps, num_frames=num_frames)
+    found = videos.load_video(video, fps=fps, num_frames=num_frames, sampling=sampling)
     frame = found.frames[0]
     height, width = images.target_size(frame.shape[0], frame.shape[1], image_tokens)
     grid = (height // images.SIDE, width // images.SIDE)
