@@ -12,6 +12,7 @@ status: 1 if a mistake survived or is stale. By hand: it takes half a minute for
 from __future__ import annotations
 
 import argparse
+import filecmp
 import os
 import re
 import shutil
@@ -93,11 +94,15 @@ class Copy:
 
     def fill(self) -> None:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-        for name in filter(None, listed.stdout.split("\0")):
-            target = self.root / name
+        names = {name for name in listed.stdout.split("\0") if (ROOT / name).is_file()}
+        for path in source_files(self.root):  # of an earlier run
+            if path.relative_to(self.root).as_posix() not in names:
+                path.unlink()
+        for name in sorted(names):
+            source, target = ROOT / name, self.root / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            if (ROOT / name).is_file():
-                shutil.copyfile(ROOT / name, target)
+            if not (target.is_file() and filecmp.cmp(source, target, shallow=False)):
+                shutil.copyfile(source, target)  # what is the same already is not compiled again
         (self.root / "sitecustomize.py").write_text(SITE)
         # -O1: the mistakes are the same, and a kernel compiles in seconds
         options = [
