@@ -55,7 +55,7 @@ simde: ## AVX-512 and VNNI kernels on a processor with AVX2 alone, out of its in
 # OpenBLAS stays a dependency (scipy-openblas32): 25 MB that other packages share and that pip updates by itself.
 wheel: ## one wheel for this machine type and every Python from 3.11 on, in dist/ (Linux: manylinux)
 	rm -rf build/wheel dist
-	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel . -C build-dir=build/wheel-build
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	@if [ "$$(uname)" = Linux ]; then set -e; \
 	PATH="$$(dirname "$$(command -v $(PYTHON))"):$$PATH" \
 	$(PYTHON) -m auditwheel repair --exclude 'libscipy_openblas*' --wheel-dir dist build/wheel/*.whl; \
