@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 
 from gemma4.core import Core
 from gemma4.encoders.hooks import EncoderTaps
-from gemma4.encoders.soft_tokens import SoftRows
 from gemma4.errors import CapacityError, StateError
 from gemma4.media.medium import read_media
 from gemma4.media.prompt import TokenizedPrompt, expander, locate
@@ -24,19 +24,6 @@ Single: TypeAlias = str | NDArray[Any] | Seq[int] | TokenizedPrompt
 TokensLike: TypeAlias = Single | Seq[Single]
 Messages: TypeAlias = Seq[Mapping[str, Any]]
 PromptLike: TypeAlias = Single | Messages
-
-
-class Batch:
-    """Prompts of one step; sequences that were made only for it are closed by `close`."""
-
-    def __init__(self, prompts: list[Prompt], own: bool) -> None:
-        self.prompts = prompts
-        self._own = own
-
-    def close(self) -> None:
-        if self._own:
-            for prompt in self.prompts:
-                prompt.sequence.close()
 
 
 def is_batch(ids: TokensLike) -> bool:
@@ -78,32 +65,29 @@ def as_ids(model: Core, prompt: str | NDArray[Any] | Seq[int], *, bos: bool = Tr
     return np.ascontiguousarray(ids, dtype=np.int32)
 
 
-def as_batch(
+@contextmanager
+def opened_prompts(
     model: Core, ids: TokensLike, sequence: Sequence | Seq[Sequence] | None, taps: EncoderTaps
-) -> tuple[Batch, bool]:
-    """(batch, was it a list). Fresh sequences where none are given, just large enough; media are encoded with taps."""
+) -> Iterator[list[Prompt]]:
+    """The prompts of one step; media are encoded with taps. Fresh sequences, just large enough, where none are given:
+    they are closed at the end.
+    """
     many = is_batch(ids)
     prompts: list[Any] = list(ids) if many else [ids]  # type: ignore[arg-type]
-    sequences = _given_sequences(model, sequence, len(prompts), many)
-    if sequences is None:
-        rows = [taps.apart(model, as_tokenized(model, prompt)) for prompt in prompts]
-        check_fits(max(len(row) for row in rows), model.context_length)
-        soft = _soft_rows(model, rows, taps)
-        sequences = [new_sequence(model, capacity=len(row)) for row in rows]
-        return Batch(_prompts(sequences, rows, soft), own=True), many
+    given = _given_sequences(model, sequence, len(prompts), many)
+    begins = [s.length == 0 for s in given or ()] or [True] * len(prompts)
     rows = [
-        taps.apart(model, as_tokenized(model, prompt, bos=s.length == 0))
-        for prompt, s in zip(prompts, sequences, strict=True)
+        taps.apart(model, as_tokenized(model, prompt, bos=bos)) for prompt, bos in zip(prompts, begins, strict=True)
     ]
-    return Batch(_prompts(sequences, rows, _soft_rows(model, rows, taps)), own=False), many
-
-
-def _soft_rows(model: Core, rows: list[TokenizedPrompt], taps: EncoderTaps) -> list[SoftRows | None]:
-    return [taps.soft_rows(model, row, sequence=i) for i, row in enumerate(rows)]
-
-
-def _prompts(sequences: list[Sequence], rows: list[TokenizedPrompt], soft: list[SoftRows | None]) -> list[Prompt]:
-    return list(map(Prompt, sequences, (row.ids for row in rows), range(len(rows)), soft))
+    if given is None:
+        check_fits(max(len(row) for row in rows), model.context_length)
+    soft = [taps.soft_rows(model, row, sequence=i) for i, row in enumerate(rows)]
+    sequences = given or [new_sequence(model, capacity=len(row)) for row in rows]
+    try:
+        yield list(map(Prompt, sequences, (row.ids for row in rows), range(len(rows)), soft))
+    finally:
+        for one in sequences if given is None else ():
+            one.close()
 
 
 def _given_sequences(

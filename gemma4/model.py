@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from gemma4 import info
@@ -14,14 +15,14 @@ from gemma4.encoders.encoder import Encoder, encoder_of
 from gemma4.encoders.hooks import EncoderTaps
 from gemma4.encoders.soft_tokens import EncodedMedia, encode_audio, encode_image, encode_video
 from gemma4.generation.stream import TextStream, generate, stream
-from gemma4.inputs import Messages, TokensLike, as_batch, tokenize_prompt
+from gemma4.inputs import Messages, TokensLike, is_batch, opened_prompts, tokenize_prompt
 from gemma4.interp.hooks import Hook, activated, active_hooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, names_of, reusable
 from gemma4.load import open_checkpoint
 from gemma4.media.prompt import TokenizedPrompt
 from gemma4.profile import Profile, profiling
 from gemma4.sequence import Sequence, new_sequence, restore
-from gemma4.step import Output, Positions, Want, run_step
+from gemma4.step import Output, Positions, run_step
 
 __all__ = ["KVDtype", "Model", "Precision", "load"]
 
@@ -133,8 +134,8 @@ class Model(Core):
         Raises ValueError (empty prompt, id out of range), CapacityError, StateError (sequence closed or in use by
         another thread), KeyboardInterrupt within 100 ms of Ctrl-C.
         """
-        outputs, many = self._run(ids, Want(logits=logits), sequence)
-        return [out.logits for out in outputs] if many else outputs[0].logits
+        outputs = self._run(ids, sequence, logits=logits)
+        return [out.logits for out in outputs] if is_batch(ids) else outputs[0].logits
 
     def run_with_cache(
         self,
@@ -159,14 +160,10 @@ class Model(Core):
         if stop_at_layer is not None:
             stop_at_layer, logits = self._checked_stop(stop_at_layer), None
         names = reusable(names)
-        want = Want(
-            logits=logits,
-            capture=self.sites.select(names_of(names), stop_at_layer=stop_at_layer),
-            pos="all" if pos is None else pos,
-            stop_at_layer=stop_at_layer,
-        )
-        outputs, many = self._run(ids, want, sequence, names)
-        if many:
+        capture = self.sites.select(names_of(names), stop_at_layer=stop_at_layer)
+        pos = "all" if pos is None else pos
+        outputs = self._run(ids, sequence, names, stop_at_layer, logits=logits, capture=capture, pos=pos)
+        if is_batch(ids):
             return [out.logits for out in outputs], [out.cache for out in outputs]
         return outputs[0].logits, outputs[0].cache
 
@@ -202,14 +199,18 @@ class Model(Core):
         return layer
 
     def _run(
-        self, ids: TokensLike, want: Want, sequence: Sequence | list[Sequence] | None, names: Names = ()
-    ) -> tuple[list[Output], bool]:
-        batch, many = as_batch(self, ids, sequence, EncoderTaps.of(self, active_hooks(self), names))
-        want.hooks = bind_hooks(self.sites, hooks_of(active_hooks(self)), stop_at_layer=want.stop_at_layer)
-        try:
-            return run_step(self, batch.prompts, want), many
-        finally:
-            batch.close()
+        self,
+        ids: TokensLike,
+        sequence: Sequence | list[Sequence] | None,
+        names: Names = (),
+        stop_at_layer: int | None = None,
+        **wanted: Any,
+    ) -> list[Output]:
+        """One step of all prompts, each of which wants the same (fields of `Prompt`)."""
+        wanted["hooks"] = bind_hooks(self.sites, hooks_of(active_hooks(self)), stop_at_layer=stop_at_layer)
+        taps = EncoderTaps.of(self, active_hooks(self), names)
+        with opened_prompts(self, ids, sequence, taps) as prompts:
+            return run_step(self, [replace(prompt, **wanted) for prompt in prompts], stop_at_layer=stop_at_layer)
 
     # -- generation ----------------------------------------------------------------------------------------------
 

@@ -103,8 +103,12 @@ class Sequence:
         differs = np.flatnonzero(old != keys[: len(old)])
         keep = run_start(keys, int(differs[0]) if len(differs) else len(old))
         if keep < self.length:
-            self.truncate(keep if keep >= self.min_truncate else 0)
+            self.rewind(keep)
         return self.length
+
+    def rewind(self, length: int) -> None:
+        """Forget positions >= length, and all of them where sliding layers have forgotten too much to stop there."""
+        self.truncate(length if length >= self.min_truncate else 0)
 
     def close(self) -> None:
         """Free the cache. Any later use raises StateError; closing twice is fine."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -27,13 +28,18 @@ F32: TypeAlias = NDArray[np.float32]
 Positions: TypeAlias = Literal["all", "last"] | int | slice | Iterable[int] | None
 
 
-class Prompt(NamedTuple):
-    """New tokens for one sequence."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """New tokens for one sequence, and what is wanted of them. Prompts of one step may want different things."""
 
     sequence: Sequence
     ids: I32  # int32 [T], T >= 1
     number: int = 0  # in the user's batch, for hooks; some of its prompts may have finished
     soft: SoftRows | None = None  # which of them are soft tokens
+    logits: Positions = "all"  # whose next-token logits to return, positions within `ids`; None: no array at all
+    capture: Seq[Site] | None = None  # sites to keep; None: no cache at all
+    pos: Positions = "all"  # at which positions within `ids`
+    hooks: SiteHooks = field(default_factory=list)  # sites to edit, those of other prompts stay as they are
 
 
 class Output(NamedTuple):
@@ -41,17 +47,6 @@ class Output(NamedTuple):
 
     logits: F32 | None  # float32 [n, d_vocab]
     cache: ActivationCache | None
-
-
-@dataclass(slots=True)
-class Want:
-    """What to compute and keep, the same for every prompt of the batch."""
-
-    logits: Positions = "all"
-    capture: list[Site] | None = None  # None: no cache at all
-    pos: Positions = "all"
-    hooks: SiteHooks = field(default_factory=list)
-    stop_at_layer: int | None = None
 
 
 def select_positions(spec: Positions, length: int, what: str = "pos") -> I32:
@@ -82,17 +77,17 @@ def _ascending(rows: I32) -> tuple[I32, NDArray[np.intp] | None]:
 class _Plan:
     """The engine's view of one prompt, and the arrays it will fill."""
 
-    def __init__(self, model: Core, run_index: int, prompt: Prompt, want: Want) -> None:
+    def __init__(self, model: Core, run_index: int, prompt: Prompt) -> None:
         self.prompt, self.run_index = prompt, run_index
         n_new = len(prompt.ids)
         self.before = prompt.sequence.length
-        self.captures = want.capture is not None
-        self.kept, _ = _ascending(select_positions(want.pos if self.captures else None, n_new))
-        self.rows, self.order = _ascending(select_positions(want.logits, n_new, "logits"))
-        self.logits = None if want.logits is None else np.empty((len(self.rows), model.d_vocab), dtype=np.float32)
-        self.arrays = self._allocate(want.capture or [])
+        self.captures = prompt.capture is not None
+        self.kept, _ = _ascending(select_positions(prompt.pos if self.captures else None, n_new))
+        self.rows, self.order = _ascending(select_positions(prompt.logits, n_new, "logits"))
+        self.logits = None if prompt.logits is None else np.empty((len(self.rows), model.d_vocab), dtype=np.float32)
+        self.arrays = self._allocate(prompt.capture or ())
 
-    def _allocate(self, sites: list[Site]) -> dict[str, NDArray[Any]]:
+    def _allocate(self, sites: Iterable[Site]) -> dict[str, NDArray[Any]]:
         # zeros, not empty: the engine leaves rows that it never reaches alone (and zero pages are free)
         rows, keys = len(self.kept), self.before + len(self.prompt.ids)
         return {site.name: np.zeros(site.shape(rows, keys), dtype=site.dtype) for site in sites}
@@ -104,15 +99,15 @@ class _Plan:
             return sequence, ids, embeddings, None, None
         return sequence, ids, embeddings, self.rows, self.logits
 
-    def taps(self, model: Core, want: Want) -> list[Tap]:
+    def taps(self, model: Core) -> list[Tap]:
         edits: list[Tap] = [
             (site.id, site.layer or 0, self.run_index, make_edit(site, fns, self._point(site), model.nan_log), None)
-            for site, fns in want.hooks
+            for site, fns in self.prompt.hooks
         ]
         rows = self._row_map()
         copies: list[Tap] = [
             (site.id, site.layer or 0, self.run_index, self.arrays[site.name], rows if "T" in site.dims else None)
-            for site in want.capture or ()
+            for site in self.prompt.capture or ()
         ]
         return edits + copies
 
@@ -136,16 +131,17 @@ class _Plan:
         return Output(logits, ActivationCache(model, self.arrays, self.prompt.ids[self.kept], positions, media))
 
 
-def run_step(model: Core, prompts: list[Prompt], want: Want) -> list[Output]:
-    """Run every prompt in one engine step; sequences grow by their ids (not with stop_at_layer).
+def run_step(model: Core, prompts: Seq[Prompt], *, stop_at_layer: int | None = None) -> list[Output]:
+    """Run every prompt in one engine step; sequences grow by their ids. What each gets is what it would get alone.
 
+    stop_at_layer: run blocks 0..n-1 only, of all prompts; no sequence grows.
     Raises CapacityError (numbers in the message) before anything is computed, and what the engine raises.
     """
     _check_capacity(prompts)
     model.checkpoint.check()
-    plans = [_Plan(model, run_index, prompt, want) for run_index, prompt in enumerate(prompts)]
-    taps = [tap for plan in plans for tap in plan.taps(model, want)]
-    stop = -1 if want.stop_at_layer is None else want.stop_at_layer
+    plans = [_Plan(model, run_index, prompt) for run_index, prompt in enumerate(prompts)]
+    taps = [tap for plan in plans for tap in plan.taps(model)]
+    stop = -1 if stop_at_layer is None else stop_at_layer
     try:
         with step_array(model) as profile:
             model.engine.step([plan.run() for plan in plans], taps, stop_at_layer=stop, profile=profile)
@@ -165,8 +161,9 @@ def _record(plans: list[_Plan]) -> None:
             plan.prompt.sequence._record(plan.prompt.ids, None if soft is None else soft.keys, plan.before)
 
 
-def _check_capacity(prompts: list[Prompt]) -> None:
-    for sequence, ids, *_ in prompts:
+def _check_capacity(prompts: Seq[Prompt]) -> None:
+    for prompt in prompts:
+        sequence, ids = prompt.sequence, prompt.ids
         if not sequence.closed and sequence.length + len(ids) > sequence.capacity:
             raise CapacityError(
                 f"{len(ids)} new tokens after {sequence.length} in the cache make {sequence.length + len(ids)}; "

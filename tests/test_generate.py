@@ -218,14 +218,14 @@ def test_closing_a_stream_early(tiny):
     stream.close()
     stream.close()
     assert stream.result.finish_reason == "cancelled" and list(stream) == []
-    assert stream._run.tracks[0].sequence.closed
+    assert stream._continuation.sequence.closed
 
 
 def test_leaving_the_loop_frees_the_sequence(tiny):
     stream = tiny.stream("Once upon a time", max_tokens=200, temperature=0)
     for _ in stream:
         break
-    sequence = stream._run.tracks[0].sequence
+    sequence = stream._continuation.sequence
     del stream
     gc.collect()
     assert sequence.closed
@@ -335,7 +335,7 @@ def test_close_from_another_thread(tiny):
             assert not thread.is_alive()
         assert not errors
         assert stream.result.finish_reason == "cancelled" and stream.result.text.startswith("".join(pieces))
-        assert stream._run.tracks[0].sequence.closed
+        assert stream._continuation.sequence.closed
 
 
 def test_close_in_a_processor_of_the_stream_itself(tiny):

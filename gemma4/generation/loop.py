@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decoding loop: all prompts together, one ragged engine step per token."""
+"""The decoding loop: an open batch, one ragged engine step at a time for all of its prompts."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,16 @@ from gemma4.encoders.hooks import EncoderTaps
 from gemma4.generation.options import Options
 from gemma4.generation.pieces import ContinuationText, Piece, TurnText
 from gemma4.generation.sampling import Sample, Sampler, StopCriteria
-from gemma4.inputs import PromptLike, check_fits, is_messages, tokenize_prompt
+from gemma4.inputs import PromptLike, as_ids, check_fits, is_messages, tokenize_prompt
 from gemma4.interp.cache import ActivationCache, join_caches
-from gemma4.interp.hooks import active_hooks, bind_hooks, hooks_of
-from gemma4.interp.sites import names_of, reusable
+from gemma4.interp.hooks import SiteHooks, active_hooks, bind_hooks, hooks_of
+from gemma4.interp.sites import Site, names_of, reusable
 from gemma4.media.prompt import TokenizedPrompt
 from gemma4.sequence import Sequence, new_sequence
-from gemma4.step import Output, Prompt, Want, run_step
+from gemma4.step import Output, Prompt, run_step
 from gemma4.text.turn import ToolCall
+
+I32: TypeAlias = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,58 +80,89 @@ class Generation:
         return self.text
 
 
-@dataclass(slots=True)
-class Track:
-    """One prompt on its way."""
+@dataclass(slots=True, eq=False)
+class Continuation:
+    """A prompt on its way: what it wants of each step, and what came of it so far. Made by `Batch.join`.
 
-    index: int  # in the batch
+    finish: "" while it runs, then as `Generation.finish_reason`. pieces: the text that is certain.
+    """
+
+    model: Core
+    number: int  # for hooks, and for the sampler's random numbers
     prompt: TokenizedPrompt
-    buffer: NDArray[np.int32]  # prompt, generated, room for more
+    buffer: I32  # prompt, generated, room for more
     n_ids: int
     n_prompt: int
     sequence: Sequence
+    owns_sequence: bool
     sampler: Sampler
     stops: StopCriteria
     taps: EncoderTaps
+    capture: list[Site] | None
+    hooks: SiteHooks
     text: ContinuationText | TurnText
     finish: str = ""
     pieces: list[Piece] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     caches: list[ActivationCache] = field(default_factory=list)
+    guesses: I32 = field(default_factory=lambda: np.empty(0, np.int32))
     reused: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
     @property
-    def ids(self) -> NDArray[np.int32]:
+    def ids(self) -> I32:
         """int32 [pos]: prompt and generated."""
         return self.buffer[: self.n_ids]
 
-    def pending(self, model: Core) -> Prompt:
-        """What the cache does not hold yet: the prompt, whose media are encoded here, later one token."""
-        start = self.sequence.length
-        soft = self.taps.soft_rows(model, self.prompt, start, self.index) if start < self.n_prompt else None
-        return Prompt(self.sequence, self.ids[start:], self.index, soft)
+    def propose(self, ids: NDArray[np.integer] | Seq[int]) -> None:
+        """Guess the tokens to come: the next step runs them, too, and keeps as many as sampling chooses anyway.
 
-    def accept(self, output: Output) -> list[Piece]:
-        """Sample from a step's logits; returns the text that became certain."""
+        What is generated does not depend on the guesses; right ones save steps. ids: int [n]. No guess is run where
+        activations are captured or edited, nor in the step of a prompt with media. Raises ValueError (out of range).
+        """
+        self.guesses = as_ids(self.model, ids) if len(ids) else np.empty(0, np.int32)
+
+    def pending(self) -> Prompt:
+        """What the cache does not hold yet: the prompt, whose media are encoded here, later one token; and guesses."""
+        self._forget_guesses()
+        start = self.sequence.length
+        soft = self.taps.soft_rows(self.model, self.prompt, start, self.number) if start < self.n_prompt else None
+        watched = soft is not None or self.capture is not None or bool(self.hooks)
+        room = 0 if watched else len(self.buffer) - self.n_ids - 1  # the last token needs no place
+        self.guesses = self.guesses[:room]
+        stop = self.n_ids + len(self.guesses)
+        self.buffer[self.n_ids : stop] = self.guesses
+        rows = slice(self.n_ids - 1 - start, None)
+        return Prompt(self.sequence, self.buffer[start:stop], self.number, soft, rows, self.capture, hooks=self.hooks)
+
+    def accept(self, output: Output) -> None:
+        """Sample from a step's logits: a token, and after each guess that was right another."""
         if output.cache is not None:
             self.caches.append(output.cache)
         assert output.logits is not None
-        sample = self.sampler.sample(output.logits[-1], self.ids, self.n_prompt)
-        self.samples.append(sample)
-        self.buffer[self.n_ids] = sample.token
-        self.n_ids += 1
-        pieces = self._text_of(sample.token)
-        self.pieces += pieces
-        return pieces
+        for logits, guess in zip(output.logits, (*self.guesses, None), strict=True):
+            sample = self.sampler.sample(logits, self.ids, self.n_prompt)
+            self.samples.append(sample)
+            self.buffer[self.n_ids] = sample.token
+            self.n_ids += 1
+            self.pieces += self._text_of(sample.token)
+            if self.finish or sample.token != guess:
+                break
+        self.guesses = self.guesses[:0]
+        self._forget_guesses()
 
     def spend(self, seconds: float) -> None:
-        """Note how long the last step and its sampling took."""
-        if len(self.samples) == 1:
-            self.prefill_s = seconds
-        else:
+        """Note how long a step and its sampling took: the first is the prompt's."""
+        if self.prefill_s:
             self.decode_s += seconds
+        else:
+            self.prefill_s = seconds
+
+    def _forget_guesses(self) -> None:
+        """Cut the cache back to the tokens that were sampled, but for the last: its logits are still to come."""
+        if self.sequence.length >= self.n_ids:
+            self.sequence.rewind(self.n_ids - 1)
 
     def _text_of(self, token: int) -> list[Piece]:
         if self.stops.is_stop_id(token):
@@ -177,65 +210,113 @@ class Track:
         )
 
 
-class Run:
-    """Several tracks decoded together."""
+class Batch:
+    """Prompts that are continued together, one engine step at a time for all of them.
 
-    def __init__(self, model: Core, prompts: list[PromptLike], opts: Options) -> None:
-        self.model, self.opts = model, opts
-        if opts.sequence is not None:
-            opts.sequence.check_usable_by(model)
-        options: dict[str, Any] = {"tools": opts.tools, "think": opts.think, "image_tokens": opts.image_tokens}
-        rows = [tokenize_prompt(model, prompt, **options) for prompt in prompts]
-        check_fits(max(len(row) for row in rows), model.context_length)
-        hooks, kept = [*active_hooks(model), *opts.hooks], reusable(opts.capture)
-        self.want = Want(
-            logits="last",
-            capture=None if kept is None else model.sites.select(names_of(kept)),
-            hooks=bind_hooks(model.sites, hooks_of(hooks)),
-        )
-        self.taps = EncoderTaps.of(model, hooks, kept)
-        self.own_sequences = opts.sequence is None
-        self.tracks = [self._track(i, p, row) for i, (p, row) in enumerate(zip(prompts, rows, strict=True))]
+    Between any two steps prompts may join, each with options of its own, and leave. What one of them gets depends on
+    none of the others. One thread at a time may use a batch.
 
-    def _track(self, index: int, prompt: PromptLike, tokenized: TokenizedPrompt) -> Track:
-        model, opts, ids = self.model, self.opts, tokenized.ids
-        if opts.sequence is None:
-            room = min(opts.max_tokens, model.context_length - len(ids) + 1)  # the last token needs no place
-            sequence = new_sequence(model, capacity=len(ids) + room - 1)
-        else:
-            sequence = opts.sequence
-            check_fits(len(ids), sequence.capacity, "the sequence's capacity")
-            room = min(opts.max_tokens, sequence.capacity - len(ids) + 1)
-        text = (
-            TurnText(model.tokenizer, ids, opts.show_thinking, _tool_names(opts))
-            if is_messages(prompt)
-            else ContinuationText(model)
-        )
-        sampler, stops = Sampler(opts.sampling(model), stream=index), opts.stops(model, is_messages(prompt))
-        buffer = np.append(ids, np.zeros(room, dtype=np.int32))
-        tokenized = self.taps.apart(model, tokenized)
-        track = Track(index, tokenized, buffer, len(ids), len(ids), sequence, sampler, stops, self.taps, text)
-        track.reused = sequence.rewind_to(tokenized.keys()) if opts.sequence is not None else 0
-        return track
+    running: those that have not finished
+    """
 
-    def steps(self) -> Generator[list[list[Piece]], None, None]:
-        """One engine step per turn of the loop; yields the new pieces of each track."""
-        try:
-            while active := [track for track in self.tracks if not track.finish]:
-                start = time.perf_counter()
-                outputs = run_step(self.model, [track.pending(self.model) for track in active], self.want)
-                fresh = {id(track): track.accept(out) for track, out in zip(active, outputs, strict=True)}
-                for track in active:
-                    track.spend(time.perf_counter() - start)
-                yield [fresh.get(id(track), []) for track in self.tracks]
-        finally:
-            self.close()
+    def __init__(self, model: Core) -> None:
+        self.model = model
+        self.running: list[Continuation] = []
+        self._n_joined = 0
+
+    def join(self, prompt: PromptLike, options: Options | None = None, *, number: int | None = None) -> Continuation:
+        """Take a prompt in: the next step runs it. Hooks of open `model.hooks` blocks stay with it, options' follow.
+
+        number: which of the seed's streams of random numbers is drawn from; None = one more than the last one's.
+        Raises as `Model.generate`, before anything is computed.
+        """
+        options = options or Options()
+        if any(one.sequence is options.sequence for one in self.running):
+            raise ValueError("this sequence is being continued in this batch already; fork() it")
+        number = self._n_joined if number is None else number
+        joined = _continuation(self.model, prompt, options, number)
+        self._n_joined = number + 1
+        self.running.append(joined)
+        return joined
+
+    def leave(self, continuation: Continuation) -> None:
+        """Stop one of them, as "cancelled" if it has not finished; what it was given by `sequence=` stays open."""
+        continuation.finish = continuation.finish or "cancelled"
+        self.running = [one for one in self.running if one is not continuation]
+        if continuation.owns_sequence:
+            continuation.sequence.close()
+
+    def step(self) -> None:
+        """Run what all of `running` have pending, and sample. Those that finish leave.
+
+        Raises what the engine and hooks raise: then nobody has got a token, and another step goes on. One whose own
+        sampling fails (a processor of its, logits that are NaN) leaves first, and the others have got theirs.
+        """
+        start, ran, failed = time.perf_counter(), self.running, []
+        if not ran:
+            return
+        for one, output in zip(ran, run_step(self.model, [one.pending() for one in ran]), strict=True):
+            try:
+                one.accept(output)
+            except BaseException as error:
+                self.leave(one)
+                failed.append(error)
+        for one in ran:
+            one.spend(time.perf_counter() - start)
+            if one.finish:
+                self.leave(one)
+        if failed:
+            raise failed[0]
 
     def close(self) -> None:
-        for track in self.tracks:
-            track.finish = track.finish or "cancelled"
-            if self.own_sequences:
-                track.sequence.close()
+        """Let all of them leave. Safe at any time, also twice."""
+        for one in self.running:
+            self.leave(one)
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _continuation(model: Core, prompt: PromptLike, options: Options, number: int) -> Continuation:
+    given, kept = options.sequence, reusable(options.capture)
+    if given is not None:
+        given.check_usable_by(model)
+    tokenized = tokenize_prompt(
+        model, prompt, tools=options.tools, think=options.think, image_tokens=options.image_tokens
+    )
+    ids, hooks = tokenized.ids, [*active_hooks(model), *options.hooks]
+    check_fits(len(ids), model.context_length)
+    if given is not None:
+        check_fits(len(ids), given.capacity, "the sequence's capacity")
+    places = model.context_length if given is None else given.capacity
+    room = min(options.max_tokens, places - len(ids) + 1)  # the last token needs no place
+    taps = EncoderTaps.of(model, hooks, kept)
+    tokenized = taps.apart(model, tokenized)
+    text = TurnText(model.tokenizer, ids, options.show_thinking, _tool_names(options)) if is_messages(prompt) else None
+    joined = Continuation(
+        model,
+        number,
+        tokenized,
+        buffer=np.append(ids, np.zeros(room, dtype=np.int32)),
+        n_ids=len(ids),
+        n_prompt=len(ids),
+        sampler=Sampler(options.sampling(model), stream=number),
+        stops=options.stops(model, is_messages(prompt)),
+        taps=taps,
+        capture=None if kept is None else model.sites.select(names_of(kept)),
+        hooks=bind_hooks(model.sites, hooks_of(hooks)),
+        text=text or ContinuationText(model),
+        sequence=new_sequence(model, capacity=len(ids) + room - 1) if given is None else given,
+        owns_sequence=given is None,
+    )
+    joined.reused = joined.sequence.rewind_to(tokenized.keys())
+    return joined
 
 
 def _tool_names(opts: Options) -> list[str]:

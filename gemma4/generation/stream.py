@@ -10,7 +10,7 @@ from typing import Any
 
 from gemma4.core import Core
 from gemma4.errors import StateError
-from gemma4.generation.loop import Generation, Run, Timings
+from gemma4.generation.loop import Batch, Continuation, Generation, Timings
 from gemma4.generation.options import Options, default_stop_ids
 from gemma4.generation.pieces import Piece
 from gemma4.inputs import PromptLike, is_prompt_list
@@ -34,10 +34,11 @@ def generate(model: Core, prompt: PromptLike | Seq[PromptLike], **options: Any) 
     prompts: list[Any] = list(prompt) if many else [prompt]  # type: ignore[arg-type]
     if many and opts.sequence is not None:
         raise ValueError("sequence= goes with one prompt, not a list")
-    run = Run(model, prompts, opts)
-    for _ in run.steps():
-        pass
-    results = [track.result() for track in run.tracks]
+    with Batch(model) as batch:
+        joined = [batch.join(one, opts) for one in prompts]
+        while batch.running:
+            batch.step()
+    results = [one.result() for one in joined]
     return results if many else results[0]
 
 
@@ -45,7 +46,8 @@ def stream(model: Core, prompt: PromptLike, **options: Any) -> TextStream:
     """Continue one prompt piece by piece. Arguments and errors as for `generate`; the prompt is checked right here."""
     if is_prompt_list(prompt):
         raise ValueError("stream() takes one prompt; generate() takes a list")
-    return TextStream(Run(model, [prompt], Options(**options)))
+    batch = Batch(model)
+    return TextStream(batch, batch.join(prompt, Options(**options)))
 
 
 class TextStream(Iterator[Piece]):
@@ -55,9 +57,8 @@ class TextStream(Iterator[Piece]):
     dropping the object) frees what the stream held; its result then says "cancelled".
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._steps = run.steps()
+    def __init__(self, batch: Batch, continuation: Continuation) -> None:
+        self._batch, self._continuation = batch, continuation
         self._ready: list[Piece] = []
         self._stepping = threading.Lock()  # one step at a time; `_reader` is the thread that runs it
         self._reader = 0
@@ -74,21 +75,23 @@ class TextStream(Iterator[Piece]):
         """The next pieces into `_ready`. Raises StopIteration at the end, or where somebody closed the stream."""
         if self._reader == threading.get_ident():
             raise StateError("the stream is read while it computes a step: by a hook or a processor of its own")
+        one = self._continuation
         with self._stepping:
             self._reader = threading.get_ident()
             try:
                 if not self._closing and not self._ready:  # another reader's step may have brought some
-                    self._ready += next(self._steps)[0]
+                    n_known = len(one.pieces)
+                    self._batch.step()
+                    self._ready += one.pieces[n_known:]
+            except BaseException:
+                self._closing = True
+                raise
             finally:
                 self._reader = 0
                 if self._closing:
-                    self._end()
-            if self._closing and not self._ready:
+                    self._batch.close()
+            if one.finish and not self._ready:
                 raise StopIteration
-
-    def _end(self) -> None:
-        self._steps.close()
-        self._run.close()
 
     def close(self) -> None:
         """Stop generating. Safe at any time, also twice, and from any thread: a step that runs there ends first. In a
@@ -96,7 +99,7 @@ class TextStream(Iterator[Piece]):
         self._closing = True
         if self._reader != threading.get_ident():
             with self._stepping:
-                self._end()
+                self._batch.close()
 
     def __enter__(self) -> TextStream:
         return self
@@ -107,7 +110,6 @@ class TextStream(Iterator[Piece]):
     @property
     def result(self) -> Generation:
         """The whole answer. Raises StateError while the stream still runs."""
-        track = self._run.tracks[0]
-        if not track.finish:
+        if not self._continuation.finish:
             raise StateError("the stream has not ended: read on, or close() it")
-        return track.result()
+        return self._continuation.result()
