@@ -275,7 +275,7 @@ def test_bench_command(random_dir, tmp_path, capsys):
     record = json.loads(out.read_text())
     assert record["prefill"]["tokens_per_s"] > 0 and record["limits"]["read_bytes"] > 1e8
     assert {op["name"] for op in record["decode"]["ops"]} >= {"q", "head", "other"}
-    assert main(["bench", str(random_dir), "--repeats", "0"]) == 1
+    assert main(["bench", str(random_dir), "--repeats", "0"]) == 2
 
 
 def test_bench_command_encodes_media(tmp_path, capsys):
@@ -291,7 +291,7 @@ def test_bench_command_encodes_media(tmp_path, capsys):
     assert text.count("vision: gate, up") == 1 and "126 tokens" in " ".join(text.split())  # a long path wraps
     record = json.loads(out.read_text())[f"image {tmp_path}/a b.png"]
     assert len(record["seconds"]) == 2 and {op["part"] for op in record["ops"]} == {"vision"}
-    assert main(["bench", "tiny-moe", "--image", str(tmp_path / "a b.png")]) == 1
+    assert main(["bench", "tiny-moe", "--image", str(tmp_path / "a b.png")]) == 2
     assert "a b.png: this model has no vision encoder" in capsys.readouterr().err
 
 

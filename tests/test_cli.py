@@ -86,7 +86,7 @@ def test_chat_ends_with_its_input(capsys, monkeypatch):
     ],
 )
 def test_errors_are_one_line(capsys, argv, words):
-    assert main(argv) == 1
+    assert main(argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("gemma4: error: ") and words in err
     assert err.count("\n") == 1 and "Traceback" not in err

@@ -93,14 +93,14 @@ def test_chat_attaches_on_the_way(model, files, capsys, monkeypatch):
 )
 def test_chat_checks_files_first(model, files, capsys, monkeypatch, options, words):
     monkeypatch.chdir(files)
-    assert chat(monkeypatch, "Hello\n", *options) == 1
+    assert chat(monkeypatch, "Hello\n", *options) == 2
     captured = capsys.readouterr()
     assert words in captured.err and captured.out == "" and captured.err.count("\n") == 1
 
 
 def test_chat_of_a_model_that_sees_nothing(files, capsys, monkeypatch):
     monkeypatch.setattr("gemma4.model.Model.modalities", gemma4.media.medium.Modalities())
-    assert chat(monkeypatch, "Hello\n", "--image", f"{files}/a.png") == 1
+    assert chat(monkeypatch, "Hello\n", "--image", f"{files}/a.png") == 2
     assert "a.png: this model has no vision encoder, it takes text" in capsys.readouterr().err
 
 
@@ -133,7 +133,7 @@ def test_detect_prints_and_draws(model, files, capsys, monkeypatch, tmp_path):
 
 def test_detect_that_cannot_draw_has_answered(model, files, capsys, monkeypatch):
     Scripted(model, monkeypatch, [ANSWER])
-    assert main(["detect", f"{files}/a.png", "a car", "--output", f"{files}/nowhere/out.png"]) == 1
+    assert main(["detect", f"{files}/a.png", "a car", "--output", f"{files}/nowhere/out.png"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "box\t9 24 45 72\tcar\npoint\t45 60\tnose\n"
     assert "cannot write" in captured.err and "nowhere/out.png: No such file" in captured.err
@@ -210,7 +210,7 @@ def test_transcribe_skips_silence_and_tells_torn_words(model, files, capsys, mon
 @pytest.mark.parametrize("command", ["detect", "transcribe"])
 def test_errors_are_one_line(model, files, capsys, command):
     (files / "words.txt").write_text("not a picture, not a sound\n")
-    assert main([command, f"{files}/words.txt", *(["a car"] if command == "detect" else [])]) == 1
+    assert main([command, f"{files}/words.txt", *(["a car"] if command == "detect" else [])]) == 2
     err = capsys.readouterr().err
     assert err.startswith("gemma4: error: ") and "words.txt" in err and err.count("\n") == 1
 

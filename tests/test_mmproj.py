@@ -192,7 +192,7 @@ def test_command_line(pair_of_files, capsys):
     assert main(["info", "--model", str(text)]) == 0 and "encoder" not in capsys.readouterr().out
     assert main(["info", "--model", str(text), "--mmproj", str(moved)]) == 0
     assert f"vision and audio encoders of {moved}" in capsys.readouterr().out
-    assert main(["bench", str(text), "--mmproj", str(text), "--prompt", "4", "--decode", "4"]) == 1
+    assert main(["bench", str(text), "--mmproj", str(text), "--prompt", "4", "--decode", "4"]) == 2
     assert "model.gguf: general.architecture is 'gemma4', expected 'clip'" in capsys.readouterr().err
 
 

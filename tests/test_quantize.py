@@ -634,7 +634,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert "bits per weight" in text.out and "Q5_0" in text.out and str(out) in text.out and "\x1b" not in text.out
     assert "Q5_0 instead of Q4_K" in text.err and "KL" not in text.out
     assert GgufFile(out).tensors["per_layer_token_embd.weight"].dtype == "Q4_0"
-    assert main(command) == 1 and "--force" in capsys.readouterr().err
+    assert main(command) == 2 and "--force" in capsys.readouterr().err
     (tmp_path / "text").write_text("Once upon a time there was a fox.")
     for report, positions in (([str(tmp_path / "text")], 10), (["-"], 3), ([], len(sample_ids(gemma4.load("tiny-e"))))):
         monkeypatch.setattr(sys, "stdin", io.StringIO("A fox"))
@@ -651,6 +651,6 @@ def test_command(tmp_path, capsys, monkeypatch):
     (["--type", "Q4_0", "--report", os.devnull], "empty"),
 ])  # fmt: skip
 def test_command_with_wrong_arguments(tmp_path, capsys, arguments, message):
-    assert main(["quantize", "tiny-e", str(tmp_path / "x.gguf"), *arguments]) == 1
+    assert main(["quantize", "tiny-e", str(tmp_path / "x.gguf"), *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error and not leftovers(tmp_path)

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from gemma4.cli.terminal import styled
 from gemma4.files import free_name, write_file
 from gemma4.generation.stream import Generation
 from gemma4.info import peak_bytes, resident_bytes
@@ -47,7 +49,7 @@ def run_demo(
     output: None = gemma4-demo.png, or a name of its kind that is free. force: replace a file that was named.
     """
     console.print(
-        f"[bold]{model.checkpoint.path.name}[/]  {count(model.checkpoint.n_parameters)} parameters "
+        f"[bold]{escape(model.checkpoint.path.name)}[/]  {count(model.checkpoint.n_parameters)} parameters "
         f"({count(model.info().effective_parameters)} effective), {model.n_layers} layers, loaded in "
         f"{load_s * 1e3:.0f} ms; {model.engine.isa}, {model.engine.threads} threads\n"
     )
@@ -57,7 +59,7 @@ def run_demo(
     sites = [*LENS_SITES, *(f"blocks.*.{name}" for name in _COMPONENTS if f"blocks.0.{name}" in model.sites)]
     _, cache = model.run_with_cache(ids, sites, logits=None)
     lens = logit_lens(model, cache)
-    console.print(Text(f"\nInside, where the model reads the last word of {inside!r}:", style="bold"))
+    console.print(styled(f"\nInside, where the model reads the last word of {inside!r}:", console, "bold"))
     console.print(_layer_table(model, cache, lens))
     picture = _plot(lens, model.to_str_tokens(ids), output or Path(DEFAULT_OUTPUT), console)
     if picture is not None:
@@ -65,10 +67,10 @@ def run_demo(
 
 
 def _stream(model: Model, prompt: str, console: Console, max_tokens: int) -> Generation:
-    console.print(Text(prompt, style="dim"), end="")
+    console.print(styled(prompt, console, "dim"), end="")
     with model.stream(prompt, max_tokens=max_tokens, temperature=0.0) as stream:
         for piece in stream:
-            console.print(Text(piece), end="")
+            console.print(styled(piece, console), end="")
     console.print("\n")
     return stream.result
 
@@ -138,7 +140,7 @@ def _plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) ->
             warnings.filterwarnings("ignore", message="Glyph")  # the font lacks some of the world's scripts
             plots.overview(lens, tokens).savefig(image, format=output.suffix[1:] or "png", dpi=130)
     except ImportError as error:
-        console.print(f"no heat map: {error}", style="yellow", markup=False)
+        console.print(styled(f"no heat map: {error}", console, "yellow"))
         return None
     return image.getvalue()
 
@@ -150,4 +152,4 @@ def _save(picture: bytes, output: Path | None, force: bool, model: Model, consol
         target = Path(tempfile.gettempdir()) / target.name
     target = target if output else free_name(target)
     write_file(target, picture, force=force, inputs=model.checkpoint.inputs)
-    console.print(f"heat map of every layer and position: {target.resolve()}", highlight=False, soft_wrap=True)
+    console.print(styled(f"heat map of every layer and position: {target.resolve()}", console), soft_wrap=True)

@@ -4,18 +4,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
-from rich.text import Text
 
 from gemma4.cli import media as cli_media
+from gemma4.cli.terminal import console, emit, say, shown, status, streams, styled, typed
 from gemma4.files import check_output, write_file
 from gemma4.sequence import KVDtype
 
@@ -23,8 +30,9 @@ if TYPE_CHECKING:
     from gemma4.model import Model
     from gemma4.quantization import QuantizationResult
 
-EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+EXIT_FAULT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 _PROGRESS_AFTER_S = 0.3  # a quick load says nothing
+_ERRORS = (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError)  # what a user can do something about
 _HELP = (
     "/reset forgets the conversation, /info shows the model, /image FILE (/audio, /video) goes with the next message, "
     "/exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
@@ -32,25 +40,61 @@ _HELP = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns 0; 1 with one line on stderr for an error; 130 after Ctrl-C; argparse exits with 2."""
-    args = _parser().parse_args(argv)
+    """Entry point. Returns 0; 2 with one line on stderr for an error (--debug: the traceback, too), as argparse does
+    for wrong usage; 130 after Ctrl-C; 1 for a fault of the program's own, or if nobody reads the output any more."""
+    with streams():
+        args = _parser().parse_args(argv)
+        try:
+            with _ended_by_signals():
+                args.run(args)
+                sys.stdout.flush()
+            return 0
+        except KeyboardInterrupt:
+            say("interrupted")
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:  # `gemma4 generate ... | head`
+            sys.stderr.close()
+            return EXIT_FAULT
+        except Exception as error:
+            if args.debug:
+                emit(traceback.format_exc(), stream=sys.stderr)
+            if isinstance(error, _ERRORS):
+                say(f"error: {_one_line(error)}")
+                return EXIT_ERROR
+            hint = "" if args.debug else " (--debug shows where)"
+            say(f"error: {type(error).__name__}: {_one_line(error)}{hint}")
+            return EXIT_FAULT
+
+
+class _Ended(BaseException):
+    """SIGTERM or SIGHUP: partial files go, the terminal is restored, and then the signal does what it does."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """In here SIGTERM and SIGHUP end the process as an exception would, and Ctrl-C interrupts once: a second one does
+    not break into the tidying up after the first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Ended(number)
+
+    ending = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, end) for number in ending if signal.getsignal(number) == signal.SIG_DFL}
     try:
-        args.run(args)
-        sys.stdout.flush()
-        return 0
-    except KeyboardInterrupt:
-        _say("interrupted")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `gemma4 generate ... | head`
-        sys.stderr.close()
-        return EXIT_ERROR
-    except (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError) as error:
-        _say(f"error: {_one_line(error)}")
-        return EXIT_ERROR
-
-
-def _say(text: str) -> None:
-    print(f"gemma4: {text}", file=sys.stderr, flush=True)
+        yield
+    except _Ended as ended:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), ended.number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _one_line(error: BaseException) -> str:
@@ -60,8 +104,16 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+class _Parser(argparse.ArgumentParser):
+    """Writes what was typed as everything else is written."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:
+            emit(message, end="", stream=file or sys.stderr)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gemma4", description="Gemma 4 on CPUs: run it and look inside.")
+    parser = _Parser(prog="gemma4", description="Gemma 4 on CPUs: run it and look inside.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = _command(commands, "demo", _demo, "stream a continuation, then show what happened inside")
     demo.add_argument("prompt", nargs="?", help="default: two that the shipped model knows how to go on with")
@@ -83,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "info", _info, "what a model is and what it costs")
     _add_bench(commands)
     _add_quantize(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="for errors show the traceback, too")
     return parser
 
 
@@ -170,9 +224,8 @@ def _load(args: argparse.Namespace) -> Model:
     start = time.perf_counter()
 
     def progress(done: int, total: int, name: str) -> None:
-        if sys.stderr.isatty() and time.perf_counter() - start > _PROGRESS_AFTER_S:
-            end = "\n" if done == total else ""
-            print(f"\rloading {done}/{total} files  {name:<60.60}", end=end, file=sys.stderr, flush=True)
+        if time.perf_counter() - start > _PROGRESS_AFTER_S:
+            status("" if done == total else f"loading {done}/{total} files  {name:.60}")
 
     return load(args.model, mmproj=args.mmproj, threads=args.threads, kv_dtype=args.kv_dtype, progress=progress)
 
@@ -183,29 +236,31 @@ def _demo(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     model = _load(args)
     seconds = time.perf_counter() - start
-    run_demo(model, args.prompt, console=_stdout(), output=args.output, force=args.force, load_s=seconds)
-
-
-def _stdout() -> Console:
-    # piped output is a log: wide enough that tables do not wrap
-    return Console(width=None if sys.stdout.isatty() else 120)
+    run_demo(
+        model,
+        args.prompt and typed(args.prompt),
+        console=console(),
+        output=args.output,
+        force=args.force,
+        load_s=seconds,
+    )
 
 
 def _generate(args: argparse.Namespace) -> None:
     from gemma4.cli.demo import show_speed
 
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    text = sys.stdin.read() if args.prompt == "-" else typed(args.prompt)
     model = _load(args)
     prompt = [{"role": "user", "content": text}] if args.chat else text
     with model.stream(prompt, **_sampling(args)) as stream:
         for piece in stream:
-            print(piece, end="", flush=True)
-    print()
-    show_speed(stream.result, Console(stderr=True, soft_wrap=True))
+            emit(piece, end="")
+    emit("")
+    show_speed(stream.result, console(stderr=True, soft_wrap=True))
 
 
 def _info(args: argparse.Namespace) -> None:
-    print(_load(args).info())
+    emit(str(_load(args).info()))
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -217,10 +272,10 @@ def _bench(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in names}
     media = cli_media.parts(args)
     result = bench(args.model, media=media, image_tokens=args.image_tokens, **options)
-    print(result)
+    emit(str(result))
     if args.profile:
         for name, speed in result.phases.items():
-            _stdout().print(speed.profile.table(result.limits, f"{name}, {speed.tokens} tokens"))
+            console().print(speed.profile.table(result.limits, escape(f"{name}, {speed.tokens} tokens")))
     if args.json:
         inputs = [*result.inputs, *(part[part["type"]] for part in media)]
         text = json.dumps(result.as_dict(), indent=1) + "\n"
@@ -232,12 +287,15 @@ def _quantize(args: argparse.Namespace) -> None:
 
     overrides = dict(_override(text) for text in args.override)
     text = _report_text(args.report)
-    console, watched = Console(stderr=True), sys.stderr.isatty()
-    with Progress(*Progress.get_default_columns(), console=console, transient=True, disable=not watched) as bar:
+    watched = sys.stderr.isatty()
+    progress_bar = Progress(
+        *Progress.get_default_columns(), console=console(stderr=True), transient=True, disable=not watched
+    )
+    with progress_bar as bar:
         task = bar.add_task("quantize")
 
         def progress(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"{name:<32.32}")
+            bar.update(task, completed=done, total=total, description=escape(shown(f"{name:<32.32}")))
 
         result = quantize(
             args.source,
@@ -249,12 +307,12 @@ def _quantize(args: argparse.Namespace) -> None:
             progress=progress,
         )
     for note in result.notes:
-        _say(note)
-    console = _stdout()
-    console.print(str(result.path), highlight=False, markup=False, soft_wrap=True)
-    console.print(result.table())
+        say(note)
+    out = console()
+    emit(str(result.path))
+    out.print(result.table())
     if text is not None:
-        _report(args, result, text, console)
+        _report(args, result, text, out)
 
 
 def _override(text: str) -> tuple[str, str]:
@@ -274,25 +332,25 @@ def _report_text(name: str | None) -> str | None:
     return text
 
 
-def _report(args: argparse.Namespace, result: QuantizationResult, text: str, console: Console) -> None:
+def _report(args: argparse.Namespace, result: QuantizationResult, text: str, out: Console) -> None:
     from gemma4.model import load
     from gemma4.quantization import compare, sample_ids
 
     with load(args.source, threads=args.threads) as source, load(result.path, threads=args.threads) as model:
         found = compare(source, model, text or sample_ids(source))
         which = f"against {args.source}, precision {model.engine.precision}"
-    console.print(f"{which}: {found}", highlight=False, markup=False, soft_wrap=True)
+    out.print(styled(f"{which}: {found}", out), soft_wrap=True)
 
 
 def _chat(args: argparse.Namespace) -> None:
     model = _load(args)
-    console = Console(highlight=False, soft_wrap=True)
+    out = console(soft_wrap=True)
     if sys.stdin.isatty():
         import readline  # noqa: F401  line editing in input()
 
-        console.print(_HELP, style="dim")
+        out.print(_HELP, style="dim")
     with model.new_sequence() as sequence:
-        opening = [{"role": "system", "content": args.system}] if args.system else []
+        opening = [{"role": "system", "content": typed(args.system)}] if args.system else []
         attached = cli_media.attachments(model, args)
         messages, media = list(opening), list(attached)
         while (line := _read_line()) is not None:
@@ -301,23 +359,23 @@ def _chat(args: argparse.Namespace) -> None:
             if line == "/reset":
                 messages, media = list(opening), list(attached)
             elif line.startswith(("/image ", "/audio ", "/video ")):
-                media += cli_media.attach_line(model, line, args, _say)
+                media += cli_media.attach_line(model, line, args, say)
             elif line == "/info":
-                print(model.info())
+                emit(str(model.info()))
             elif line.startswith("/"):
-                console.print(_HELP, style="dim")
+                out.print(_HELP, style="dim")
             elif line:
                 content = cli_media.with_media(line, media)
-                if _answer(model, messages, content, sequence, args, console):
+                if _answer(model, messages, content, sequence, args, out):
                     media = []
 
 
 def _detect(args: argparse.Namespace) -> None:
-    cli_media.run_detect(_load(args), args, _say)
+    cli_media.run_detect(_load(args), args, say)
 
 
 def _transcribe(args: argparse.Namespace) -> None:
-    cli_media.run_transcribe(_load(args), args, _say)
+    cli_media.run_transcribe(_load(args), args, say)
 
 
 def _read_line() -> str | None:
@@ -333,9 +391,9 @@ def _answer(
     content: Any,
     sequence: Any,
     args: argparse.Namespace,
-    console: Console,
+    out: Console,
 ) -> bool:
-    """One turn; on an error or Ctrl-C the conversation goes on with what was said so far. False if it did not fit."""
+    """One turn; on an error or Ctrl-C the conversation goes on with what was said so far. False after an error."""
     from gemma4.errors import CapacityError
 
     asked = [*messages, {"role": "user", "content": content}]
@@ -343,16 +401,21 @@ def _answer(
     try:
         stream = model.stream(asked, sequence=sequence, **options)
     except CapacityError as error:
-        _say(f"error: {_one_line(error)} /reset starts afresh.")
+        say(f"error: {_one_line(error)} /reset starts afresh.")
+        return False
+    except (ValueError, NotImplementedError) as error:  # a template that refuses the message, say
+        say(f"error: {_one_line(error)}")
         return False
     try:
         for piece in stream:
-            console.print(Text(piece, style="dim" if piece.channel == "thinking" else ""), end="")
+            out.print(styled(piece, out, "dim" if piece.channel == "thinking" else ""), end="")
     except KeyboardInterrupt:
         stream.close()
-        console.print(" (stopped)", style="dim", end="")
-    console.print()
+        out.print(" (stopped)", style="dim", end="")
+    out.print()
     for call in stream.result.tool_calls:
-        console.print(Text(f"{call.name}({call.arguments})", style="cyan"))
+        out.print(styled(f"{call.name}({call.arguments})", out, "cyan"))
+    for text in stream.result.malformed:
+        out.print(styled(f"a tool call that could not be read: {text}", out, "yellow"))
     messages[:] = [*asked, {"role": "assistant", "content": stream.result.text}]
     return True

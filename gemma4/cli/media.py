@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma4.cli.terminal import emit, status
 from gemma4.files import free_name, write_file
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def run_detect(model: Model, args: argparse.Namespace, say: Callable[[str], None
     height, width = pixels.shape[:2]
     for one in found:
         numbers = " ".join(str(round(value)) for value in one.pixels(height, width))
-        print(f"{'box' if one.box else 'point'}\t{numbers}\t{one.label}", flush=True)
+        emit(f"{'box' if one.box else 'point'}\t{numbers}\t{one.label}")
     if found:
         output = args.output or free_name(f"{args.image.stem}-boxes.png")
         _save(draw_boxes(pixels, found), output, args.force, (args.image, *model.checkpoint.inputs))
@@ -138,19 +138,19 @@ def run_transcribe(model: Model, args: argparse.Namespace, say: Callable[[str], 
     def on_start(i: int, n: int, segment: Segment) -> None:
         if i == 0 and n > 1:
             say(f"{args.audio}: longer than 30 s, cut at pauses into {n} parts")
-        if n > 1 and sys.stderr.isatty():
-            print(f"\r{_span(segment)}  part {i + 1} of {n} ", end="", file=sys.stderr, flush=True)
+        if n > 1:
+            status(f"{_span(segment)}  part {i + 1} of {n}")
 
     languages = {"source": args.source, "target": args.target}
     for passage in transcribe(model, args.audio, on_start=on_start, max_tokens=args.max_tokens, **languages):
-        if passage.count > 1 and sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if passage.count > 1:
+            status("")
         if passage.segment.silent:
             say(f"{_span(passage.segment)}: silence")
             continue
         if args.target and not passage.translation:
             say(f"{_span(passage.segment)}: the model gave no translation; this is its answer")
-        print(passage.translation or passage.text, flush=True)
+        emit(passage.translation or passage.text)
         if not passage.segment.in_pause:
             say(f"{_span(passage.segment)}: no pause to cut at; a word at the end may be torn")
 

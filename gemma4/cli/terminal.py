@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command writes, and where to.
+
+Model output, file names, templates and tensor names come from strangers, and a terminal obeys control characters. So
+on a terminal they are shown ("\\x1b"), never sent; a pipe or a file gets the text as it is. What a stream's encoding
+cannot say is written as an escape, too, instead of ending the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from io import TextIOWrapper
+from typing import TextIO
+
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderableType, RenderHook, RenderResult
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.text import Text
+
+# C0 without newline and tab, DEL, C1; what turns the direction of writing; lone surrogates
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def shown(text: str) -> str:
+    """The text with control characters as escapes ("\\x1b", "\\r", "\\u202e"); newlines and tabs stay."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def emit(text: str, end: str = "\n", stream: TextIO | None = None) -> None:
+    """Print to stdout (or `stream`), at once."""
+    out = stream or sys.stdout
+    print(shown(text) if out.isatty() else text, end=end, file=out, flush=True)
+
+
+def typed(text: str) -> str:
+    """An argument that is text, not a path: UTF-8 also where the locale says that there are only ASCII characters."""
+    try:
+        return os.fsencode(text).decode("utf-8") if _SURROGATE.search(text) else text
+    except UnicodeError:
+        return text
+
+
+def say(text: str) -> None:
+    """A line for the person who runs the command, on stderr."""
+    emit(f"gemma4: {text}", stream=sys.stderr)
+
+
+def status(text: str) -> None:
+    """A line on stderr that the next one replaces, "" to take it away; only for a terminal."""
+    if sys.stderr.isatty():
+        print("\r\x1b[K" + shown(text), end="", file=sys.stderr, flush=True)
+
+
+def console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
+    """Styled output. Piped, it is a log: wide enough that tables do not wrap."""
+    stream = sys.stderr if stderr else sys.stdout
+    made = Console(file=stream, width=None if stream.isatty() else 120, highlight=False, soft_wrap=soft_wrap)
+    if made.is_terminal:
+        made.push_render_hook(_ShowControls())
+    return made
+
+
+def styled(text: str, console: Console, style: str = "") -> Text:
+    """Text for a console of `console()`, whatever is in it."""
+    return Text(shown(text) if console.is_terminal else text, style=style)
+
+
+class _ShowControls(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(renderable) for renderable in renderables]
+
+
+class _Shown:
+    """A renderable, its text as `shown` has it; the console's own control codes pass."""
+
+    def __init__(self, renderable: RenderableType) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self._renderable, options):
+            yield segment if segment.control else Segment(shown(segment.text), segment.style)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._renderable)
+
+
+@contextlib.contextmanager
+def streams() -> Iterator[None]:
+    """Standard streams that never fail on a character, and warnings as one line each, while the command runs."""
+    before = [(stream, stream.errors) for stream in _text_streams(sys.stdout, sys.stderr)]
+    for stream, errors in before:
+        if errors in ("strict", "surrogateescape"):  # the latter where the locale is C
+            stream.reconfigure(errors="backslashreplace")
+    for stream in _text_streams(sys.stdin):
+        if stream.encoding.lower().replace("-", "") in ("ascii", "usascii", "ansi_x3.41968", "646"):
+            stream.reconfigure(encoding="utf-8")  # a terminal sends it whatever the locale says
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: say(f"warning: {' '.join(str(message).split())}")
+            yield
+    finally:
+        for stream, errors in before:
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
+
+
+def _text_streams(*streams: object) -> list[TextIOWrapper]:
+    return [stream for stream in streams if isinstance(stream, TextIOWrapper)]  # not those that a test put there
