@@ -19,7 +19,8 @@
 /* ---- configuration -------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    int window;     /* keys a query may see, itself included; 0: all (a global layer) */
+    int window;     /* keys up to its own that a query may see, itself included; 0: all (a global layer) */
+    int ahead;      /* keys after its own that it may see, as far as its run's `ends` go; 0: none (causal) */
     int head_dim;   /* h */
     int n_kv_heads; /* K */
     int d_mlp;      /* F */
@@ -29,7 +30,7 @@ typedef struct {
     int rope;       /* which of the rotary tables */
 } g4_layer_config;
 
-enum { G4_MAX_ROPES = 4, G4_MAX_DIMS = 4, G4_MAX_HEAD_DIM = 1 << 14 };
+enum { G4_MAX_ROPES = 4, G4_MAX_DIMS = 4, G4_MAX_HEAD_DIM = 1 << 14, G4_WHOLE_STRETCH = 1 << 30 /* of `ahead` */ };
 
 typedef struct {
     int d_model, n_layers, n_heads, d_vocab; /* D, L, H, V */
@@ -37,9 +38,15 @@ typedef struct {
     int n_experts, top_k_experts, d_expert;  /* E, k, M */
     float rms_norm_eps, logit_softcap;       /* softcap 0: none */
     float embed_scale, ple_scale;            /* factors of the two tables' rows */
+    float attention_scale;                   /* factor of the products of queries and keys */
+    float attention_softcap;                 /* of those scores, before the mask; 0: none */
     int context_length;
-    bool bidirectional; /* in sliding layers, the positions of an image or a video frame see each other */
-    bool ple_on_disk;   /* the per-layer table lies in a file mapping: let go of its pages once rows were read */
+    bool q_norm, k_norm, v_norm; /* RMSNorm of each head's query, key, value (which has no gain) */
+    bool post_norms;             /* what attention and MLP add to the residual stream is normed before */
+    bool layer_scalar;           /* a layer multiplies the stream at its end */
+    bool unit_gains;             /* norms store w and multiply by 1 + w; folded when tensors are bound */
+    bool tied;                   /* the head is the embedding table: there is no lm_head.weight */
+    bool ple_on_disk; /* the per-layer table lies in a file mapping: let go of its pages once rows were read */
     int n_ropes;
     int rope_half[G4_MAX_ROPES];              /* h / 2 */
     const float *rope_inv_freq[G4_MAX_ROPES]; /* [h / 2], copied by g4_model_new */
@@ -64,6 +71,11 @@ typedef struct {
     int n_threads; /* 0: g4_cpu_count of base/cpu.h */
     bool fast; /* precision "fast": other orders of addition, x in fewer bits; else the same bits on every machine */
 } g4_model_options;
+
+/* Every tensor that the config calls for, in the order of the table (model/text/weights.c). Experts' gate and up may also
+ * come apart (`experts.gate_proj`, `experts.up_proj`). */
+typedef void (*g4_tensor_fn)(void *context, const char *name, const int64_t *shape, int n_dims);
+void g4_text_tensors(const g4_config *config, g4_tensor_fn each, void *context);
 
 g4_status g4_model_new(const g4_config *config, const g4_named_tensor *tensors, size_t n_tensors,
                        const g4_model_options *options, g4_model **model, g4_error *err);
@@ -129,10 +141,6 @@ typedef struct {
 
 /* ---- the step --------------------------------------------------------------------------------------------------- */
 
-/* As a token: this row and below are embeddings of images or video frames; a contiguous run of them is one, which no
- * chunk divides and whose positions see each other where config.bidirectional says so. */
-enum { G4_IMAGE_ROW = -2 };
-
 typedef struct {
     g4_sequence *seq;
     int n_rows;
@@ -141,6 +149,9 @@ typedef struct {
     const int32_t *logits_rows; /* [n_logits] ascending rows of the run that want logits */
     int n_logits;
     float *logits; /* [n_logits, V] */
+    /* [n_rows] ascending, i < ends[i] <= n_rows: row i sees the run's rows before ends[i], as far as a layer's `ahead`
+     * goes (an image, whose positions see each other). No chunk ends inside such a stretch. NULL: causal. */
+    const int32_t *ends;
 } g4_run;
 
 typedef struct {

@@ -17,7 +17,8 @@ I32: TypeAlias = NDArray[np.int32]
 F64: TypeAlias = NDArray[np.float64]
 
 class LayerConfig(TypedDict):
-    window: int  # keys a query may see, itself included; 0 = all (a global layer)
+    window: int  # keys up to its own that a query may see, itself included; 0 = all (a global layer)
+    ahead: int  # keys after its own that it may see, as far as its run's `ends` go: 0 = none, 1 << 30 = all of them
     head_dim: int
     n_kv_heads: int
     d_mlp: int
@@ -38,7 +39,15 @@ class Config(TypedDict):
     ple_scale: float  # the same for the per-layer table
     # embed_tokens_per_layer lies in the mapping of a *file*: its pages are let go of (madvise) after rows were read
     ple_on_disk: bool
-    bidirectional: bool  # in sliding layers, the positions of an image or a video frame see each other
+    attention_scale: float  # factor of the products of queries and keys
+    attention_softcap: float  # of those scores, before the mask; 0 = none
+    q_norm: bool  # RMSNorm of each head's query, and so on
+    k_norm: bool
+    v_norm: bool  # without a gain
+    post_norms: bool  # what attention and MLP add to the residual stream is normed before
+    layer_scalar: bool  # a layer multiplies the residual stream at its end
+    unit_gains: bool  # norms are stored as w and multiply by 1 + w
+    tied: bool  # the head is the embedding table; else there is a tensor lm_head.weight
     context_length: int
     n_experts: int
     top_k_experts: int
@@ -52,12 +61,15 @@ class Config(TypedDict):
 # "IQ4_XS". Experts: "experts.gate_up_proj" [E, 2M, D], or "experts.gate_proj" and "experts.up_proj" [E, M, D].
 Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
 
-# sequence · token ids int32 [T] (or None; below 0: this position is an embedding; -2 and below: of an image or a video
-# frame, one for each contiguous run, which no chunk divides) · embeddings float32 [T, d_model] (or
+# sequence · token ids int32 [T] (or None; below 0: this position is an embedding) · embeddings float32 [T, d_model] (or
 # None; already scaled; the per-layer table's row is the pad token's, 0; rows that have a token are not read)
 # · positions within the run that want logits int32 [n] ascending (or None) · where the logits go float32 [n, d_vocab]
-# (or None)
-Run: TypeAlias = tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None]
+# (or None) · and, if some positions see later ones, ends int32 [T] ascending (or None): position i of the run sees
+# those before ends[i], i < ends[i] <= T, as far as each layer's `ahead` goes. No chunk divides such a stretch.
+Run: TypeAlias = (
+    tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None]
+    | tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None, I32 | None]
+)
 
 # Copy a site out: site id · layer (0 for model-wide sites) · run index · array · rows.
 #   array  C-contiguous float32 (int32 for expert ids) with the site's dims; "T" = number of rows kept, "S" = sequence
@@ -197,6 +209,9 @@ def cpu_info() -> dict[str, Any]:
     Levels: "scalar"; on x86-64 "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"; on Arm "neon",
     "neon_dotprod", "neon_i8mm". The best one is active, or the one that GEMMA4_ISA names.
     """
+
+def text_tensors(config: Config) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that the config calls for (csrc/model/text/weights.c has the table)."""
 
 def profile_ops() -> tuple[str, ...]:
     """Names of a profile's rows."""

@@ -127,8 +127,18 @@ class Core:
         """A text-model tensor as float32 (a copy), without the checkpoint's prefix: "layers.0.mlp.up_proj.weight"."""
         return self._rows(name, slice(None))
 
+    def gain(self, norm: str) -> F32:
+        """What a norm multiplies by, float32: `norm` as in "layers.0.input_layernorm" or "norm" (the last one).
+
+        The weight itself, or 1 + weight in models that store it so (Gemma 2 and 3 from Hugging Face).
+        """
+        weight = self.weight(f"{norm}.weight")
+        return weight + np.float32(1) if self.engine_config["unit_gains"] else weight
+
     def layer_scalar(self, layer: int) -> float:
-        """The number that block `layer` multiplies the residual stream by at its end."""
+        """The number that block `layer` multiplies the residual stream by at its end; 1 in models without one."""
+        if not self.engine_config["layer_scalar"]:
+            return 1.0
         return float(self._rows(f"layers.{layer}.layer_scalar", slice(0, 1))[0])
 
     def unembed(self, ids: NDArray[np.integer[Any]] | slice) -> F32:

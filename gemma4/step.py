@@ -94,10 +94,10 @@ class _Plan:
 
     def run(self) -> Run:
         sequence, soft = self.prompt.sequence._engine, self.prompt.soft
-        ids, embeddings = (self.prompt.ids, None) if soft is None else (soft.ids, soft.embeddings)
-        if not len(self.rows):
-            return sequence, ids, embeddings, None, None
-        return sequence, ids, embeddings, self.rows, self.logits
+        rows, logits = (self.rows, self.logits) if len(self.rows) else (None, None)
+        if soft is None:
+            return sequence, self.prompt.ids, None, rows, logits
+        return sequence, soft.ids, soft.embeddings, rows, logits, soft.ends
 
     def taps(self, model: Core) -> list[Tap]:
         edits: list[Tap] = [

@@ -175,6 +175,106 @@ def test_defaults_are_the_reference_class_s(model_type):
     assert parse_config({"model_type": model_type}) == parse_config(reference_class(model_type)().to_dict())
 
 
+EARLIER = {"gemma2": "Gemma2Config", "gemma3_text": "Gemma3TextConfig", "vaultgemma": "VaultGemmaConfig"}
+OLD_GEMMA3 = {
+    "rope_theta": 1_000_000,
+    "rope_local_base_freq": 10_000,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window_pattern": 6,
+}
+
+
+@pytest.mark.parametrize("model_type", EARLIER)
+def test_earlier_defaults_are_the_reference_class_s(model_type):
+    transformers = pytest.importorskip("transformers")
+    reference = getattr(transformers, EARLIER[model_type])
+    assert parse_config({"model_type": model_type}) == parse_config(reference().to_dict())
+
+
+def test_the_published_config_of_gemma_3_leaves_keys_out():
+    """4B: heads, head size and vocabulary are the class's; its query scale is not that of 27B."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    config = parse_config({"model_type": "gemma3", "text_config": text, "vision_config": {}, "eos_token_id": [1, 106]})
+    assert (config.n_heads, config.n_kv_heads[0], config.head_dim[0], config.d_vocab) == (8, 4, 256, 262208)
+    assert [i for i, kind in enumerate(config.layer_types) if kind == F] == [5, 11, 17, 23, 29]
+    assert config.attention_scale == 1 / 16 and config.eos_token_ids == (1, 106) and config.logit_softcap == 0
+    assert config.rope[F].factor == 8 and config.rope[F].theta == 1e6 and config.rope[S].theta == 1e4
+    assert all(layer["ahead"] for layer in config.engine()["layers"])
+    assert parse_config(text | {"query_pre_attn_scalar": 168}).attention_scale == 168**-0.5
+
+
+@pytest.mark.parametrize("pattern", ["sliding_window_pattern", "_sliding_window_pattern"])
+def test_both_dialects_of_gemma_3_agree(pattern):
+    transformers = pytest.importorskip("transformers")
+    old = {"model_type": "gemma3_text", "num_hidden_layers": 13} | OLD_GEMMA3
+    old[pattern] = old.pop("sliding_window_pattern")
+    new = transformers.Gemma3TextConfig(num_hidden_layers=13, **OLD_GEMMA3).to_dict()
+    assert new["rope_parameters"][F]["rope_type"] == "linear" and "rope_scaling" not in new
+    assert parse_config(old) == parse_config(new)
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0, 3.0])
+def test_linear_rope_frequencies(factor):
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    raw = OLD_GEMMA3 | {"rope_scaling": {"factor": factor, "rope_type": "linear"}}
+    engine = parse_config({"model_type": "gemma3_text", **raw}).engine()
+    reference = Gemma3RotaryEmbedding(transformers.Gemma3TextConfig(**raw))
+    for i, kind in ((0, S), (5, F)):
+        ours = engine["rope_inv_freq"][engine["layers"][i]["rope"]]
+        theirs = getattr(reference, f"{kind}_inv_freq").numpy()
+        assert np.all(np.abs(ours - theirs) <= 2 * np.spacing(theirs))  # of the power, and of the division
+
+
+@pytest.mark.parametrize("model_type", EARLIER)
+def test_earlier_tensors_are_the_reference_model_s(model_type):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    raw = {"num_hidden_layers": 7, "hidden_size": 32, "intermediate_size": 48, "vocab_size": 99, "head_dim": 8}
+    config = getattr(transformers, EARLIER[model_type])(**raw)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert text_tensors(parse_config(raw | {"model_type": model_type})) == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "values", "error", "words"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 0}, FormatError, "query_pre_attn_scalar"),
+        ("gemma2", {"query_pre_attn_scalar": None}, FormatError, "query_pre_attn_scalar"),
+        ("gemma2", {"attn_logit_softcapping": -1.0}, FormatError, "attn_logit_softcapping"),
+        ("gemma2", {"attn_logit_softcapping": "50"}, FormatError, "attn_logit_softcapping"),
+        ("gemma2", {"rope_parameters": ROPE}, FormatError, "one object for all layers"),
+        ("gemma2", {"rope_scaling": {"rope_type": "linear"}}, FormatError, "factor"),
+        ("gemma2", {"layer_types": [S]}, FormatError, "layer_types"),
+        ("gemma2", {"head_dim": 7}, FormatError, "head_dim"),
+        ("gemma2", {"num_key_value_heads": 3}, FormatError, "num_key_value_heads"),
+        ("gemma2", {"use_bidirectional_attention": True}, NotImplementedError, "use_bidirectional_attention"),
+        ("gemma2", {"attention_bias": True}, NotImplementedError, "attention_bias"),
+        ("gemma2", {"hidden_activation": "silu"}, NotImplementedError, "silu"),
+        ("gemma3_text", {"sliding_window": None}, FormatError, "sliding_window"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, FormatError, "sliding_window_pattern"),
+        ("gemma3_text", {"rope_parameters": {"rope_theta": 1e4}}, FormatError, "one entry per layer type"),
+        ("gemma3_text", {"rope_scaling": 8}, FormatError, "rope_parameters"),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 0}}, FormatError, "factor"),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "yarn", "factor": 8}}, NotImplementedError, "yarn"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, NotImplementedError, "embedding"),
+    ],
+)
+def test_bad_values_of_earlier_models(model_type, values, error, words):
+    with pytest.raises(error, match=words):
+        parse_config({"model_type": model_type} | values)
+
+
+def test_no_window_is_needed_where_every_layer_is_global():
+    config = parse_config({"model_type": "gemma3_text", "sliding_window": None, "layer_types": [F] * 26})
+    assert {layer["window"] for layer in config.engine()["layers"]} == {0}
+
+
 def test_last_layer_is_global():
     raw = SMALL | {"layer_types": [S] * 6}
     assert parse_config(raw).layer_types == (S, S, S, S, S, F)
@@ -365,7 +465,7 @@ def test_not_a_config(raw):
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"model_type": "gemma3"}, "gemma3"),
+        ({"model_type": "gemma3n"}, "gemma3n"),
         ({"model_type": "gemma4_assistant"}, "gemma4_assistant"),
         ({"model_type": 4, "architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
         (change(attention_bias=True), "attention_bias"),

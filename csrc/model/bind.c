@@ -36,11 +36,11 @@ const g4_named_tensor *g4_binder_find(const g4_binder *b, const char *name)
     return found ? *found : NULL;
 }
 
-static int expected_shape(const g4_binder *b, const char *axes, int layer, int64_t shape[G4_MAX_DIMS])
+int g4_bind_shape(const g4_binder *b, const g4_bind_row *row, int layer, int64_t shape[G4_MAX_DIMS])
 {
     int n = 0;
     shape[0] = 1;
-    for (; *axes; axes++) {
+    for (const char *axes = row->axes; *axes; axes++) {
         if (*axes == ' ')
             shape[++n] = 1;
         else if (*axes >= '0' && *axes <= '9')
@@ -134,7 +134,8 @@ static g4_status bind_matrix(g4_binder *b, const char *name, const int64_t *shap
     return G4_OK;
 }
 
-static g4_status bind_vector(g4_binder *b, const char *name, const int64_t *shape, int n_dims, void *member)
+static g4_status bind_vector(g4_binder *b, const char *name, const int64_t *shape, int n_dims, float offset,
+                             void *member)
 {
     const g4_named_tensor *t = NULL;
     size_t n = 1;
@@ -142,6 +143,8 @@ static g4_status bind_vector(g4_binder *b, const char *name, const int64_t *shap
         n *= (size_t)shape[i];
     G4_TRY(find_checked(b, name, shape, n_dims, true, &t));
     float *values = copy_vector(b, t, n);
+    for (size_t i = 0; values && offset != 0 && i < n; i++)
+        values[i] += offset;
     memcpy(member, &values, sizeof values);
     return values ? G4_OK : G4_ENOMEM;
 }
@@ -154,7 +157,7 @@ static g4_status bind_scalar(g4_binder *b, const char *stem, const char *part, f
     const g4_named_tensor *t = g4_binder_find(b, name);
     const float *copy;
     int64_t shape[] = {1};
-    G4_TRY(bind_vector(b, name, shape, t && t->n_dims == 0 ? 0 : 1, &copy));
+    G4_TRY(bind_vector(b, name, shape, t && t->n_dims == 0 ? 0 : 1, 0, &copy));
     *value = *copy;
     return G4_OK;
 }
@@ -178,10 +181,11 @@ static g4_status bind_clipped(g4_binder *b, const char *stem, const int64_t *sha
 g4_status g4_bind(g4_binder *b, const g4_bind_row *row, const char *name, int layer, void *owner)
 {
     int64_t shape[G4_MAX_DIMS];
-    int n_dims = expected_shape(b, row->axes, layer, shape);
+    int n_dims = g4_bind_shape(b, row, layer, shape);
     void *member = (char *)owner + row->offset;
     switch (row->kind) {
-    case G4_BIND_VECTOR: return bind_vector(b, name, shape, n_dims, member);
+    case G4_BIND_VECTOR: return bind_vector(b, name, shape, n_dims, 0, member);
+    case G4_BIND_GAIN: return bind_vector(b, name, shape, n_dims, b->unit_gains ? 1 : 0, member);
     case G4_BIND_CLIPPED: return bind_clipped(b, name, shape, n_dims, row->op, member);
     default: return bind_matrix(b, name, shape, n_dims, row->op, member);
     }

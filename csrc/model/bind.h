@@ -12,6 +12,7 @@
 typedef enum {
     G4_BIND_MATRIX, /* g4_matrix: a view; the last axis is the row, the others are its number */
     G4_BIND_VECTOR, /* const float *: a float32 copy, of any number of axes */
+    G4_BIND_GAIN,   /* the same of a norm, 1 added to each value if the config stores gains so */
     G4_BIND_CLIPPED /* g4_clipped: NAME.linear.weight, and bounds NAME.input_min … if the config has them */
 } g4_bind_kind;
 
@@ -37,7 +38,8 @@ typedef int64_t (*g4_letter_fn)(const void *config, int layer, char letter);
 typedef struct {
     const void *config;
     g4_letter_fn letter;
-    bool clipped; /* G4_BIND_CLIPPED rows have bounds */
+    bool clipped;    /* G4_BIND_CLIPPED rows have bounds */
+    bool unit_gains; /* G4_BIND_GAIN rows hold w of 1 + w */
     const g4_named_tensor **sorted;
     size_t n_tensors;
     g4_arena *arena;          /* of the float32 copies */
@@ -49,6 +51,9 @@ typedef struct {
 /* Fills `sorted`; release it with g4_binder_close. */
 g4_status g4_binder_open(g4_binder *b, const g4_named_tensor *tensors, size_t n_tensors);
 void g4_binder_close(g4_binder *b);
+
+/* The shape that a row calls for; returns the number of axes. */
+int g4_bind_shape(const g4_binder *b, const g4_bind_row *row, int layer, int64_t shape[G4_MAX_DIMS]);
 
 /* NULL if there is none of that name. */
 const g4_named_tensor *g4_binder_find(const g4_binder *b, const char *name);

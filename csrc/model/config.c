@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "model/config.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,6 +19,7 @@ static g4_status check_layer(const g4_config *c, int i, g4_error *err)
     G4_TRY(check_range("layer n_kv_heads", layer->n_kv_heads, 1, c->n_heads, err));
     G4_TRY(check_range("layer d_mlp", layer->d_mlp, 1, 1 << 20, err));
     G4_TRY(check_range("layer window", layer->window, 0, 1 << 30, err));
+    G4_TRY(check_range("layer ahead", layer->ahead, 0, G4_WHOLE_STRETCH, err));
     G4_TRY(check_range("layer kv_source", layer->kv_source, 0, i, err));
     G4_TRY(check_range("layer rope", layer->rope, 0, c->n_ropes - 1, err));
     if (c->n_heads % layer->n_kv_heads)
@@ -54,9 +56,32 @@ g4_status g4_config_check(const g4_config *c, g4_error *err)
     if (!(c->rms_norm_eps >= 0 && c->rms_norm_eps < 1) || !(c->logit_softcap >= 0) || !(c->embed_scale > 0))
         return g4_fail(err, G4_EVALUE, "config: rms_norm_eps %g, logit_softcap %g or embed_scale %g out of range",
                        (double)c->rms_norm_eps, (double)c->logit_softcap, (double)c->embed_scale);
+    if (!(c->attention_scale > 0 && c->attention_scale < INFINITY) ||
+        !(c->attention_softcap >= 0 && c->attention_softcap < INFINITY))
+        return g4_fail(err, G4_EVALUE, "config: attention_scale %g or attention_softcap %g out of range",
+                       (double)c->attention_scale, (double)c->attention_softcap);
     for (int i = 0; i < c->n_layers; i++)
         G4_TRY(check_layer(c, i, err));
     return G4_OK;
+}
+
+int64_t g4_config_size(const g4_config *c, int layer, char letter)
+{
+    switch (letter) {
+    case 'D': return c->d_model;
+    case 'V': return c->d_vocab;
+    case 'W': return c->d_vocab_ple;
+    case 'L': return c->n_layers;
+    case 'P': return c->d_ple;
+    case 'H': return c->n_heads;
+    case 'K': return c->layers[layer].n_kv_heads;
+    case 'h': return c->layers[layer].head_dim;
+    case 'F': return c->layers[layer].d_mlp;
+    case 'E': return c->n_experts;
+    case 'k': return c->top_k_experts;
+    case 'M': return c->d_expert;
+    default: return 1;
+    }
 }
 
 static void *copy_bytes(const void *from, size_t n_bytes)

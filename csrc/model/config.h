@@ -16,6 +16,10 @@ static inline bool g4_computes_kv(const g4_config *config, int layer)
     return config->layers[layer].kv_source == layer;
 }
 
+/* How long an axis is that a letter stands for (base/tensor.h): one list for shapes of tensors and of sites. Of a letter
+ * that names no size of the model, 1. */
+int64_t g4_config_size(const g4_config *config, int layer, char letter);
+
 /* The last layer that computes keys and values: above it, only positions that somebody wants need be computed. */
 int g4_last_kv_layer(const g4_config *config);
 

@@ -8,6 +8,11 @@ typedef enum {
     LAYER,
     KV,
     VPROJ,
+    QNORM,
+    KNORM,
+    VNORM,
+    POST,
+    SCALAR,
     PLE_MODEL,
     PLE,
     MOE,
@@ -48,6 +53,11 @@ bool g4_site_is_per_layer(g4_site site)
     case LAYER:
     case KV:
     case VPROJ:
+    case QNORM:
+    case KNORM:
+    case VNORM:
+    case POST:
+    case SCALAR:
     case PLE:
     case MOE:
     case VISION_LAYER:
@@ -68,6 +78,11 @@ bool g4_site_exists(const g4_config *config, g4_site site, int layer)
     switch (sites[site].when) {
     case KV: return g4_computes_kv(config, layer);
     case VPROJ: return g4_computes_kv(config, layer) && !config->layers[layer].k_eq_v;
+    case QNORM: return config->q_norm;
+    case KNORM: return config->k_norm && g4_computes_kv(config, layer);
+    case VNORM: return config->v_norm && g4_computes_kv(config, layer);
+    case POST: return config->post_norms;
+    case SCALAR: return config->layer_scalar;
     case PLE_MODEL:
     case PLE: return config->d_ple > 0;
     case MOE: return config->layers[layer].moe;
@@ -76,32 +91,12 @@ bool g4_site_exists(const g4_config *config, g4_site site, int layer)
     }
 }
 
-static int64_t axis_size(const g4_config *c, const g4_layer_config *layer, char letter, int n_rows, int n_keys)
-{
-    switch (letter) {
-    case 'T': return n_rows;
-    case 'S': return n_keys;
-    case 'D': return c->d_model;
-    case 'V': return c->d_vocab;
-    case 'L': return c->n_layers;
-    case 'P': return c->d_ple;
-    case 'H': return c->n_heads;
-    case 'K': return layer->n_kv_heads;
-    case 'h': return layer->head_dim;
-    case 'F': return layer->d_mlp;
-    case 'E': return c->n_experts;
-    case 'k': return c->top_k_experts;
-    case 'M': return c->d_expert;
-    default: return 1;
-    }
-}
-
 int g4_site_shape(const g4_config *config, g4_site site, int layer, int n_rows, int n_keys, int64_t shape[G4_MAX_DIMS])
 {
     const char *dims = sites[site].dims;
     int n_dims = (int)strlen(dims);
     for (int i = 0; i < n_dims; i++)
-        shape[i] = axis_size(config, &config->layers[layer], dims[i], n_rows, n_keys);
+        shape[i] = dims[i] == 'T' ? n_rows : dims[i] == 'S' ? n_keys : g4_config_size(config, layer, dims[i]);
     return n_dims;
 }
 

@@ -20,9 +20,10 @@ typedef struct {
     const g4_step_options *options;
     g4_arena *arena;
     g4_error *err;
-    int *start;  /* [n_runs] lengths before the step */
-    int *done;   /* [n_runs] rows finished */
-    bool *whole; /* [n_runs] never cut: an edit sees all rows of the run at once */
+    int *start;       /* [n_runs] lengths before the step */
+    int *done;        /* [n_runs] rows finished */
+    bool *whole;      /* [n_runs] never cut: an edit sees all rows of the run at once */
+    bool looks_ahead; /* some run has ends, and some layer goes by them */
 } step;
 
 /* ---- checks --------------------------------------------------------------------------------------------------------- */
@@ -42,6 +43,15 @@ static g4_status check_tokens(const g4_model *model, const g4_run *run, int r, g
     return G4_OK;
 }
 
+static g4_status check_ends(const g4_run *run, int r, g4_error *err)
+{
+    for (int i = 0; run->ends && i < run->n_rows; i++)
+        if (run->ends[i] <= i || run->ends[i] > run->n_rows || (i && run->ends[i] < run->ends[i - 1]))
+            return g4_fail(err, G4_EVALUE, "run %d: row %d sees rows before %d: expected ascending ends, here %d to %d",
+                           r, i, run->ends[i], i + 1, run->n_rows);
+    return G4_OK;
+}
+
 static g4_status check_run(const step *s, int r)
 {
     const g4_run *run = &s->runs[r];
@@ -50,6 +60,7 @@ static g4_status check_run(const step *s, int r)
     if (run->seq->model != s->model)
         return g4_fail(s->err, G4_EVALUE, "the sequence of run %d belongs to another model", r);
     G4_TRY(check_tokens(s->model, run, r, s->err));
+    G4_TRY(check_ends(run, r, s->err));
     if (run->n_logits && s->options->stop_at_layer >= 0)
         return g4_fail(s->err, G4_EVALUE, "run %d wants logits, but the step stops at layer %d", r,
                        s->options->stop_at_layer);
@@ -90,23 +101,22 @@ static g4_status check(const step *s)
 
 /* ---- chunks --------------------------------------------------------------------------------------------------------- */
 
-/* Whether rows row - 1 and row of a run belong to one image (or frame) whose positions see each other. */
-static bool is_inside_image(const step *s, int r, int row)
+/* Whether some row before `row` of the run sees it or a later one. */
+static bool is_inside_stretch(const step *s, int r, int row)
 {
-    const g4_run *run = &s->runs[r];
-    return s->model->config.bidirectional && run->tokens && row > 0 && row < run->n_rows &&
-           run->tokens[row - 1] <= G4_IMAGE_ROW && run->tokens[row] <= G4_IMAGE_ROW;
+    const int32_t *ends = s->runs[r].ends;
+    return s->looks_ahead && ends && row > 0 && ends[row - 1] > row;
 }
 
-/* At most n of the rows from `done` on, so that no image is cut: fewer, or, if the chunk holds nothing yet, the whole of
- * the image that comes first. */
-static int whole_images(const step *s, int r, int n, bool is_first)
+/* At most n of the rows from `done` on, so that no stretch is cut: fewer, or, if the chunk holds nothing yet, the whole of
+ * the stretch that comes first. */
+static int whole_stretches(const step *s, int r, int n, bool is_first)
 {
     const int done = s->done[r];
     int fewer = n, more = n;
-    while (fewer > 0 && is_inside_image(s, r, done + fewer))
+    while (fewer > 0 && is_inside_stretch(s, r, done + fewer))
         fewer--;
-    while (is_inside_image(s, r, done + more))
+    while (is_inside_stretch(s, r, done + more))
         more++;
     return fewer > 0 || !is_first ? fewer : more;
 }
@@ -136,7 +146,7 @@ static int plan_chunk(const step *s, int *take)
         if (s->whole[r])
             take[r] = n_rows == 0 || left <= room ? left : 0;
         else
-            take[r] = whole_images(s, r, left < room ? left : room, n_rows == 0);
+            take[r] = whole_stretches(s, r, left < room ? left : room, n_rows == 0);
         n_rows += take[r];
     }
     return n_rows;
@@ -161,7 +171,7 @@ static g4_status alloc_rows(g4_forward *f, const step *s, int32_t **tokens, cons
     G4_ALLOC(&f->exec, f->segments, (size_t)s->n_runs);
     G4_ALLOC(&f->exec, f->segment_of_run, (size_t)s->n_runs);
     G4_ALLOC(&f->exec, f->positions, n);
-    if (f->config->bidirectional)
+    if (s->looks_ahead)
         G4_ALLOC(&f->exec, f->ends, n);
     G4_ALLOC(&f->exec, f->row_in_run, n);
     G4_ALLOC(&f->exec, f->logits_slot, n);
@@ -169,16 +179,6 @@ static g4_status alloc_rows(g4_forward *f, const step *s, int32_t **tokens, cons
     G4_ALLOC(&f->exec, *tokens, n);
     G4_ALLOC(&f->exec, *embeddings, n);
     return G4_OK;
-}
-
-/* Up to which position each row of a segment sees: the end of its image, or its own. */
-static void fill_ends(g4_forward *f, const step *s, int r, int first_row, int n)
-{
-    for (int i = n - 1; i >= 0; i--) {
-        const int row = first_row + i;
-        const bool goes_on = i + 1 < n && is_inside_image(s, r, s->done[r] + i + 1);
-        f->ends[row] = goes_on ? f->ends[row + 1] : f->positions[row] + 1;
-    }
 }
 
 static void fill_segment(g4_forward *f, const step *s, int r, int first_row, int n, int32_t *tokens,
@@ -197,9 +197,9 @@ static void fill_segment(g4_forward *f, const step *s, int r, int first_row, int
         /* positions that are given as embeddings read the pad token's row of the per-layer table */
         tokens[row] = is_soft ? 0 : run->tokens[in_run];
         embeddings[row] = is_soft ? run->embeddings + (size_t)in_run * (size_t)f->config->d_model : NULL;
+        if (f->ends)
+            f->ends[row] = s->start[r] + (run->ends ? run->ends[in_run] : in_run + 1);
     }
-    if (f->ends)
-        fill_ends(f, s, r, first_row, n);
 }
 
 static g4_status run_chunk(step *s, const int *take, int n_rows)
@@ -258,6 +258,16 @@ static g4_status run_chunks(step *s)
 
 /* ---- the step ------------------------------------------------------------------------------------------------------- */
 
+static bool looks_ahead(const step *s)
+{
+    bool has_ends = false, goes_by_them = false;
+    for (int r = 0; r < s->n_runs; r++)
+        has_ends |= s->runs[r].ends != NULL;
+    for (int layer = 0; layer < s->model->config.n_layers; layer++)
+        goes_by_them |= s->model->config.layers[layer].ahead > 0;
+    return has_ends && goes_by_them;
+}
+
 static g4_status prepare(step *s)
 {
     g4_exec exec = {.arena = s->arena, .err = s->err};
@@ -276,6 +286,7 @@ static g4_status prepare(step *s)
     }
     for (int t = 0; t < s->n_taps; t++)
         s->whole[s->taps[t].run] |= s->taps[t].edit != NULL;
+    s->looks_ahead = looks_ahead(s);
     return G4_OK;
 }
 

@@ -45,7 +45,8 @@ int engine_read_bool(PyObject *dict, const char *key, bool *out)
 
 static int read_layer(PyObject *dict, g4_layer_config *layer)
 {
-    return engine_read_int(dict, "window", &layer->window) || engine_read_int(dict, "head_dim", &layer->head_dim) ||
+    return engine_read_int(dict, "window", &layer->window) || engine_read_int(dict, "ahead", &layer->ahead) ||
+           engine_read_int(dict, "head_dim", &layer->head_dim) ||
            engine_read_int(dict, "n_kv_heads", &layer->n_kv_heads) || engine_read_int(dict, "d_mlp", &layer->d_mlp) ||
            engine_read_int(dict, "kv_source", &layer->kv_source) || engine_read_int(dict, "rope", &layer->rope) ||
            engine_read_bool(dict, "k_eq_v", &layer->k_eq_v) || engine_read_bool(dict, "moe", &layer->moe);
@@ -115,8 +116,13 @@ int engine_config_read(PyObject *dict, config_holder *holder)
         engine_read_float(dict, "logit_softcap", &c->logit_softcap) ||
         engine_read_float(dict, "embed_scale", &c->embed_scale) ||
         engine_read_float(dict, "ple_scale", &c->ple_scale) || engine_read_bool(dict, "ple_on_disk", &c->ple_on_disk) ||
-        engine_read_bool(dict, "bidirectional", &c->bidirectional) || read_layers(dict, holder) ||
-        read_ropes(dict, holder)) {
+        engine_read_float(dict, "attention_scale", &c->attention_scale) ||
+        engine_read_float(dict, "attention_softcap", &c->attention_softcap) ||
+        engine_read_bool(dict, "q_norm", &c->q_norm) || engine_read_bool(dict, "k_norm", &c->k_norm) ||
+        engine_read_bool(dict, "v_norm", &c->v_norm) || engine_read_bool(dict, "post_norms", &c->post_norms) ||
+        engine_read_bool(dict, "layer_scalar", &c->layer_scalar) ||
+        engine_read_bool(dict, "unit_gains", &c->unit_gains) || engine_read_bool(dict, "tied", &c->tied) ||
+        read_layers(dict, holder) || read_ropes(dict, holder)) {
         engine_config_release(holder);
         return -1;
     }

@@ -15,16 +15,17 @@ typedef struct {
 
 static int read_run(step_args *s, PyObject *tuple, g4_run *run)
 {
-    PyObject *sequence, *tokens, *embeddings, *rows, *logits;
+    PyObject *sequence, *tokens, *embeddings, *rows, *logits, *ends = Py_None;
     const g4_config *config = g4_model_config(s->model->model);
-    int n_tokens, n_logits;
+    int n_tokens, n_logits, n_ends;
     int32_t *ints;
     if (!PyTuple_Check(tuple)) {
-        PyErr_SetString(PyExc_TypeError, "a run is a tuple (sequence, tokens, embeddings, logits_rows, logits)");
+        PyErr_SetString(PyExc_TypeError, "a run is a tuple (sequence, tokens, embeddings, logits_rows, logits, ends)");
         return -1;
     }
-    if (!PyArg_ParseTuple(tuple, "O!OOOO;a run is (sequence, tokens, embeddings, logits_rows, logits)",
-                          engine_sequence_type((PyObject *)s->model), &sequence, &tokens, &embeddings, &rows, &logits))
+    if (!PyArg_ParseTuple(tuple, "O!OOOO|O;a run is (sequence, tokens, embeddings, logits_rows, logits, ends)",
+                          engine_sequence_type((PyObject *)s->model), &sequence, &tokens, &embeddings, &rows, &logits,
+                          &ends))
         return -1;
     run->seq = ((sequence_object *)sequence)->seq;
     if (!run->seq) {
@@ -44,6 +45,13 @@ static int read_run(step_args *s, PyObject *tuple, g4_run *run)
             return -1;
         run->embeddings = PyArray_DATA(array);
         run->n_rows = (int)PyArray_DIM(array, 0);
+    }
+    if (engine_copy_ints(ends, "ends", &ints, &n_ends))
+        return -1;
+    run->ends = ints;
+    if (ints && n_ends != run->n_rows) {
+        PyErr_Format(PyExc_ValueError, "ends: %d of them for %d rows", n_ends, run->n_rows);
+        return -1;
     }
     if (engine_copy_ints(rows, "logits_rows", &ints, &n_logits))
         return -1;
@@ -104,6 +112,7 @@ static void release_args(step_args *s)
     for (int i = 0; i < s->n_runs; i++) {
         PyMem_Free((void *)s->runs[i].tokens);
         PyMem_Free((void *)s->runs[i].logits_rows);
+        PyMem_Free((void *)s->runs[i].ends);
     }
     PyMem_Free(s->runs);
     Py_XDECREF(s->run_tuple);

@@ -125,7 +125,7 @@ static void test_taps(fixture *f, const float *expected)
     int n_edits = 0;
     g4_model *model = new_model(f, 2);
     g4_sequence *seq = new_sequence(model);
-    g4_run run = {seq, N_TOKENS, tokens, NULL, all_rows, N_TOKENS, logits};
+    g4_run run = {seq, N_TOKENS, tokens, NULL, all_rows, N_TOKENS, logits, NULL};
     g4_tap taps[] = {{.site = G4_SITE_RESID_POST, .layer = 5, .dest = resid, .n_dest_rows = N_TOKENS},
                      {.site = G4_SITE_PATTERN, .layer = 4, .dest = pattern, .n_dest_rows = N_TOKENS}};
     g4_step_options options = {.stop_at_layer = -1, .max_chunk = 9};
@@ -158,7 +158,7 @@ static void test_errors(fixture *f)
     g4_error err = {0};
     g4_model *model = new_model(f, 2), *broken = NULL;
     g4_sequence *seq = new_sequence(model);
-    g4_run run = {seq, N_TOKENS, tokens, NULL, all_rows, N_TOKENS, logits};
+    g4_run run = {seq, N_TOKENS, tokens, NULL, all_rows, N_TOKENS, logits, NULL};
     g4_run twice[] = {run, run};
     g4_step_options options = {.stop_at_layer = -1, .poll = always};
     CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_ECANCELLED);

@@ -69,6 +69,7 @@ void fixture_init(fixture *f)
     for (int i = 0; i < LAYERS; i++) {
         bool global = i % 3 == 2;
         f->layers[i] = (g4_layer_config){.window = global ? 0 : 5,
+                                         .ahead = global ? 0 : G4_WHOLE_STRETCH,
                                          .head_dim = global ? 24 : 12,
                                          .n_kv_heads = global ? 1 : 2,
                                          .d_mlp = i < 4 ? 30 : 60,
@@ -95,6 +96,13 @@ void fixture_init(fixture *f)
                             .logit_softcap = 30,
                             .embed_scale = 6.3f,
                             .ple_scale = 2.8f,
+                            .attention_scale = 1,
+                            .q_norm = true,
+                            .k_norm = true,
+                            .v_norm = true,
+                            .post_norms = true,
+                            .layer_scalar = true,
+                            .tied = true,
                             .context_length = 512,
                             .n_ropes = 2,
                             .rope_half = {6, 12},

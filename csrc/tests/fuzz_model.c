@@ -69,6 +69,15 @@ static void make_config(reader *r, fixture *f)
                      .logit_softcap = below(r, 2) ? 30.0f : 0,
                      .embed_scale = (float)mostly(r, 4),
                      .ple_scale = 2,
+                     .attention_scale = (float)mostly(r, 1),
+                     .attention_softcap = below(r, 2) ? (float)mostly(r, 5) : 0,
+                     .q_norm = below(r, 4) > 0,
+                     .k_norm = below(r, 4) > 0,
+                     .v_norm = below(r, 4) > 0,
+                     .post_norms = below(r, 4) > 0,
+                     .layer_scalar = below(r, 4) > 0,
+                     .unit_gains = below(r, 2),
+                     .tied = below(r, 4) > 0,
                      .context_length = mostly(r, 64),
                      .n_ropes = mostly(r, 1),
                      .rope_half = {half, half, half, half},
@@ -79,6 +88,7 @@ static void make_config(reader *r, fixture *f)
         c->rope_inv_freq[i] = f->inv_freq;
     for (int i = 0; i < c->n_layers; i++)
         f->layers[i] = (g4_layer_config){.window = mostly(r, below(r, 2) ? 5 : 0),
+                                         .ahead = mostly(r, below(r, 2) ? G4_WHOLE_STRETCH : below(r, 4)),
                                          .head_dim = mostly(r, 2 * half),
                                          .n_kv_heads = mostly(r, 1),
                                          .d_mlp = mostly(r, 64),
@@ -170,6 +180,7 @@ static void make_tensors(reader *r, fixture *f)
     const int64_t d = fit(c->d_model), wide = fit(c->n_layers) * fit(c->d_ple);
     add_tensor(r, f, "embed_tokens.weight", 2, fit(c->d_vocab), d, 1);
     add_tensor(r, f, "norm.weight", 1, d, 1, 1);
+    add_tensor(r, f, "lm_head.weight", 2, fit(c->d_vocab), d, 1);
     add_tensor(r, f, "embed_tokens_per_layer.weight", 2, fit(c->d_vocab_ple), wide, 1);
     add_tensor(r, f, "per_layer_model_projection.weight", 2, wide, d, 1);
     add_tensor(r, f, "per_layer_projection_norm.weight", 1, fit(c->d_ple), 1, 1);
@@ -181,7 +192,7 @@ static void make_tensors(reader *r, fixture *f)
 
 typedef struct {
     g4_run runs[MAX_RUNS];
-    int32_t tokens[MAX_RUNS][MAX_ROWS], rows[MAX_RUNS][MAX_ROWS];
+    int32_t tokens[MAX_RUNS][MAX_ROWS], rows[MAX_RUNS][MAX_ROWS], ends[MAX_RUNS][MAX_ROWS];
     int n_runs;
     g4_tap taps[MAX_TAPS];
     int n_taps;
@@ -201,7 +212,12 @@ static void make_run(reader *r, const g4_model *model, g4_sequence *seq, step *s
                           .tokens = next(r) == 255 ? NULL : s->tokens[i],
                           .logits_rows = s->rows[i],
                           .n_logits = n_logits,
-                          .logits = malloc(((size_t)n_logits * (size_t)c->d_vocab + 1) * sizeof(float))};
+                          .logits = malloc(((size_t)n_logits * (size_t)c->d_vocab + 1) * sizeof(float)),
+                          .ends = below(r, 2) ? s->ends[i] : NULL};
+    for (int j = n - 1, end = n; s->runs[i].ends && j >= 0; j--) { /* stretches of rows that see each other */
+        end = below(r, 3) ? end : j + 1;
+        s->ends[i][j] = mostly(r, end);
+    }
 }
 
 static g4_status leave_it(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err)

@@ -12,14 +12,17 @@
 /* A prompt's rows at positions [begin, begin + n_rows) in a ring of slots. */
 typedef struct {
     int n_rows, begin, n_heads, n_kv_heads, head_dim, window, n_slots;
-    bool ends;   /* every row of a block of seven sees to the block's end */
-    bool joined; /* keys follow from values, but for the pairs that RoPE turns */
+    int ends;      /* 0: none; n: every row of a block of n sees to the block's end; -n: each row sees n others ahead */
+    bool joined;   /* keys follow from values, but for the pairs that RoPE turns */
+    float softcap; /* of the scores; 0: none */
 } shape;
 
-static const shape shapes[] = {{40, 0, 4, 1, 64, 0, 64, false, false},    {33, 70, 2, 2, 32, 0, 128, false, false},
-                               {50, 100, 8, 1, 64, 17, 66, false, false}, {70, 0, 4, 2, 96, 40, 128, true, false},
-                               {35, 5, 3, 3, 32, 8, 45, true, false},     {64, 31, 2, 1, 128, 0, 95, false, true},
-                               {40, 300, 1, 1, 512, 0, 512, false, false}};
+static const shape shapes[] = {{40, 0, 4, 1, 64, 0, 64, 0, false, 0},      {33, 70, 2, 2, 32, 0, 128, 0, false, 0},
+                               {50, 100, 8, 1, 64, 17, 66, 0, false, 0},   {70, 0, 4, 2, 96, 40, 128, 7, false, 0},
+                               {35, 5, 3, 3, 32, 8, 45, 7, false, 0},      {64, 31, 2, 1, 128, 0, 95, 0, true, 0},
+                               {40, 300, 1, 1, 512, 0, 512, 0, false, 0},  {40, 0, 4, 1, 64, 0, 64, 0, false, 5},
+                               {70, 0, 4, 2, 96, 40, 128, 7, false, 2},    {64, 31, 2, 1, 128, 0, 95, 0, true, 3},
+                               {70, 20, 4, 2, 32, 17, 128, -16, false, 0}, {70, 0, 2, 2, 64, 0, 128, -70, false, 4}};
 
 enum { N_SHAPES = sizeof shapes / sizeof *shapes, N_ROTATED = 8 };
 
@@ -45,6 +48,7 @@ static test_run run_new(const shape *s, g4_dtype dtype)
                         .n_kv_heads = s->n_kv_heads,
                         .head_dim = s->head_dim,
                         .window = s->window,
+                        .softcap = s->softcap,
                         .n_keys = s->begin + s->n_rows,
                         .bf16 = true}};
     const size_t h = (size_t)s->head_dim, width = (size_t)s->n_kv_heads * h, n = (size_t)s->n_slots;
@@ -56,8 +60,8 @@ static test_run run_new(const shape *s, g4_dtype dtype)
     t.k = narrow_row(k, dtype, n * k_width), t.v = narrow_row(v, dtype, n * width);
     t.positions = allocate((size_t)s->n_rows * 4), t.ends = allocate((size_t)s->n_rows * 4);
     for (int i = 0; i < s->n_rows; i++) {
-        const int end = (i / 7 + 1) * 7 < s->n_rows ? (i / 7 + 1) * 7 : s->n_rows;
-        t.positions[i] = s->begin + i, t.ends[i] = s->begin + end;
+        const int end = s->ends > 0 ? (i / s->ends + 1) * s->ends : i + 1 - s->ends;
+        t.positions[i] = s->begin + i, t.ends[i] = s->begin + (end < s->n_rows ? end : s->n_rows);
     }
     t.a.kv = (g4_kv_view){.k = t.k, .v = t.v, .dtype = dtype, .stride = width, .n_slots = s->n_slots};
     t.a.kv.first = t.a.n_keys > s->n_slots ? t.a.n_keys - s->n_slots : 0;
@@ -100,6 +104,8 @@ static bool row_is_near(const g4_attention *a, int row, int head, const float *k
             const double product = (double)a->q[at + (size_t)l] * (double)keys[j * h + l];
             weights[j] += product, size += fabs(product);
         }
+        if (a->softcap != 0)
+            weights[j] = (double)a->softcap * tanh(weights[j] / (double)a->softcap);
         most = fmax(most, weights[j]), worst = fmax(worst, size);
     }
     for (int j = first; j < end; j++)

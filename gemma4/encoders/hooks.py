@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gemma4.core import Core
 from gemma4.encoders.encoder import encoder_of
-from gemma4.encoders.soft_tokens import SOFT_ID, EncodedMedia, SoftRows, encode
+from gemma4.encoders.soft_tokens import BOTH_WAYS, SOFT_ID, EncodedMedia, SoftRows, encode, stretch_ends
 from gemma4.interp.cache import EncoderCache
 from gemma4.interp.hooks import Hook, SiteHooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, Site, names_of
@@ -72,6 +72,7 @@ class EncoderTaps:
         encoded: dict[int, Any] = {}  # by the number of the medium's first run
         caches: list[EncoderCache] = []
         ids = prompt.ids[start:].copy()
+        both_ways = np.zeros(len(ids), np.bool_)
         # calloc: pages of text positions, which nobody reads, are never touched
         embeddings = np.zeros((len(ids), model.engine_config["d_model"]), np.float32)
         for i, run in runs:
@@ -83,9 +84,11 @@ class EncoderTaps:
                 caches.append(EncoderCache(run, captured[frame]))
             begin = max(run.start, start)
             ids[begin - start : run.stop - start] = SOFT_ID[run.medium.kind]
+            both_ways[begin - start : run.stop - start] = run.medium.kind in BOTH_WAYS
             first = run.first + begin - run.start
             embeddings[begin - start : run.stop - start] = rows[first : first + run.stop - begin]
-        return SoftRows(ids, embeddings, prompt.keys()[start:], tuple(caches))
+        ends = stretch_ends(both_ways) if both_ways.any() else None
+        return SoftRows(ids, embeddings, prompt.keys()[start:], ends, tuple(caches))
 
     def apart(self, model: Core, prompt: TokenizedPrompt) -> TokenizedPrompt:
         """The prompt, its media like no other's where hooks may edit them: a cached sequence must neither take them

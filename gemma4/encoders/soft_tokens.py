@@ -24,8 +24,9 @@ from gemma4.media.medium import Kind, Medium
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
 
-# What stands for a position's token in the engine's run: it takes an embedding, of this kind.
+# What stands for a position's token in the engine's run: it takes an embedding. The engine does not tell kinds apart.
 SOFT_ID: dict[Kind, int] = {"audio": -1, "image": -2, "video": -3}
+BOTH_WAYS: tuple[Kind, ...] = ("image", "video")  # their soft tokens see each other, in models that do so
 MAX_BYTES = 256 << 20  # a picture of 280 soft tokens is 1.7 MB for E2B, a video of 32 frames 48 MB for 31B
 
 
@@ -35,7 +36,14 @@ class SoftRows(NamedTuple):
     ids: NDArray[np.int32]  # int32 [T]: the token's id, or below 0 where the position is an embedding (SOFT_ID)
     embeddings: NDArray[np.float32]  # float32 [T, d_model]; rows of tokens are not read
     keys: NDArray[np.int64]  # int64 [T]: what the cache tells positions apart by: token ids, or content
+    ends: NDArray[np.int32] | None = None  # int32 [T]: up to where each sees (images: to their end); None: to itself
     caches: tuple[EncoderCache, ...] = ()  # what was captured inside the encoders
+
+
+def stretch_ends(inside: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """int32 [T]: where the stretch of True ends (exclusive) that a position lies in; behind itself for a False one."""
+    stops = np.flatnonzero(~np.append(inside[:-1] & inside[1:], False)) + 1
+    return stops[np.searchsorted(stops, np.arange(len(inside)), side="right")].astype(np.int32)
 
 
 class EncodedMedia:

@@ -230,9 +230,10 @@ class ActivationCache(CapturedArrays):
 
     def _written(self, layer: int, per_head: bool) -> Iterator[tuple[str, NDArray[Any]]]:
         if per_head:
-            gain = self._weights.weight(f"layers.{layer}.post_attention_layernorm.weight")
-            scale = self[f"blocks.{layer}.ln1_post.hook_scale"][:, None]  # [T, 1, 1]
-            heads = self[f"blocks.{layer}.attn.hook_result"] / scale * gain
+            heads = self[f"blocks.{layer}.attn.hook_result"]
+            if self._weights.engine_config["post_norms"]:
+                scale = self[f"blocks.{layer}.ln1_post.hook_scale"][:, None]  # [T, 1, 1]
+                heads = heads / scale * self._weights.gain(f"layers.{layer}.post_attention_layernorm")
             for head in range(heads.shape[1]):
                 yield f"{layer}_head_{head}", heads[:, head]
         else:
@@ -260,7 +261,7 @@ class ActivationCache(CapturedArrays):
             direction = direction - model.unembed(self._ids(incorrect_tokens))
         final = self._resid(model.n_layers)
         scale = np.sqrt(np.mean(final * final, axis=-1, keepdims=True) + model.engine_config["rms_norm_eps"])
-        normed = values / scale * model.weight("norm.weight")
+        normed = values / scale * model.gain("norm")
         return np.einsum("npd,pd->np", normed, np.broadcast_to(direction, final.shape))
 
     @property

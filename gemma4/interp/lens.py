@@ -86,7 +86,7 @@ def final_norm(model: Model, resid: F32) -> F32:
     """The model's last RMSNorm, float32 [..., d_model]: x / rms(x) * weight."""
     mean_square = np.mean(resid * resid, axis=-1, keepdims=True)
     rms = np.sqrt(mean_square + np.float32(model.engine_config["rms_norm_eps"]))
-    return (resid / rms * model.weight("norm.weight")).astype(np.float32, copy=False)
+    return (resid / rms * model.gain("norm")).astype(np.float32, copy=False)
 
 
 def lens_logits(model: Model, normed: F32) -> Iterator[tuple[int, F32]]:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json of a Hugging Face Gemma 4 checkpoint -> `TextConfig` -> the engine's `Config`.
+"""config.json of a Hugging Face Gemma 2, 3 or 4 checkpoint -> `TextConfig` -> the engine's `Config`.
 
-The reference is transformers' `Gemma4TextConfig` / `Gemma4UnifiedTextConfig` (models/gemma4/configuration_gemma4.py),
-whose class defaults fill absent keys, and `modeling_rope_utils.py` for the RoPE frequencies. Every value is checked:
-the file may be hostile, and the engine sizes its memory from these numbers.
+The reference is transformers' `Gemma4TextConfig` / `Gemma4UnifiedTextConfig` (models/gemma4/configuration_gemma4.py)
+and those of earlier models, whose class defaults fill absent keys, and `modeling_rope_utils.py` for the RoPE
+frequencies. Every value is checked: the file may be hostile, and the engine sizes its memory from these numbers.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -23,8 +23,8 @@ from gemma4.load.fields import Fields
 if TYPE_CHECKING:
     from gemma4._engine import Config, LayerConfig
 
-SUPPORTED = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 SLIDING, FULL = "sliding_attention", "full_attention"
+WHOLE_STRETCH = 1 << 30  # of a layer's `ahead`: however far a stretch goes that sees both ways
 
 # Where Gemma4UnifiedTextConfig's defaults differ. It has no per-layer embeddings and no experts at all.
 _TEXT_DEFAULTS: dict[str, Any] = {"context": 131_072, "window": 512, "bidirectional": None, "d_ple": 256}
@@ -44,9 +44,36 @@ _SCALE_DTYPES: dict[str, Any] = {"F16": np.float16, "BF16": ml_dtypes.bfloat16} 
 
 
 @dataclass(frozen=True)
+class _Family:
+    """Models before Gemma 4: what their classes fix, and the defaults of absent keys."""
+
+    period: int  # one layer in so many is global
+    d_vocab: int
+    context: int
+    logit_softcap: float | None
+    attention_softcap: float | None  # None: the class has no such key, or reads it and never uses it
+    head_norms: bool  # of queries and keys
+    post_norms: bool
+    rope_by_type: bool  # each layer type has a rope of its own
+
+
+_GEMMA2 = _Family(2, 256_000, 8192, 30.0, 50.0, head_norms=False, post_norms=True, rope_by_type=False)
+_GEMMA3 = _Family(6, 262_208, 131_072, None, None, head_norms=True, post_norms=True, rope_by_type=True)
+EARLIER = {
+    "gemma2": _GEMMA2,
+    "gemma3": _GEMMA3,
+    "gemma3_text": _GEMMA3,
+    "vaultgemma": replace(_GEMMA2, post_norms=False),
+}
+SUPPORTED = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", *EARLIER)
+_NESTED = ("gemma4", "gemma4_unified", "gemma3")  # the text model's config lies in "text_config"
+
+
+@dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one layer type: `rope_type` "default" or "proportional", `theta` the base wavelength,
-    `partial` the share of pairs that rotate and `factor` the linear scaling (proportional only)."""
+    """Rotary embedding of one layer type: `rope_type` "default", "linear" or "proportional", `theta` the base
+    wavelength, `partial` the share of pairs that rotate (proportional only), `factor` what frequencies are divided
+    by."""
 
     rope_type: str
     theta: float
@@ -60,7 +87,7 @@ class Rope:
         Ref: transformers modeling_rope_utils `_compute_proportional_rope_parameters`.
         """
         half = head_dim // 2
-        n = half if self.rope_type == "default" else int(self.partial * head_dim // 2)
+        n = int(self.partial * head_dim // 2) if self.rope_type == "proportional" else half
         exponent = np.arange(0, 2 * n, 2, dtype=np.float32) / np.float32(head_dim)
         # base ** x is the one inexact step. In float64 it rounds to the nearest float32, which is what a good float32
         # pow gives; NumPy's own float32 pow differs between machines.
@@ -99,6 +126,13 @@ class TextConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+    bidirectional_global: bool = False  # … and, if so, in global layers
+    attention_scale: float = 1.0  # factor of the products of queries and keys
+    attention_softcap: float = 0.0  # of those scores; 0: none
+    head_norms: tuple[str, ...] = ("q", "k", "v")  # which of them are normed
+    post_norms: bool = True  # what attention and MLP add to the residual stream is normed before
+    layer_scalar: bool = True
+    unit_gains: bool = False  # norms are stored as w and multiply by 1 + w
 
     @property
     def n_layers(self) -> int:
@@ -131,7 +165,15 @@ class TextConfig:
             "embed_scale": self.table_scale(self.d_model, embed_dtype),
             "ple_scale": self.table_scale(self.d_ple, ple_dtype or embed_dtype),
             "ple_on_disk": False,
-            "bidirectional": self.bidirectional == "vision",
+            "attention_scale": self.attention_scale,
+            "attention_softcap": self.attention_softcap,
+            "q_norm": "q" in self.head_norms,
+            "k_norm": "k" in self.head_norms,
+            "v_norm": "v" in self.head_norms,
+            "post_norms": self.post_norms,
+            "layer_scalar": self.layer_scalar,
+            "unit_gains": self.unit_gains,
+            "tied": self.tied,
             "context_length": self.context_length,
             "n_experts": self.n_experts,
             "top_k_experts": self.top_k_experts,
@@ -141,8 +183,11 @@ class TextConfig:
         }
 
     def _layer(self, i: int, rope: int) -> LayerConfig:
+        sliding = self.layer_types[i] == SLIDING
+        both_ways = self.bidirectional == "vision" and (sliding or self.bidirectional_global)
         return {
-            "window": self.sliding_window if self.layer_types[i] == SLIDING else 0,
+            "window": self.sliding_window if sliding else 0,
+            "ahead": WHOLE_STRETCH if both_ways else 0,
             "head_dim": self.head_dim[i],
             "n_kv_heads": self.n_kv_heads[i],
             "d_mlp": self.d_mlp[i],
@@ -163,13 +208,14 @@ def parse_config(raw: Any) -> TextConfig:
         raise FormatError(f"config.json: expected a JSON object, found {type(raw).__name__}")
     model_type = _model_type(raw)
     text = raw
-    if not model_type.endswith("_text"):
+    if model_type in _NESTED:
         text = raw.get("text_config")
         if not isinstance(text, dict):
             raise FormatError(
                 f'config.json: model_type "{model_type}" needs an object "text_config", found {text!r:.60}'
             )
-    return _text_config(model_type, Fields(text, "config.json"), Fields(raw, "config.json"))
+    parse = _earlier_config if model_type in EARLIER else _text_config
+    return parse(model_type, Fields(text, "config.json"), Fields(raw, "config.json"))
 
 
 def _model_type(raw: dict[str, Any]) -> str:
@@ -188,7 +234,7 @@ def _text_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
     _refuse_options(f, defaults)
     n_layers = f.integer("num_hidden_layers", 30, 1, MAX_LAYERS)
     n_heads = f.integer("num_attention_heads", 8, 1, MAX_HEADS)
-    types = _layer_types(f, n_layers)
+    types = (*_layer_types(f, n_layers, 6)[:-1], FULL)  # as the reference class, which forces the last to be global
     head_dim, n_kv_heads = _attention_shapes(f, types, n_heads)
     sources = kv_sources(f, "num_kv_shared_layers", types)
     softcap = f.optional_number("final_logit_softcapping", None, 1e-6, 1e6)
@@ -225,13 +271,79 @@ def _text_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
     )
 
 
-def _refuse_options(f: Fields, defaults: Mapping[str, Any]) -> None:
-    """Options the reference class has and this engine does not."""
+def _earlier_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
+    """Gemma 2, 3 and VaultGemma. Ref: transformers models/gemma2, gemma3, vaultgemma."""
+    family = EARLIER[model_type]
+    _refuse_blocks(f)
+    if f.get("use_bidirectional_attention", None) not in (None, False):
+        raise NotImplementedError(
+            "use_bidirectional_attention: embedding models (EmbeddingGemma) are not supported yet"
+        )
+    types = _layer_types(f, f.integer("num_hidden_layers", 26, 1, MAX_LAYERS), _period(f, family))
+    n_heads = f.integer("num_attention_heads", 8, 1, MAX_HEADS)
+    shape = {
+        "head_dim": f.integer("head_dim", 256, 2, MAX_HEAD_DIM),
+        "num_key_value_heads": f.integer("num_key_value_heads", 4, 1, MAX_HEADS),
+    }
+    head_dim, n_kv_heads = _checked_shapes(f, [shape] * len(types), n_heads)
+    logit_softcap = f.optional_number("final_logit_softcapping", family.logit_softcap, 1e-6, 1e6)
+    softcap = f.optional_number("attn_logit_softcapping", family.attention_softcap, 1e-6, 1e6)
+    return TextConfig(
+        model_type=model_type,
+        d_model=f.integer("hidden_size", 2304, 1, MAX_WIDTH),
+        n_heads=n_heads,
+        d_vocab=f.integer("vocab_size", family.d_vocab, 1, MAX_VOCAB),
+        d_ple=0,
+        d_vocab_ple=0,
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, 1.0),
+        # Gemma3ForConditionalGeneration never applies it
+        logit_softcap=0.0 if model_type == "gemma3" else logit_softcap or 0.0,
+        context_length=f.integer("max_position_embeddings", family.context, 1, MAX_CONTEXT),
+        n_experts=0,
+        top_k_experts=0,
+        d_expert=0,
+        tied=outer.boolean("tie_word_embeddings", f.boolean("tie_word_embeddings", True)),
+        sliding_window=f.integer("sliding_window", 4096, 1, MAX_CONTEXT) if SLIDING in types else 0,
+        layer_types=types,
+        head_dim=head_dim,
+        n_kv_heads=n_kv_heads,
+        d_mlp=(f.integer("intermediate_size", 9216, 1, MAX_MLP),) * len(types),
+        kv_source=tuple(range(len(types))),
+        k_eq_v=(False,) * len(types),
+        rope=_ropes_by_type(f, types) if family.rope_by_type else _one_rope(f, types),
+        bidirectional="vision" if outer.get("vision_config", None) is not None else None,
+        bos_token_id=f.optional_integer("bos_token_id", 2, 0, MAX_VOCAB),
+        eos_token_ids=outer.integers("eos_token_id", f.integers("eos_token_id", (1,), 0, MAX_VOCAB), 0, MAX_VOCAB),
+        pad_token_id=f.optional_integer("pad_token_id", 0, 0, MAX_VOCAB),
+        bidirectional_global=True,
+        attention_scale=f.number("query_pre_attn_scalar", 256, 1e-6, 1e6) ** -0.5,
+        attention_softcap=0.0 if family.attention_softcap is None else softcap or 0.0,
+        head_norms=("q", "k") if family.head_norms else (),
+        post_norms=family.post_norms,
+        layer_scalar=False,
+        unit_gains=True,
+    )
+
+
+def _period(f: Fields, family: _Family) -> int:
+    """Older configs name it instead of layer_types."""
+    if not family.rope_by_type:
+        return family.period
+    inner = f.integer("_sliding_window_pattern", family.period, 1, MAX_LAYERS)
+    return f.integer("sliding_window_pattern", inner, 1, MAX_LAYERS)
+
+
+def _refuse_blocks(f: Fields) -> None:
+    """Options of a block that the reference classes have and this engine does not."""
     if f.boolean("attention_bias", False):
-        raise NotImplementedError("attention_bias = true: no Gemma 4 release has biases in attention, nor this engine")
+        raise NotImplementedError("attention_bias = true: no Gemma release has biases in attention, nor this engine")
     activation = f.get("hidden_activation", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
         raise NotImplementedError(f'hidden_activation {activation!r:.80}: only "gelu_pytorch_tanh" is supported')
+
+
+def _refuse_options(f: Fields, defaults: Mapping[str, Any]) -> None:
+    _refuse_blocks(f)
     bidirectional = f.get("use_bidirectional_attention", defaults["bidirectional"])
     if bidirectional == "all":
         raise NotImplementedError('use_bidirectional_attention "all" (an encoder) is not supported yet')
@@ -239,17 +351,17 @@ def _refuse_options(f: Fields, defaults: Mapping[str, Any]) -> None:
         f.fail("use_bidirectional_attention", bidirectional, 'null, "vision" or "all"')
 
 
-def _layer_types(f: Fields, n_layers: int) -> tuple[str, ...]:
+def _layer_types(f: Fields, n_layers: int, period: int) -> tuple[str, ...]:
     types = f.get("layer_types", None)
     if types is None:
-        types = [SLIDING if (i + 1) % 6 else FULL for i in range(n_layers)]
+        types = [SLIDING if (i + 1) % period else FULL for i in range(n_layers)]
     if not isinstance(types, list) or len(types) != n_layers:
         found = f"{len(types)} entries" if isinstance(types, list) else types
         f.fail("layer_types", found, f"a list of num_hidden_layers = {n_layers} entries")
     for i, kind in enumerate(types):
         if kind not in (SLIDING, FULL):
             f.fail(f"layer_types[{i}]", kind, f'"{SLIDING}" or "{FULL}"')
-    return (*types[:-1], FULL)  # as the reference class, which forces the last layer to be global
+    return tuple(types)
 
 
 def _attention_shapes(f: Fields, types: tuple[str, ...], n_heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -265,6 +377,10 @@ def _attention_shapes(f: Fields, types: tuple[str, ...], n_heads: int) -> tuple[
         if len(shapes) > 1:
             found = f"different for layers of the type {kind}: {sorted(shapes)}"
             f.fail("per_layer_config", found, "one shape per layer type")
+    return _checked_shapes(f, layers, n_heads)
+
+
+def _checked_shapes(f: Fields, layers: list[dict[str, int]], n_heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     for i, layer in enumerate(layers):
         if layer["head_dim"] % 2:
             f.fail(f"head_dim of layer {i}", layer["head_dim"], "an even number (RoPE rotates pairs)")
@@ -345,19 +461,60 @@ def _ropes(f: Fields, types: tuple[str, ...]) -> dict[str, Rope]:
         table = _ROPE_DEFAULTS
     if not isinstance(table, dict):
         f.fail("rope_parameters", table, "an object with one entry per layer type")
-    return {kind: _rope(f, kind, table.get(kind)) for kind in sorted(set(types))}
+    theta = f.number("rope_theta", None, 1.0, 1e12) if "rope_theta" in f else None
+    return {kind: _rope(f"rope_parameters.{kind}", f, table.get(kind), theta) for kind in sorted(set(types))}
 
 
-def _rope(f: Fields, kind: str, raw: Any) -> Rope:
-    where = f"rope_parameters.{kind}"
+def _ropes_by_type(f: Fields, types: tuple[str, ...]) -> dict[str, Rope]:
+    """Gemma 3, in the new dialect (rope_parameters) or the old one, whose rope_scaling is of global layers alone.
+
+    Ref: transformers Gemma3TextConfig.convert_rope_params_to_dict.
+    """
+    table = f.get("rope_parameters", None)
+    if table is None:
+        table = {}
+    if not isinstance(table, dict) or not set(table) <= {SLIDING, FULL}:
+        f.fail("rope_parameters", table, "an object with one entry per layer type")
+    scaling = f.get("rope_scaling", None)
+    thetas = {
+        SLIDING: f.number("rope_local_base_freq", 10_000.0, 1.0, 1e12),
+        FULL: f.number("rope_theta", 1_000_000.0, 1.0, 1e12),
+    }
+    out = {}
+    for kind in sorted(set(types)):
+        raw = table.get(kind)
+        if raw is None:
+            raw = {}
+        if kind == FULL and scaling is not None and isinstance(raw, dict):
+            raw = raw | scaling if isinstance(scaling, dict) else scaling
+        out[kind] = _rope(f"rope_parameters.{kind}", f, raw, thetas[kind])
+    return out
+
+
+def _one_rope(f: Fields, types: tuple[str, ...]) -> dict[str, Rope]:
+    """Gemma 2: rope_parameters (new) or rope_theta and rope_scaling (old), the same for all layers."""
+    raw = f.get("rope_parameters", None)
+    if raw is None:
+        raw = f.get("rope_scaling", None)
+    if isinstance(raw, dict) and set(raw) & {SLIDING, FULL}:
+        f.fail("rope_parameters", raw, "one object for all layers")
+    rope = _rope("rope_parameters", f, {} if raw is None else raw, f.number("rope_theta", 10_000.0, 1.0, 1e12))
+    return dict.fromkeys(sorted(set(types)), rope)
+
+
+def _rope(where: str, f: Fields, raw: Any, default_theta: float | None) -> Rope:
     if not isinstance(raw, dict):
         f.fail(where, raw, 'an object such as {"rope_type": "default", "rope_theta": 10000.0}')
     r = Fields(raw, f"config.json: {where}")
     rope_type = r.get("rope_type", r.get("type", "default"))
-    theta = r.number("rope_theta", f.number("rope_theta", None, 1.0, 1e12) if "rope_theta" in f else None, 1.0, 1e12)
+    theta = r.number("rope_theta", default_theta, 1.0, 1e12)
     if rope_type == "default":
         return Rope("default", theta)
+    if rope_type == "linear" and r.number("partial_rotary_factor", 1.0, 0.0, 1.0) == 1:
+        return Rope("linear", theta, factor=r.number("factor", None, 1e-6, 1e6))
     if rope_type != "proportional":
-        raise NotImplementedError(f'rope_type {rope_type!r:.80} in {where}: only "default" and "proportional"')
+        raise NotImplementedError(
+            f'rope_type {rope_type!r:.80} in {where}: only "default", "linear" and "proportional"'
+        )
     partial = r.number("partial_rotary_factor", 1.0, 0.0, 1.0)
     return Rope("proportional", theta, partial, r.number("factor", 1.0, 1e-6, 1e6))

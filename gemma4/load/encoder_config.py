@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
-from gemma4.load.config import MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_MLP, TextConfig
+from gemma4.load.config import EARLIER, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_MLP, TextConfig
 from gemma4.load.fields import Fields
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def parse_encoders(raw: dict[str, Any], text: TextConfig) -> dict[Modality, Enco
 
     Raises FormatError and NotImplementedError as `parse_config` does.
     """
+    if text.model_type in EARLIER:  # Gemma 3's image encoder is another
+        return {}
     unified = text.model_type.startswith("gemma4_unified")
     kinds: dict[Modality, Kind] = {
         "vision": "vision_embedder" if unified else "vision_tower",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gemma4.errors import FormatError, StateError
 from gemma4.load.checkpoint import Checkpoint, EngineTensor, Progress, TensorMap, check_shape, no_double_tensors
 from gemma4.load.compressed import CompressedConfig, Packed
-from gemma4.load.config import TextConfig, parse_config
+from gemma4.load.config import EARLIER, TextConfig, parse_config
 from gemma4.load.encoder_config import EncoderConfig, Modality, parse_encoders
 from gemma4.load.names import encoder_names, text_prefix, text_tensors
 from gemma4.load.safetensors import SafetensorsFile
@@ -40,6 +40,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         super().__init__(path, config, files, source, made, packed.used if packed else ())
         if packed:
             self.notes = (packed.note(),)
+        if config.model_type in EARLIER:
+            self.encoder_advice = "; of models before Gemma 4 the text model alone is supported"
         self.hf_config = raw
         self.generation_config = _optional_json(path / "generation_config.json")
         self.processor_config = _optional_json(path / "processor_config.json")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
 
+from gemma4 import _engine
 from gemma4.errors import FormatError
 from gemma4.load.config import TextConfig
 from gemma4.load.encoder_config import EncoderConfig
@@ -16,7 +17,7 @@ Shape = tuple[int, ...]
 PLE_TABLE = "embed_tokens_per_layer.weight"
 
 # Where the text decoder sits -> where an untied head would be. In order: Gemma4ForConditionalGeneration, an older
-# multimodal layout, Gemma4Model alone, Gemma4ForCausalLM, Gemma4TextModel alone.
+# multimodal layout (Gemma 3's released files), Gemma4Model alone, Gemma4ForCausalLM, Gemma4TextModel alone.
 _LAYOUTS = {
     "model.language_model.": "lm_head.weight",
     "language_model.model.": "language_model.lm_head.weight",
@@ -32,7 +33,9 @@ def text_prefix(stored: Container[str]) -> tuple[str, str]:
         if prefix + "embed_tokens.weight" in stored:
             return prefix, head
     tried = ", ".join(prefix + "embed_tokens.weight" for prefix in _LAYOUTS)
-    raise FormatError(f"the weights hold no Gemma 4 text decoder: none of {tried} is there")
+    raise FormatError(
+        f"the weights hold no Gemma 4 text decoder, nor one of an earlier Gemma: none of {tried} is there"
+    )
 
 
 # Folders of an encoder's tensors, where the names inside are told apart. The unified model's were renamed by
@@ -55,61 +58,8 @@ def encoder_names(stored: Iterable[str], modality: str) -> dict[str, str]:
 
 
 def text_tensors(config: TextConfig) -> dict[str, Shape]:
-    """Name without prefix -> shape, of every tensor the text decoder reads."""
-    d, wide = config.d_model, config.n_layers * config.d_ple
-    out: dict[str, Shape] = {"embed_tokens.weight": (config.d_vocab, d), "norm.weight": (d,)}
-    if not config.tied:
-        out["lm_head.weight"] = (config.d_vocab, d)
-    if config.d_ple:
-        out[PLE_TABLE] = (config.d_vocab_ple, wide)
-        out["per_layer_model_projection.weight"] = (wide, d)
-        out["per_layer_projection_norm.weight"] = (config.d_ple,)
-    for i in range(config.n_layers):
-        out.update({f"layers.{i}.{name}": shape for name, shape in _layer_tensors(config, i)})
-    return out
-
-
-def _layer_tensors(config: TextConfig, i: int) -> Iterator[tuple[str, Shape]]:
-    d, mlp = config.d_model, config.d_mlp[i]
-    yield "layer_scalar", (1,)
-    for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-        yield f"{norm}_layernorm.weight", (d,)
-    yield from _attention_tensors(config, i)
-    yield "mlp.gate_proj.weight", (mlp, d)
-    yield "mlp.up_proj.weight", (mlp, d)
-    yield "mlp.down_proj.weight", (d, mlp)
-    if config.d_ple:
-        yield "per_layer_input_gate.weight", (config.d_ple, d)
-        yield "per_layer_projection.weight", (d, config.d_ple)
-        yield "post_per_layer_input_norm.weight", (d,)
-    if config.n_experts:
-        yield from _expert_tensors(config)
-
-
-def _attention_tensors(config: TextConfig, i: int) -> Iterator[tuple[str, Shape]]:
-    d, head = config.d_model, config.head_dim[i]
-    q, kv = config.n_heads * head, config.n_kv_heads[i] * head
-    yield "self_attn.q_proj.weight", (q, d)
-    yield "self_attn.q_norm.weight", (head,)
-    yield "self_attn.o_proj.weight", (d, q)
-    if config.kv_source[i] != i:
-        return
-    yield "self_attn.k_proj.weight", (kv, d)
-    yield "self_attn.k_norm.weight", (head,)
-    if not config.k_eq_v[i]:
-        yield "self_attn.v_proj.weight", (kv, d)
-
-
-def _expert_tensors(config: TextConfig) -> Iterator[tuple[str, Shape]]:
-    d, n, width = config.d_model, config.n_experts, config.d_expert
-    yield "router.proj.weight", (n, d)
-    yield "router.scale", (d,)
-    yield "router.per_expert_scale", (n,)
-    yield "experts.gate_up_proj", (n, 2 * width, d)
-    yield "experts.down_proj", (n, d, width)
-    yield "pre_feedforward_layernorm_2.weight", (d,)
-    yield "post_feedforward_layernorm_1.weight", (d,)
-    yield "post_feedforward_layernorm_2.weight", (d,)
+    """Name without prefix -> shape, of every tensor the text decoder reads: the engine's own table."""
+    return dict(_engine.text_tensors(config.engine()))
 
 
 def encoder_tensors(config: EncoderConfig) -> dict[str, Shape]:

@@ -19,6 +19,7 @@ from gemma4.errors import FormatError
 from gemma4.files import check_output, new_file
 from gemma4.load import open_checkpoint
 from gemma4.load.checkpoint import Checkpoint, EngineTensor
+from gemma4.load.config import EARLIER
 from gemma4.load.dtypes import is_quantised, stored_rows
 from gemma4.load.gguf_config import ROPE_FREQS
 from gemma4.load.mapped import TensorInfo
@@ -83,6 +84,9 @@ def quantize(
 
 
 def _check_source(checkpoint: Checkpoint) -> None:
+    model_type = checkpoint.config.model_type
+    if model_type in EARLIER:
+        raise NotImplementedError(f"{checkpoint.path} is a {model_type}: only Gemma 4 can be written as GGUF")
     found = sorted(filter(is_quantised, checkpoint.dtypes))
     if found:
         raise ValueError(

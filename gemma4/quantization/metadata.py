@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,9 +61,9 @@ def check(table: Mapping[str, Any], tensors: Iterable[TensorInfo], config: TextC
     plain = {key: value.values() if isinstance(value, GgufArray) else value for key, value in table.items()
              if not key.startswith("tokenizer.") or isinstance(value, int)}  # fmt: skip
     read = parse_metadata(plain, {info.name: info for info in tensors}, rope_freqs(config), (), where)
-    ours, theirs = config.engine("F32"), read.engine("F32")
     # the keys do not say whether images see both ways, and these files hold the text model alone
-    different = [key for key, value in ours.items() if key != "bidirectional" and not _equal(value, theirs[key])]
+    ours, theirs = config.engine("F32"), replace(read, bidirectional=config.bidirectional).engine("F32")
+    different = [key for key, value in ours.items() if not _equal(value, theirs[key])]
     if different:
         raise NotImplementedError(f"{where}: GGUF's keys for Gemma 4 cannot say this model's {', '.join(different)}")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every activation site of csrc/model/sites.inc, out of transformers' own forward pass in float32.
+"""Every activation site of csrc/model/sites.inc, out of transformers' own forward pass in float32, of any Gemma.
 
 What a module takes in or gives out is recorded by hooks; keys, values and the mask are recorded where transformers'
 eager attention receives them. Only what no module boundary shows (norm scales, masked scores, per-head and per-expert
@@ -8,6 +8,7 @@ outputs) is computed here, from those recordings. test_oracle.py ties each compu
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.models.gemma4 import modeling_gemma4
+from transformers import Gemma3ForConditionalGeneration
 
 Sites = dict[str, np.ndarray]
 
@@ -31,6 +32,7 @@ class AttentionCall:
     mask: Tensor
     weights: Tensor
     scaling: float
+    softcap: float | None = None
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Recording:
 
 
 def text_model(model: Any) -> Any:
-    """The Gemma4TextModel inside either class of checkpoint."""
+    """The text model inside either class of checkpoint."""
     return getattr(model.model, "language_model", model.model)
 
 
@@ -65,31 +67,37 @@ def _hook(recording: Recording, name: str, module: torch.nn.Module, stack: ExitS
     stack.callback(module.register_forward_hook(after).remove)
 
 
-def _recording_attention(recording: Recording) -> Any:
-    eager = modeling_gemma4.eager_attention_forward
+def _code_of(text: Any) -> Any:
+    """The module of transformers that the model's class is defined in."""
+    return sys.modules[type(text).__module__]
 
+
+def _recording_attention(recording: Recording, eager: Any) -> Any:
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Any:
         output, weights = eager(module, q, k, v, mask, *args, **kwargs)
         copies = [tensor.detach().clone() for tensor in (q, k, v, mask, weights)]
-        recording.attention[module.layer_idx] = AttentionCall(*copies, scaling=kwargs["scaling"])
+        options = {"scaling": kwargs["scaling"], "softcap": kwargs.get("softcap")}
+        recording.attention[module.layer_idx] = AttentionCall(*copies, **options)
         return output, weights
 
     return attend
 
 
 @torch.no_grad()
-def record(model: Any, ids: Tensor) -> Recording:
-    """Run `model` over ids [T] (one sequence from its start)."""
+def record(model: Any, ids: Tensor, **options: Any) -> Recording:
+    """Run `model` over ids [T] (one sequence from its start); options go to transformers."""
     recording = Recording()
     with ExitStack() as stack:
-        for name, module in text_model(model).named_modules():
+        text = text_model(model)
+        for name, module in text.named_modules():
             if name:
                 _hook(recording, name, module, stack)
         _hook(recording, "lm_head", model.lm_head, stack)
-        attend = _recording_attention(recording)
-        stack.enter_context(mock.patch.object(modeling_gemma4, "eager_attention_forward", attend))
+        attend = _recording_attention(recording, _code_of(text).eager_attention_forward)
+        stack.enter_context(mock.patch.object(_code_of(text), "eager_attention_forward", attend))
         # output_attentions keeps transformers from dropping positions in layers that share keys
-        recording.logits = model(input_ids=ids[None], use_cache=False, output_attentions=True).logits.clone()
+        output = model(input_ids=ids[None], use_cache=False, output_attentions=True, **options)
+        recording.logits = output.logits.clone()
     recording.logits_raw = recording.made["lm_head"][0]
     return recording
 
@@ -121,9 +129,13 @@ def _norm(text: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return scale, x / scale
 
 
+def _ple_width(text: Any) -> int:
+    return getattr(text, "hidden_size_per_layer_input", 0)
+
+
 def _embedding(text: Any, recording: Recording) -> dict[str, Tensor]:
     sites = {"hook_embed": recording.made["embed_tokens"][0][0]}
-    if text.hidden_size_per_layer_input:
+    if _ple_width(text):
         shape = (-1, len(text.layers), text.hidden_size_per_layer_input)
         sites["hook_ple_token"] = recording.made["embed_tokens_per_layer"][0][0].reshape(shape)
         sites["hook_ple_context"] = recording.made["per_layer_projection_norm"][0][0]
@@ -134,7 +146,7 @@ def _layer(text: Any, recording: Recording, layer: int) -> dict[str, Tensor]:
     prefix = f"layers.{layer}"
     given = recording.given[prefix]
     sites: dict[str, Tensor] = {}
-    ple = text.hidden_size_per_layer_input
+    ple = _ple_width(text)
     if ple:
         sites["hook_ple_in"] = given[1][0]
     sites["hook_resid_pre"] = given[0][0]
@@ -142,10 +154,10 @@ def _layer(text: Any, recording: Recording, layer: int) -> dict[str, Tensor]:
     sites["hook_resid_mid"] = sites["hook_resid_pre"] + sites["hook_attn_out"]
     sites |= _mlp(text, recording, layer, sites["hook_resid_mid"])
     sites["hook_resid_mlp"] = sites["hook_resid_mid"] + sites["hook_mlp_out"]
-    sites["hook_resid_unscaled"] = sites["hook_resid_mlp"]
     if ple:
         sites |= _ple(recording, layer)
-        sites["hook_resid_unscaled"] = sites["hook_resid_mlp"] + sites["hook_ple_out"]
+    if hasattr(text.layers[layer], "layer_scalar"):
+        sites["hook_resid_unscaled"] = sites["hook_resid_mlp"] + sites.get("hook_ple_out", 0)
     sites["hook_resid_post"] = recording.made[prefix][0][0]
     return sites
 
@@ -166,27 +178,42 @@ def _attention(text: Any, recording: Recording, layer: int) -> dict[str, Tensor]
     weight = _heads(attention.o_proj.weight, attention.head_dim)
     sites["attn.hook_result"] = torch.einsum("thd,Dhd->thD", sites["attn.hook_z"], weight)
     out = sites["attn.hook_out"] = made[f"{prefix}.self_attn.o_proj"][0][0]
-    sites["ln1_post.hook_scale"], sites["ln1_post.hook_normalized"] = _norm(text, out)
-    sites["hook_attn_out"] = made[f"{prefix}.post_attention_layernorm"][0][0]
-    return sites
+    return sites | _post_norm(text, recording, "ln1_post", f"{prefix}.post_attention_layernorm", out, "hook_attn_out")
+
+
+def _post_norm(text: Any, recording: Recording, norm: str, module: str, x: Tensor, out: str) -> dict[str, Tensor]:
+    """What a branch adds to the residual stream, normed where the model does so."""
+    if module not in recording.made:
+        return {out: x}
+    scale, normalized = _norm(text, x)
+    return {f"{norm}.hook_scale": scale, f"{norm}.hook_normalized": normalized, out: recording.made[module][0][0]}
 
 
 def _projections(attention: Any, made: dict[str, tuple[Tensor, ...]], prefix: str) -> dict[str, Tensor]:
     sites = {"attn.hook_q": _heads(made[f"{prefix}.q_proj"][0][0], attention.head_dim)}
     names = ["q_norm"]
-    if not attention.is_kv_shared_layer:
+    if computes_keys(attention):
         names += ["k_norm", "v_norm"]
         sites["attn.hook_k"] = _heads(made[f"{prefix}.k_proj"][0][0], attention.head_dim)
         if attention.v_proj is not None:
             sites["attn.hook_v"] = _heads(made[f"{prefix}.v_proj"][0][0], attention.head_dim)
-    return sites | {f"attn.hook_{name}ed": made[f"{prefix}.{name}"][0][0] for name in names}
+    normed = {name: made[f"{prefix}.{name}"][0] for name in names if hasattr(attention, name)}
+    if attention.config.model_type.startswith("gemma3"):  # norms after the heads' axis went to the front
+        normed = {name: value.transpose(1, 2) for name, value in normed.items()}
+    return sites | {f"attn.hook_{name}ed": value[0] for name, value in normed.items()}
+
+
+def computes_keys(attention: Any) -> bool:
+    return not getattr(attention, "is_kv_shared_layer", False)
 
 
 def _attend(attention: Any, call: AttentionCall) -> dict[str, Tensor]:
-    keys = modeling_gemma4.repeat_kv(call.k, attention.num_key_value_groups)
+    keys = call.k.repeat_interleave(attention.num_key_value_groups, dim=1)
     scores = (call.q @ keys.transpose(2, 3)) * call.scaling
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
     sites = {"attn.hook_rot_q": call.q[0].transpose(0, 1)}
-    if not attention.is_kv_shared_layer:
+    if computes_keys(attention):
         sites["attn.hook_rot_k"] = call.k[0].transpose(0, 1)
     sites["attn.hook_k_used"] = call.k[0].transpose(0, 1)
     sites["attn.hook_v_used"] = call.v[0].transpose(0, 1)
@@ -204,13 +231,11 @@ def _mlp(text: Any, recording: Recording, layer: int, x: Tensor) -> dict[str, Te
     sites["mlp.hook_post"] = recording.given[f"{prefix}.mlp.down_proj"][0][0]
     sites["mlp.hook_out"] = made[f"{prefix}.mlp.down_proj"][0][0]
     out = sites["mlp.hook_out"]
-    if text.layers[layer].enable_moe_block:
+    if getattr(text.layers[layer], "enable_moe_block", False):
         sites["mlp.hook_out_normed"] = made[f"{prefix}.post_feedforward_layernorm_1"][0][0]
         sites |= _moe(text, recording, layer)
         out = sites["moe.hook_sum"] = sites["mlp.hook_out_normed"] + sites["moe.hook_out_normed"]
-    sites["ln2_post.hook_scale"], sites["ln2_post.hook_normalized"] = _norm(text, out)
-    sites["hook_mlp_out"] = made[f"{prefix}.post_feedforward_layernorm"][0][0]
-    return sites
+    return sites | _post_norm(text, recording, "ln2_post", f"{prefix}.post_feedforward_layernorm", out, "hook_mlp_out")
 
 
 def _moe(text: Any, recording: Recording, layer: int) -> dict[str, Tensor]:
@@ -250,11 +275,17 @@ def _ple(recording: Recording, layer: int) -> dict[str, Tensor]:
     }
 
 
+def logit_softcap(model: Any) -> float | None:
+    """Of a whole model. Gemma3ForConditionalGeneration never applies the one of its config."""
+    cap = text_model(model).config.final_logit_softcapping
+    return None if isinstance(model, Gemma3ForConditionalGeneration) else cap
+
+
 def _final(model: Any, text: Any, recording: Recording) -> dict[str, Tensor]:
     scale, normalized = _norm(text, recording.given["norm"][0][0])
     sites = {"ln_final.hook_scale": scale, "ln_final.hook_normalized": normalized}
     sites["ln_final.hook_out"] = recording.made["norm"][0][0]
-    if text.config.final_logit_softcapping is not None:
+    if logit_softcap(model) is not None:
         sites["hook_logits_raw"] = recording.logits_raw[0]
     sites["hook_logits"] = recording.logits[0]
     return sites

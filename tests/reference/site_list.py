@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import oracle
+
 SITES_INC = Path(__file__).parents[2] / "csrc" / "model" / "sites.inc"
 _ROW = re.compile(r'^G4_SITE\(\s*\w+\s*,\s*"([^"]+)"\s*,\s*"(\w+)"\s*,\s*(\w+)\s*\)', re.MULTILINE)
 
@@ -21,30 +23,35 @@ def rows() -> list[Row]:
     return [row for row in found if not row.name.startswith(("vision.", "audio."))]
 
 
-def expected(text: Any, n_tokens: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every site the text model has, for one prompt of n_tokens; `text` is a Gemma4TextModel."""
-    found = {}
+def expected(model: Any, n_tokens: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every site that a model of transformers has, for one prompt of n_tokens."""
+    found, text = {}, oracle.text_model(model)
     for row in rows():
         layers = range(len(text.layers)) if "{}" in row.name else [0]
         for layer in layers:
-            if _has(text, layer, row.when):
+            if _has(model, text.layers[layer], row.when):
                 sizes = _sizes(text, layer, n_tokens)
                 found[row.name.format(layer)] = tuple(sizes[d] for d in row.dims)
     return found
 
 
-def _has(text: Any, layer: int, when: str) -> bool:
-    attention = text.layers[layer].self_attn
-    computes_keys = not attention.is_kv_shared_layer
+def _has(model: Any, block: Any, when: str) -> bool:
+    attention, computes_keys = block.self_attn, oracle.computes_keys(block.self_attn)
+    ple = bool(getattr(oracle.text_model(model), "hidden_size_per_layer_input", 0))
     return {
         "MODEL": True,
         "LAYER": True,
         "KV": computes_keys,
         "VPROJ": computes_keys and attention.v_proj is not None,
-        "PLE_MODEL": bool(text.hidden_size_per_layer_input),
-        "PLE": bool(text.hidden_size_per_layer_input),
-        "MOE": text.config.enable_moe_block,
-        "SOFTCAP": text.config.final_logit_softcapping is not None,
+        "QNORM": hasattr(attention, "q_norm"),
+        "KNORM": computes_keys and hasattr(attention, "k_norm"),
+        "VNORM": computes_keys and hasattr(attention, "v_norm"),
+        "POST": hasattr(block, "post_attention_layernorm"),
+        "SCALAR": hasattr(block, "layer_scalar"),
+        "PLE_MODEL": ple,
+        "PLE": ple,
+        "MOE": getattr(block, "enable_moe_block", False),
+        "SOFTCAP": oracle.logit_softcap(model) is not None,
     }[when]
 
 
@@ -58,11 +65,11 @@ def _sizes(text: Any, layer: int, n_tokens: int) -> dict[str, int | None]:
         "K": config.num_attention_heads // block.self_attn.num_key_value_groups,
         "h": block.self_attn.head_dim,
         "F": block.mlp.intermediate_size,
-        "P": config.hidden_size_per_layer_input,
+        "P": getattr(config, "hidden_size_per_layer_input", None),
         "L": len(text.layers),
-        "E": config.num_experts,
-        "k": config.top_k_experts,
-        "M": config.moe_intermediate_size,
+        "E": getattr(config, "num_experts", None),
+        "k": getattr(config, "top_k_experts", None),
+        "M": getattr(config, "moe_intermediate_size", None),
         "V": config.vocab_size,
         "1": 1,
     }

@@ -24,12 +24,15 @@ class Account(NamedTuple):
     sites: dict[str, NDArray[Any]]
 
 
-def run(model: gemma4.Model, runs: list[tuple[Any, Ids]], *, max_chunk: int = 0) -> list[Account]:
-    """One engine step over (engine sequence, ids) pairs, all logits and all sites of each."""
+def run(
+    model: gemma4.Model, runs: list[tuple[Any, Ids]], *, max_chunk: int = 0, ends: list[Ids] | None = None
+) -> list[Account]:
+    """One engine step over (engine sequence, ids) pairs, all logits and all sites of each. ends: of each run, how far
+    its positions see."""
     accounts = [_empty(model, sequence, ids) for sequence, ids in runs]
     engine_runs = [
-        (sequence, ids, None, np.arange(len(ids), dtype=np.int32), account.logits)
-        for (sequence, ids), account in zip(runs, accounts, strict=True)
+        (sequence, ids, None, np.arange(len(ids), dtype=np.int32), account.logits, None if ends is None else ends[i])
+        for i, ((sequence, ids), account) in enumerate(zip(runs, accounts, strict=True))
     ]
     taps = [
         (site.id, site.layer or 0, index, account.sites[name], None)

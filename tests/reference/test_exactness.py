@@ -23,7 +23,18 @@ from .conftest import Checkpoint
 
 Load = Callable[..., gemma4.Model]
 N = 41  # several windows of every variant below
-NAMES = ["e2b", "moe26b", "dense31b", "odd-e", "odd-moe-f16", "everything", "window1", "e2b-bf16"]
+NAMES = [
+    "e2b",
+    "moe26b",
+    "dense31b",
+    "odd-e",
+    "odd-moe-f16",
+    "everything",
+    "window1",
+    "e2b-bf16",
+    "gemma2",
+    "gemma3-odd",
+]
 KV = ["f32", "bf16"]
 EVERY = pytest.mark.parametrize("name", NAMES)
 EVERY_KV = pytest.mark.parametrize(

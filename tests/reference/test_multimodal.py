@@ -18,7 +18,7 @@ from .compare import difference, same_bits
 from .towers import GetPair, Pair
 
 IMAGE, VIDEO, AUDIO = 250, 251, 252  # ids of the placeholders, and what the engine calls them
-KINDS = {IMAGE: -2, VIDEO: -3, AUDIO: -1}
+KINDS = {IMAGE: -2, VIDEO: -3, AUDIO: -1}  # in the engine all below 0 are embeddings; the tests tell them apart
 TYPES = {IMAGE: 1, VIDEO: 2, AUDIO: 3}
 
 
@@ -79,12 +79,22 @@ def expanded(pair: Pair, parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]
     return np.array(ids, np.int32), embeddings
 
 
+def both_ways(ids: np.ndarray) -> np.ndarray:
+    """int32 [T]: up to where each position sees, images and frames to their own ends."""
+    ends = np.arange(1, len(ids) + 1, dtype=np.int32)
+    for i in reversed(range(len(ids) - 1)):
+        if ids[i] <= KINDS[IMAGE] and ids[i + 1] <= KINDS[IMAGE]:
+            ends[i] = ends[i + 1]
+    return ends
+
+
 def our_logits(
     pair: Pair, parts: Sequence[Part], *, max_chunk: int = 0, sequence: Any = None, taps: Sequence[Any] = ()
 ) -> np.ndarray:
     ids, embeddings = expanded(pair, parts)
     logits = np.zeros((len(ids), pair.ours.d_vocab), np.float32)
-    run = (sequence or pair.ours.engine.new_sequence(), ids, embeddings, np.arange(len(ids), dtype=np.int32), logits)
+    rows = np.arange(len(ids), dtype=np.int32)
+    run = (sequence or pair.ours.engine.new_sequence(), ids, embeddings, rows, logits, both_ways(ids))
     pair.ours.engine.step([run], taps, max_chunk=max_chunk)
     return logits
 
@@ -239,6 +249,6 @@ def test_threads_and_company(name: str, pair: GetPair) -> None:
         ids, embeddings = expanded(p, parts)
         outs.append(np.zeros((len(ids), p.ours.d_vocab), np.float32))
         rows = np.arange(len(ids), dtype=np.int32)
-        runs.append((p.ours.engine.new_sequence(), ids, embeddings, rows, outs[-1]))
+        runs.append((p.ours.engine.new_sequence(), ids, embeddings, rows, outs[-1], both_ways(ids)))
     p.ours.engine.step(runs, max_chunk=13)
     assert all(same_bits(a, b) for a, b in zip(outs, alone, strict=True))

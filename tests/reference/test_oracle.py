@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma4ForConditionalGeneration
+from transformers import AutoModelForCausalLM
 
 from . import oracle, site_list, variants
 from .conftest import Reference
@@ -44,17 +44,16 @@ def blocks(text: Any, sites: oracle.Sites) -> list[tuple[Any, dict[str, np.ndarr
 
 @EVERY_VARIANT
 def test_has_every_site_in_its_shape(reference: Get, name: str) -> None:
-    text, _, sites = text_and_sites(reference, name)
-    assert {n: s.shape for n, s in sites.items()} == site_list.expected(text, N)
+    sites = reference(name, N).sites
+    assert {n: s.shape for n, s in sites.items()} == site_list.expected(reference(name, N).checkpoint.model, N)
     assert {s.dtype for n, s in sites.items() if not n.endswith("expert_ids")} == {np.dtype(np.float32)}
 
 
 @EVERY_VARIANT
 def test_directory_is_what_transformers_loads(reference: Get, name: str) -> None:
     variant, directory, model = reference(name, N).checkpoint
-    cls = Gemma4ForConditionalGeneration if variant.multimodal else AutoModelForCausalLM
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
-    loaded = cls.from_pretrained(directory, **options).eval()
+    cls = variant.model_class if variant.multimodal else AutoModelForCausalLM
+    loaded = cls.from_pretrained(directory, dtype=torch.float32, **variants.eager(variant)).eval()
     variants.round_to(loaded, variants.DTYPES[variant.dtype])
     weights = model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
@@ -69,8 +68,10 @@ def test_residual_stream_adds_up(reference: Get, name: str) -> None:
     for block, s in blocks(text, sites):
         assert np.array_equal(s["hook_resid_pre"], before)
         terms = [s["hook_resid_pre"], s["hook_attn_out"], s["hook_mlp_out"], s.get("hook_ple_out", np.float32(0))]
-        close(s["hook_resid_post"], block.layer_scalar.item() * sum(terms))
-        assert np.array_equal(s["hook_resid_post"], s["hook_resid_unscaled"] * block.layer_scalar.numpy())
+        scalar = block.layer_scalar.numpy() if hasattr(block, "layer_scalar") else np.float32([1])
+        close(s["hook_resid_post"], scalar * sum(terms))
+        if "hook_resid_unscaled" in s:
+            assert np.array_equal(s["hook_resid_post"], s["hook_resid_unscaled"] * scalar)
         before = s["hook_resid_post"]
 
 
@@ -79,10 +80,17 @@ def test_norms_give_what_the_modules_gave(reference: Get, name: str) -> None:
     text, recording, sites = text_and_sites(reference, name)
     for i, (block, s) in enumerate(blocks(text, sites)):
         for site, module in NORMS.items():
-            gained = s[f"{site}.hook_normalized"] * getattr(block, module).weight.detach().numpy()
+            if not hasattr(block, module):
+                assert f"{site}.hook_normalized" not in s
+                continue
+            gained = s[f"{site}.hook_normalized"] * gain(name, getattr(block, module))
             close(gained, recording.made[f"layers.{i}.{module}"][0][0].numpy())
             assert np.array_equal(recording.given[f"layers.{i}.{module}"][0][0].numpy(), _norm_input(site, s))
-    close(sites["ln_final.hook_normalized"] * text.norm.weight.detach().numpy(), sites["ln_final.hook_out"])
+    close(sites["ln_final.hook_normalized"] * gain(name, text.norm), sites["ln_final.hook_out"])
+
+
+def gain(name: str, norm: Any) -> np.ndarray:
+    return norm.weight.detach().numpy() + variants.BY_NAME[name].stores_unit_gains
 
 
 def _norm_input(site: str, s: dict[str, np.ndarray]) -> np.ndarray:
@@ -118,12 +126,13 @@ def test_keys_and_values_come_from_their_donors(reference: Get, name: str) -> No
     donor: dict[str, dict[str, np.ndarray]] = {}
     for block, s in blocks(text, sites):
         attention = block.self_attn
-        if not attention.is_kv_shared_layer:
+        if oracle.computes_keys(attention):
             donor[attention.layer_type] = s
         source = donor[attention.layer_type]
         assert np.array_equal(s["attn.hook_k_used"], source["attn.hook_rot_k"])
-        assert np.array_equal(s["attn.hook_v_used"], source["attn.hook_v_normed"])
-        if "attn.hook_k" in s:
+        values = "attn.hook_v_normed" if "attn.hook_v_normed" in source else "attn.hook_v"
+        assert np.array_equal(s["attn.hook_v_used"], source[values])
+        if "attn.hook_v_normed" in s:
             raw = s.get("attn.hook_v", s["attn.hook_k"])
             rms = np.sqrt((raw**2).mean(-1, keepdims=True) + text.config.rms_norm_eps)
             close(raw / rms, s["attn.hook_v_normed"])
@@ -133,7 +142,7 @@ def test_keys_and_values_come_from_their_donors(reference: Get, name: str) -> No
 def test_rotation_keeps_lengths_and_the_first_position(reference: Get, name: str) -> None:
     text, _, sites = text_and_sites(reference, name)
     for _, s in blocks(text, sites):
-        q, rotated = s["attn.hook_q_normed"], s["attn.hook_rot_q"]
+        q, rotated = s.get("attn.hook_q_normed", s["attn.hook_q"]), s["attn.hook_rot_q"]
         assert np.array_equal(q[0], rotated[0])
         close(np.linalg.norm(rotated, axis=-1), np.linalg.norm(q, axis=-1))
 
@@ -174,7 +183,7 @@ def test_experts_add_up_and_routing_has_no_ties(reference: Get, name: str) -> No
 def test_logits_follow_from_the_last_norm(reference: Get, name: str) -> None:
     model = reference(name, N).checkpoint.model
     text, _, sites = text_and_sites(reference, name)
-    cap = text.config.final_logit_softcapping
+    cap = oracle.logit_softcap(model)
     raw = sites["ln_final.hook_out"] @ model.lm_head.weight.detach().numpy().T
     close(cap * np.tanh(raw / cap) if cap else raw, sites["hook_logits"])
     if cap:

@@ -32,11 +32,11 @@ def test_every_site(name: str, n_tokens: int, reference: Get, loaded: Load) -> N
 def test_has_exactly_the_listed_sites(name: str, reference: Get, loaded: Load) -> None:
     n = variants.BY_NAME[name].prompt_lengths[0]
     sites = loaded(name).sites
-    shapes = site_list.expected(text_model(reference(name, n).checkpoint.model), n)
+    shapes = site_list.expected(reference(name, n).checkpoint.model, n)
     assert {site: sites[site].shape(n, n) for site in sites} == shapes
 
 
-@pytest.mark.parametrize("name", ["e2b", "moe26b", "dense31b", "everything"])
+@pytest.mark.parametrize("name", ["e2b", "moe26b", "dense31b", "everything", "gemma2", "gemma3", "vaultgemma"])
 def test_continues_a_cached_sequence_as_the_whole_prompt(name: str, reference: Get, loaded: Load) -> None:
     """Sites of a second run see the first run's keys: compared with transformers on the whole prompt."""
     n, cut = variants.LONG, variants.LONG - 9
@@ -54,14 +54,14 @@ def test_continues_a_cached_sequence_as_the_whole_prompt(name: str, reference: G
     assert first_failures(cache, late) == []
 
 
-@pytest.mark.parametrize("name", ["e2b-seed1", "dense31b"])
+@pytest.mark.parametrize("name", ["e2b-seed1", "dense31b", "gemma2", "gemma3"])
 def test_given_embeddings(name: str, reference: Get, loaded: Load) -> None:
     """Soft tokens: their per-layer table row is the pad token's, the projection is of what is given."""
     found, model, n = reference(name, 13), loaded(name), 13
     text = text_model(found.checkpoint.model)
     given = 2 * torch.from_numpy(found.sites["hook_embed"])[None]
     options = {}
-    if text.hidden_size_per_layer_input:
+    if getattr(text, "hidden_size_per_layer_input", 0):
         options["per_layer_inputs"] = text.get_per_layer_inputs(torch.zeros(1, n, dtype=torch.long), None)
     with torch.no_grad():
         out = found.checkpoint.model(inputs_embeds=given, use_cache=False, output_attentions=True, **options)
@@ -79,7 +79,7 @@ def test_tokens_and_embeddings_in_one_run(name: str, reference: Get, loaded: Loa
     embeddings = torch.from_numpy(found.sites["hook_embed"]).clone()
     embeddings[soft] *= -1.5
     options, ids = {}, found.ids.clone()
-    if text.hidden_size_per_layer_input:
+    if getattr(text, "hidden_size_per_layer_input", 0):
         ids[soft] = 0
         options["per_layer_inputs"] = text.get_per_layer_inputs(ids[None], None)
     with torch.no_grad():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small random Gemma 4 text models, one per branch of the architecture, written as Hugging Face directories.
+"""Small random Gemma text models, one per branch of the architecture, written as Hugging Face directories.
 
 Every factor a forward pass could forget (norm gains, layer scalars, router and expert scales, per-layer embeddings,
 eps, softcap) is drawn away from its neutral value, so that forgetting it fails a comparison.
@@ -10,16 +10,37 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    SiglipVisionConfig,
+    VaultGemmaConfig,
+    VaultGemmaForCausalLM,
+)
 
 S, F = "sliding_attention", "full_attention"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TEXT_CLASSES: dict[str, Any] = {
+    "gemma4": (Gemma4TextConfig, Gemma4ForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM),
+    "vaultgemma": (VaultGemmaConfig, VaultGemmaForCausalLM),
+}
 _OUTPUT_NORM = re.compile(r"layers\.\d+\.post_(attention|feedforward|per_layer_input)_(layer)?norm\.weight$")
 LONG = 70  # several windows of every variant
 
@@ -31,9 +52,11 @@ class Variant:
     name: str
     text: dict[str, Any]
     seed: int = 0
-    multimodal: bool = False  # Gemma4ForConditionalGeneration: prefix model.language_model., nested config
+    family: str = "gemma4"  # of TEXT_CLASSES
+    multimodal: bool = False  # …ForConditionalGeneration: prefix model.language_model., nested config
     dtype: str = "float32"
-    legacy_config: bool = False  # global_head_dim / num_global_key_value_heads instead of per_layer_config
+    legacy_config: bool = False  # the keys of older files, which transformers still reads
+    legacy_names: bool = False  # language_model.model. in front of the text model's names: Gemma 3's released files
     dead_kv: bool = False  # k/v tensors for layers that share keys, as the released E2B and E4B files have
     shards: bool = False
     lengths: tuple[int, ...] = field(default=())  # () = around the window
@@ -41,6 +64,17 @@ class Variant:
     @property
     def window(self) -> int:
         return self.text["sliding_window"]
+
+    @property
+    def stores_unit_gains(self) -> bool:
+        """Whether norms are stored as w and multiply by 1 + w."""
+        return self.family != "gemma4"
+
+    @property
+    def model_class(self) -> Any:
+        if not self.multimodal:
+            return TEXT_CLASSES[self.family][1]
+        return Gemma3ForConditionalGeneration if self.family == "gemma3" else Gemma4ForConditionalGeneration
 
     @property
     def prompt_lengths(self) -> list[int]:
@@ -52,7 +86,7 @@ class Variant:
     def d_vocab(self) -> int:
         """Ids below this are valid in both embedding tables."""
         tables = [self.text["vocab_size"]]
-        if self.text["hidden_size_per_layer_input"]:
+        if self.text.get("hidden_size_per_layer_input"):
             tables.append(self.text["vocab_size_per_layer_input"])
         return min(tables)
 
@@ -211,6 +245,76 @@ FAR = _text(
     layer_types=[S, F],
 )
 
+
+def _earlier(**changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 7,
+        "sliding_window": 5,
+        "max_position_embeddings": 1024,
+    }
+    text = base | changes
+    text["num_hidden_layers"] = len(text["layer_types"])
+    return text
+
+
+_CAPS = {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 8.0}
+GEMMA2 = _earlier(layer_types=[S, F, S, F], rope_parameters={"rope_type": "default", "rope_theta": 700.0}, **_CAPS)
+GEMMA2_ODD = _earlier(
+    vocab_size=257,
+    hidden_size=45,
+    intermediate_size=33,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=6,
+    query_pre_attn_scalar=3,
+    sliding_window=3,
+    rms_norm_eps=1e-3,
+    layer_types=[F, S, S, F, S],
+    rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5},
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+)
+GEMMA2_WIDE = _earlier(
+    vocab_size=1041,
+    hidden_size=272,
+    intermediate_size=528,
+    num_attention_heads=4,
+    head_dim=64,
+    query_pre_attn_scalar=24,
+    sliding_window=33,
+    layer_types=[S, F],
+    **_CAPS,
+)
+GEMMA3 = _earlier(
+    query_pre_attn_scalar=20,
+    layer_types=[S] * 5 + [F, S, S],  # the last one is not global
+    rope_parameters={
+        S: {"rope_type": "default", "rope_theta": 300.0},
+        F: {"rope_type": "linear", "rope_theta": 9000.0, "factor": 8.0},
+    },
+    final_logit_softcapping=9.0,
+)
+GEMMA3_ODD = GEMMA3 | {
+    "vocab_size": 231,
+    "hidden_size": 36,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 10,
+    "sliding_window": 1,
+    "tie_word_embeddings": False,
+    "final_logit_softcapping": None,
+}
+_LINEAR = {
+    S: {"rope_type": "linear", "rope_theta": 300.0, "factor": 3.0},
+    F: {"rope_type": "linear", "rope_theta": 9000.0, "factor": 8.0},
+}
+
 _FEW = (1, 2, 13, LONG)
 VARIANTS: list[Variant] = [
     Variant("e2b", E2B, multimodal=True, legacy_config=True, dead_kv=True),
@@ -260,6 +364,24 @@ VARIANTS: list[Variant] = [
     Variant("e2b-f16", E2B, dtype="float16", lengths=_FEW),
     Variant("odd-e-bf16", ODD_E | {"hidden_size_per_layer_input": 9}, dtype="bfloat16", lengths=_FEW),
     Variant("odd-moe-f16", ODD_MOE, dtype="float16", lengths=_FEW),
+    Variant("linear-rope", _text(rope_parameters=_LINEAR, layer_types=[S, F, S, F]), lengths=_FEW),
+    Variant("gemma2", GEMMA2, family="gemma2"),
+    Variant("gemma2-seed1", GEMMA2, seed=1, family="gemma2", legacy_config=True, lengths=_FEW),
+    Variant("gemma2-odd", GEMMA2_ODD, family="gemma2", legacy_config=True),
+    Variant("gemma2-bf16", GEMMA2, family="gemma2", dtype="bfloat16", lengths=_FEW),
+    Variant("gemma2-wide", GEMMA2_WIDE, family="gemma2", lengths=(1, 5, 33, 150)),
+    Variant("gemma2-long", GEMMA2 | {"sliding_window": 64}, family="gemma2", lengths=(600,)),
+    Variant("gemma3", GEMMA3, family="gemma3"),
+    Variant("gemma3-seed1", GEMMA3, seed=1, family="gemma3", legacy_config=True, shards=True, lengths=_FEW),
+    Variant("gemma3-mm", GEMMA3, family="gemma3", multimodal=True, lengths=_FEW),
+    Variant(
+        "gemma3-mm-old", GEMMA3, family="gemma3", multimodal=True, legacy_config=True, legacy_names=True, lengths=_FEW
+    ),
+    Variant("gemma3-odd", GEMMA3_ODD, family="gemma3"),
+    Variant("gemma3-bf16", GEMMA3, family="gemma3", dtype="bfloat16", lengths=_FEW),
+    Variant("gemma3-f16", GEMMA3_ODD, family="gemma3", dtype="float16", legacy_config=True, lengths=_FEW),
+    Variant("vaultgemma", GEMMA2, family="vaultgemma"),
+    Variant("vaultgemma-bf16", GEMMA2, family="vaultgemma", dtype="bfloat16", legacy_config=True, lengths=_FEW),
 ]
 BY_NAME = {v.name: v for v in VARIANTS}
 
@@ -272,23 +394,43 @@ def token_ids(variant: Variant, n: int, seed: int = 0) -> torch.Tensor:
 
 def build(variant: Variant) -> Any:
     """The reference model in float32 with eager attention and experts; its weights are exactly those on disk."""
-    config = Gemma4TextConfig(**variant.text)
-    if variant.multimodal:
+    config = TEXT_CLASSES[variant.family][0](**copy.deepcopy(variant.text))
+    if variant.multimodal and variant.family == "gemma3":
+        config = Gemma3Config(text_config=config, vision_config=_siglip(), mm_tokens_per_image=4)
+    elif variant.multimodal:
         config = Gemma4Config(text_config=config, vision_config=None, audio_config=None)
-    cls = Gemma4ForConditionalGeneration if variant.multimodal else Gemma4ForCausalLM
-    model = cls._from_config(config, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
-    _randomise(model, variant.seed)
+    model = variant.model_class._from_config(config, dtype=torch.float32, **eager(variant))
+    _randomise(model, variant.seed, variant.stores_unit_gains)
     round_to(model, DTYPES[variant.dtype])
     return model.eval()
 
 
+def eager(variant: Variant) -> dict[str, str]:
+    """Options of transformers that choose plain implementations."""
+    experts = {"experts_implementation": "eager"} if variant.family == "gemma4" else {}
+    return {"attn_implementation": "eager", **experts}
+
+
+def _siglip() -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=7,
+        vision_use_head=False,
+    )
+
+
 @torch.no_grad()
-def _randomise(model: torch.nn.Module, seed: int) -> None:
+def _randomise(model: torch.nn.Module, seed: int, unit_gains: bool = False) -> None:
     generator = torch.Generator().manual_seed(1000 + seed)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name.endswith("lm_head.weight") and tensor is model.get_input_embeddings().weight:  # type: ignore[operator]
             continue
-        tensor.copy_(_draw(name, tuple(tensor.shape), generator))
+        drawn = _draw(name, tuple(tensor.shape), generator)
+        tensor.copy_(drawn - 1 if unit_gains and name.endswith("norm.weight") else drawn)
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -330,8 +472,10 @@ def save(variant: Variant, model: Any, directory: Path) -> None:
     stored.save_pretrained(directory, max_shard_size=size // 3 if variant.shards else "5GB")
     if variant.dead_kv:
         _add_dead_kv(variant, directory)
+    if variant.legacy_names:
+        _legacy_names(directory)
     if variant.legacy_config:
-        _legacy_config(directory)
+        _LEGACY[variant.family](directory)
 
 
 def _add_dead_kv(variant: Variant, directory: Path) -> None:
@@ -359,12 +503,56 @@ def _dead_kv(variant: Variant) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{attention}k_norm.weight", torch.full((d,), math.nan)
 
 
-def _legacy_config(directory: Path) -> None:
-    """The spelling of the released checkpoints, which transformers still reads."""
+def _legacy_names(directory: Path) -> None:
+    file = directory / "model.safetensors"
+    old = {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model."}
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        prefix = next((p for p in old if name.startswith(p)), None)
+        tensors[old[prefix] + name.removeprefix(prefix) if prefix else name.removeprefix("model.")] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@contextmanager
+def _rewritten(directory: Path) -> Iterator[dict[str, Any]]:
+    """The text model's part of config.json, to be changed."""
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    text = config.get("text_config", config)
-    overrides = next(iter(text.pop("per_layer_config").values()))
-    text["global_head_dim"] = overrides["head_dim"]
-    text["num_global_key_value_heads"] = overrides.get("num_key_value_heads")
+    yield config.get("text_config", config)
     path.write_text(json.dumps(config, indent=2))
+
+
+def _legacy_config(directory: Path) -> None:
+    """The spelling of the released checkpoints, which transformers still reads."""
+    with _rewritten(directory) as text:
+        overrides = next(iter(text.pop("per_layer_config").values()))
+        text["global_head_dim"] = overrides["head_dim"]
+        text["num_global_key_value_heads"] = overrides.get("num_key_value_heads")
+
+
+def _legacy_gemma2(directory: Path) -> None:
+    with _rewritten(directory) as text:
+        rope = text.pop("rope_parameters")
+        text["rope_theta"] = rope.pop("rope_theta")
+        if rope["rope_type"] != "default":
+            text["rope_scaling"] = rope
+        if text["layer_types"] == [S, F] * (len(text["layer_types"]) // 2):  # the class's pattern
+            del text["layer_types"]
+
+
+def _legacy_gemma3(directory: Path) -> None:
+    with _rewritten(directory) as text:
+        ropes = text.pop("rope_parameters")
+        text["rope_local_base_freq"] = ropes[S]["rope_theta"]
+        text["rope_theta"] = ropes[F].pop("rope_theta")
+        text["rope_scaling"] = ropes[F]
+        del text["layer_types"]
+        text["sliding_window_pattern"] = 6
+
+
+_LEGACY = {
+    "gemma4": _legacy_config,
+    "gemma3": _legacy_gemma3,
+    "gemma2": _legacy_gemma2,
+    "vaultgemma": _legacy_gemma2,
+}

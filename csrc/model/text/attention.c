@@ -14,13 +14,12 @@ static size_t kv_width(const g4_forward *f, int layer)
     return (size_t)f->config->layers[layer].n_kv_heads * (size_t)f->config->layers[layer].head_dim;
 }
 
-/* Norm over the head size of every head, then the site. gain NULL: without. */
-static g4_status head_norm(g4_forward *f, int layer, g4_site site, const float *x, const float *gain, int n_heads,
-                           float *out)
+/* Norm over the head size of every head in place, then the site. gain NULL: without. */
+static g4_status head_norm(g4_forward *f, int layer, g4_site site, float *x, const float *gain, int n_heads)
 {
     G4_TRY(g4_rms_norm(&f->exec, x, gain, f->n_rows * n_heads, f->config->layers[layer].head_dim,
-                       f->config->rms_norm_eps, out));
-    return g4_tap_rows(f, site, layer, out);
+                       f->config->rms_norm_eps, x));
+    return g4_tap_rows(f, site, layer, x);
 }
 
 static g4_status rotate(g4_forward *f, int layer, g4_site site, float *x, int n_heads)
@@ -30,7 +29,8 @@ static g4_status rotate(g4_forward *f, int layer, g4_site site, float *x, int n_
     return g4_tap_rows(f, site, layer, x);
 }
 
-/* k = RoPE(norm(W_k x)), v = norm(W_v x) into the cache; where values share the keys' projection, v = norm(W_k x). */
+/* k = RoPE(norm(W_k x)), v = norm(W_v x) into the cache; where values share the keys' projection, v = norm(W_k x). Models
+ * go without one norm or both. */
 static g4_status cache_keys_and_values(g4_forward *f, int layer, const float *x)
 {
     const g4_layer_config *lc = &f->config->layers[layer];
@@ -46,8 +46,10 @@ static g4_status cache_keys_and_values(g4_forward *f, int layer, const float *x)
         memcpy(v, k, (size_t)f->n_rows * width * sizeof *v);
     else
         G4_TRY(g4_tap_rows(f, G4_SITE_V, layer, v));
-    G4_TRY(head_norm(f, layer, G4_SITE_K_NORMED, k, w->k_norm, lc->n_kv_heads, k));
-    G4_TRY(head_norm(f, layer, G4_SITE_V_NORMED, v, NULL, lc->n_kv_heads, v));
+    if (f->config->k_norm)
+        G4_TRY(head_norm(f, layer, G4_SITE_K_NORMED, k, w->k_norm, lc->n_kv_heads));
+    if (f->config->v_norm)
+        G4_TRY(head_norm(f, layer, G4_SITE_V_NORMED, v, NULL, lc->n_kv_heads));
     G4_TRY(rotate(f, layer, G4_SITE_ROT_K, k, lc->n_kv_heads));
     for (int s = 0; s < f->n_segments; s++) {
         const g4_segment *segment = &f->segments[s];
@@ -118,25 +120,48 @@ static int deciding_rows(const g4_forward *f, const g4_segment *segment)
     return n ? n : segment->n_rows;
 }
 
+/* Up to which position each row sees in this layer, [T]; NULL: its own. */
+static g4_status ends_of_layer(g4_forward *f, int layer, const int32_t **out)
+{
+    const int ahead = f->config->layers[layer].ahead;
+    int32_t *ends;
+    *out = f->ends;
+    if (!f->ends || ahead == G4_WHOLE_STRETCH)
+        return G4_OK;
+    *out = NULL;
+    if (!ahead)
+        return G4_OK;
+    G4_ALLOC(&f->exec, ends, (size_t)f->n_rows);
+    for (int row = 0; row < f->n_rows; row++) {
+        const int own = f->positions[row] + 1;
+        ends[row] = f->ends[row] - own > ahead ? own + ahead : f->ends[row];
+    }
+    *out = ends;
+    return G4_OK;
+}
+
 static g4_status attend(g4_forward *f, int layer, const float *q, float *z)
 {
     const g4_layer_config *lc = &f->config->layers[layer];
     const size_t width = (size_t)f->config->n_heads * (size_t)lc->head_dim;
     const bool in_steps = g4_tapped(f, G4_SITE_ATTN_SCORES, layer) || g4_tapped(f, G4_SITE_PATTERN, layer);
+    const int32_t *ends;
     g4_attention *runs;
+    G4_TRY(ends_of_layer(f, layer, &ends));
     G4_ALLOC(&f->exec, runs, (size_t)f->n_segments);
     for (int s = 0; s < f->n_segments; s++) {
         const g4_segment *segment = &f->segments[s];
         runs[s] = (g4_attention){.q = q + (size_t)segment->first_row * width,
                                  .z = z + (size_t)segment->first_row * width,
                                  .positions = f->positions + segment->first_row,
-                                 .ends = lc->window && f->ends ? f->ends + segment->first_row : NULL,
+                                 .ends = ends ? ends + segment->first_row : NULL,
                                  .n_rows = segment->n_rows,
                                  .n_deciding = deciding_rows(f, segment),
                                  .n_heads = f->config->n_heads,
                                  .n_kv_heads = lc->n_kv_heads,
                                  .head_dim = lc->head_dim,
                                  .window = lc->window,
+                                 .softcap = f->config->attention_softcap,
                                  .n_keys = segment->end_position,
                                  .bf16 = rounds_to_bf16(&f->model->weights.layers[layer].q),
                                  .kv = g4_kv_view_of(segment->seq, layer)};
@@ -209,7 +234,8 @@ g4_status g4_text_attention(g4_forward *f, int layer, float *attn_out)
     const g4_layer_weights *w = &f->model->weights.layers[layer];
     const int n_heads = f->config->n_heads;
     const size_t width = (size_t)n_heads * (size_t)f->config->layers[layer].head_dim;
-    float *x, *q, *z, *projected;
+    const g4_norm_sites post = {G4_SITE_LN1_POST_SCALE, G4_SITE_LN1_POST_NORMALIZED};
+    float *x, *q, *z, *projected = attn_out;
     G4_ALLOC(&f->exec, x, (size_t)f->n_rows * (size_t)f->config->d_model);
 
     G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN1_SCALE, G4_SITE_LN1_NORMALIZED}, w->ln1, f->resid, x));
@@ -223,14 +249,18 @@ g4_status g4_text_attention(g4_forward *f, int layer, float *attn_out)
     G4_ALLOC(&f->exec, z, (size_t)f->n_rows * width);
     G4_TRY(g4_text_linear(f, x, &w->q, q));
     G4_TRY(g4_tap_rows(f, G4_SITE_Q, layer, q));
-    G4_TRY(head_norm(f, layer, G4_SITE_Q_NORMED, q, w->q_norm, n_heads, q));
+    if (f->config->q_norm)
+        G4_TRY(head_norm(f, layer, G4_SITE_Q_NORMED, q, w->q_norm, n_heads));
     G4_TRY(rotate(f, layer, G4_SITE_ROT_Q, q, n_heads));
+    if (f->config->attention_scale != 1) /* of q once instead of every score */
+        G4_TRY(g4_scale_rows(&f->exec, q, f->config->attention_scale, NULL, f->n_rows, (int)width, q));
     G4_TRY(attend(f, layer, q, z));
 
-    G4_ALLOC(&f->exec, projected, (size_t)f->n_rows * (size_t)f->config->d_model);
+    if (f->config->post_norms)
+        G4_ALLOC(&f->exec, projected, (size_t)f->n_rows * (size_t)f->config->d_model);
     G4_TRY(project_out(f, layer, z, projected));
     G4_TRY(g4_tap_rows(f, G4_SITE_ATTN_PROJ, layer, projected));
-    G4_TRY(g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN1_POST_SCALE, G4_SITE_LN1_POST_NORMALIZED}, w->ln1_post,
-                   projected, attn_out));
+    if (f->config->post_norms)
+        G4_TRY(g4_norm(f, layer, post, w->ln1_post, projected, attn_out));
     return g4_tap_rows(f, G4_SITE_ATTN_OUT, layer, attn_out);
 }

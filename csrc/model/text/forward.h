@@ -39,7 +39,7 @@ typedef struct {
 
     int n_rows; /* T: every array below has so many rows */
     int32_t *positions, *row_in_run, *logits_slot /* row of the run's logits, or -1 */;
-    int32_t *ends;     /* row i sees positions before it where images see themselves; NULL: there are none */
+    int32_t *ends;     /* in layers that look ahead row i sees positions before it; NULL: none sees beyond its own */
     bool *wanted;      /* some output needs this row above the last layer that computes keys */
     int n_with_logits; /* after pruning: rows with logits; 0 before */
     float *resid;      /* [T, D] the residual stream */

@@ -13,7 +13,7 @@ int g4_kv_rotated_pairs(const g4_model *model, g4_dtype dtype, int layer)
     const int half = config->rope_half[lc->rope], block = (int)g4_block_size(dtype);
     const float *freq = config->rope_inv_freq[lc->rope];
     int rotated = 0;
-    if (!lc->k_eq_v || lc->kv_source != layer)
+    if (!lc->k_eq_v || lc->kv_source != layer || !config->k_norm || !config->v_norm)
         return 0;
     for (int i = 0; i < half; i++)
         if (freq[i] != 0)

@@ -6,8 +6,8 @@
 
 #include "model/text/kv_cache.h"
 
-/* The number of pairs that RoPE rotates, if only those need to be stored; else 0. They do where values are the normed
- * projection of the keys and a head can be cut there (quantised heads between blocks). */
+/* The number of pairs that RoPE rotates, if only those need to be stored; else 0. They do where keys and values are the
+ * same projection, normed, and a head can be cut there (quantised heads between blocks). */
 int g4_kv_rotated_pairs(const g4_model *model, g4_dtype dtype, int layer);
 
 /* Whether float32 keys [K, h] equal gain * v to the bit in every pair that RoPE does not rotate. */

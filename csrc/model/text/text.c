@@ -3,10 +3,10 @@
  *
  *   x      = embed(tokens) * sqrt(D)
  *   ple    = (norm(W_c x / sqrt(D)) + table(tokens) * sqrt(P)) / sqrt(2)
- *   layer:   x += norm(attention(norm(x)))
+ *   layer:   x += norm(attention(norm(x)))                    (the outer norms if config.post_norms)
  *            x += norm(mlp(norm(x)))                          (+ experts beside the MLP)
  *            x += norm(W_p (gelu(W_g x) * ple[layer]))        (models with per-layer embeddings)
- *            x *= layer_scalar
+ *            x *= layer_scalar                                (models with layer scalars)
  *   logits = softcap(embed^T norm(x))
  */
 #include <math.h>
@@ -133,8 +133,9 @@ static g4_status feed_forward(g4_forward *f, int layer, float *out)
     G4_TRY(dense_mlp(f, layer, x, out));
     if (f->config->layers[layer].moe)
         G4_TRY(add_experts(f, layer, out));
-    G4_TRY(
-        g4_norm(f, layer, (g4_norm_sites){G4_SITE_LN2_POST_SCALE, G4_SITE_LN2_POST_NORMALIZED}, w->ln2_post, out, out));
+    const g4_norm_sites post = {G4_SITE_LN2_POST_SCALE, G4_SITE_LN2_POST_NORMALIZED};
+    if (f->config->post_norms)
+        G4_TRY(g4_norm(f, layer, post, w->ln2_post, out, out));
     return g4_tap_rows(f, G4_SITE_MLP_OUT, layer, out);
 }
 
@@ -165,6 +166,13 @@ static g4_status per_layer_embedding(g4_forward *f, int layer, float *out)
     return g4_tap_rows(f, G4_SITE_PLE_OUT, layer, out);
 }
 
+static g4_status scale_residual(g4_forward *f, int layer)
+{
+    TAP(RESID_UNSCALED, layer, f->resid);
+    return g4_scale_rows(&f->exec, f->resid, *f->model->weights.layers[layer].layer_scalar, NULL, f->n_rows,
+                         f->config->d_model, f->resid);
+}
+
 static g4_status decoder_layer(g4_forward *f, int layer)
 {
     float *branch;
@@ -183,9 +191,8 @@ static g4_status decoder_layer(g4_forward *f, int layer)
         G4_TRY(per_layer_embedding(f, layer, branch));
         G4_TRY(add_to_residual(f, branch));
     }
-    TAP(RESID_UNSCALED, layer, f->resid);
-    G4_TRY(g4_scale_rows(&f->exec, f->resid, *f->model->weights.layers[layer].layer_scalar, NULL, f->n_rows,
-                         f->config->d_model, f->resid));
+    if (f->config->layer_scalar)
+        G4_TRY(scale_residual(f, layer));
     return g4_tap_rows(f, G4_SITE_RESID_POST, layer, f->resid);
 }
 

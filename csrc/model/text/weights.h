@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The weights of the text model, by role. Matrices are views of the caller's bytes; vectors are float32 copies. */
+/* The weights of the text model, by role. Matrices are views of the caller's bytes; vectors are float32 copies, gains of
+ * norms as they multiply. What the config does without is NULL. */
 #ifndef GEMMA4_MODEL_TEXT_WEIGHTS_H
 #define GEMMA4_MODEL_TEXT_WEIGHTS_H
 
@@ -25,7 +26,7 @@ typedef struct {
 } g4_layer_weights;
 
 typedef struct {
-    g4_matrix embed, head;            /* [V, D]; the head is the embedding table unless the file has its own */
+    g4_matrix embed, head;            /* [V, D]; the same table if they are tied */
     const float *final_norm;          /* [D] */
     g4_matrix ple_table, ple_context; /* [V', L*P] [L*P, D] */
     const float *ple_context_norm;    /* [P] */

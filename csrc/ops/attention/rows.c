@@ -129,8 +129,10 @@ static void score_block(const g4_kernels *kernels, const query_block *b, int fir
 /* h: of the heads that share the keys. */
 static void softmax_head(const g4_kernels *kernels, const query_block *b, int query, int h)
 {
-    const int row = b->first_row + query, first = g4_first_key(b->a, row);
-    kernels->softmax(scores_of(b, query, first) + (size_t)h * b->stride, g4_end_key(b->a, row) - first);
+    const int row = b->first_row + query, first = g4_first_key(b->a, row), n = g4_end_key(b->a, row) - first;
+    float *scores = scores_of(b, query, first) + (size_t)h * b->stride;
+    g4_cap_scores(kernels, b->a, scores, n);
+    kernels->softmax(scores, n);
 }
 
 /* What one query sees of positions [first, end). */
@@ -425,6 +427,7 @@ static void score_rows(const g4_exec *exec, void *context, int first, int end)
             const float *q = a->q + ((size_t)i * (size_t)a->n_heads + (size_t)h) * (size_t)a->head_dim;
             g4_fill(row, -INFINITY, from);
             score_keys(exec->kernels, a, h / g4_head_group(a), q, 1, from, to, row + from, 0);
+            g4_cap_scores(exec->kernels, a, row + from, to - from);
             g4_fill(row + to, -INFINITY, a->n_keys - to);
         }
     }

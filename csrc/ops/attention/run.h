@@ -12,7 +12,8 @@ typedef struct {
     const int32_t *ends;      /* [T], ascending: row i sees positions before ends[i]; NULL: up to its own */
     int n_rows, n_heads, n_kv_heads, head_dim;
     int n_deciding; /* the number of rows that chooses between tiles and rows; n_rows, or fewer */
-    int window;     /* keys a query sees, itself included; 0 = all */
+    int window;     /* keys up to its own that a query sees, itself included; 0: all */
+    float softcap;  /* scores are cap * tanh(q . k / cap); 0: q . k */
     int n_keys;     /* positions in the cache, the run's own included */
     bool bf16;      /* a fast exec may round q, keys, values and patterns to it */
     g4_kv_view kv;
@@ -34,6 +35,13 @@ static inline int g4_first_key(const g4_attention *a, int row)
 static inline int g4_end_key(const g4_attention *a, int row)
 {
     return a->ends ? a->ends[row] : a->positions[row] + 1;
+}
+
+/* The softcap of n scores that one row sees. */
+static inline void g4_cap_scores(const g4_kernels *kernels, const g4_attention *a, float *scores, int n)
+{
+    if (a->softcap != 0)
+        kernels->softcap(scores, a->softcap, n);
 }
 
 /* The shortest range of a row outside which every value is `blank`; the whole row if it is all blank. */

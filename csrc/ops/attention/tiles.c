@@ -177,6 +177,7 @@ static void show_scores(const tile_run *t, const query_block *b, const block_scr
         g4_fill(row, -INFINITY, from);
         memcpy(row + from, s->scores + (size_t)r * t->score_stride + (from - b->first),
                (size_t)(to - from) * sizeof *row);
+        g4_cap_scores(t->exec->kernels, t->a, row + from, to - from);
         g4_fill(row + to, -INFINITY, t->a->n_keys - to);
     }
 }
@@ -196,6 +197,7 @@ static void make_patterns(const tile_run *t, const query_block *b, const block_s
     for (int r = 0; r < rows_of(t, b); r++) {
         const int from = g4_first_key(t->a, query_of(t, b, r)), to = g4_end_key(t->a, query_of(t, b, r));
         float *scores = s->scores + (size_t)r * t->score_stride + (from - b->first);
+        g4_cap_scores(t->exec->kernels, t->a, scores, to - from);
         t->exec->kernels->softmax(scores, to - from);
         set_pattern(t, b, s, r, scores, from, to);
     }
