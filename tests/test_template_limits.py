@@ -237,6 +237,14 @@ def test_a_template_that_leaves_out_text_is_an_error(tiny, name, trust):
         encode_chat(tiny.tokenizer, ChatTemplate(source), messages, trust_content=trust)
 
 
+def test_a_template_that_leaves_out_tools_is_an_error(tiny):
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    template = ChatTemplate("{{ messages[0].content }}{{ tools[0].function.name if tools and tools[0].type }}")
+    assert len(encode_chat(tiny.tokenizer, template, [USER], tools=tools)) > 2
+    with pytest.raises(ValueError, match="left out the tool 'weather'"):
+        encode_chat(tiny.tokenizer, ChatTemplate("{{ messages[0].content }}"), [USER], tools=tools)
+
+
 def test_templates_may_trim_and_quote_and_move_text(tiny):
     messages = [
         {"role": "user", "content": "  two \n\n lines "},

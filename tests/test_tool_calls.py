@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import gemma4
 from gemma4.generation.pieces import TurnText
 from gemma4.text.turn import ModelTurn, ToolCall, parse_turn
 
+TINY = Path(gemma4.__file__).parent / "pretrained" / "tiny-e"
 Q = '<|"|>'
 TOOLS = ["weather", "note", "shell", "now", "pdf:make", "fs.read"]
 OPEN, CLOSE = "<|tool_call>", "<tool_call|>"
@@ -260,3 +265,57 @@ def test_thoughts_without_a_name_are_shown(tiny):
     pieces = [piece for token in ids for piece in flow.push(int(token))] + flow.flush()
     assert (pieces[0], pieces[0].channel) == ("hm", "thinking")
     assert flow.parsed().thinking == "hm" and flow.parsed().content == "Yes."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"He wrote {OPEN}call:weather{{}}{CLOSE} there.",
+        "<|channel>thought\nhm<channel|>x",
+        f"a <turn|>{Q}b{Q} <|tool_response>c",
+        "call:weather{}" + CLOSE,
+    ],
+)
+def test_markers_spelled_by_ordinary_tokens_are_text(tiny, text):
+    """A model that quotes a stranger's text must not call a tool by it."""
+    flow = TurnText(tiny.tokenizer, tiny.to_tokens("<|turn>model\n"), tools=["weather"])
+    ids = tiny.tokenizer.encode(text, bos=False, parse_special=False)
+    pieces = [piece for token in ids for piece in flow.push(int(token))]
+    turn = flow.parsed()
+    assert "".join(pieces + flow.flush()) == turn.content == text and not turn.tool_calls + turn.malformed
+
+
+def test_markers_spelled_within_a_string_stay_in_it(tiny):
+    inner = f"say {Q} or {CLOSE} now"
+    flow = TurnText(tiny.tokenizer, tiny.to_tokens("<|turn>model\n"), tools=["note"])
+    for part, special in ((f"{OPEN}call:note{{a:{Q}", True), (inner, False), (f"{Q}}}{CLOSE}", True)):
+        for token in tiny.tokenizer.encode(part, bos=False, parse_special=special):
+            flow.push(int(token))
+    assert flow.parsed().tool_calls == (ToolCall("note", {"a": inner}),)
+
+
+def test_ids_beyond_the_tokenizer_do_not_lose_the_answer(tmp_path):
+    """The model's table may be larger than its tokenizer."""
+    shutil.copytree(TINY, tmp_path / "m")
+    file = tmp_path / "m" / "tokenizer.json"
+    table = json.loads(file.read_text())
+    beyond = max(table["model"]["vocab"].values())
+    table["model"]["vocab"] = {piece: i for piece, i in table["model"]["vocab"].items() if i != beyond}
+    table["added_tokens"] = [token for token in table["added_tokens"] if token["id"] != beyond]
+    file.write_text(json.dumps(table))
+    model = gemma4.load(tmp_path / "m")
+    word = int(model.to_tokens("x", bos=False)[0])
+
+    def run(prompt):
+        ids = iter([word, beyond, word, 1])
+
+        def write(so_far, logits):
+            logits[:] = -np.inf
+            logits[next(ids)] = 0
+
+        out = model.generate(prompt, processors=[write], max_tokens=9)
+        assert out.tokens.tolist() == [word, beyond, word, 1] and out.finish_reason == "stop"
+        return out.text
+
+    piece = model.to_string([word])
+    assert run("x") == run([{"role": "user", "content": "x"}]) == f"{piece}\ufffd{piece}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.core import Core
-from gemma4.text.turn import ModelTurn, is_bare_call, may_be_bare_call, parse_turn
+from gemma4.text.turn import (
+    MARKERS,
+    ModelTurn,
+    as_plain_text,
+    as_written,
+    is_bare_call,
+    may_be_bare_call,
+    parse_turn,
+)
 
 if TYPE_CHECKING:
     from gemma4.text.tokenizer import DecodeStream, Tokenizer
@@ -67,14 +76,18 @@ class TurnText:
         self._label: str | None = None  # a channel's name line ("thought\n") as far as it has come
         self._held: str | None = ""  # text since the last marker while it may be a call; None once it cannot be
         self._stream = tokenizer.decode_stream(skip_special=True)
-        self._whole, self._turn = tokenizer.decode_stream(), [""]  # the turn with its markers, for `parsed`
+        self._markers = [text for text in MARKERS if _id(tokenizer, text) in tokenizer.special_ids]
+        self._whole = tokenizer.decode_stream()
+        self._turn: list[tuple[bool, str]] = []  # whether it is a control token, and its text: for `parsed`
 
     def push(self, token: int) -> list[Piece]:
-        self._turn.append(_decoded(self._whole, token))
+        self._turn.append((token in self._special, _decoded(self._whole, token)))
         if token not in self._opens and token not in self._closes:
             return self._visible(_decoded(self._stream, token))
-        if token == self._call_end and self._held and is_bare_call(self._held + self._stream.flush(), self._tools):
-            self._held = ""
+        if token == self._call_end and self._held:
+            self._held += self._stream.flush()
+            if is_bare_call(as_plain_text(self._held, self._markers), self._tools):
+                self._held = ""
         pieces = self.flush()
         self._channel = self._opens.get(token, "text")
         self._label = "" if self._channel == "thinking" else None
@@ -84,7 +97,7 @@ class TurnText:
     def end(self, token: int) -> list[Piece]:
         """What is left when generation stops at `token`, which is not shown; a marker may tell that a call is whole."""
         if token in self._special:
-            self._turn.append(_decoded(self._whole, token))
+            self._turn.append((True, _decoded(self._whole, token)))
         return self.flush()
 
     def flush(self) -> list[Piece]:
@@ -97,7 +110,10 @@ class TurnText:
 
     def parsed(self) -> ModelTurn:
         """Answer, thinking and tool calls of the turn so far."""
-        return parse_turn("".join(self._turn), thinking=self._began_thinking, tools=self._tools)
+        runs = itertools.groupby(self._turn, key=lambda piece: piece[0])
+        texts = [(special, "".join(text for _, text in run)) for special, run in runs]
+        text = "".join(text if special else as_plain_text(text, self._markers) for special, text in texts)
+        return as_written(parse_turn(text, thinking=self._began_thinking, tools=self._tools))
 
     def _visible(self, text: str) -> list[Piece]:
         if self._channel == "tool_call" or (self._channel == "thinking" and not self._show_thinking):

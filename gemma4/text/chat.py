@@ -160,6 +160,7 @@ def encode_chat(
         messages = [_guard(m, control if m["role"] in ("user", "tool") else places) for m in messages]
     text = template.render(messages, **kwargs)
     _check_kept(messages, text.removeprefix(template.tokens["bos_token"]))
+    _check_tools_kept(_tools(kwargs.get("tools")) or (), text)
     if trust_content and expand is None:
         return tokenizer.encode(text)
     # A control token cut in two is encoded as two texts, neither of which is one.
@@ -186,6 +187,13 @@ def _check_kept(messages: Sequence[Mapping[str, Any]], prompt: str) -> None:
                     "written for this kind of content"
                 )
             at = found + len(words)
+
+
+def _check_tools_kept(tools: Iterable[Mapping[str, Any]], prompt: str) -> None:
+    names = [str(tool["function"]["name"]) for tool in tools]
+    lost = [name for name in names if name not in prompt]
+    if lost:
+        raise ValueError(f"the chat template left out the tool {lost[0]!r:.80}: it was not written for tools")
 
 
 def _texts(content: Any) -> list[str]:

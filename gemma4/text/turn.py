@@ -21,10 +21,13 @@ from typing import Any
 from gemma4.text.literals import QUOTE, Malformed, literal
 from gemma4.text.repair import offered, repair_calls
 
-_MARK = re.compile(
-    r"<\|channel>|<channel\|>|<\|tool_call>|<tool_call\|>|<\|tool_response>|<tool_response\|>|<\|turn>|<turn\|>"
-    r"|<bos>|<eos>|<pad>"
-)
+_MARKS = (
+    "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", "<|turn>",
+    "<turn|>", "<bos>", "<eos>", "<pad>",
+)  # fmt: skip
+MARKERS = (*_MARKS, QUOTE)  # what has a meaning in a turn
+_MARK = re.compile("|".join(map(re.escape, _MARKS)))
+_SEAM = "\ufdd0"  # no character: stands within what looks like a marker and is none
 _ENDS = ("<turn|>", "<eos>", "<|tool_response>")
 _CALL_ENDS = ("<tool_call|>", "<|tool_response>")  # with these the model itself says that a call is whole
 _CALL = re.compile(r"\s*call:\s*([^\s{}<>()\[\]\"',=|]{1,256})\s*\{")
@@ -70,6 +73,28 @@ def parse_turn(text: str, *, thinking: bool = False, tools: Collection[str] = ()
     thoughts = [t.strip() for t in reader.thoughts]
     thought = "\n".join(t for t in thoughts if t)
     return ModelTurn("".join(reader.content).strip(), thought, tuple(reader.calls), tuple(reader.malformed))
+
+
+def as_plain_text(text: str, markers: Collection[str]) -> str:
+    """`text` for `parse_turn`, with what looks like one of the markers kept from being one; see `as_written`.
+
+    A model that quotes a stranger's text spells markers with ordinary tokens; a call must not come of it.
+    """
+    return re.sub("|".join(map(re.escape, markers)) or "(?!)", lambda mark: mark[0][0] + _SEAM + mark[0][1:], text)
+
+
+def as_written(turn: ModelTurn) -> ModelTurn:
+    """The turn of a text that `as_plain_text` has been over, with that undone."""
+    calls = tuple(ToolCall(call.name, _as_written(call.arguments)) for call in turn.tool_calls)
+    return ModelTurn(_as_written(turn.content), _as_written(turn.thinking), calls, tuple(_as_written(turn.malformed)))
+
+
+def _as_written(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(_SEAM, "")
+    if isinstance(value, dict):
+        return {_as_written(key): _as_written(item) for key, item in value.items()}
+    return [_as_written(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def may_be_bare_call(text: str, tools: Collection[str]) -> bool:
