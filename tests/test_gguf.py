@@ -394,7 +394,6 @@ def edited(keys):
         "merge of strangers": {"tokenizer.ggml.merges": ["zzzz yyyy"]},
         "merge to no token": {"tokenizer.ggml.merges": [f"{tokens[-1]} {tokens[-1]}"]},
         "merges are numbers": {"tokenizer.ggml.merges": [1, 2]},
-        "token twice": {"tokenizer.ggml.tokens": [*tokens[:-1], tokens[-2]]},
         "tokens are numbers": {"tokenizer.ggml.tokens": [1, 2, 3]},
     }
 

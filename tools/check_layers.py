@@ -33,7 +33,7 @@ ROOMS = {
     "units": "",
     "profile": "_engine",
     "files": "errors",
-    "text": "errors",
+    "text": "errors files",
     "load": "errors files text _engine",
     "media": "errors text load.encoder_config _moved",
     "interp.sites": "errors",

@@ -7,11 +7,15 @@ GEMMA4_CACHE=0 turns it off, GEMMA4_CACHE=DIR puts it elsewhere. Nothing is ever
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
-import tempfile
 from pathlib import Path
 
+from gemma4.errors import FormatError
+from gemma4.files import read_limited, write_file
+
+_MAX_BYTES = 128 << 20
 _OFF = ("0", "off", "no", "false")
 
 
@@ -21,7 +25,7 @@ def directory() -> Path | None:
     if named.lower() in _OFF:
         return None
     if named:
-        return Path(named)
+        return Path(named).expanduser()
     try:
         if sys.platform == "win32":
             base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
@@ -34,28 +38,33 @@ def directory() -> Path | None:
     return base / "gemma4" if base.is_absolute() else None
 
 
-def read(name: str) -> Path | None:
-    """The cached file of that name, None if there is none."""
+def read(name: str) -> str | None:
+    """The text that `write` kept under that name; None if there is none, or it is another text than was written."""
     folder = directory()
-    file = folder / name if folder else None
-    with contextlib.suppress(OSError):
-        if file is not None and file.is_file():
-            return file
-    return None
+    if folder is None:
+        return None
+    try:
+        kept = read_limited(folder / name, _MAX_BYTES).decode()
+    except (OSError, FormatError, UnicodeDecodeError):
+        return None
+    seal, text = kept[:_SEALED], "{" + kept[_SEALED:]
+    return text if seal == _seal(text) else None
 
 
 def write(name: str, text: str) -> None:
-    """Keep `text` under that name, all of it or nothing. A place that cannot be written to is no error."""
+    """Keep `text`, a JSON object, under that name, all of it or nothing, with its digest in front. A place that cannot
+    be written to is no error."""
     folder = directory()
     if folder is None:
         return
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd, partial = tempfile.mkstemp(dir=folder, prefix=name, suffix=".partial")
-        try:
-            with open(fd, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(partial, folder / name)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        write_file(folder / name, (_seal(text) + text[1:]).encode(), force=True)
+
+
+def _seal(text: str) -> str:
+    """An object's opening, and a member that tells whether the rest is whole."""
+    return f'{{"sha256":"{hashlib.sha256(text.encode()).hexdigest()}",'
+
+
+_SEALED = len(_seal(""))

@@ -94,6 +94,11 @@ class GgufArray:
         """The bytes of the elements, as in the file."""
         return self._file.buffer[self.start : self.end]
 
+    def count_distinct(self) -> int:
+        """How many different strings there are."""
+        raw = self.raw()
+        return len({raw[start:stop] for start, stop in _spans(raw, self.count)})
+
     def item(self, index: int) -> str | None:
         """String number `index` without making the others; None if there is none or it is no UTF-8."""
         if not self.is_strings or not 0 <= index < self.count:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 from collections.abc import Mapping
@@ -55,7 +56,7 @@ class GgufCheckpoint(Checkpoint):
         config = _config(self.hf_config, self.generation_config, files)
         self.generation_config |= _suppressed(self.metadata, config.d_vocab, str(path))
         sources = _sources(config, files)
-        self._mmproj, self.notes = _open_mmproj(path, config, mmproj)
+        self._mmproj, self._notes = _open_mmproj(path, config, mmproj)
         try:
             super().__init__(path, config, [*files, *([self._mmproj.file] if self._mmproj else [])], sources)
         except BaseException:
@@ -64,6 +65,14 @@ class GgufCheckpoint(Checkpoint):
             raise
         for layer in range(config.n_layers):  # absent in files of models that have none
             self.engine_tensors.setdefault(f"layers.{layer}.layer_scalar", ("F32", (1,), _ONE, 0))
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """As of any checkpoint; tokens that are there twice are counted here."""
+        with self.reading():
+            n_same = gguf_tokenizer.count_same_tokens(self.metadata)
+        twice = f"{n_same} tokens of the vocabulary repeat others: these encode, all decode"
+        return self._notes + ((twice,) if n_same else ())
 
     @property
     def encoders(self) -> Mapping[Modality, EncoderConfig]:
@@ -80,16 +89,13 @@ class GgufCheckpoint(Checkpoint):
             raise StateError(f"{self.path} holds no tokenizer: pass token ids")
         with self.reading():
             name = f"tokenizer-{gguf_tokenizer.digest(self.metadata)}.json"
-        cached = cache.read(name)
+        where, cached = str(self.tokenizer_path), cache.read(name)
         if cached is not None:
-            try:
-                return Tokenizer.load(cached)
-            except (FormatError, OSError):
-                pass  # damaged: made again below
+            return Tokenizer.from_json(cached, where)
         with self.reading():
-            text = gguf_tokenizer.tokenizer_json(self.metadata, str(self.tokenizer_path))
-        tokenizer = Tokenizer.from_json(text, str(self.tokenizer_path))
-        cache.write(name, text)
+            table = gguf_tokenizer.tokenizer_table(self.metadata, where)
+        tokenizer = Tokenizer.from_table(table, where)
+        cache.write(name, json.dumps(table, ensure_ascii=False))
         return tokenizer
 
     def load_chat_template(self) -> ChatTemplate | None:

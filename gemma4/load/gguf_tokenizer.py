@@ -8,20 +8,21 @@ are written "▁"; files call it "gemma4", or "llama" (as SentencePiece vocabula
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from gemma4.errors import FormatError
 from gemma4.load.gguf import GgufArray
 from gemma4.text.tokenizer import CONTROL
+from gemma4.text.tokenizer_file import SAME_TOKENS, SPACES
 
 PREFIX = "tokenizer.ggml."
 _MODELS = ("gemma4", "llama")
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
-_NAMED = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+NAMED = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 _ARRAYS = ("tokens", "token_type", "merges", "scores")
-_VERSION = b"1"  # of what `tokenizer_json` writes
+_VERSION = b"2"  # of what `tokenizer_table` makes
+_MAX_SPLITS = 1 << 26  # characters of all ways to split tokens in two: 40 times those of 262,144 tokens
 
 
 def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
@@ -29,7 +30,7 @@ def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
 
 
 def digest(metadata: Mapping[str, Any]) -> str:
-    """64 hex digits of everything that `tokenizer_json` reads, without reading it as text."""
+    """64 hex digits of everything that `tokenizer_table` reads, without reading it as text."""
     out = hashlib.sha256(_VERSION + str(metadata.get(f"{PREFIX}model")).encode())
     for name in _ARRAYS:
         array = metadata.get(PREFIX + name)
@@ -39,16 +40,24 @@ def digest(metadata: Mapping[str, Any]) -> str:
     return out.hexdigest()
 
 
-def tokenizer_json(metadata: Mapping[str, Any], where: str) -> str:
-    """The text of the tokenizer.json. Raises FormatError (arrays that are missing, of other types or lengths, or
-    merges of pieces that are no tokens), NotImplementedError (another kind of tokenizer)."""
+def count_same_tokens(metadata: Mapping[str, Any]) -> int:
+    """How many entries of the vocabulary repeat an earlier one, as in some of Google's own files."""
+    tokens = metadata.get(f"{PREFIX}tokens")
+    return len(tokens) - tokens.count_distinct() if isinstance(tokens, GgufArray) and tokens.is_strings else 0
+
+
+def tokenizer_table(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The tokenizer.json as an object. Of tokens that are spelled alike the first one encodes, and all decode.
+
+    Raises FormatError (arrays that are missing, of other types or lengths, merges of pieces that are no tokens, or a
+    vocabulary without merges that would take for ever), NotImplementedError (another kind of tokenizer).
+    """
     model = metadata.get(f"{PREFIX}model")
     if model not in _MODELS:
         raise NotImplementedError(f"{where}: {PREFIX}model is {model!r:.80}; supported: {', '.join(_MODELS)}")
     tokens = _strings(metadata, "tokens", where)
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) != len(tokens):
-        raise FormatError(f"{where}: {len(tokens) - len(vocab)} tokens of the vocabulary are there twice")
+    vocab: dict[str, int] = {}
+    same = [[i, token] for i, token in enumerate(tokens) if vocab.setdefault(token, i) != i]
     kinds = _numbers(metadata, "token_type", len(tokens), where)
     scores = _numbers(metadata, "scores", len(tokens), where)
     if f"{PREFIX}merges" in metadata:
@@ -56,7 +65,8 @@ def tokenizer_json(metadata: Mapping[str, Any], where: str) -> str:
     else:
         merges = _merges_from_scores(vocab, scores, where)
     unknown = next((tokens[i] for i, kind in enumerate(kinds) if kind == _UNKNOWN), None)
-    return json.dumps(_document(vocab, merges, _added(tokens, kinds), unknown), ensure_ascii=False)
+    added = [token for token in _added(tokens, kinds) if vocab[token["content"]] == token["id"]]
+    return _document(vocab, merges, added, unknown) | {SAME_TOKENS: same}
 
 
 def _array(metadata: Mapping[str, Any], name: str, strings: bool, where: str) -> GgufArray:
@@ -96,6 +106,13 @@ def _merges_from_scores(vocab: Mapping[str, int], scores: list[float], where: st
     """A SentencePiece vocabulary's merges: every way to make a token out of two, the best-scored tokens first."""
     if len(set(scores)) < 2:
         raise FormatError(f"{where}: the vocabulary has neither merges nor scores that tell them")
+    n_splits = sum(len(token) * (len(token) - 1) for token in vocab)
+    if n_splits > _MAX_SPLITS:
+        longest = max(map(len, vocab))
+        raise FormatError(
+            f"{where}: the vocabulary has no merges, and tokens of up to {longest:,} characters: to find how they are "
+            f"merged would take {n_splits:,} steps, the limit is {_MAX_SPLITS:,}"
+        )
     found: list[tuple[float, int, int, str, str]] = []
     for token in vocab:
         for at in range(1, len(token)):
@@ -120,7 +137,7 @@ def _added(tokens: list[str], kinds: list[int]) -> list[dict[str, Any]]:
             "special": kind != _USER_DEFINED,  # `gemma4.text.tokenizer.Tokenizer` knows the chat format's among them
         }
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) or token in _NAMED or CONTROL.fullmatch(token)
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) or token in NAMED or CONTROL.fullmatch(token)
     ]
 
 
@@ -147,7 +164,7 @@ def _document(
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "normalizer": SPACES,
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [spaces, {"type": "ByteFallback"}, {"type": "Fuse"}]},

@@ -6,9 +6,8 @@ Ref: llama.cpp conversion/gemma.py (keys) and gguf-py/gguf/vocab.py (token types
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
+from gemma4.files import read_limited
 from gemma4.load.checkpoint import Checkpoint
 from gemma4.load.config import FULL, SLIDING, TextConfig
 from gemma4.load.gguf import GgufArray
 from gemma4.load.gguf_checkpoint import SAMPLING_KEYS, TOKEN_KEYS, TURN_ENDS, GgufCheckpoint
 from gemma4.load.gguf_config import ARCHITECTURE, parse_metadata
-from gemma4.load.gguf_tokenizer import PREFIX
+from gemma4.load.gguf_tokenizer import NAMED, PREFIX
 from gemma4.load.mapped import TensorInfo
-from gemma4.text.tokenizer import CONTROL
+from gemma4.text.tokenizer import CONTROL, Tokenizer
+from gemma4.text.tokenizer_file import MAX_FILE, read_table, texts_overlap
 
 # llama.cpp's number of a file's kind (llama_ftype), which it only shows
 _FILE_TYPES = {
@@ -125,7 +126,10 @@ def _one_or_all(values: tuple[int, ...]) -> int | list[int]:
 def _text(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.tokenizer_path is None:
         return {f"{PREFIX}model": "none", f"{ARCHITECTURE}.vocab_size": checkpoint.config.d_vocab}
-    table = json.loads(checkpoint.tokenizer_path.read_bytes())
+    where = str(checkpoint.tokenizer_path)
+    table = read_table(read_limited(checkpoint.tokenizer_path, MAX_FILE), where)
+    Tokenizer.from_table(table, where)  # a file that cannot be read is refused there
+    _check_same_ids(table, where)
     out = _vocabulary(table, checkpoint)
     template = checkpoint.load_chat_template()
     return out | ({} if template is None else {"tokenizer.chat_template": template.source})
@@ -134,10 +138,7 @@ def _text(checkpoint: Checkpoint) -> dict[str, Any]:
 def _vocabulary(table: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     """Of a parsed tokenizer.json."""
     where = str(checkpoint.tokenizer_path)
-    checkpoint.load_tokenizer()  # a damaged file is refused there
-    if table["model"].get("type") != "BPE":
-        raise NotImplementedError(f"{where}: the model is {table['model'].get('type')!r:.60}, expected BPE")
-    added = {token["content"]: token for token in table.get("added_tokens", ())}
+    added = {token["content"]: token for token in table.get("added_tokens") or ()}
     ids = table["model"]["vocab"] | {text: token["id"] for text, token in added.items()}
     tokens, kinds = _tokens(ids, added, checkpoint.config.d_vocab, where)
     return {
@@ -150,6 +151,39 @@ def _vocabulary(table: Any, checkpoint: Checkpoint) -> dict[str, Any]:
         f"{PREFIX}add_space_prefix": False,
         f"{PREFIX}add_bos_token": True,
     }
+
+
+def _check_same_ids(table: Mapping[str, Any], where: str) -> None:
+    """Raise NotImplementedError for what a GGUF file has no place for, and so would give texts other ids.
+
+    A reader of the file replaces spaces by "▁", merges bytes where a character is no token, and finds added tokens
+    anywhere in the text, in the middle of words as well.
+    """
+    for reason in _other_ids(table):
+        raise NotImplementedError(f"{where}: {reason}; a GGUF file cannot say so, and texts would get other ids")
+
+
+def _other_ids(table: Mapping[str, Any]) -> Iterator[str]:
+    model = table["model"]
+    added = {token["content"]: token for token in table.get("added_tokens") or ()}
+    if table.get("normalizer") is None:
+        yield "normalizer is null: spaces are not written as ▁"
+    for option in ("byte_fallback", "fuse_unk"):
+        if not model.get(option):
+            yield f"model.{option} is {str(model.get(option)).lower()}"
+    for text, token in added.items():
+        odd = [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]
+        if odd:
+            yield f"the added token {text[:80]!r} has {odd[0]} = true"
+        if token.get("normalized") and ({" ", "▁"} & set(text) or texts_overlap(text, added)):
+            yield f"the added token {text[:80]!r} has normalized = true, and is spelled with spaces or overlaps another"
+        if model["vocab"].get(text, token["id"]) != token["id"]:
+            yield f"the added token {text[:80]!r} has another id in the vocabulary"
+        if _token_type(text, token) == _BYTE:
+            yield f"the added token {text[:80]!r} is spelled as a byte"
+    for text in model["vocab"].keys() - added.keys():
+        if text in NAMED or CONTROL.fullmatch(text):
+            yield f"the token {text[:80]!r} is spelled as a control token and is none"
 
 
 def _tokens(ids: Mapping[str, int], added: Mapping[str, Any], rows: int, where: str) -> tuple[list[str], list[int]]:

@@ -8,20 +8,23 @@ import ctypes
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Backend
 
-from gemma4.errors import FormatError
+from gemma4.files import read_limited
+from gemma4.text.tokenizer_file import MAX_FILE, make_backend, need_memory, panics_are_errors, read_table
 
 I32 = NDArray[np.int32]
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Tokens that steer the chat format. Some converted files list a few of them as ordinary added tokens.
 CONTROL = re.compile(r"<\|.+>|<.+\|>")
+_BYTES_PER_BYTE = 320  # of memory for a byte of text while it is encoded; 226 were measured at most
 
 
 class Tokenizer:
@@ -32,8 +35,9 @@ class Tokenizer:
     special_ids   control tokens: what `skip_special` leaves out and `parse_special=False` never produces
     """
 
-    def __init__(self, backend: _Backend) -> None:
-        self._backend = backend
+    def __init__(self, backend: _Backend, same_tokens: Mapping[int, str] = MappingProxyType({})) -> None:
+        """same_tokens: id -> text of tokens whose text encodes to another id."""
+        self._backend, self._same = backend, dict(same_tokens)
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
@@ -42,8 +46,9 @@ class Tokenizer:
         for token in plain:
             token.special = True
         backend.add_special_tokens(plain)
-        self.special_ids: frozenset[int] = frozenset(control)
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        same = {i for i, text in same_tokens.items() if backend.token_to_id(text) in control}
+        self.special_ids: frozenset[int] = frozenset(control) | same
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True) + len(same_tokens)
         self.bos_id: int | None = backend.token_to_id("<bos>")
         self.eos_id: int | None = backend.token_to_id("<eos>")
         self.pad_id: int | None = backend.token_to_id("<pad>")
@@ -52,25 +57,27 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a directory that holds tokenizer.json, or from that file. Raises FileNotFoundError, FormatError."""
+        """From a directory that holds tokenizer.json, or from that file.
+
+        Raises FileNotFoundError, FormatError (damaged, or over 128 MiB), NotImplementedError (it has parts that no
+        tokenizer of Gemma has: the message names one), MemoryError.
+        """
         file = Path(path)
         if file.is_dir():
             file = file / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"there is no tokenizer at {file}; the model can be run on token ids without one")
-        return cls._made(lambda: _Backend.from_file(str(file)), str(file))
+        return cls.from_table(read_table(read_limited(file, MAX_FILE), str(file)), str(file))
 
     @classmethod
     def from_json(cls, text: str, where: str = "text") -> Tokenizer:
-        """From the text of a tokenizer.json; `where` names it in messages. Raises FormatError."""
-        return cls._made(lambda: _Backend.from_str(text), where)
+        """From the text of a tokenizer.json; `where` names it in messages. Raises as `load`."""
+        return cls.from_table(read_table(text, where), where)
 
     @classmethod
-    def _made(cls, backend: Callable[[], _Backend], where: str) -> Tokenizer:
-        try:
-            tokenizer = cls(backend())
-        except Exception as error:  # the library raises plain Exception for anything wrong with the file
-            raise FormatError(f"{where} is not a tokenizer this package can read: {str(error)[:300]}") from error
+    def from_table(cls, table: Mapping[str, Any], where: str) -> Tokenizer:
+        """From a parsed tokenizer.json. Raises as `load`."""
+        tokenizer = cls(*make_backend(table, where))
         _return_free_memory()
         return tokenizer
 
@@ -78,13 +85,15 @@ class Tokenizer:
         """int32 [pos]. With `bos` the result starts with <bos> exactly once, also where the text already does.
 
         parse_special=False reads "<|turn>" and the like as plain characters: use it for text from strangers.
-        Raises ValueError if `bos` is asked of a vocabulary that has none, or for lone surrogates in the text.
+        Raises ValueError if `bos` is asked of a vocabulary that has none, or for lone surrogates in the text,
+        MemoryError.
         """
         try:
-            text.encode()
+            n_bytes = len(text.encode())
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode: {error}") from None
-        with self._lock:
+        need_memory(_BYTES_PER_BYTE * n_bytes)
+        with self._lock, panics_are_errors("the tokenizer failed on this text"):
             self._backend.encode_special_tokens = not parse_special
             # Without the file's post-processor: whether it adds <bos> differs between checkpoints.
             ids = self._backend.encode(text, add_special_tokens=False).ids
@@ -113,6 +122,7 @@ class Tokenizer:
     def id_to_piece(self, token_id: int) -> str:
         """The vocabulary's own spelling, "▁" for a space. Raises ValueError for an id that is not in it."""
         piece = self._backend.id_to_token(token_id) if 0 <= token_id < 1 << 32 else None
+        piece = self._same.get(token_id) if piece is None else piece
         if piece is None:
             raise ValueError(f"token id {token_id} is not in the tokenizer's vocabulary of {self.vocab_size}")
         return piece
