@@ -19,6 +19,7 @@ from gemma4.media.prompt import TokenizedPrompt, expander, locate
 from gemma4.sequence import Sequence, new_sequence
 from gemma4.step import Prompt
 from gemma4.text.chat import check_messages, encode_chat
+from gemma4.text.parts import canonical
 
 Single: TypeAlias = str | NDArray[Any] | Seq[int] | TokenizedPrompt
 TokensLike: TypeAlias = Single | Seq[Single]
@@ -130,13 +131,14 @@ def tokenize_prompt(
         return as_tokenized(model, prompt)  # type: ignore[arg-type]
     if model.chat_template is None:
         raise StateError(f"{model.checkpoint.path} has no chat template: pass text or token ids instead of messages")
-    check_messages(prompt)  # type: ignore[arg-type]
+    messages = canonical(prompt)  # type: ignore[arg-type]
+    check_messages(messages)
     budget = model.image_tokens if image_tokens is None else image_tokens
-    media = read_media(prompt, image_tokens=budget, modalities=model.modalities)  # type: ignore[arg-type]
+    media = read_media(messages, image_tokens=budget, modalities=model.modalities)
     ids = encode_chat(
         model.tokenizer,
         model.chat_template,
-        prompt,  # type: ignore[arg-type]
+        messages,
         expand=expander(media) if media else None,
         tools=tools,
         enable_thinking=think,

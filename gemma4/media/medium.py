@@ -20,6 +20,7 @@ from gemma4.media import audio as sounds
 from gemma4.media import image as images
 from gemma4.media import video as videos
 from gemma4.media.source import is_file, name_of
+from gemma4.text.parts import canonical
 
 Kind: TypeAlias = Literal["image", "audio", "video"]
 KINDS: tuple[Kind, ...] = ("image", "audio", "video")
@@ -99,7 +100,8 @@ class Medium:
 def read_media(
     messages: Sequence[Mapping[str, Any]], *, modalities: Modalities, image_tokens: int = 280
 ) -> list[Medium]:
-    """Every medium of a conversation, in order: parts {"type": "image" | "audio" | "video", that type: what it is, …}.
+    """Every medium of a conversation, in order: parts {"type": "image" | "audio" | "video", that type: what it is, …},
+    or as other clients write them (gemma4/text/parts.py).
 
     image: path, bytes, PIL image, array · image_tokens   audio: path, bytes, array · rate (of an array)
     video: path, bytes, frames · fps (of frames), num_frames (32), image_tokens (70 a frame), sampling ("time")
@@ -107,7 +109,7 @@ def read_media(
     NotImplementedError for a kind that the model has no encoder for.
     """
     found = []
-    for i, message in enumerate(messages):
+    for i, message in enumerate(canonical(messages)):
         content = message.get("content")
         for j, part in enumerate(content if isinstance(content, list | tuple) else ()):
             if isinstance(part, Mapping) and part.get("type") in KINDS:

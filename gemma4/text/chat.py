@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
+from gemma4.text.parts import canonical
 from gemma4.text.sandbox import Meter, Sandbox, metered
 from gemma4.text.tokenizer import Tokenizer
 from gemma4.text.turn import ModelTurn, ToolCall, parse_turn
@@ -84,12 +85,13 @@ class ChatTemplate:
         """The prompt, which starts with bos_token exactly once.
 
         messages: {"role": system|developer|user|assistant|tool, "content": str or parts, ...}; see `check_messages`.
+        Parts of types that nobody knows reach the template, which may.
         tools: JSON schemas ({"type": "function", "function": {...}}, or the inner object alone).
         enable_thinking None leaves the template's default; kwargs go to the template as they are.
         Raises ValueError (bad messages or tools, or the template itself refused them: its words are in the message).
         """
         values: dict[str, Any] = {**self.tokens, **_plain(kwargs), "add_generation_prompt": bool(add_generation_prompt)}
-        values |= {"messages": check_messages(messages), "tools": _tools(tools)}
+        values |= {"messages": check_messages(messages, others=True), "tools": _tools(tools)}
         values.setdefault("documents", None)
         if enable_thinking is not None:
             values["enable_thinking"] = bool(enable_thinking)
@@ -217,18 +219,19 @@ def _guard(value: Any, pattern: re.Pattern[str]) -> Any:
     return [_guard(item, pattern) for item in value] if isinstance(value, list) else value
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def check_messages(messages: Sequence[Mapping[str, Any]], *, others: bool = False) -> list[dict[str, Any]]:
     """A copy of the messages in plain JSON types, checked. "model" is read as "assistant".
 
-    Each needs a known role and content: a string, or a list of parts with a "type", or (assistant) tool_calls or
-    tool_responses instead. tool_calls whose arguments are a JSON string get them parsed, as templates want mappings.
-    Thoughts under "thinking" or "reasoning" also go to "reasoning_content". Raises ValueError naming the message.
+    Each needs a known role and content: a string, or a list of parts (gemma4/text/parts.py), or (assistant) tool_calls
+    or tool_responses instead. tool_calls whose arguments are a JSON string get them parsed, as templates want mappings.
+    Thoughts under "thinking" or "reasoning" also go to "reasoning_content". others: parts of types that are not known
+    are let through. Raises ValueError naming the message.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f'messages must be a list of {{"role", "content"}} objects, got {type(messages).__name__}')
     if not messages:
         raise ValueError("there are no messages")
-    return [_check_message(i, _plain(message)) for i, message in enumerate(messages)]
+    return [_check_message(i, _plain(message)) for i, message in enumerate(canonical(messages, others=others))]
 
 
 def _check_message(i: int, message: Any) -> dict[str, Any]:
@@ -240,8 +243,6 @@ def _check_message(i: int, message: Any) -> dict[str, Any]:
     content = message.get("content")
     if content is None and not (role == "assistant" and (message.get("tool_calls") or message.get("tool_responses"))):
         raise ValueError(f"message {i} ({role}) has no content")
-    if isinstance(content, list) and not all(isinstance(p, dict) and isinstance(p.get("type"), str) for p in content):
-        raise ValueError(f'message {i} ({role}): each part of content must be an object with a "type"')
     if role != "tool" and not isinstance(content, str | list | None):
         raise ValueError(f"message {i} ({role}): content must be a string or a list of parts, got {content!r:.80}")
     message = {**message, "role": role}

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of messages as OpenAI's, Anthropic's and Hugging Face's clients write them, brought to one form.
+
+    {"type": "text", "text": str}
+    {"type": "image" | "audio" | "video", that type: path, bytes or object, and options}
+
+A part of any other type is an error that names it: none is left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+MEDIA_TYPES = ("image", "audio", "video")
+_TEXT = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # where each has its text
+_SOURCES = ("url", "path", "base64", "data", "source")  # where Hugging Face's, Anthropic's and MCP's media are
+_MEDIA = {  # what each is, and where it may be
+    **{kind: (kind, (kind, *_SOURCES)) for kind in MEDIA_TYPES},
+    **{f"{kind}_url": (kind, (f"{kind}_url",)) for kind in MEDIA_TYPES},
+    "input_image": ("image", ("image_url",)),
+    "input_audio": ("audio", ("input_audio",)),
+}
+_INSIDE = ("bytes", "base64", "data", "url", "path")  # where a medium is that is an object itself, the first that is
+_HINTS = ("detail", "format", "media_type", "mime_type", "mimeType", "cache_control")  # other clients' words, unused
+_BY_CALLS = ("thinking", "tool_use", "tool_result")  # Anthropic's, which become fields and messages of their own
+KNOWN_TYPES = tuple(sorted({*_TEXT, *_MEDIA, *_BY_CALLS}))
+
+
+class _Place(NamedTuple):
+    """Where a part stands: for errors."""
+
+    message: int
+    part: int
+    role: Any
+
+    def __str__(self) -> str:
+        return f"message {self.message}, part {self.part}" + (f" ({self.role})" if isinstance(self.role, str) else "")
+
+
+def canonical(messages: Sequence[Any], *, others: bool = False) -> list[Any]:
+    """The messages with every part in this module's form; what is no message at all is left to the caller.
+
+    Anthropic's thinking and tool_use parts become fields of their message, each tool_result a message of role "tool".
+    others: parts of types that are not known stay as they are, for a template that may know them.
+    Nothing is fetched or opened. Raises ValueError naming message, part and role: types that are not known, text that
+    is no string, media without a source or with two, addresses, base64 that is none.
+    """
+    found: list[Any] = []
+    names: dict[Any, str] = {}  # of the tools, by the ids of their calls
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            found.append(message)
+            continue
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            found += _Split(i, message, names, others).messages(content)
+        elif message.get("role") == "tool" and isinstance(content, int | float):
+            found.append({**message, "content": json.dumps(content)})  # templates know texts and objects
+        elif content is None or isinstance(content, str | Mapping | int | float):
+            found.append(message)
+        else:
+            kind = type(content).__name__
+            raise ValueError(f"message {i} ({message.get('role')}): content must be a string or parts, got {kind}")
+    return found
+
+
+class _Split:
+    """A message's parts, and what becomes of them: most often the same message."""
+
+    def __init__(self, index: int, message: Mapping[str, Any], names: dict[Any, str], others: bool) -> None:
+        self.index, self.message, self.names, self.others = index, message, names, others
+        self.before: list[dict[str, Any]] = []  # results of tools, and what the user said before each
+        self.parts: list[Any] = []
+        self.thoughts: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+
+    def messages(self, content: Sequence[Any]) -> list[dict[str, Any]]:
+        for j, part in enumerate(content):
+            place = _Place(self.index, j, self.message.get("role"))
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if not isinstance(kind, str):
+                raise ValueError(
+                    f'message {place.message} ({place.role}): each part of content must be an object with a "type"; '
+                    f"part {j} is {part!r:.80}"
+                )
+            if kind in _BY_CALLS:
+                getattr(self, f"_{kind}")(part, place)
+            elif self.others and kind not in KNOWN_TYPES:
+                self.parts.append(part)
+            else:
+                self.parts.append(_canonical_part(part, kind, place))
+        if self.before and not self.parts:
+            return self.before
+        return [*self.before, self._rest()]
+
+    def _rest(self) -> dict[str, Any]:
+        message = {**self.message, "content": self.parts}
+        if self.thoughts:
+            message.setdefault("reasoning_content", "\n".join(self.thoughts))
+        if self.calls:
+            message["tool_calls"] = [*(message.get("tool_calls") or ()), *self.calls]
+        return message
+
+    def _thinking(self, part: Mapping[str, Any], place: _Place) -> None:
+        self._check_role(part, place, "assistant", "model")
+        self.thoughts.append(_text(part, "thinking", place))
+
+    def _tool_use(self, part: Mapping[str, Any], place: _Place) -> None:
+        self._check_role(part, place, "assistant", "model")
+        name = _text(part, "name", place)
+        self.names[part.get("id")] = name
+        function = {"name": name, "arguments": part.get("input") or {}}
+        self.calls.append({"id": part.get("id"), "type": "function", "function": function})
+
+    def _tool_result(self, part: Mapping[str, Any], place: _Place) -> None:
+        self._check_role(part, place, "user", "tool")
+        content = part.get("content") or ""
+        if isinstance(content, list | tuple):
+            content = [_inner_part(inner, place) for inner in content]
+            if all(inner["type"] == "text" for inner in content):
+                content = "\n".join(inner["text"] for inner in content)
+        if self.parts:
+            self.before.append({**self.message, "content": self.parts})
+            self.parts = []
+        call = part.get("tool_use_id")
+        result = {"role": "tool", "tool_call_id": call, "content": content}
+        self.before.append(result | ({"name": self.names[call]} if call in self.names else {}))
+
+    @staticmethod
+    def _check_role(part: Mapping[str, Any], place: _Place, *roles: str) -> None:
+        if place.role not in roles:
+            raise ValueError(f'{place}: a part of type "{part["type"]}" goes into a message of role {roles[0]}')
+
+
+def _inner_part(part: Any, place: _Place) -> dict[str, Any]:
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        raise ValueError(f'{place}: the content of a tool_result must be parts with a "type", got {part!r:.80}')
+    return _canonical_part(part, part["type"], place)
+
+
+def _canonical_part(part: Mapping[str, Any], kind: str, place: _Place) -> dict[str, Any]:
+    if kind in _TEXT:
+        text = _text(part, _TEXT[kind], place)
+        return {**part, "type": "text", "text": text}
+    if kind in _MEDIA:
+        medium, keys = _MEDIA[kind]
+        return _medium(part, medium, keys, place)
+    close = difflib.get_close_matches(kind.lower(), KNOWN_TYPES, 1)
+    advice = f'did you mean "{close[0]}"? Known' if close else "known"
+    raise ValueError(f"{place}: no part of type {kind!r:.80} is understood; {advice}: {', '.join(KNOWN_TYPES)}")
+
+
+def _text(part: Mapping[str, Any], key: str, place: _Place) -> str:
+    text = part.get(key)
+    if not isinstance(text, str):
+        found = f"{key} = {text!r:.80}" if key in part else ", ".join(map(str, part))
+        raise ValueError(f'{place}: a part of type "{part["type"]}" needs "{key}", a string; it has {found}')
+    return text
+
+
+def _medium(part: Mapping[str, Any], kind: str, keys: tuple[str, ...], place: _Place) -> dict[str, Any]:
+    given = [key for key in keys if part.get(key) is not None]
+    options = {key: value for key, value in part.items() if key not in (*keys, *_HINTS, "type")}
+    if not given and part["type"] == kind:  # a place without its medium, as templates take it
+        return {"type": kind, **options}
+    if len(given) != 1:
+        found, one_of = ", ".join(map(str, part)), " or ".join(f'"{key}"' for key in keys)
+        raise ValueError(f'{place}: a part of type "{part["type"]}" needs one of {one_of}; it has {found}')
+
+    def refuse(words: str) -> NoReturn:
+        raise ValueError(f"{place}: {words} (it has {', '.join(map(str, part))})")
+
+    key, value = given[0], part[given[0]]
+    frames = isinstance(value, list | tuple)
+    source = [_source(key, one, refuse) for one in value] if frames else _source(key, value, refuse)
+    return {"type": kind, kind: source, **options}
+
+
+def _source(key: str, value: Any, refuse: Callable[[str], NoReturn]) -> Any:
+    """The path, bytes or object that stands under a key of a part."""
+    if isinstance(value, Mapping):
+        inside = next((name for name in _INSIDE if value.get(name) is not None), None)
+        if inside is None or isinstance(value[inside], Mapping):
+            refuse(f'"{key}" needs one of {", ".join(_INSIDE)}; found {", ".join(map(str, value)) or "nothing"}')
+        return _source(inside, value[inside], refuse)
+    if key in ("base64", "data") and isinstance(value, str):
+        return _from_base64(value, key, refuse)
+    if not isinstance(value, str):
+        return value
+    if re.match(r"data:", value, re.IGNORECASE):
+        return _from_data_url(value, key, refuse)
+    if re.match(r"file:", value, re.IGNORECASE):
+        return url2pathname(urlsplit(value).path)
+    if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
+        refuse(f"nothing is fetched from the net: {value[:80]}. Give a path, the bytes, or a data URL")
+    if key.endswith("url") and not os.path.isfile(value):
+        refuse(f'"{key}" is neither a data URL nor the path of a file: {value[:80]!r}')
+    return value
+
+
+def _from_base64(text: str, key: str, refuse: Callable[[str], NoReturn]) -> bytes:
+    """Of the ordinary and the URL-safe alphabet, with white space and without padding as well."""
+    if text.startswith("data:"):
+        return _from_data_url(text, key, refuse)
+    squeezed = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        return base64.b64decode(squeezed + "=" * (-len(squeezed) % 4), validate=True)
+    except (ValueError, binascii.Error) as error:
+        refuse(f'"{key}" is no base64 ({error}): {text[:40]!r}')
+
+
+def _from_data_url(url: str, key: str, refuse: Callable[[str], NoReturn]) -> bytes:
+    head, comma, body = url[len("data:") :].partition(",")
+    if not comma:
+        refuse(f'"{key}" is a data URL without a comma: {url[:40]!r}')
+    if head.lower().endswith(";base64"):
+        return _from_base64(unquote_to_bytes(body).decode("latin-1") if "%" in body else body, key, refuse)
+    return unquote_to_bytes(body)
