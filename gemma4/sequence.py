@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -17,6 +16,7 @@ from gemma4.core import Core, KVDtype
 from gemma4.errors import FormatError, StateError
 from gemma4.files import new_file
 from gemma4.media.keys import run_start
+from gemma4.npz import NpzFile
 
 if TYPE_CHECKING:
     from gemma4._engine import Sequence as EngineSequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["KVDtype", "Sequence", "new_sequence", "restore"]
 
 _FORMAT = "gemma4-sequence-1"
+_MAX_META = 1 << 20  # bytes of the description
 
 
 class Sequence:
@@ -169,42 +170,94 @@ def new_sequence(model: Core, *, capacity: int = 0, kv_dtype: KVDtype | None = N
 def restore(model: Core, path: str | os.PathLike[str]) -> Sequence:
     """A sequence as it was when `Sequence.save(path)` wrote it.
 
+    Everything in the file is checked against the model before it is read: names, sizes, types, byte order, ids.
     Raises FormatError (not such a file, or damaged), StateError (written by another model), OSError.
     """
-    path = Path(path)
-    meta, arrays = _read(path)
-    if meta["model"] != model.fingerprint:
-        raise StateError(
-            f"{path} was saved by another model (fingerprint {meta['model']}, this one is {model.fingerprint}); "
-            "keys and values only make sense to the weights that made them"
-        )
-    layers = {
-        int(layer): (int(first), arrays[f"k.{layer}"], arrays[f"v.{layer}"])
-        for layer, first in meta["first_positions"].items()
-    }
-    sequence = new_sequence(model, kv_dtype=meta["kv_dtype"])
+    fingerprint = model.fingerprint
     try:
-        sequence._engine.load_state({"length": meta["length"], "kv_dtype": meta["kv_dtype"], "layers": layers})
-    except (ValueError, TypeError) as error:
-        raise FormatError(f"{path}: the saved cache does not fit this model: {error}") from error
-    sequence._tokens = arrays["tokens"].tolist()
-    sequence._keys = arrays["keys"].tolist()
+        with NpzFile(path) as file:
+            meta = _parse_meta(file.read_bytes("meta", _MAX_META))
+            if meta.get("model") != fingerprint:
+                found = str(meta.get("model"))[:60]
+                raise StateError(
+                    f"{os.fspath(path)} was saved by another model (fingerprint {found}, this one is {fingerprint}); "
+                    "keys and values only make sense to the weights that made them"
+                )
+            saved = _Saved(file, meta, model)
+            keys_and_values = saved.layers()
+            tokens, keys = saved.tokens(), saved.keys()
+        sequence = new_sequence(model, kv_dtype=saved.kv_dtype)
+        state = {"length": saved.length, "kv_dtype": saved.kv_dtype, "layers": keys_and_values}
+        sequence._engine.load_state(state)
+    except ValueError as error:
+        raise FormatError(f"{os.fspath(path)} is not a saved sequence, or is damaged: {error}") from None
+    sequence._tokens, sequence._keys = tokens.tolist(), keys.tolist()
     return sequence
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+class _Saved:
+    """A file of `Sequence.save`, whose description is `meta`. Raises FormatError where it does not fit the model."""
+
+    def __init__(self, file: NpzFile, meta: dict[str, Any], model: Core) -> None:
+        self._file, self._config, self._n_ids = file, model.engine_config, model.n_token_ids
+        self.length = _integer(meta.get("length"), "length", model.context_length)
+        if meta.get("kv_dtype") not in get_args(KVDtype):
+            raise FormatError(
+                f"kv_dtype is {str(meta.get('kv_dtype'))[:60]!r}, expected {', '.join(get_args(KVDtype))}"
+            )
+        self.kv_dtype: KVDtype = meta["kv_dtype"]
+        self._firsts = self._first_positions(meta.get("first_positions"))
+        self._check_names()
+
+    def _first_positions(self, table: Any) -> dict[int, int]:
+        """Layer -> the first position whose keys are kept, of every layer that has keys of its own."""
+        own = [i for i, layer in enumerate(self._config["layers"]) if layer["kv_source"] == i]
+        if not isinstance(table, dict) or set(table) != set(map(str, own)):
+            raise FormatError(f"first_positions must have one entry for each of the layers {own}")
+        return {i: _integer(table[str(i)], f"the first position of layer {i}", self.length) for i in own}
+
+    def _check_names(self) -> None:
+        arrays = {"meta", "tokens", "keys", *(f"{kind}.{layer}" for kind in "kv" for layer in self._firsts)}
+        others = set(self._file.names) - arrays
+        if others or len(self._file.names) != len(set(self._file.names)):
+            raise FormatError(f"it holds {min(others, default='a name twice')[:60]!r}, which no saved sequence does")
+
+    def layers(self) -> dict[int, tuple[int, NDArray[Any], NDArray[Any]]]:
+        """Layer -> (first position, keys, values), each [n, K, h] as `_engine.Sequence.state` gives them."""
+        dtype = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "q8_0": np.uint8}[self.kv_dtype]
+        out: dict[int, tuple[int, NDArray[Any], NDArray[Any]]] = {}
+        for i, first in self._firsts.items():
+            layer = self._config["layers"][i]
+            width = layer["head_dim"] // 32 * 34 if self.kv_dtype == "q8_0" else layer["head_dim"]
+            shape = (self.length - first, layer["n_kv_heads"], width)
+            out[i] = (first, self._file.read(f"k.{i}", dtype, shape), self._file.read(f"v.{i}", dtype, shape))
+        return out
+
+    def tokens(self) -> NDArray[np.int32]:
+        tokens = self._file.read("tokens", np.int32, (self.length,))
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._n_ids:
+            raise FormatError(
+                f"it holds token ids of {tokens.min()} to {tokens.max()}, expected 0 to {self._n_ids - 1}"
+            )
+        return tokens
+
+    def keys(self) -> NDArray[np.integer[Any]]:
+        """What media are made of in place of their ids; older files have none."""
+        return self._file.read("keys", np.int64, (self.length,)) if "keys" in self._file.names else self.tokens()
+
+
+def _parse_meta(text: bytes) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        meta = json.loads(arrays.pop("meta").tobytes())
-        complete = meta["format"] == _FORMAT and len(arrays["tokens"]) == meta["length"] and meta["model"]
-        keys = arrays.setdefault("keys", arrays["tokens"])  # older files have none
-        complete = complete and keys.shape == arrays["tokens"].shape and keys.dtype.kind == "i"
-        wanted = {f"{kind}.{layer}" for kind in "kv" for layer in meta["first_positions"]}
-        if not complete or meta["kv_dtype"] not in get_args(KVDtype) or not wanted <= arrays.keys():
-            raise ValueError("missing or inconsistent entries")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise FormatError(f"{path} is not a saved sequence, or is damaged: {error}") from error
-    return meta, arrays
+        meta = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"its description is no JSON: {str(error)[:120]}") from None
+    if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
+        raise FormatError(f"its description is not of the format {_FORMAT!r}")
+    return meta
+
+
+def _integer(value: Any, what: str, most: int) -> int:
+    if type(value) is int and 0 <= value <= most:
+        return value
+    found = "a huge integer" if isinstance(value, int) and value.bit_length() > 64 else repr(value)[:60]
+    raise FormatError(f"{what} is {found}, expected an integer of 0 to {most}")

@@ -182,11 +182,13 @@ static PyArrayObject *state_array(const g4_sequence *seq, PyObject *object, cons
                                   int index)
 {
     PyArrayObject *array = (PyArrayObject *)object;
-    if (!PyArray_Check(object) || PyArray_TYPE(array) != numpy_type(seq) || !PyArray_IS_C_CONTIGUOUS(array) ||
+    if (!PyArray_Check(object) || PyArray_TYPE(array) != numpy_type(seq) || !PyArray_ISCARRAY_RO(array) ||
         PyArray_NDIM(array) != 3 || PyArray_DIM(array, 0) != n || PyArray_DIM(array, 1) != layer->n_kv_heads ||
         PyArray_DIM(array, 2) != head_elements(seq, layer)) {
-        PyErr_Format(PyExc_ValueError, "state of layer %d: expected C-contiguous %s arrays [%d, %d, %d]", index,
-                     kv_dtypes[kv_dtype_index(seq)].numpy_name, n, layer->n_kv_heads, (int)head_elements(seq, layer));
+        PyErr_Format(PyExc_ValueError,
+                     "state of layer %d: expected C-contiguous %s arrays in this machine's byte order [%d, %d, %d]",
+                     index, kv_dtypes[kv_dtype_index(seq)].numpy_name, n, layer->n_kv_heads,
+                     (int)head_elements(seq, layer));
         return NULL;
     }
     return array;
