@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of a .npz file that comes from strangers. Each is checked by name, size, type and byte order before it is read.
+"""Arrays of a .npz file that comes from strangers, each checked by name, size, type and byte order before it is read.
 
 Only what `np.savez` writes is read: a ZIP file without a comment, whose entries are stored as they are. So nothing can
 unpack to more than the file has, and an entry that nobody asks for costs nothing.
