@@ -178,7 +178,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.list:
         for n, mistake in chosen(args):
-            print(f"{n:3} {place_of(mistake, ROOT).relative_to(ROOT)}: {mistake.what}")
+            try:
+                print(f"{n:3} {place_of(mistake, ROOT).relative_to(ROOT)}: {mistake.what}")
+            except Stale as reason:
+                print(f"{n:3} stale: {mistake.what}: {reason}")
         return 0
     counts = {"killed": 0, "survived": 0, "stale": 0}
     with tempfile.TemporaryDirectory() as scratch:

@@ -434,10 +434,10 @@ PACKAGE = [
         "api bad_input",
     ),
     Mistake(
-        "greedy with an explicit temperature",
-        'if not config.get("do_sample", False):',
-        'if config.get("do_sample") is None:',
-        "sampling generate",
+        "do_sample false draws",
+        'if not take("do_sample", _as_boolean):',
+        'if take("do_sample", _as_boolean) is None:',
+        "options sampling generate",
     ),
     Mistake("<bos> is doubled", "return [self.bos_id, *ids[start:]]", "return [self.bos_id, *ids]", "tokenizer"),
     Mistake(
@@ -452,7 +452,12 @@ PACKAGE = [
         "rows, cols = height // width, 1",
         "media_image",
     ),
-    Mistake("sound of 8 bits is taken as signed", "128.0 if array.dtype == np.uint8 else 0.0", "0.0", "media_audio"),
+    Mistake(
+        "integer sound comes at half its level",
+        "full = 2.0 ** (array.dtype.itemsize * 8 - 1)",
+        "full = 2.0 ** (array.dtype.itemsize * 8)",
+        "media_audio",
+    ),
     Mistake("the mel window is symmetric", "np.hanning(FRAME + 1)[:-1]", "np.hanning(FRAME)", "media_audio"),
 ]
 
