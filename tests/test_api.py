@@ -25,6 +25,7 @@ def test_logits_positions(random_e, prompt):
     np.testing.assert_array_equal(random_e.forward(prompt, logits=-2), every[-2:-1])
     np.testing.assert_array_equal(random_e.forward(prompt, logits=slice(2, 9, 3)), every[2:9:3])
     np.testing.assert_array_equal(random_e.forward(prompt, logits=[7, 0, 7]), every[[7, 0, 7]])
+    np.testing.assert_array_equal(random_e.forward(prompt, logits=[2, 2, 5]), every[[2, 2, 5]])
     assert random_e.forward(prompt, logits=None) is None
 
 
@@ -77,6 +78,7 @@ def test_fork_and_truncate(random_e, prompt):
     with random_e.new_sequence() as s:
         random_e.forward(prompt[:7], sequence=s)
         fork = s.fork()
+        assert fork.tokens.tolist() == s.tokens.tolist() == prompt[:7].tolist()
         a = random_e.forward(prompt[7:], sequence=s, logits="last")
         b = random_e.forward(prompt[7:], sequence=fork, logits="last")
         np.testing.assert_array_equal(a, b)
@@ -251,3 +253,25 @@ def test_smaller_caches(tmp_path):
         restored = model.restore(s.save(tmp_path / f"{kv_dtype}.npz"))
         np.testing.assert_array_equal(model.forward(ids[-4:], sequence=restored), model.forward(ids[-4:], sequence=s))
     assert sizes["q8_0"] * 32 == sizes["f16"] * 17 and sizes["f16"] == sizes["bf16"]
+
+
+def test_a_step_that_ends_early_is_recorded(random_e, prompt, monkeypatch):
+    """Ctrl-C keeps whole chunks: the sequence knows the tokens of those, and goes on from there."""
+    engine = random_e.engine
+
+    class Interrupted:
+        def step(self, runs, taps, **options):
+            [(sequence, ids, embeddings, _, _)] = runs
+            engine.step([(sequence, ids[:5], embeddings, None, None)], taps)
+            raise KeyboardInterrupt
+
+        def __getattr__(self, name):
+            return getattr(engine, name)
+
+    expected = random_e.forward(prompt)
+    with random_e.new_sequence() as sequence:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(random_e, "engine", Interrupted())
+            random_e.forward(prompt, sequence=sequence)
+        assert sequence.tokens.tolist() == prompt[:5].tolist()
+        np.testing.assert_array_equal(random_e.forward(prompt[5:], sequence=sequence), expected[5:])

@@ -342,6 +342,12 @@ def test_kth_largest():
         x = rng.choice([rng.standard_normal(n), rng.integers(0, 9, n).astype(float)]).astype(np.float32)
         x[rng.random(n) < rng.choice([0, 0.5, 0.999])] = -np.inf
         assert kth_largest(x, k) == (np.sort(x)[-k] if k < n else -math.inf)
+        assert kth_largest(x, n + 1) == -math.inf
+
+
+def test_of_two_stop_strings_at_one_place_the_longer_one_ends_it():
+    for stops in (["ab", "abc"], ["abc", "ab"]):
+        assert StopCriteria((), stops).push("x abcd") == ("x ", "abc")
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 64, "top_p": 0.95}, {}, {"top_p": 0.95}, {"min_p": 0.05}], ids=str)

@@ -367,7 +367,7 @@ PACKAGE = [
     Mistake(
         "equals are not ordered by id",
         "np.lexsort((ids, -logits[ids]))",
-        "np.argsort(-logits[ids])[::1] * 1",
+        "np.lexsort((-ids, -logits[ids]))",
         "sampling",
     ),
     Mistake(
