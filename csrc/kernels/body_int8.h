@@ -244,19 +244,19 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
 #endif
 
 static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights, size_t w_stride, int n, int k,
-                               float *out, size_t out_stride)
+                               float *out, size_t out_stride, float *scratch)
 {
     if (!x->by_fours) {
         NAME(int8_few_)(x, m, weights, w_stride, n, k, out, out_stride);
         return;
     }
     const size_t stride = g4_int8_stride((size_t)k);
-    _Alignas(64) int8_panel panels[2];
-    _Alignas(64) float acc[INT8_M * INT8_N];
+    int8_panel *panels = ((int8_scratch *)scratch)->panels;
+    float *acc = ((int8_scratch *)scratch)->acc;
     for (int j = 0; j < n; j += INT8_N)
         for (int i = 0; i < m; i += INT8_M) {
             const int block_m = m - i < INT8_M ? m - i : INT8_M, block_n = n - j < INT8_N ? n - j : INT8_N;
-            memset(acc, 0, sizeof acc);
+            memset(acc, 0, INT8_M * INT8_N * sizeof *acc);
             for (int l = 0; l < k; l += INT8_K) {
                 const int length = k - l < INT8_K ? k - l : INT8_K;
                 for (int half = 0; half < 2; half++) {

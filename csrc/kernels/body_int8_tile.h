@@ -13,6 +13,14 @@ typedef struct {
     float scale[INT8_K / 16][8], min[INT8_K / 16][8];
 } int8_panel;
 
+/* What matmul_int8_ keeps in the scratch it is lent. */
+typedef struct {
+    _Alignas(64) int8_panel panels[2];
+    float acc[INT8_M * INT8_N];
+} int8_scratch;
+
+_Static_assert(sizeof(int8_scratch) == G4_INT8_SCRATCH * sizeof(float), "callers lend that much");
+
 /* Where four inputs lie in 4 rows of x (g4_int8_rows) from their group on. */
 static inline int place_in_x(int row, int four) { return four / 2 * 32 + row * 8 + four % 2 * 4; }
 

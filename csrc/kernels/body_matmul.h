@@ -26,7 +26,7 @@ static void NAME(matmul_few_)(const float *x, size_t x_stride, int m, const weig
 }
 
 static void NAME(matmul_)(const float *x, size_t x_stride, int m, const void *weights, size_t w_stride, int n, int k,
-                          float *out, size_t out_stride)
+                          float *out, size_t out_stride, float *restrict scratch)
 {
     const weight *w = weights;
     if (m <= FEW_ROWS) {
@@ -39,7 +39,7 @@ static void NAME(matmul_)(const float *x, size_t x_stride, int m, const void *we
         return;
     }
 #endif
-    _Alignas(64) float acc[BLOCK_M * BLOCK_N * 16], x_tiles[BLOCK_M * BLOCK_K], w_tiles[BLOCK_N * BLOCK_K];
+    float *acc = scratch, *x_tiles = acc + BLOCK_M * BLOCK_N * 16, *w_tiles = x_tiles + BLOCK_M * BLOCK_K;
     for (int j = 0; j < n; j += BLOCK_N) {
         const int block_n = n - j < BLOCK_N ? n - j : BLOCK_N;
         for (int i = 0; i < m; i += BLOCK_M) {

@@ -96,6 +96,10 @@ static inline size_t g4_tile_sums(int m, int n)
     return (size_t)((m + SIDE - 1) / SIDE) * (size_t)((n + SIDE - 1) / SIDE) * (size_t)(SIDE * SIDE);
 }
 
+/* Floats of scratch that a caller lends matmul_* (accumulators, 72 rows of x, 32 of weights) and matmul_int8_*: a kernel's
+ * own frame is small, because the caller's thread may have 128 KiB of stack. */
+enum { G4_MATMUL_SCRATCH = 72 * 32 * 16 + (72 + 32) * 512, G4_INT8_SCRATCH = 7168 };
+
 #define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;
 #include "kernels/kernels.inc"
 #undef G4_KERNEL

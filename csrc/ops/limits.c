@@ -19,7 +19,8 @@ typedef struct {
     g4_spin kind;
     const float *x;
     size_t n;
-    double *results; /* [tasks] operations done, or the sum of a slice */
+    const uint16_t *tiles; /* [TILE_VALUES] for products of bf16 */
+    double *results;       /* [tasks] operations done, or the sum of a slice */
 } limit_task;
 
 static double now(void)
@@ -35,7 +36,6 @@ static void spin(void *context, int task, int worker)
     float sums[MAX_SUMS];
     int8_t bytes[512];
     int16_t shorts[512];
-    uint16_t tiles[TILE_VALUES];
     float products[4 * G4_TILE_ROWS * G4_TILE_ROWS];
     int32_t sum;
     (void)worker;
@@ -47,11 +47,7 @@ static void spin(void *context, int task, int worker)
     switch (t->kind) {
     case G4_SPIN_F32: t->results[task] = t->kernels->spin_f32(sums, SPIN_ROUNDS); break;
     case G4_SPIN_INT8: t->results[task] = t->kernels->spin_int8(bytes, &sum, SPIN_ROUNDS); break;
-    case G4_SPIN_BF16:
-        for (int i = 0; i < TILE_VALUES; i++)
-            tiles[i] = g4_f32_to_bf16(1.0f);
-        t->results[task] = t->kernels->spin_bf16(tiles, products, TILE_ROUNDS);
-        break;
+    case G4_SPIN_BF16: t->results[task] = t->kernels->spin_bf16(t->tiles, products, TILE_ROUNDS); break;
     default: t->results[task] = t->kernels->spin_int16(shorts, &sum, SPIN_ROUNDS);
     }
 }
@@ -94,6 +90,15 @@ static g4_status check_threads(int *n_threads, g4_error *err)
     return G4_OK;
 }
 
+/* Ones in bf16 for every task to read, for the caller to free. */
+static uint16_t *ones_in_tiles(void)
+{
+    uint16_t *tiles = malloc(TILE_VALUES * sizeof *tiles);
+    for (int i = 0; tiles && i < TILE_VALUES; i++)
+        tiles[i] = g4_f32_to_bf16(1.0f);
+    return tiles;
+}
+
 g4_status g4_arithmetic_rate(g4_spin kind, int n_threads, double *per_second, g4_error *err)
 {
     limit_task t = {.kind = kind};
@@ -103,7 +108,13 @@ g4_status g4_arithmetic_rate(g4_spin kind, int n_threads, double *per_second, g4
     *per_second = 0;
     if (kind == G4_SPIN_BF16 && !t.kernels->spin_bf16)
         return G4_OK;
-    G4_TRY(measure(&t, n_threads, n_threads * SPINS_PER_THREAD, spin, &seconds, &operations, err));
+    uint16_t *tiles = ones_in_tiles();
+    if (!tiles)
+        return g4_fail_nomem(err, TILE_VALUES * sizeof *tiles);
+    t.tiles = tiles;
+    g4_status status = measure(&t, n_threads, n_threads * SPINS_PER_THREAD, spin, &seconds, &operations, err);
+    free(tiles);
+    G4_TRY(status);
     *per_second = operations / seconds;
     return G4_OK;
 }

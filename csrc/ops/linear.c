@@ -23,7 +23,8 @@ typedef struct {
     const g4_linear_job *jobs;
     const int *first_task; /* [n_jobs + 1] */
     int n_jobs;
-    float *panels;           /* one per worker, for BLAS; NULL if no job uses it */
+    float *scratch; /* [workers, scratch_floats] */
+    size_t scratch_floats;
     const g4_inputs *inputs; /* of the jobs that want x as bytes … */
     const g4_int8_rows *xs;  /* … which it is here */
 } linear_task;
@@ -76,6 +77,14 @@ static bool uses_blas(const g4_exec *exec, const g4_linear_job *job)
     return method_of(exec, job) == BY_BLAS;
 }
 
+/* Floats that a worker needs for a job. */
+static size_t scratch_of(const g4_exec *exec, const g4_linear_job *job)
+{
+    if (uses_blas(exec, job))
+        return (size_t)(4 * PANEL) * job->w.n_cols;
+    return job->m <= STREAM_ROWS ? 0 : uses_int8(exec, job) ? G4_INT8_SCRATCH : G4_MATMUL_SCRATCH;
+}
+
 static int stream_rows(const g4_exec *exec, const g4_linear_job *job)
 {
     const size_t row_bytes = g4_dtype_bytes(job->w.dtype, job->w.n_cols);
@@ -95,21 +104,21 @@ static void run_panel(const linear_task *t, int index, int first, int n, int wor
     const g4_linear_job *job = &t->jobs[index];
     const int k = (int)job->w.n_cols;
     const void *rows = g4_matrix_row(&job->w, (size_t)first);
+    float *scratch = t->scratch + (size_t)worker * t->scratch_floats;
     if (uses_int8(t->exec, job)) {
         g4_matmul_int8_for(kernels, job->w.dtype)(&t->xs[t->inputs->of_job[index]], job->m, rows, job->w.row_stride, n,
-                                                  k, job->out + first, job->out_stride);
+                                                  k, job->out + first, job->out_stride, scratch);
         return;
     }
     if (!uses_blas(t->exec, job)) {
         g4_matmul_for(kernels, job->w.dtype)(job->x, job->x_stride, job->m, rows, job->w.row_stride, n, k,
-                                             job->out + first, job->out_stride);
+                                             job->out + first, job->out_stride, scratch);
         return;
     }
-    float *panel = t->panels + (size_t)worker * (size_t)(4 * PANEL) * (size_t)k;
     for (int j = 0; j < n; j++)
-        g4_widen_for(kernels, job->w.dtype)(panel + (size_t)j * (size_t)k, g4_matrix_row(&job->w, (size_t)(first + j)),
-                                            k);
-    g4_blas_matmul(job->x, job->x_stride, job->m, panel, (size_t)k, n, k, job->out + first, job->out_stride);
+        g4_widen_for(kernels, job->w.dtype)(scratch + (size_t)j * (size_t)k,
+                                            g4_matrix_row(&job->w, (size_t)(first + j)), k);
+    g4_blas_matmul(job->x, job->x_stride, job->m, scratch, (size_t)k, n, k, job->out + first, job->out_stride);
 }
 
 static void run_task(void *context, int task, int worker)
@@ -195,7 +204,6 @@ static g4_status row_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     g4_inputs inputs;
     linear_task t = {.exec = exec, .jobs = jobs, .n_jobs = n_jobs, .inputs = &inputs};
     int *first_task;
-    size_t max_k = 0;
     double work = 0;
     const double start = g4_profile_start(exec);
     if (exec->fast)
@@ -207,12 +215,11 @@ static g4_status row_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
         int n_tasks = jobs[j].m ? ((int)jobs[j].w.n_rows + rows - 1) / rows : 0;
         first_task[j + 1] = first_task[j] + n_tasks;
         work += (double)jobs[j].m * (double)jobs[j].w.n_rows * (double)jobs[j].w.n_cols;
-        if (uses_blas(exec, &jobs[j]) && jobs[j].w.n_cols > max_k)
-            max_k = jobs[j].w.n_cols;
+        const size_t n_floats = scratch_of(exec, &jobs[j]);
+        t.scratch_floats = n_floats > t.scratch_floats ? n_floats : t.scratch_floats;
     }
     t.first_task = first_task;
-    if (max_k)
-        G4_ALLOC(exec, t.panels, (size_t)g4_pool_size(exec->pool) * 4 * PANEL * max_k);
+    G4_ALLOC(exec, t.scratch, (size_t)g4_pool_size(exec->pool) * t.scratch_floats);
     g4_status status = g4_exec_run(exec, first_task[n_jobs], work, run_task, &t);
     end_profile(exec, start, jobs, n_jobs);
     g4_arena_restore(exec->arena, mark);

@@ -51,6 +51,7 @@ static size_t weight_stride(PyArrayObject *w, g4_dtype dtype)
 /* matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n] */
 static PyObject *test_matmul(PyObject *self, PyObject *args)
 {
+    static _Alignas(64) float scratch[G4_MATMUL_SCRATCH];
     const char *isa, *dtype_name;
     PyArrayObject *x, *w;
     (void)self;
@@ -68,7 +69,7 @@ static PyObject *test_matmul(PyObject *self, PyObject *args)
     if (out)
         g4_matmul_for(kernels, dtype)(PyArray_DATA(x), stride_of(x), (int)dims[0], PyArray_DATA(w),
                                       weight_stride(w, dtype), (int)dims[1], (int)PyArray_DIM(x, 1),
-                                      PyArray_DATA((PyArrayObject *)out), (size_t)dims[1]);
+                                      PyArray_DATA((PyArrayObject *)out), (size_t)dims[1], scratch);
     return out;
 }
 
@@ -131,6 +132,7 @@ static PyObject *test_quantize_rows(PyObject *self, PyObject *args)
 /* matmul_int8(isa, dtype, quantize_rows(isa, x), m, w [n, bytes of k]) -> [m, n] */
 static PyObject *test_matmul_int8(PyObject *self, PyObject *args)
 {
+    static _Alignas(64) float scratch[G4_INT8_SCRATCH];
     const char *isa, *dtype_name;
     PyObject *arrays;
     Py_ssize_t m;
@@ -152,7 +154,7 @@ static PyObject *test_matmul_int8(PyObject *self, PyObject *args)
     PyObject *out = PyArray_SimpleNew(2, ((npy_intp[]){m, n}), NPY_FLOAT32);
     if (out)
         g4_matmul_int8_for(kernels, dtype)(&rows, (int)m, PyArray_DATA(w), weight_stride(w, dtype), (int)n, (int)k,
-                                           PyArray_DATA((PyArrayObject *)out), (size_t)n);
+                                           PyArray_DATA((PyArrayObject *)out), (size_t)n, scratch);
     return out;
 }
 

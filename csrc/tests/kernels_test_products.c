@@ -8,18 +8,20 @@
 
 /* ---- products ------------------------------------------------------------------------------------------------------- */
 
+static _Alignas(64) float matmul_scratch[G4_MATMUL_SCRATCH], int8_scratch[G4_INT8_SCRATCH];
+
 static void check_matmul(g4_dtype dtype, int kind, int m, int n, int k)
 {
     const size_t x_stride = (size_t)k + 3, out_stride = (size_t)n + 2, n_out = (size_t)m * out_stride;
     float *x = random_row(kind, (size_t)m * x_stride), *wanted = allocate(n_out * 4), *got = allocate(n_out * 4);
     void *w = random_weights(dtype, NORMAL, (size_t)n * (size_t)k);
-    g4_matmul_for(scalar, dtype)(x, x_stride, m, w, (size_t)k, n, k, wanted, out_stride);
+    g4_matmul_for(scalar, dtype)(x, x_stride, m, w, (size_t)k, n, k, wanted, out_stride, matmul_scratch);
     for (int t = 0; t < n_tables; t++) {
-        g4_matmul_for(tables[t], dtype)(x, x_stride, m, w, (size_t)k, n, k, got, out_stride);
+        g4_matmul_for(tables[t], dtype)(x, x_stride, m, w, (size_t)k, n, k, got, out_stride, matmul_scratch);
         check(same(got, wanted, n_out), tables[t], "matmul", g4_dtype_name(dtype), m, n, k);
         for (int i = 0; i < m; i += 7)
             g4_matmul_for(tables[t], dtype)(x + (size_t)i * x_stride, x_stride, 1, w, (size_t)k, n, k,
-                                            got + (size_t)i * out_stride, out_stride);
+                                            got + (size_t)i * out_stride, out_stride, NULL);
         check(same(got, wanted, n_out), tables[t], "matmul of single rows", g4_dtype_name(dtype), m, n, k);
     }
     free(x), free(wanted), free(got), free(w);
@@ -59,9 +61,9 @@ static void check_matmul_int8(g4_dtype dtype, int kind, int m, int n, int k)
     float *x = random_row(kind, (size_t)m * (size_t)k), *wanted = allocate(n_out * 4), *got = allocate(n_out * 4);
     void *w = random_weights(dtype, NORMAL, (size_t)n * (size_t)k);
     const g4_int8_rows rows = check_quantize(x, m, k);
-    g4_matmul_int8_for(scalar, dtype)(&rows, m, w, (size_t)k, n, k, wanted, (size_t)n);
+    g4_matmul_int8_for(scalar, dtype)(&rows, m, w, (size_t)k, n, k, wanted, (size_t)n, int8_scratch);
     for (int t = 0; t < n_tables; t++) {
-        g4_matmul_int8_for(tables[t], dtype)(&rows, m, w, (size_t)k, n, k, got, (size_t)n);
+        g4_matmul_int8_for(tables[t], dtype)(&rows, m, w, (size_t)k, n, k, got, (size_t)n, int8_scratch);
         check(same(got, wanted, n_out), tables[t], "matmul_int8", g4_dtype_name(dtype), m, n, k);
     }
     free(x), free(wanted), free(got), free(w);
@@ -83,9 +85,9 @@ static void check_int8_at_the_ends(g4_dtype dtype, uint8_t fill, float x_value, 
     for (int i = 0; i < m * K; i++)
         x[i] = x_value;
     const g4_int8_rows rows = check_quantize(x, m, K);
-    g4_matmul_int8_for(scalar, dtype)(&rows, m, w, K, N, K, wanted, N);
+    g4_matmul_int8_for(scalar, dtype)(&rows, m, w, K, N, K, wanted, N, int8_scratch);
     for (int t = 0; t < n_tables; t++) {
-        g4_matmul_int8_for(tables[t], dtype)(&rows, m, w, K, N, K, got, N);
+        g4_matmul_int8_for(tables[t], dtype)(&rows, m, w, K, N, K, got, N, int8_scratch);
         check(same(got, wanted, (size_t)m * N), tables[t], "largest matmul_int8", g4_dtype_name(dtype), m, N, fill);
     }
     free(w);

@@ -26,14 +26,16 @@ typedef struct {
 
 typedef void (*timed)(const g4_kernels *t, const operands *o);
 
+static _Alignas(64) float scratch[G4_MATMUL_SCRATCH];
+
 static void time_matmul(const g4_kernels *t, const operands *o)
 {
-    g4_matmul_for(t, o->dtype)(o->x, K, o->m, o->w, K, N, K, o->out, N);
+    g4_matmul_for(t, o->dtype)(o->x, K, o->m, o->w, K, N, K, o->out, N, scratch);
 }
 
 static void time_int8(const g4_kernels *t, const operands *o)
 {
-    g4_matmul_int8_for(t, o->dtype)(&o->bytes, o->m, o->w, K, N, K, o->out, N);
+    g4_matmul_int8_for(t, o->dtype)(&o->bytes, o->m, o->w, K, N, K, o->out, N, scratch);
 }
 
 static void time_widen(const g4_kernels *t, const operands *o)

@@ -41,19 +41,33 @@ void g4_kv_pack_rotated(const g4_sequence *seq, int layer, const char *whole, ch
         memcpy(rotated + (size_t)i * n, whole + (size_t)i * half, n);
 }
 
+/* n values that RoPE left alone, in the cache's type: gain * v, some at a time. */
+static void make_keys(const g4_sequence *seq, const char *v, const float *gain, int n, char *keys)
+{
+    enum { PIECE = 1024 }; /* whole blocks of every type */
+    const g4_kernels *kernels = seq->model->kernels;
+    float piece[PIECE];
+    for (int i = 0; i < n; i += PIECE) {
+        const int length = n - i < PIECE ? n - i : PIECE;
+        const size_t at = g4_dtype_bytes(seq->dtype, (size_t)i);
+        g4_widen_for(kernels, seq->dtype)(piece, v + at, length);
+        kernels->mul(piece, piece, gain + i, length);
+        g4_narrow_for(kernels, seq->dtype)(keys + at, piece, length);
+    }
+}
+
 void g4_kv_whole_keys(const g4_sequence *seq, int layer, int position, char *whole)
 {
     const g4_layer_config *lc = &seq->model->config.layers[layer];
     const g4_kv_view kv = g4_kv_view_of(seq, layer);
-    const size_t half = g4_dtype_bytes(seq->dtype, (size_t)lc->head_dim / 2);
+    const int half = lc->head_dim / 2, rest = half - kv.n_rotated;
+    const size_t n_half = g4_dtype_bytes(seq->dtype, (size_t)half);
     const size_t n = g4_dtype_bytes(seq->dtype, (size_t)kv.n_rotated);
-    const char *rotated = (const char *)kv.k + (size_t)(position % kv.n_slots) * (size_t)lc->n_kv_heads * 2 * n;
-    float key[G4_MAX_HEAD_DIM];
-    for (int head = 0; head < lc->n_kv_heads; head++, rotated += 2 * n, whole += 2 * half) {
-        g4_kv_read_keys(seq->model->kernels, &kv, head, lc->head_dim, position, 1, key);
-        g4_narrow_for(seq->model->kernels, seq->dtype)(whole, key, lc->head_dim);
+    const size_t first_half = (size_t)(position % kv.n_slots) * (size_t)lc->n_kv_heads * 2;
+    const char *rotated = (const char *)kv.k + first_half * n, *v = (const char *)kv.v + first_half * n_half;
+    for (int i = 0; i < 2 * lc->n_kv_heads; i++, rotated += n, v += n_half, whole += n_half) {
         memcpy(whole, rotated, n);
-        memcpy(whole + half, rotated + n, n);
+        make_keys(seq, v + n, kv.gain + i % 2 * half + kv.n_rotated, rest, whole + n);
     }
 }
 

@@ -42,10 +42,10 @@ static void score_row(const g4_kernels *kernels, const g4_band_attention *a, int
     float by_distance[MAX_BAND];
     /* key j has the distance number past - (row - j) */
     const int at = a->past - (row - first), n_near = a->n_distances - at < n ? a->n_distances - at : n;
-    kernels->matmul_f32(q, 0, 1, head_row(a, a->k, first, head), row_width(a), n, a->head_dim, scores, 0);
+    kernels->matmul_f32(q, 0, 1, head_row(a, a->k, first, head), row_width(a), n, a->head_dim, scores, 0, NULL);
     if (n_near > 0) {
         kernels->matmul_f32(q, 0, 1, head_row(a, a->distances, at, head), row_width(a), n_near, a->head_dim,
-                            by_distance, 0);
+                            by_distance, 0, NULL);
         kernels->add(scores, scores, by_distance, n_near);
     }
     kernels->softcap(scores, a->cap, n);

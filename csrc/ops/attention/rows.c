@@ -35,31 +35,34 @@ static int contiguous(const g4_attention *a, int first, int end)
     return min(end - first, a->kv.n_slots - first % a->kv.n_slots);
 }
 
+/* What score_keys needs: room for matmul, and for keys where they are not stored whole. */
+enum { SCORE_SCRATCH = G4_MATMUL_SCRATCH + KEY_TILE };
+
 /* The same as below where keys are not stored whole. */
 static void score_joined_keys(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *q, int n,
-                              int first, int end, float *scores, size_t stride)
+                              int first, int end, float *scores, size_t stride, float *scratch)
 {
-    float keys[KEY_TILE];
+    float *keys = scratch + G4_MATMUL_SCRATCH;
     const size_t h = (size_t)a->head_dim;
     for (int j = first, length; j < end; j += length) {
         length = min(KEY_TILE / a->head_dim, end - j);
         g4_kv_read_keys(kernels, &a->kv, kv_head, a->head_dim, j, length, keys);
-        kernels->matmul_f32(q, h, n, keys, h, length, a->head_dim, scores + (j - first), stride);
+        kernels->matmul_f32(q, h, n, keys, h, length, a->head_dim, scores + (j - first), stride, scratch);
     }
 }
 
-/* scores[i][j - first] = q_i . k_j for j in [first, end); q [n, h] dense. */
+/* scores[i][j - first] = q_i . k_j for j in [first, end); q [n, h] dense; scratch [SCORE_SCRATCH]. */
 static void score_keys(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *q, int n, int first,
-                       int end, float *scores, size_t stride)
+                       int end, float *scores, size_t stride, float *scratch)
 {
     if (a->kv.gain) {
-        score_joined_keys(kernels, a, kv_head, q, n, first, end, scores, stride);
+        score_joined_keys(kernels, a, kv_head, q, n, first, end, scores, stride, scratch);
         return;
     }
     for (int j = first; j < end;) {
         int length = contiguous(a, j, end);
         g4_matmul_for(kernels, a->kv.dtype)(q, (size_t)a->head_dim, n, kv_row(a, a->kv.k, j, kv_head), a->kv.stride,
-                                            length, a->head_dim, scores + (j - first), stride);
+                                            length, a->head_dim, scores + (j - first), stride, scratch);
         j += length;
     }
 }
@@ -119,11 +122,14 @@ static size_t group_width(const g4_attention *a)
     return (size_t)g4_head_group(a) * (size_t)a->head_dim;
 }
 
-static void score_block(const g4_kernels *kernels, const query_block *b, int first, int end, float *q)
+/* scratch: SCORE_SCRATCH, and the queries. */
+static void score_block(const g4_kernels *kernels, const query_block *b, int first, int end, float *scratch)
 {
+    float *q = scratch + SCORE_SCRATCH;
     for (int i = 0; i < b->n; i++)
         memcpy(q + (size_t)i * group_width(b->a), b->a->q + row_offset(b, i), group_width(b->a) * sizeof *q);
-    score_keys(kernels, b->a, b->kv_head, q, b->n * g4_head_group(b->a), first, end, scores_of(b, 0, first), b->stride);
+    score_keys(kernels, b->a, b->kv_head, q, b->n * g4_head_group(b->a), first, end, scores_of(b, 0, first), b->stride,
+               scratch);
 }
 
 /* h: of the heads that share the keys. */
@@ -175,9 +181,9 @@ static void clear_z(const query_block *b, int query)
     memset(b->a->z + row_offset(b, query), 0, group_width(b->a) * sizeof *b->a->z);
 }
 
-static void attend_block(const g4_kernels *kernels, const query_block *b, float *q, float *sum)
+static void attend_block(const g4_kernels *kernels, const query_block *b, float *scratch, float *sum)
 {
-    score_block(kernels, b, b->first, b->end, q);
+    score_block(kernels, b, b->first, b->end, scratch);
     for (int i = 0; i < b->n; i++) {
         for (int h = 0; h < g4_head_group(b->a); h++)
             softmax_head(kernels, b, i, h);
@@ -253,15 +259,16 @@ static void run_attend_task(void *context, int task, int worker)
     const plan *p = &t->plans[r];
     /* the last block sees the most keys: start with it, so that the threads finish together */
     const int first_row = (p->n_blocks - 1 - task / a->n_kv_heads) * p->queries;
-    float *scratch = t->scratch + (size_t)worker * t->scratch_stride;
-    const query_block b =
-        block_of_queries(a, first_row, min(p->queries, a->n_rows - first_row), task % a->n_kv_heads, scratch);
-    attend_block(t->exec->kernels, &b, scratch + t->max_scores, scratch + t->max_scores + t->max_queries);
+    float *scratch = t->scratch + (size_t)worker * t->scratch_stride, *sum = scratch + SCORE_SCRATCH + t->max_queries;
+    const query_block b = block_of_queries(a, first_row, min(p->queries, a->n_rows - first_row), task % a->n_kv_heads,
+                                           sum + t->max_queries);
+    attend_block(t->exec->kernels, &b, scratch, sum);
 }
 
+/* Of each worker: SCORE_SCRATCH, queries, their sums of one key block, and by queries their scores. */
 static g4_status allocate_scratch(g4_exec *exec, attend_task *t)
 {
-    t->scratch_stride = (t->max_scores + 2 * t->max_queries + 15) / 16 * 16;
+    t->scratch_stride = SCORE_SCRATCH + (2 * t->max_queries + t->max_scores + 15) / 16 * 16;
     G4_ALLOC(exec, t->scratch, (size_t)g4_pool_size(exec->pool) * t->scratch_stride);
     return G4_OK;
 }
@@ -410,34 +417,40 @@ g4_status g4_rows_attend(g4_exec *exec, const g4_attention *runs, int n_runs)
 /* ---- in three steps --------------------------------------------------------------------------------------------- */
 
 typedef struct {
+    const g4_exec *exec;
     const g4_attention *a;
     float *array;         /* [H, T, n_keys] */
     float *sums;          /* [T, H, h] of one key block */
+    float *scratch;       /* [workers, SCORE_SCRATCH] */
     atomic_int forgotten; /* a position that got weight but is not in the cache, or -1 */
 } steps;
 
-static void score_rows(const g4_exec *exec, void *context, int first, int end)
+static void run_score_row(void *context, int row_number, int worker)
 {
     const steps *s = context;
     const g4_attention *a = s->a;
-    for (int i = first; i < end; i++) {
-        int from = g4_first_key(a, i), to = g4_end_key(a, i);
-        for (int h = 0; h < a->n_heads; h++) {
-            float *row = g4_array_row(a, s->array, h, i);
-            const float *q = a->q + ((size_t)i * (size_t)a->n_heads + (size_t)h) * (size_t)a->head_dim;
-            g4_fill(row, -INFINITY, from);
-            score_keys(exec->kernels, a, h / g4_head_group(a), q, 1, from, to, row + from, 0);
-            g4_cap_scores(exec->kernels, a, row + from, to - from);
-            g4_fill(row + to, -INFINITY, a->n_keys - to);
-        }
+    const int from = g4_first_key(a, row_number), to = g4_end_key(a, row_number);
+    for (int h = 0; h < a->n_heads; h++) {
+        float *row = g4_array_row(a, s->array, h, row_number);
+        const float *q = a->q + ((size_t)row_number * (size_t)a->n_heads + (size_t)h) * (size_t)a->head_dim;
+        g4_fill(row, -INFINITY, from);
+        score_keys(s->exec->kernels, a, h / g4_head_group(a), q, 1, from, to, row + from, 0,
+                   s->scratch + (size_t)worker * SCORE_SCRATCH);
+        g4_cap_scores(s->exec->kernels, a, row + from, to - from);
+        g4_fill(row + to, -INFINITY, a->n_keys - to);
     }
 }
 
 g4_status g4_rows_scores(g4_exec *exec, const g4_attention *run, float *scores)
 {
-    steps s = {.a = run, .array = scores};
-    return g4_exec_rows(exec, run->n_rows, (size_t)run->n_heads * (size_t)run->n_keys * (size_t)run->head_dim / 8,
-                        score_rows, &s);
+    g4_arena_mark mark = g4_arena_save(exec->arena);
+    steps s = {.exec = exec, .a = run, .array = scores};
+    G4_ALLOC(exec, s.scratch, (size_t)g4_pool_size(exec->pool) * SCORE_SCRATCH);
+    g4_status status = g4_exec_run(
+        exec, run->n_rows, (double)run->n_rows * (double)run->n_heads * (double)run->n_keys * (double)run->head_dim,
+        run_score_row, &s);
+    g4_arena_restore(exec->arena, mark);
+    return status;
 }
 
 static void mix_row(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *weights, int first,

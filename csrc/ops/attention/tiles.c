@@ -24,6 +24,7 @@ typedef struct {
     float *scores;     /* [rows, span] */
     uint16_t *pattern; /* [rows, span] */
     float *sums;       /* [rows, h] */
+    float *unit;       /* [UNIT, h] of keys or values */
 } block_scratch;
 
 typedef struct {
@@ -99,13 +100,15 @@ static void read_unit(const tile_run *t, const g4_kv_view *kv, int kv_head, int 
                     rows + (size_t)(from - position) * h);
 }
 
-static void pack_unit(tile_run *t, int kv_head, int unit)
+static void pack_unit(void *context, int task, int worker)
 {
+    tile_run *t = context;
+    const int kv_head = t->first_head + task / t->n_units, unit = task % t->n_units;
     const g4_kernels *kernels = t->exec->kernels;
     const int h = t->a->head_dim, position = t->first + unit * UNIT;
     const g4_tiles keys = keys_of(t, kv_head), values = values_of(t, kv_head);
     g4_kv_view kv = t->a->kv;
-    float rows[UNIT * MAX_HEAD];
+    float *rows = t->scratch[worker].unit;
     read_unit(t, &kv, kv_head, position, rows);
     for (int row = 0; row < UNIT; row += G4_TILE_ROWS)
         kernels->tiles_of_x(rows + row * h, (size_t)h, G4_TILE_ROWS, h, g4_tiles_from(&keys, unit * UNIT + row).data);
@@ -114,14 +117,6 @@ static void pack_unit(tile_run *t, int kv_head, int unit)
     const g4_tiles at = {values.data + (size_t)unit * G4_TILE, values.stride};
     if (!kernels->tiles_of_values(rows, (size_t)h, UNIT, h, &at))
         atomic_store(&t->too_large, true);
-}
-
-static void pack_units(const g4_exec *exec, void *context, int first, int end)
-{
-    tile_run *t = context;
-    (void)exec;
-    for (int i = first; i < end; i++)
-        pack_unit(t, t->first_head + i / t->n_units, i % t->n_units);
 }
 
 /* ---- a block of queries ------------------------------------------------------------------------------------------------ */
@@ -303,18 +298,20 @@ static g4_status plan_blocks(g4_exec *exec, tile_run *t)
         G4_ALLOC(exec, s->scores, rows * t->score_stride);
         G4_ALLOC(exec, s->pattern, rows * t->pattern_stride);
         G4_ALLOC(exec, s->sums, rows * t->sum_stride);
+        G4_ALLOC(exec, s->unit, UNIT * (size_t)h);
     }
     return G4_OK;
 }
 
 static g4_status run_heads(g4_exec *exec, tile_run *t)
 {
-    const double units = (double)t->n_heads * t->n_units;
+    const int n_units = t->n_heads * t->n_units;
+    const double pack_work = 16.0 * n_units * UNIT * t->a->head_dim; /* two arrays, 8 multiply-adds' time an element */
     double work = 0;
     for (int row = 0; row < t->a->n_rows; row++)
         work += g4_end_key(t->a, row) - g4_first_key(t->a, row);
     work *= 2.0 * t->n_heads * g4_head_group(t->a) * t->a->head_dim;
-    G4_TRY(g4_exec_rows(exec, (int)units, 2 * UNIT * (size_t)t->a->head_dim, pack_units, t));
+    G4_TRY(g4_exec_run(exec, n_units, pack_work, pack_unit, t));
     if (atomic_load(&t->too_large))
         return G4_OK;
     return g4_exec_run(exec, t->n_blocks * t->n_heads, work, run_block, t);
