@@ -277,6 +277,7 @@ int main(void)
     test_pages();
     test_pool();
     test_guards();
+    test_memory();
     fixture_free(&f);
     printf("%d passed, %d failed\n", n_checks - n_failed, n_failed);
     return n_failed != 0;

@@ -35,11 +35,15 @@ typedef struct {
 void fixture_init(fixture *f);
 void fixture_free(fixture *f);
 
+/* The tensors that an encoder of this config calls for, found out by asking for it. */
+void fixture_init_encoder(fixture *f, g4_model *model, const g4_encoder_config *config);
+
 /* Both end the program where the engine refuses. */
 g4_model *new_model_with(fixture *f, g4_model_options options);
 g4_model *new_model(fixture *f, int n_threads);
 
 void test_pool(void);
 void test_guards(void);
+void test_memory(void);
 
 #endif
