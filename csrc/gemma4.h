@@ -46,6 +46,7 @@ typedef struct {
     bool layer_scalar;           /* a layer multiplies the stream at its end */
     bool unit_gains;             /* norms store w and multiply by 1 + w; folded when tensors are bound */
     bool tied;                   /* the head is the embedding table: there is no lm_head.weight */
+    int pad_token;               /* its row of the per-layer table is what positions without a token read */
     bool ple_on_disk; /* the per-layer table lies in a file mapping: let go of its pages once rows were read */
     int n_ropes;
     int rope_half[G4_MAX_ROPES];              /* h / 2 */

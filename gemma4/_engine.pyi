@@ -38,6 +38,7 @@ class Config(TypedDict):
     embed_scale: float  # what a row of the embedding table is multiplied by
     ple_scale: float  # the same for the per-layer table
     # embed_tokens_per_layer lies in the mapping of a *file*: its pages are let go of (madvise) after rows were read
+    pad_token: int  # its row of the per-layer table is what positions without a token read
     ple_on_disk: bool
     attention_scale: float  # factor of the products of queries and keys
     attention_softcap: float  # of those scores, before the mask; 0 = none

@@ -28,18 +28,31 @@ typedef struct {
 
 /* ---- checks --------------------------------------------------------------------------------------------------------- */
 
+static bool is_soft(const g4_run *run, int row)
+{
+    return !run->tokens || run->tokens[row] < 0;
+}
+
+/* Whose rows of the tables a position reads: where it is given as an embedding, the pad token's of the per-layer table. */
+static int token_at(const g4_config *c, const g4_run *run, int row)
+{
+    return !is_soft(run, row) ? run->tokens[row] : c->d_ple ? c->pad_token : 0;
+}
+
 static g4_status check_tokens(const g4_model *model, const g4_run *run, int r, g4_error *err)
 {
     if (!run->tokens && !run->embeddings)
         return g4_fail(err, G4_EVALUE, "run %d has neither tokens nor embeddings", r);
-    if (!run->tokens)
-        return G4_OK;
     const g4_config *c = &model->config;
-    int n = c->d_ple && c->d_vocab_ple < c->d_vocab ? c->d_vocab_ple : c->d_vocab;
-    for (int i = 0; i < run->n_rows; i++)
-        if ((run->tokens[i] < 0 && !run->embeddings) || run->tokens[i] >= n)
-            return g4_fail(err, G4_EVALUE, "token id %d at position %d of run %d: expected 0 to %d", run->tokens[i], i,
-                           r, n - 1);
+    const int n = c->d_ple && c->d_vocab_ple < c->d_vocab ? c->d_vocab_ple : c->d_vocab;
+    for (int i = 0; i < run->n_rows; i++) {
+        const int token = run->embeddings ? token_at(c, run, i) : run->tokens[i];
+        if (token < 0 || token >= n)
+            return g4_fail(err, G4_EVALUE, "%s %d at position %d of run %d: expected 0 to %d",
+                           is_soft(run, i) && run->embeddings ? "an embedding, which reads the rows of pad_token_id"
+                                                              : "token id",
+                           token, i, r, n - 1);
+    }
     return G4_OK;
 }
 
@@ -193,10 +206,8 @@ static void fill_segment(g4_forward *f, const step *s, int r, int first_row, int
         f->positions[row] = position + i;
         f->row_in_run[row] = in_run;
         f->logits_slot[row] = run->n_logits ? find_logits_slot(run, in_run) : -1;
-        const bool is_soft = !run->tokens || run->tokens[in_run] < 0;
-        /* positions that are given as embeddings read the pad token's row of the per-layer table */
-        tokens[row] = is_soft ? 0 : run->tokens[in_run];
-        embeddings[row] = is_soft ? run->embeddings + (size_t)in_run * (size_t)f->config->d_model : NULL;
+        tokens[row] = token_at(f->config, run, in_run);
+        embeddings[row] = is_soft(run, in_run) ? run->embeddings + (size_t)in_run * (size_t)f->config->d_model : NULL;
         if (f->ends)
             f->ends[row] = s->start[r] + (run->ends ? run->ends[in_run] : in_run + 1);
     }

@@ -115,7 +115,8 @@ int engine_config_read(PyObject *dict, config_holder *holder)
         engine_read_float(dict, "rms_norm_eps", &c->rms_norm_eps) ||
         engine_read_float(dict, "logit_softcap", &c->logit_softcap) ||
         engine_read_float(dict, "embed_scale", &c->embed_scale) ||
-        engine_read_float(dict, "ple_scale", &c->ple_scale) || engine_read_bool(dict, "ple_on_disk", &c->ple_on_disk) ||
+        engine_read_float(dict, "ple_scale", &c->ple_scale) || engine_read_int(dict, "pad_token", &c->pad_token) ||
+        engine_read_bool(dict, "ple_on_disk", &c->ple_on_disk) ||
         engine_read_float(dict, "attention_scale", &c->attention_scale) ||
         engine_read_float(dict, "attention_softcap", &c->attention_softcap) ||
         engine_read_bool(dict, "q_norm", &c->q_norm) || engine_read_bool(dict, "k_norm", &c->k_norm) ||

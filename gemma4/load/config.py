@@ -164,6 +164,7 @@ class TextConfig:
             "logit_softcap": self.logit_softcap,
             "embed_scale": self.table_scale(self.d_model, embed_dtype),
             "ple_scale": self.table_scale(self.d_ple, ple_dtype or embed_dtype),
+            "pad_token": self.pad_token_id or 0,
             "ple_on_disk": False,
             "attention_scale": self.attention_scale,
             "attention_softcap": self.attention_softcap,

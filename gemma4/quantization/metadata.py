@@ -217,6 +217,8 @@ def _merge(pair: Any, where: str) -> str:
 
 def _special_ids(ids: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, Any]:
     out = {f"{PREFIX}{key}_token_id": ids.get(f"<{name.removesuffix('_token')}>") for name, key in TOKEN_KEYS.items()}
+    if checkpoint.config.pad_token_id is not None:  # soft tokens read its row of the per-layer table
+        out[f"{PREFIX}padding_token_id"] = checkpoint.config.pad_token_id
     ends = checkpoint.generation_config.get("eos_token_id", checkpoint.config.eos_token_ids)
     end = ids.get(TURN_ENDS[0])
     if end is not None and end in (ends if isinstance(ends, (list, tuple)) else [ends]):

@@ -118,6 +118,7 @@ BOTH_WAYS: dict[str, Any] = {"use_bidirectional_attention": "vision"}
 
 TOWERS = [
     Tower("media-e2b", vision=EFFECTIVE, audio=AUDIO, text=variants.E2B),
+    Tower("media-pad", vision=EFFECTIVE, audio=AUDIO, text=variants.E2B | {"pad_token_id": 7}),
     Tower("media-26b", vision=LARGE, text=variants.MOE | BOTH_WAYS),
     Tower("media-31b", vision=LARGE, text=variants.DENSE | BOTH_WAYS),
     Tower("media-12b", vision=UNIFIED_VISION, audio=UNIFIED_AUDIO, text=variants.UNIFIED | BOTH_WAYS, unified=True),
