@@ -168,7 +168,7 @@ def test_company_threads_and_a_cached_beginning(name: str, loaded: Load) -> None
     assert_same(whole(threaded, ids, ends), expected)
 
 
-@pytest.mark.parametrize("name", ["gemma2-bf16", "gemma3-bf16"])
+@pytest.mark.parametrize("name", ["gemma2-bf16", "gemma3-bf16", "gemma2-wide-bf16"])  # heads of 64 go by tiles
 @pytest.mark.parametrize("n", [9, 41, 70])
 def test_fast(name: str, n: int, loaded: Load, checkpoint: Callable[[str], Checkpoint]) -> None:
     """Near exact, whatever method the processor has, and looking changes no bit."""

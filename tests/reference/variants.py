@@ -370,6 +370,7 @@ VARIANTS: list[Variant] = [
     Variant("gemma2-odd", GEMMA2_ODD, family="gemma2", legacy_config=True),
     Variant("gemma2-bf16", GEMMA2, family="gemma2", dtype="bfloat16", lengths=_FEW),
     Variant("gemma2-wide", GEMMA2_WIDE, family="gemma2", lengths=(1, 5, 33, 150)),
+    Variant("gemma2-wide-bf16", GEMMA2_WIDE, family="gemma2", dtype="bfloat16", lengths=(41,)),
     Variant("gemma2-long", GEMMA2 | {"sliding_window": 64}, family="gemma2", lengths=(600,)),
     Variant("gemma3", GEMMA3, family="gemma3"),
     Variant("gemma3-seed1", GEMMA3, seed=1, family="gemma3", legacy_config=True, shards=True, lengths=_FEW),
