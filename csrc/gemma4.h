@@ -73,10 +73,10 @@ typedef struct {
     bool fast; /* precision "fast": other orders of addition, x in fewer bits; else the same bits on every machine */
 } g4_model_options;
 
-/* Every tensor that the config calls for, in the order of the table (model/text/weights.c). Experts' gate and up may also
- * come apart (`experts.gate_proj`, `experts.up_proj`). */
+/* Every tensor that a config calls for, in the order of its table (model/text/weights.c, model/encoders/). Experts' gate
+ * and up may also come apart (`experts.gate_proj`, `experts.up_proj`). */
 typedef void (*g4_tensor_fn)(void *context, const char *name, const int64_t *shape, int n_dims);
-void g4_text_tensors(const g4_config *config, g4_tensor_fn each, void *context);
+g4_status g4_text_tensors(const g4_config *config, g4_tensor_fn each, void *context, g4_error *err);
 
 g4_status g4_model_new(const g4_config *config, const g4_named_tensor *tensors, size_t n_tensors,
                        const g4_model_options *options, g4_model **model, g4_error *err);
@@ -207,6 +207,7 @@ typedef struct {
 g4_status g4_encoder_new(g4_model *model, const g4_encoder_config *config, const g4_named_tensor *tensors,
                          size_t n_tensors, int (*poll)(void *context), void *poll_context, g4_encoder **encoder,
                          g4_error *err);
+g4_status g4_encoder_tensors(const g4_encoder_config *config, g4_tensor_fn each, void *context, g4_error *err);
 void g4_encoder_free(g4_encoder *encoder);
 const g4_encoder_config *g4_encoder_config_of(const g4_encoder *encoder);
 size_t g4_encoder_weight_bytes(const g4_encoder *encoder);

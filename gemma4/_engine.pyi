@@ -214,6 +214,9 @@ def cpu_info() -> dict[str, Any]:
 def text_tensors(config: Config) -> list[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor that the config calls for (csrc/model/text/weights.c has the table)."""
 
+def encoder_tensors(config: EncoderConfig) -> list[tuple[str, tuple[int, ...]]]:
+    """The same of an encoder (csrc/model/encoders/); a bound is (1,). Raises ValueError if sizes are out of range."""
+
 def profile_ops() -> tuple[str, ...]:
     """Names of a profile's rows."""
 

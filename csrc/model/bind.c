@@ -36,11 +36,11 @@ const g4_named_tensor *g4_binder_find(const g4_binder *b, const char *name)
     return found ? *found : NULL;
 }
 
-int g4_bind_shape(const g4_binder *b, const g4_bind_row *row, int layer, int64_t shape[G4_MAX_DIMS])
+static int expected_shape(const g4_binder *b, const char *axes, int layer, int64_t shape[G4_MAX_DIMS])
 {
     int n = 0;
     shape[0] = 1;
-    for (const char *axes = row->axes; *axes; axes++) {
+    for (; *axes; axes++) {
         if (*axes == ' ')
             shape[++n] = 1;
         else if (*axes >= '0' && *axes <= '9')
@@ -149,6 +149,8 @@ static g4_status bind_vector(g4_binder *b, const char *name, const int64_t *shap
     return values ? G4_OK : G4_ENOMEM;
 }
 
+static const char *const bounds[] = {"input_min", "input_max", "output_min", "output_max"};
+
 /* One number, stored without axes or with one of length 1. */
 static g4_status bind_scalar(g4_binder *b, const char *stem, const char *part, float *value)
 {
@@ -172,16 +174,35 @@ static g4_status bind_clipped(g4_binder *b, const char *stem, const int64_t *sha
     G4_TRY(bind_matrix(b, name, shape, n_dims, op, &member->w));
     if (!b->clipped)
         return G4_OK;
-    G4_TRY(bind_scalar(b, stem, "input_min", &member->input_min));
-    G4_TRY(bind_scalar(b, stem, "input_max", &member->input_max));
-    G4_TRY(bind_scalar(b, stem, "output_min", &member->output_min));
-    return bind_scalar(b, stem, "output_max", &member->output_max);
+    float *const values[] = {&member->input_min, &member->input_max, &member->output_min, &member->output_max};
+    for (int i = 0; i < 4; i++)
+        G4_TRY(bind_scalar(b, stem, bounds[i], values[i]));
+    return G4_OK;
+}
+
+static void list_clipped(const g4_binder *b, const char *stem, const int64_t *shape, int n_dims)
+{
+    const int64_t one[] = {1};
+    char name[160];
+    snprintf(name, sizeof name, "%s.linear.weight", stem);
+    b->list(b->list_context, name, shape, n_dims);
+    for (int i = 0; b->clipped && i < 4; i++) {
+        snprintf(name, sizeof name, "%s.%s", stem, bounds[i]);
+        b->list(b->list_context, name, one, 1);
+    }
 }
 
 g4_status g4_bind(g4_binder *b, const g4_bind_row *row, const char *name, int layer, void *owner)
 {
     int64_t shape[G4_MAX_DIMS];
-    int n_dims = g4_bind_shape(b, row, layer, shape);
+    int n_dims = expected_shape(b, row->axes, layer, shape);
+    if (b->list) {
+        if (row->kind == G4_BIND_CLIPPED)
+            list_clipped(b, name, shape, n_dims);
+        else
+            b->list(b->list_context, name, shape, n_dims);
+        return G4_OK;
+    }
     void *member = (char *)owner + row->offset;
     switch (row->kind) {
     case G4_BIND_VECTOR: return bind_vector(b, name, shape, n_dims, 0, member);

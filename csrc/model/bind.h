@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Finds named tensors and checks them against tables of what a config calls for. One row of a table is one tensor, and
- * the member of a struct that it fills. */
+ * the member of a struct that it fills. A binder that lists walks the same tables and tells what they call for. */
 #ifndef GEMMA4_MODEL_BIND_H
 #define GEMMA4_MODEL_BIND_H
 
@@ -46,14 +46,13 @@ typedef struct {
     g4_exec *copy_with;       /* copies as whole numbers the maps with bounds; NULL: there are none */
     size_t n_bytes, n_copied; /* of all tensors bound so far, and of those copies */
     g4_error *err;
+    g4_tensor_fn list; /* told of every tensor, instead of finding it: no member is filled. NULL: bind */
+    void *list_context;
 } g4_binder;
 
 /* Fills `sorted`; release it with g4_binder_close. */
 g4_status g4_binder_open(g4_binder *b, const g4_named_tensor *tensors, size_t n_tensors);
 void g4_binder_close(g4_binder *b);
-
-/* The shape that a row calls for; returns the number of axes. */
-int g4_bind_shape(const g4_binder *b, const g4_bind_row *row, int layer, int64_t shape[G4_MAX_DIMS]);
 
 /* NULL if there is none of that name. */
 const g4_named_tensor *g4_binder_find(const g4_binder *b, const char *name);

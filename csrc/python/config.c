@@ -137,3 +137,46 @@ void engine_config_release(config_holder *holder)
         Py_XDECREF((PyObject *)holder->inv_freq[r]);
     memset(holder, 0, sizeof *holder);
 }
+
+/* ---- the tensors that a config calls for ----------------------------------------------------------------------------- */
+
+void engine_append_tensor(void *list, const char *name, const int64_t *shape, int n_dims)
+{
+    if (PyErr_Occurred())
+        return;
+    PyObject *axes = PyTuple_New(n_dims);
+    for (int i = 0; axes && i < n_dims; i++) {
+        PyObject *size = PyLong_FromLongLong(shape[i]);
+        if (size)
+            PyTuple_SetItem(axes, i, size);
+        else
+            Py_CLEAR(axes);
+    }
+    PyObject *row = axes ? Py_BuildValue("(sN)", name, axes) : NULL;
+    if (row)
+        PyList_Append(list, row);
+    Py_XDECREF(row);
+}
+
+PyObject *engine_listed(PyObject *list, g4_status status, const g4_error *err)
+{
+    if (status != G4_OK)
+        engine_raise(err);
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    return list;
+}
+
+/* text_tensors(config) -> [(name, shape)] */
+PyObject *engine_text_tensors(PyObject *self, PyObject *config)
+{
+    config_holder holder;
+    g4_error err;
+    (void)self;
+    if (engine_config_read(config, &holder))
+        return NULL;
+    PyObject *list = PyList_New(0);
+    g4_status status = list ? g4_text_tensors(&holder.config, engine_append_tensor, list, &err) : G4_OK;
+    engine_config_release(&holder);
+    return engine_listed(list, status, &err);
+}

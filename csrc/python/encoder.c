@@ -87,6 +87,18 @@ static int read_config(PyObject *dict, g4_encoder_config *c)
     }
 }
 
+/* encoder_tensors(config) -> [(name, shape)] */
+PyObject *engine_encoder_tensors(PyObject *self, PyObject *config)
+{
+    g4_encoder_config c;
+    g4_error err;
+    (void)self;
+    if (read_config(config, &c))
+        return NULL;
+    PyObject *list = PyList_New(0);
+    return engine_listed(list, list ? g4_encoder_tensors(&c, engine_append_tensor, list, &err) : G4_OK, &err);
+}
+
 /* ---- making one ------------------------------------------------------------------------------------------------------ */
 
 static int build(encoder_object *self, PyObject *config, PyObject *items)

@@ -112,4 +112,12 @@ typedef struct {
 int engine_config_read(PyObject *dict, config_holder *holder);
 void engine_config_release(config_holder *holder);
 
+/* A g4_tensor_fn whose context is a list, which gets (name, shape) until an exception is set; then what a function that
+ * listed so returns: the list, or NULL and an exception. */
+void engine_append_tensor(void *list, const char *name, const int64_t *shape, int n_dims);
+PyObject *engine_listed(PyObject *list, g4_status status, const g4_error *err);
+
+PyObject *engine_text_tensors(PyObject *self, PyObject *config);    /* config.c */
+PyObject *engine_encoder_tensors(PyObject *self, PyObject *config); /* encoder.c */
+
 #endif

@@ -73,41 +73,6 @@ static PyObject *dequantize(PyObject *self, PyObject *args)
     return out;
 }
 
-/* Where text_tensors() puts what it is told, until an exception is set. */
-static void append_tensor(void *list, const char *name, const int64_t *shape, int n_dims)
-{
-    if (PyErr_Occurred())
-        return;
-    PyObject *axes = PyTuple_New(n_dims);
-    for (int i = 0; axes && i < n_dims; i++) {
-        PyObject *size = PyLong_FromLongLong(shape[i]);
-        if (size)
-            PyTuple_SetItem(axes, i, size);
-        else
-            Py_CLEAR(axes);
-    }
-    PyObject *row = axes ? Py_BuildValue("(sN)", name, axes) : NULL;
-    if (row)
-        PyList_Append(list, row);
-    Py_XDECREF(row);
-}
-
-/* text_tensors(config) -> [(name, shape)] */
-static PyObject *text_tensors(PyObject *self, PyObject *config)
-{
-    config_holder holder;
-    (void)self;
-    if (engine_config_read(config, &holder))
-        return NULL;
-    PyObject *list = PyList_New(0);
-    if (list)
-        g4_text_tensors(&holder.config, append_tensor, list);
-    engine_config_release(&holder);
-    if (list && PyErr_Occurred())
-        Py_CLEAR(list);
-    return list;
-}
-
 static int add_type(PyObject *module, PyType_Spec *spec)
 {
     PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
@@ -199,7 +164,8 @@ static PyMethodDef module_methods[] = {
     {"profile_ops", profile_ops, METH_NOARGS, "Names of the operations, in the order of a profile's rows."},
     {"arithmetic_rate", arithmetic_rate, METH_VARARGS, "arithmetic_rate(kind, threads) -> operations per second"},
     {"read_rate", read_rate, METH_VARARGS, "read_rate(float32 array, threads) -> (bytes per second, sum)"},
-    {"text_tensors", text_tensors, METH_O, "text_tensors(config) -> [(name, shape)] of the tensors it calls for"},
+    {"text_tensors", engine_text_tensors, METH_O, "text_tensors(config) -> [(name, shape)] that it calls for"},
+    {"encoder_tensors", engine_encoder_tensors, METH_O, "The same of an encoder's config."},
     {"dequantize", dequantize, METH_VARARGS, "dequantize(dtype, shape, buffer, offset) -> float32 array"},
     {NULL, NULL, 0, NULL},
 };

@@ -92,25 +92,25 @@ static const g4_bind_row tower_rows[] = {
 };
 
 static const g4_bind_row layer_rows[] = {
-    {"feed_forward1.pre_layer_norm.weight",  LAYER(mlp1.pre),      VECTOR,  "D",     0, G4_OP_OTHER},
     {"feed_forward1.ffw_layer_1",            LAYER(mlp1.up),       CLIPPED, "F D",   0, G4_OP_GATE_UP},
     {"feed_forward1.ffw_layer_2",            LAYER(mlp1.down),     CLIPPED, "D F",   0, G4_OP_DOWN},
+    {"feed_forward1.pre_layer_norm.weight",  LAYER(mlp1.pre),      VECTOR,  "D",     0, G4_OP_OTHER},
     {"feed_forward1.post_layer_norm.weight", LAYER(mlp1.post),     VECTOR,  "D",     0, G4_OP_OTHER},
-    {"feed_forward2.pre_layer_norm.weight",  LAYER(mlp2.pre),      VECTOR,  "D",     0, G4_OP_OTHER},
     {"feed_forward2.ffw_layer_1",            LAYER(mlp2.up),       CLIPPED, "F D",   0, G4_OP_GATE_UP},
     {"feed_forward2.ffw_layer_2",            LAYER(mlp2.down),     CLIPPED, "D F",   0, G4_OP_DOWN},
+    {"feed_forward2.pre_layer_norm.weight",  LAYER(mlp2.pre),      VECTOR,  "D",     0, G4_OP_OTHER},
     {"feed_forward2.post_layer_norm.weight", LAYER(mlp2.post),     VECTOR,  "D",     0, G4_OP_OTHER},
     {"norm_pre_attn.weight",                 LAYER(ln1),           VECTOR,  "D",     0, G4_OP_OTHER},
     {"norm_post_attn.weight",                LAYER(ln1_post),      VECTOR,  "D",     0, G4_OP_OTHER},
     {"norm_out.weight",                      LAYER(out_norm),      VECTOR,  "D",     0, G4_OP_OTHER},
+    {"lconv1d.pre_layer_norm.weight",        LAYER(conv_pre),      VECTOR,  "D",     0, G4_OP_OTHER},
+    {"lconv1d.conv_norm.weight",             LAYER(conv_norm),     VECTOR,  "D",     0, G4_OP_OTHER},
     {"self_attn.q_proj",                     LAYER(q),             CLIPPED, "Hh D",  0, G4_OP_QKV},
     {"self_attn.k_proj",                     LAYER(k),             CLIPPED, "Hh D",  0, G4_OP_QKV},
     {"self_attn.v_proj",                     LAYER(v),             CLIPPED, "Hh D",  0, G4_OP_QKV},
     {"self_attn.post",                       LAYER(post),          CLIPPED, "D Hh",  0, G4_OP_O},
     {"self_attn.relative_k_proj.weight",     LAYER(relative_k),    MATRIX,  "Hh D",  0, G4_OP_O},
     {"self_attn.per_dim_scale",              LAYER(per_dim_scale), VECTOR,  "h",     0, G4_OP_OTHER},
-    {"lconv1d.pre_layer_norm.weight",        LAYER(conv_pre),      VECTOR,  "D",     0, G4_OP_OTHER},
-    {"lconv1d.conv_norm.weight",             LAYER(conv_norm),     VECTOR,  "D",     0, G4_OP_OTHER},
     {"lconv1d.linear_start",                 LAYER(conv_start),    CLIPPED, "2D D",  0, G4_OP_CONV},
     {"lconv1d.linear_end",                   LAYER(conv_end),      CLIPPED, "D D",   0, G4_OP_CONV},
     {"lconv1d.depthwise_conv1d.weight",      LAYER(depthwise),     VECTOR,  "D 1 s", 0, G4_OP_OTHER},
@@ -194,8 +194,6 @@ static g4_status bind(g4_encoder *encoder, g4_binder *b)
     g4_audio_weights *w = &encoder->audio;
     char prefix[64];
     G4_TRY(g4_bind_table(b, tower_rows, COUNT(tower_rows), "", 0, w));
-    G4_TRY(make_conv_maps(b, c, w));
-    G4_TRY(make_distances(b, c, w));
     const size_t n_bytes = (size_t)c->n_layers * sizeof *w->layers;
     w->layers = g4_arena_alloc(b->arena, n_bytes);
     if (!w->layers)
@@ -204,6 +202,17 @@ static g4_status bind(g4_encoder *encoder, g4_binder *b)
     for (int layer = 0; layer < c->n_layers; layer++) {
         snprintf(prefix, sizeof prefix, "layers.%d.", layer);
         G4_TRY(g4_bind_table(b, layer_rows, COUNT(layer_rows), prefix, layer, &w->layers[layer]));
+    }
+    return G4_OK;
+}
+
+static g4_status finish(g4_encoder *encoder, g4_binder *b)
+{
+    const g4_encoder_config *c = &encoder->config;
+    g4_audio_weights *w = &encoder->audio;
+    G4_TRY(make_conv_maps(b, c, w));
+    G4_TRY(make_distances(b, c, w));
+    for (int layer = 0; layer < c->n_layers; layer++) {
         G4_TRY(make_q_factors(b, c, &w->layers[layer]));
         w->layers[layer].depthwise =
             transposed(b, w->layers[layer].depthwise, 1, (size_t)c->d_model, (size_t)c->conv_kernel);
@@ -474,4 +483,4 @@ static g4_status encode(g4_encode_pass *p)
 }
 
 const g4_kind_row g4_audio_tower = {
-    .check = check, .axis = axis, .soft_tokens = soft_tokens, .bind = bind, .encode = encode};
+    .check = check, .axis = axis, .soft_tokens = soft_tokens, .bind = bind, .finish = finish, .encode = encode};

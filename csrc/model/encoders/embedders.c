@@ -19,13 +19,13 @@ static const float LAYER_NORM_EPS = 1e-5f; /* of torch.nn.LayerNorm; the config'
 
 /* clang-format off */
 static const g4_bind_row rows[] = {
-    {"patch_ln1.weight",   MEMBER(ln1),           G4_BIND_VECTOR, "X",     0, G4_OP_OTHER},
-    {"patch_ln1.bias",     MEMBER(ln1_bias),      G4_BIND_VECTOR, "X",     0, G4_OP_OTHER},
     {"patch_dense.weight", MEMBER(dense),         G4_BIND_MATRIX, "D X",   0, G4_OP_INPUT},
     {"patch_dense.bias",   MEMBER(dense_bias),    G4_BIND_VECTOR, "D",     0, G4_OP_OTHER},
+    {"pos_embedding",      MEMBER(positions),     G4_BIND_MATRIX, "P 2 D", 0, G4_OP_EMBED},
+    {"patch_ln1.weight",   MEMBER(ln1),           G4_BIND_VECTOR, "X",     0, G4_OP_OTHER},
+    {"patch_ln1.bias",     MEMBER(ln1_bias),      G4_BIND_VECTOR, "X",     0, G4_OP_OTHER},
     {"patch_ln2.weight",   MEMBER(ln2),           G4_BIND_VECTOR, "D",     0, G4_OP_OTHER},
     {"patch_ln2.bias",     MEMBER(ln2_bias),      G4_BIND_VECTOR, "D",     0, G4_OP_OTHER},
-    {"pos_embedding",      MEMBER(positions),     G4_BIND_MATRIX, "P 2 D", 0, G4_OP_EMBED},
     {"pos_norm.weight",    MEMBER(pos_norm),      G4_BIND_VECTOR, "D",     0, G4_OP_OTHER},
     {"pos_norm.bias",      MEMBER(pos_norm_bias), G4_BIND_VECTOR, "D",     0, G4_OP_OTHER},
 };

@@ -97,7 +97,8 @@ typedef struct {
     int64_t (*axis)(const g4_encoder_config *c, char letter,
                     int n_rows); /* what a letter of sites or tensors stands for */
     int (*soft_tokens)(const g4_encoder_config *c, int n_rows);
-    g4_status (*bind)(g4_encoder *encoder, g4_binder *b); /* all but the projection; NULL: there is nothing else */
+    g4_status (*bind)(g4_encoder *encoder, g4_binder *b);   /* all but the projection; NULL: there is nothing else */
+    g4_status (*finish)(g4_encoder *encoder, g4_binder *b); /* makes what is computed from tensors; NULL: nothing */
     g4_status (*encode)(g4_encode_pass *p);
 } g4_kind_row;
 

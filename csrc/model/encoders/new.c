@@ -61,6 +61,31 @@ static g4_status bind_with(g4_encoder *e, g4_binder *b)
     return kind->bind ? kind->bind(e, b) : G4_OK;
 }
 
+static g4_status finish(g4_encoder *e, g4_binder *b)
+{
+    const g4_kind_row *kind = g4_kind_of(&e->config);
+    return kind->finish ? kind->finish(e, b) : G4_OK;
+}
+
+g4_status g4_encoder_tensors(const g4_encoder_config *config, g4_tensor_fn each, void *context, g4_error *err)
+{
+    g4_encoder e = {.config = *config};
+    G4_TRY(check_config(config, err));
+    g4_arena *arena = g4_arena_new();
+    if (!arena)
+        return g4_fail_nomem(err, sizeof(void *));
+    g4_binder b = {.config = &e.config,
+                   .letter = letter_size,
+                   .clipped = config->clipped,
+                   .arena = arena,
+                   .err = err,
+                   .list = each,
+                   .list_context = context};
+    g4_status status = bind_with(&e, &b);
+    g4_arena_free(arena);
+    return status;
+}
+
 static g4_status bind(g4_encoder *e, const g4_named_tensor *tensors, size_t n_tensors, g4_poll_fn poll,
                       void *poll_context, g4_error *err)
 {
@@ -84,6 +109,8 @@ static g4_status bind(g4_encoder *e, const g4_named_tensor *tensors, size_t n_te
         status = g4_guards_add(&e->guards, tensors[i].data, err);
     if (status == G4_OK)
         status = bind_with(e, &b);
+    if (status == G4_OK)
+        status = finish(e, &b);
     if (status == G4_OK)
         status = g4_guards_check(&e->guards, err);
     e->n_bytes = b.n_bytes;

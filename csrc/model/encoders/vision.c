@@ -62,12 +62,12 @@ static const g4_bind_row layer_rows[] = {
     {"post_attention_layernorm.weight",   LAYER(ln1_post), VECTOR,  "D", 0, G4_OP_OTHER},
     {"pre_feedforward_layernorm.weight",  LAYER(ln2),      VECTOR,  "D", 0, G4_OP_OTHER},
     {"post_feedforward_layernorm.weight", LAYER(ln2_post), VECTOR,  "D", 0, G4_OP_OTHER},
+    {"self_attn.q_norm.weight",           LAYER(q_norm),   VECTOR,  "h", 0, G4_OP_OTHER},
+    {"self_attn.k_norm.weight",           LAYER(k_norm),   VECTOR,  "h", 0, G4_OP_OTHER},
     {"self_attn.q_proj",                  LAYER(q),        CLIPPED, "Hh D", 0, G4_OP_QKV},
     {"self_attn.k_proj",                  LAYER(k),        CLIPPED, "Kh D", 0, G4_OP_QKV},
     {"self_attn.v_proj",                  LAYER(v),        CLIPPED, "Kh D", 0, G4_OP_QKV},
     {"self_attn.o_proj",                  LAYER(o),        CLIPPED, "D Hh", 0, G4_OP_O},
-    {"self_attn.q_norm.weight",           LAYER(q_norm),   VECTOR,  "h", 0, G4_OP_OTHER},
-    {"self_attn.k_norm.weight",           LAYER(k_norm),   VECTOR,  "h", 0, G4_OP_OTHER},
     {"mlp.gate_proj",                     LAYER(gate),     CLIPPED, "F D", 0, G4_OP_GATE_UP},
     {"mlp.up_proj",                       LAYER(up),       CLIPPED, "F D", 0, G4_OP_GATE_UP},
     {"mlp.down_proj",                     LAYER(down),     CLIPPED, "D F", 0, G4_OP_DOWN},
@@ -76,8 +76,10 @@ static const g4_bind_row layer_rows[] = {
 
 #define COUNT(rows) ((int)(sizeof(rows) / sizeof *(rows)))
 
-static g4_status copy_frequencies(g4_encoder_config *config, g4_binder *b)
+/* A copy of the frequencies, which are the caller's. */
+static g4_status finish(g4_encoder *encoder, g4_binder *b)
 {
+    g4_encoder_config *config = &encoder->config;
     const size_t n_bytes = (size_t)(config->head_dim / 4) * sizeof *config->rope_inv_freq;
     float *copy = g4_arena_alloc(b->arena, n_bytes + 1);
     if (!copy)
@@ -91,7 +93,6 @@ static g4_status bind(g4_encoder *encoder, g4_binder *b)
 {
     g4_vision_weights *w = &encoder->vision;
     char prefix[64];
-    G4_TRY(copy_frequencies(&encoder->config, b));
     G4_TRY(g4_bind_table(b, tower_rows, COUNT(tower_rows), "", 0, w));
     if (encoder->config.standardize)
         G4_TRY(g4_bind_table(b, standardize_rows, COUNT(standardize_rows), "", 0, w));
@@ -396,4 +397,5 @@ const g4_kind_row g4_vision_tower = {.positions = true,
                                      .axis = g4_encoder_axis,
                                      .soft_tokens = soft_tokens,
                                      .bind = bind,
+                                     .finish = finish,
                                      .encode = encode};

@@ -106,21 +106,6 @@ static const char *layer_name(char name[MAX_NAME], int layer, const g4_bind_row 
     return name;
 }
 
-void g4_text_tensors(const g4_config *config, g4_tensor_fn each, void *context)
-{
-    const g4_binder b = {.config = config, .letter = letter_size};
-    char name[MAX_NAME];
-    int64_t shape[G4_MAX_DIMS];
-    for (int i = 0; i < N_MODEL_ROWS; i++)
-        if (is_wanted(config, 0, model_rows[i].when))
-            each(context, model_rows[i].name, shape, g4_bind_shape(&b, &model_rows[i], 0, shape));
-    for (int layer = 0; layer < config->n_layers; layer++)
-        for (int i = 0; i < N_LAYER_ROWS; i++)
-            if (is_wanted(config, layer, layer_rows[i].when))
-                each(context, layer_name(name, layer, &layer_rows[i]), shape,
-                     g4_bind_shape(&b, &layer_rows[i], layer, shape));
-}
-
 static const g4_config *config_of(const g4_binder *b)
 {
     return b->config;
@@ -137,7 +122,8 @@ static g4_status bind_experts(g4_binder *b, const g4_bind_row *both, int layer, 
     }
     weights->gate_rows = 2 * m;
     G4_TRY(g4_bind(b, both, layer_name(name, layer, both), layer, weights));
-    weights->experts_up = g4_matrix_rows(&weights->experts_gate, m, weights->experts_gate.n_rows - m);
+    if (!b->list)
+        weights->experts_up = g4_matrix_rows(&weights->experts_gate, m, weights->experts_gate.n_rows - m);
     return G4_OK;
 }
 
@@ -184,5 +170,18 @@ g4_status g4_weights_bind(g4_weights *weights, const g4_config *config, const g4
     g4_status status = bind_all(&b, weights);
     weights->n_bytes = b.n_bytes;
     g4_binder_close(&b);
+    return status;
+}
+
+g4_status g4_text_tensors(const g4_config *config, g4_tensor_fn each, void *context, g4_error *err)
+{
+    g4_weights weights;
+    g4_arena *arena = g4_arena_new();
+    if (!arena)
+        return g4_fail_nomem(err, sizeof(void *));
+    g4_binder b = {
+        .config = config, .letter = letter_size, .arena = arena, .err = err, .list = each, .list_context = context};
+    g4_status status = bind_all(&b, &weights);
+    g4_arena_free(arena);
     return status;
 }
