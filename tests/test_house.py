@@ -401,7 +401,8 @@ def two_builds(tmp_path_factory) -> tuple[Path, Path, Path]:
     files = tmp_path_factory.mktemp("files")
     for name, d_vocab in (("small", 320), ("other", 321)):
         write_checkpoint(files / name, E_LIKE | {"vocab_size": d_vocab, "vocab_size_per_layer_input": d_vocab})
-    text = [{"name": name, "prompts": [[5, 7, 11]]} for name in ("small", "other")]
+    (files / "nobody's").mkdir()  # a checkpoint that no build can load
+    text = [{"name": name, "prompts": [[5, 7, 11]]} for name in ("small", "other", "nobody's")]
     (files / "plan.json").write_text(json.dumps({"text": text, "media": [], "shipped": []}))
     return *folders, files
 
@@ -418,6 +419,7 @@ def test_equal_builds_compare_equal(two_builds):
     status, text = compare_builds(right, sys.executable, "--files", files)
     assert status == 0, text
     assert "0 cases differ" in text and str(right) in text and "saved" not in text
+    assert "nobody's/load: the base build fails" in text and text.count("the base build fails") == 1
 
 
 @pytest.mark.slow
@@ -430,6 +432,8 @@ def test_a_build_with_a_mistake_is_seen(two_builds):
     ), text
     assert "small/" not in text and ": 1 cases differ" in text
     assert compare_builds(right, wrong, "--files", files, "--only", "small/*")[0] == 0
+    status, text = compare_builds(files, wrong, "--files", files)
+    assert status == 1 and f"{files} is neither an interpreter nor a folder" in text
 
 
 # ---- tools/mutate.py ----------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +96,32 @@ def _media_of(towers: Any, tower: Any, folder: Path) -> dict[str, list[str]]:
 def cases(folder: Path, build: str) -> Iterator[Case]:
     plan = json.loads((folder / "plan.json").read_text())
     for entry in plan["text"]:
-        yield from _text_cases(folder, build, entry["name"], folder / entry["name"], entry["prompts"])
+        name = entry["name"]
+        yield from _loaded(name, _text_cases(folder, build, name, folder / name, entry["prompts"]))
     for entry in plan["media"]:
-        yield from _media_cases(folder, entry)
+        yield from _loaded(entry["name"], _media_cases(folder, entry))
     for name in plan["shipped"]:
-        path = folder / name if name.endswith(".gguf") else name
-        with _load(path) as model:
-            prompts = [model.to_tokens(text).tolist() for text in PROMPTS]
-        yield from _text_cases(folder, build, name, path, prompts)
-        yield from _generation_cases(name, path)
+        yield from _loaded(name, _shipped_cases(folder, build, name))
+
+
+def _loaded(name: str, found: Iterator[Case]) -> Iterator[Case]:
+    """The cases of a checkpoint; one that fails, if this build cannot load it."""
+    try:
+        yield from found
+    except Exception as problem:
+        yield f"{name}/load", partial(_fail, problem)
+
+
+def _fail(problem: Exception) -> Results:
+    raise problem
+
+
+def _shipped_cases(folder: Path, build: str, name: str) -> Iterator[Case]:
+    path = folder / name if name.endswith(".gguf") else name
+    with _load(path) as model:
+        prompts = [model.to_tokens(text).tolist() for text in PROMPTS]
+    yield from _text_cases(folder, build, name, path, prompts)
+    yield from _generation_cases(name, path)
 
 
 def _load(path: Path | str) -> Any:
@@ -157,7 +175,7 @@ def _restored(model: Any, ids: list[int], folder: Path, file: str, build: str) -
 
 def _generated(generation: Any) -> Results:
     text = generation.text or ""
-    found = {"ids": np.asarray(generation.ids), "text": np.frombuffer(text.encode(), np.uint8)}
+    found = {"ids": np.asarray(generation.tokens), "text": np.frombuffer(text.encode(), np.uint8)}
     cache = getattr(generation, "cache", None)
     return found | ({} if cache is None else _captured(np.zeros(0), cache))
 
@@ -210,13 +228,11 @@ def import_from(place: str) -> None:
     """Let `import gemma4` find the package in the folder `place`, also where an editable install would come first."""
     import importlib.machinery as machinery
 
+    if not (Path(place) / "gemma4" / "__init__.py").is_file():
+        raise SystemExit(f"{place} is neither an interpreter nor a folder with the package gemma4")
     plain = (machinery.BuiltinImporter, machinery.FrozenImporter, machinery.PathFinder)
     sys.meta_path[:] = [finder for finder in sys.meta_path if finder in plain]
     sys.path.insert(0, place)
-    import gemma4
-
-    if Path(gemma4.__file__).parent.parent != Path(place):
-        raise SystemExit(f"no package gemma4 in {place}: {gemma4.__file__} was imported")
 
 
 def probe(folder: Path, build: str, only: str, save: Path | None) -> None:
@@ -292,16 +308,20 @@ def compare(base: Build, new: Build, folder: Path, only: str) -> int:
     print(f"base: {place}\nnew:  {new_place}")
     n_bad, added = 0, {case for case in after if case not in before}
     for case, answer in before.items():
-        other = after.get(case, {"digests": {}, "error": "no such case"})
+        lost = after.get(f"{case.rpartition('/')[0]}/load", {"digests": {}, "error": "no such case"})
+        other = after.get(case, lost)
         bad, fresh = differences(answer, other)
+        if answer["error"]:  # nothing to compare with
+            print(f"{case}: the base build fails ({answer['error']})")
+            continue
         added |= {f"{case}: {key}" for key in fresh} if not other["error"] else set()
-        if answer["error"] != other["error"]:
-            print(f"{case}: {other['error'] or 'runs'}; before: {answer['error'] or 'ran'}")
+        if other["error"]:
+            print(f"{case}: fails: {other['error']}")
         elif bad:
             gone = [key for key in bad if key not in other["digests"]]
             what = "is gone" if bad[0] in gone else how_far(base, new, folder, case, bad[0])
             print(f"{case}: {len(bad)} of {len(answer['digests'])} differ, first {bad[0]}: {what}")
-        n_bad += bool(bad) or answer["error"] != other["error"]
+        n_bad += bool(bad)
     n_arrays = sum(len(answer["digests"]) for answer in before.values())
     print(f"{len(before)} cases, {n_arrays} arrays: {n_bad} cases differ; only the new build has {len(added)} things")
     for name in sorted(added)[:20]:
