@@ -57,12 +57,15 @@ TEXT = [
         SITES,
     ),
     Mistake(
-        "images see both ways in global layers, too", ".ends = lc->window && f->ends ?", ".ends = f->ends ?", MEDIA
+        "no layer lets the positions of an image see each other",
+        ".ends = ends ? ends + segment->first_row : NULL,",
+        ".ends = ends && segment->n_rows < 0 ? ends : NULL,",
+        MEDIA,
     ),
     Mistake(
         "values have the keys' gain",
-        "G4_SITE_V_NORMED, v, NULL, lc->n_kv_heads, v",
-        "G4_SITE_V_NORMED, v, w->k_norm, lc->n_kv_heads, v",
+        "G4_SITE_V_NORMED, v, NULL, lc->n_kv_heads)",
+        "G4_SITE_V_NORMED, v, w->k_norm, lc->n_kv_heads)",
         SITES,
     ),
     Mistake(
@@ -156,15 +159,15 @@ STEPS = [
     ),
     Mistake("an edit does not keep its rows", "|= tap->edit || dest_row(", "|= dest_row(", f"capture_api {EXACT}"),
     Mistake(
-        "an image begins where the row before it was text",
-        "run->tokens[row - 1] <= G4_IMAGE_ROW && run->tokens[row] <= G4_IMAGE_ROW",
-        "run->tokens[row] <= G4_IMAGE_ROW",
+        "chunks may cut an image before its last row",
+        "row > 0 && ends[row - 1] > row;",
+        "row > 0 && ends[row - 1] > row + 1;",
         f"{MEDIA} media_prompt",
     ),
     Mistake(
-        "a row outside images does not see itself",
-        "f->ends[row + 1] : f->positions[row] + 1;",
-        "f->ends[row + 1] : f->positions[row];",
+        "ends of a continued sequence count from its start",
+        "f->ends[row] = s->start[r] + (run->ends ?",
+        "f->ends[row] = (run->ends ?",
         MEDIA,
     ),
     Mistake(
@@ -181,8 +184,8 @@ STEPS = [
     ),
     Mistake(
         "the first id beyond the vocabulary is let in",
-        "|| run->tokens[i] >= n)",
-        "|| run->tokens[i] > n)",
+        "if (token < 0 || token >= n)",
+        "if (token < 0 || token > n)",
         "bad_input api",
     ),
     Mistake(
@@ -390,13 +393,18 @@ PACKAGE = [
     Mistake(
         "all prompts of a batch draw the same numbers", "spawn_key=(stream,)", "spawn_key=(0,)", "sampling generate"
     ),
-    Mistake("the last layer may slide", "return (*types[:-1], FULL)", "return tuple(types)", "config"),
+    Mistake(
+        "the last layer may slide",
+        "(*_layer_types(f, n_layers, 6)[:-1], FULL)",
+        "tuple(_layer_types(f, n_layers, 6))",
+        "config",
+    ),
     Mistake("every layer has a double MLP", "width * (wide if source != i else 1)", "width * wide", "config"),
     Mistake("sliding layers have K = V, too", "tied and kind == FULL", "tied", "config"),
     Mistake(
         "every sixth layer begins with the first",
-        "SLIDING if (i + 1) % 6 else FULL",
-        "SLIDING if i % 6 else FULL",
+        "SLIDING if (i + 1) % period else FULL",
+        "SLIDING if i % period else FULL",
         "config",
     ),
     Mistake(
@@ -429,8 +437,8 @@ PACKAGE = [
     ),
     Mistake(
         "a saved sequence of another model is taken",
-        'if meta["model"] != model.fingerprint:',
-        'if meta["model"] == 0:',
+        'if meta.get("model") != fingerprint:',
+        'if meta.get("model") is None:',
         "api bad_input",
     ),
     Mistake(
