@@ -253,6 +253,23 @@ def test_another_image_of_the_same_size_is_another_prompt(model, encoders):
     assert found.tokens.tolist() == again.tokens.tolist() == fresh.tokens.tolist()
 
 
+@pytest.mark.parametrize("budgets", [(70, 140), (140, 70)])
+def test_one_picture_at_two_budgets(model, budgets):
+    """In one chat, through the model's own encoder: each place has the soft tokens of its budget."""
+    pixels = picture(60, 90)
+    parts = [{"type": "image", "image": pixels, "image_tokens": budget} for budget in budgets]
+    prompt = model.to_prompt([user(*parts, "Which is sharper?")])
+    alone = [model.encode_image(pixels, budget) for budget in budgets]
+    assert [run.stop - run.start for run in prompt.runs] == [len(rows) for rows in alone]
+    _, cache = model.run_with_cache(prompt, "hook_embed")
+    for run, rows in zip(prompt.runs, alone, strict=True):
+        assert np.array_equal(cache["hook_embed"][run.start : run.stop], rows)
+    with model.new_sequence() as sequence:
+        one, two = (model.to_prompt([user(part, "What?")]) for part in parts)
+        model.forward(one, sequence=sequence, logits=None)
+        assert sequence.rewind_to(two.keys()) == two.runs[0].start
+
+
 def test_a_cache_that_ends_inside_an_image_starts_it_again(model, encoders):
     prompt = model.to_prompt([user("Look:", image(image_tokens=70), "?")])
     run = prompt.runs[0]

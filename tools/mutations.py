@@ -466,6 +466,30 @@ PACKAGE = [
         "full = 2.0 ** (array.dtype.itemsize * 8)",
         "media_audio",
     ),
+    Mistake(
+        "sound of unsigned integers is taken as signed",
+        'return (array - full) / full if array.dtype.kind == "u" else array / full',
+        "return array / full",
+        "media_audio",
+    ),
+    Mistake("16-bit sound in 64 bits is silence", "if peak < 1 << 15:", "if peak < 0:", "media_audio"),
+    Mistake("a mirrored film is not mirrored", ":: -1 if a < 0 else 1]", "::1]", "media_video"),
+    Mistake("films are sampled by index", "not _is_even(shown)", "False", "media_video"),
+    Mistake(
+        "one picture has one key at every budget",
+        "_digest(image_tokens, pixels))",
+        "_digest(0, pixels))",
+        "media_prompt",
+    ),
+    Mistake(
+        "playlists may open files", '"protocol_whitelist": ""', '"protocol_whitelist": "file,http,tcp"', "media_hostile"
+    ),
+    Mistake(
+        "a part of an unknown type is passed over",
+        "elif self.others and kind not in KNOWN_TYPES:",
+        "elif kind not in KNOWN_TYPES:",
+        "message_parts",
+    ),
     Mistake("the mel window is symmetric", "np.hanning(FRAME + 1)[:-1]", "np.hanning(FRAME)", "media_audio"),
 ]
 

@@ -36,6 +36,25 @@ def test_every_site(name: str, frames: int, pair: GetPair) -> None:
     assert difference(patterns.astype(np.float32), expected["audio.blocks.1.attn.hook_z"]) is None
 
 
+@pytest.mark.parametrize("frames", [452, 453, 1000])
+def test_convolutions_in_slices(frames: int, pair: GetPair) -> None:
+    """Patches of the second convolution are laid out 16 MB at a time: 113 of its rows, 4.5 s of sound."""
+    tower, theirs, ours = pair("audio-real")
+    assert tower.audio is not None and tower.audio["subsampling_conv_channels"][0] == 128
+    mel = towers.mel(tower, frames)
+    with torch.no_grad():
+        expected = towers.audio_sites(theirs, mel)
+    names = ["audio.hook_conv0", "audio.hook_conv1", "audio.hook_embed", "audio.hook_projected"]
+    [soft], [cache] = ours.audio.run_with_cache([mel], names)
+    assert first_failures(cache, {name: expected[name] for name in names}) == []
+    assert difference(soft, expected["audio.hook_projected"]) is None
+    # Where the halves of a recording do not reach each other, each is what it is alone.
+    [_], [first] = ours.audio.run_with_cache([mel[: frames // 2]], names[:2])
+    for name in names[:2]:
+        n = len(first[name]) - 2
+        assert same_bits(cache[name][:n], first[name][:n])
+
+
 @pytest.mark.parametrize("name", UNIFIED)
 def test_every_site_without_a_tower(name: str, pair: GetPair) -> None:
     tower, theirs, ours = pair(name)

@@ -89,11 +89,17 @@ def both_ways(ids: np.ndarray) -> np.ndarray:
 
 
 def our_logits(
-    pair: Pair, parts: Sequence[Part], *, max_chunk: int = 0, sequence: Any = None, taps: Sequence[Any] = ()
+    pair: Pair,
+    parts: Sequence[Part],
+    *,
+    max_chunk: int = 0,
+    sequence: Any = None,
+    taps: Sequence[Any] = (),
+    of_rows: Sequence[int] | None = None,
 ) -> np.ndarray:
     ids, embeddings = expanded(pair, parts)
-    logits = np.zeros((len(ids), pair.ours.d_vocab), np.float32)
-    rows = np.arange(len(ids), dtype=np.int32)
+    rows = np.arange(len(ids), dtype=np.int32) if of_rows is None else np.array(of_rows, np.int32)
+    logits = np.zeros((len(rows), pair.ours.d_vocab), np.float32)
     run = (sequence or pair.ours.engine.new_sequence(), ids, embeddings, rows, logits, both_ways(ids))
     pair.ours.engine.step([run], taps, max_chunk=max_chunk)
     return logits
@@ -202,6 +208,20 @@ def test_image_at_every_chunk_offset(name: str, pair: GetPair) -> None:
         assert difference(whole, their_logits(p, parts)) is None
         for max_chunk in (1, 4, 8, 16):
             assert same_bits(our_logits(p, parts, max_chunk=max_chunk), whole)
+
+
+@pytest.mark.parametrize("name", [*VISION, "media-shared"])
+def test_few_rows_of_images(name: str, pair: GetPair) -> None:
+    """Where layers share keys, only wanted rows reach them; each still sees its image to the end."""
+    p = pair(name)
+    parts = [text(3), image(p, 3, 3), text(2), image(p, 2, 2, seed=3), text(4)]
+    whole = our_logits(p, parts)
+    assert difference(whole, their_logits(p, parts)) is None
+    n = len(whole)
+    for wanted in ([4], [7], [3, 11], [5, 6, 14, n - 1], [15], [0, 12, 17], list(range(3, 12))):
+        for max_chunk in (0, 8, 1000):
+            some = our_logits(p, parts, max_chunk=max_chunk, of_rows=wanted)
+            assert same_bits(some, whole[wanted]), (wanted, max_chunk)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -122,6 +122,7 @@ TOWERS = [
     Tower("media-26b", vision=LARGE, text=variants.MOE | BOTH_WAYS),
     Tower("media-31b", vision=LARGE, text=variants.DENSE | BOTH_WAYS),
     Tower("media-12b", vision=UNIFIED_VISION, audio=UNIFIED_AUDIO, text=variants.UNIFIED | BOTH_WAYS, unified=True),
+    Tower("media-shared", vision=LARGE, text=variants.E2B | BOTH_WAYS),  # no released model shares keys and sees so
     Tower("unified", vision=UNIFIED_VISION, audio=UNIFIED_AUDIO, text=variants.UNIFIED, unified=True),
     Tower(
         "unified-bf16",
