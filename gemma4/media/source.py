@@ -65,14 +65,18 @@ def open_source(source: FileLike, kind: str) -> BinaryIO:
     except OSError as error:
         raise type(error)(error.errno, error.strerror, name) from None
     _check_regular(found, name)
-    # Should somebody put a FIFO in its place now, opening it must not wait for a writer.
-    file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb")
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 (the caller closes it)
     try:
         _check_regular(os.fstat(file.fileno()), name)
     except BaseException:
         file.close()
         raise
     return file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Should somebody have put a FIFO in a file's place, opening it must not wait for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _check_regular(found: os.stat_result, name: str) -> None:
