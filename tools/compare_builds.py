@@ -188,14 +188,15 @@ def _generation_cases(name: str, path: Path | str) -> Iterator[Case]:
         yield f"{name}/chat, seed {seed}", lambda o=options: _generated(model.generate(CHAT, **o))
     watched = {"max_tokens": 20, "temperature": 0.0, "capture": "blocks.*"}
     yield f"{name}/generation watched", lambda: _generated(model.generate(PROMPTS[0], **watched))
-    if model.modalities:
-        picture = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
-        sound = np.random.default_rng(1).standard_normal(16000).astype(np.float32) / 8
-        parts = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
-        heard = [{"type": "audio", "audio": sound}, {"type": "text", "text": "What is this?"}]
-        for what, content in (("picture", parts), ("sound", heard)):
-            messages = [{"role": "user", "content": content}]
-            yield f"{name}/{what}", lambda m=messages: _generated(model.generate(m, max_tokens=12, temperature=0))
+    picture = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    sound = np.random.default_rng(1).standard_normal(16000).astype(np.float32) / 8
+    for kind, medium in (("image", picture), ("audio", sound)):
+        if not getattr(model.modalities, kind):
+            continue
+        messages = [
+            {"role": "user", "content": [{"type": kind, kind: medium}, {"type": "text", "text": "What is this?"}]}
+        ]
+        yield f"{name}/{kind}", lambda m=messages: _generated(model.generate(m, max_tokens=12, temperature=0))
     model.close()
 
 
