@@ -263,6 +263,29 @@ def test_no_machine_paths_and_no_large_files():
     assert [p.name for p in files if p.stat().st_size > 10_000_000] == []
 
 
+def test_ci_runs_every_test_of_fast_on_every_level():
+    """Scalar code runs all but some files; the levels between it and the best, files listed by name and content."""
+    lists = re.search(
+        r"^ENGINE_TESTS=.*?^LEVEL_TESTS\+=[^\n]*", (ROOT / ".ci" / "run").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert lists
+    command = [
+        shutil.which("bash") or "bash",
+        "-c",
+        lists[0] + '\nprintf "%s\\n" "${ENGINE_TESTS[@]}" / "${LEVEL_TESTS[@]}"',
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    engine, levels = done.stdout.split("\n/\n")
+    named = {path for path in (ROOT / "tests").rglob("test_*.py") if "fast" in path.stem}
+    inside = {
+        p for p in (ROOT / "tests").rglob("test_*.py") if re.search(r"^def test_\w*fast", p.read_text(), re.MULTILINE)
+    }
+    assert len(named) >= 3 and inside
+    wanted = {path.relative_to(ROOT).as_posix() for path in named | inside}
+    assert wanted <= set(levels.splitlines()) and "fast" in levels.splitlines()[-1]
+    assert not [path for path in named if f"--ignore={path.relative_to(ROOT).as_posix()}" in engine]
+
+
 def test_slow_selects_something():
     marked = [
         path.name for path in sorted((ROOT / "tests").rglob("test_*.py")) if "@pytest.mark.slow\n" in path.read_text()
