@@ -86,7 +86,7 @@ class Core:
         return self.checkpoint.config
 
     @property
-    def tensors(self) -> Mapping[str, NDArray[Any]]:
+    def tensors(self) -> Mapping[str, NDArray[np.generic]]:
         """Every stored tensor under its stored name: read-only views of the file, bf16 as ml_dtypes.bfloat16."""
         return self.checkpoint.tensors
 
@@ -141,7 +141,7 @@ class Core:
             return 1.0
         return float(self._rows(f"layers.{layer}.layer_scalar", slice(0, 1))[0])
 
-    def unembed(self, ids: NDArray[np.integer[Any]] | slice) -> F32:
+    def unembed(self, ids: NDArray[np.integer] | slice) -> F32:
         """Rows of the output head, float32 [n, d_model]: logit before the softcap = row . ln_final.hook_out."""
         tied = "lm_head.weight" not in self.checkpoint.engine_tensors
         return self._rows("embed_tokens.weight" if tied else "lm_head.weight", ids)

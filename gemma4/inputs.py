@@ -21,9 +21,10 @@ from gemma4.step import Prompt
 from gemma4.text.chat import check_messages, encode_chat
 from gemma4.text.parts import canonical
 
-Single: TypeAlias = str | NDArray[Any] | Seq[int] | TokenizedPrompt
+TextOrIds: TypeAlias = str | NDArray[np.integer] | Seq[int] | Seq[np.integer]
+Single: TypeAlias = TextOrIds | TokenizedPrompt
 TokensLike: TypeAlias = Single | Seq[Single]
-Messages: TypeAlias = Seq[Mapping[str, Any]]
+Messages: TypeAlias = Seq[Mapping[str, object]]
 PromptLike: TypeAlias = Single | Messages
 
 
@@ -48,7 +49,7 @@ def as_tokenized(model: Core, prompt: Single, *, bos: bool = True) -> TokenizedP
     return TokenizedPrompt(as_ids(model, prompt, bos=bos))
 
 
-def as_ids(model: Core, prompt: str | NDArray[Any] | Seq[int], *, bos: bool = True) -> NDArray[np.int32]:
+def as_ids(model: Core, prompt: TextOrIds, *, bos: bool = True) -> NDArray[np.int32]:
     """One prompt as int32 [T]. Raises ValueError (empty, id out of range), TypeError (not whole numbers)."""
     ids = model.to_tokens(prompt, bos=bos) if isinstance(prompt, str) else np.asarray(prompt)
     if ids.ndim != 1:

@@ -4,25 +4,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Unpack, cast, overload
 
 from gemma4 import info
 from gemma4.core import F32, Core, KVDtype, Precision
 from gemma4.encoders.encoder import Encoder, encoder_of
 from gemma4.encoders.hooks import EncoderTaps
 from gemma4.encoders.soft_tokens import EncodedMedia, encode_audio, encode_image, encode_video
+from gemma4.generation.loop import Generation
+from gemma4.generation.options import GenerateOptions
 from gemma4.generation.stream import TextStream, generate, stream
-from gemma4.inputs import Messages, TokensLike, is_batch, opened_prompts, tokenize_prompt
+from gemma4.inputs import PromptLike, Single, TokensLike, is_batch, opened_prompts, tokenize_prompt
+from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import Hook, activated, active_hooks, bind_hooks, hooks_of
-from gemma4.interp.sites import Names, names_of, reusable
+from gemma4.interp.sites import Names, Site, names_of, reusable
 from gemma4.load import open_checkpoint
+from gemma4.media.audio import AudioLike
+from gemma4.media.image import ImageLike
 from gemma4.media.prompt import TokenizedPrompt
+from gemma4.media.video import FRAME_TOKENS, NUM_FRAMES, Sampling, VideoLike
 from gemma4.profile import Profile, profiling
 from gemma4.sequence import Sequence, new_sequence, restore
-from gemma4.step import Output, Positions, run_step
+from gemma4.step import Output, Positions, Rows, run_step
 
 __all__ = ["KVDtype", "Model", "Precision", "load"]
 
@@ -78,7 +85,7 @@ class Model(Core):
         """The audio encoder, bound at first use. Raises NotImplementedError if the checkpoint has none."""
         return encoder_of(self, "audio")
 
-    def encode_image(self, image: Any, image_tokens: int | None = None) -> F32:
+    def encode_image(self, image: ImageLike, image_tokens: int | None = None) -> F32:
         """Soft tokens of one picture, float32 [n, d_model], n <= image_tokens: what enters the text model.
 
         image_tokens: None = `Model.image_tokens`. `gemma4.media.image.preprocess` says what an image may be and what is
@@ -87,7 +94,7 @@ class Model(Core):
         """
         return encode_image(self, image, self.image_tokens if image_tokens is None else image_tokens)
 
-    def encode_audio(self, audio: Any, rate: int | None = None) -> F32:
+    def encode_audio(self, audio: AudioLike, rate: int | None = None) -> F32:
         """Soft tokens of one recording, float32 [n, d_model], one for every 40 ms.
 
         audio, rate: see `gemma4.media.audio.load_audio`. Raises what that and `log_mel` raise (over 30 s, too short),
@@ -95,20 +102,35 @@ class Model(Core):
         """
         return encode_audio(self, audio, rate)
 
-    def encode_video(self, video: Any, image_tokens: int = 70, **options: Any) -> F32:
+    def encode_video(
+        self,
+        video: VideoLike,
+        image_tokens: int = FRAME_TOKENS,
+        *,
+        num_frames: int = NUM_FRAMES,
+        fps: float | None = None,
+        sampling: Sampling = "time",
+    ) -> F32:
         """Soft tokens of the frames of one video, float32 [frames * n, d_model], n <= image_tokens.
 
-        video, options (num_frames, fps): see `gemma4.media.video.load_video`; or a VideoFrames. Raises what that
+        video, num_frames, fps, sampling: see `gemma4.media.video.load_video`; or a VideoFrames. Raises what that
         raises, and NotImplementedError if the model has no vision encoder.
         """
-        return encode_video(self, video, image_tokens, **options)
+        return encode_video(self, video, image_tokens, num_frames=num_frames, fps=fps, sampling=sampling)
 
-    def to_prompt(self, messages: Messages, **options: Any) -> TokenizedPrompt:
+    def to_prompt(
+        self,
+        messages: PromptLike,
+        *,
+        tools: Seq[Mapping[str, object]] | None = None,
+        think: bool | None = None,
+        image_tokens: int | None = None,
+    ) -> TokenizedPrompt:
         """Chat messages as `forward`, `run_with_cache` and `generate` take them, with the places of their soft tokens.
 
-        options: tools, think, image_tokens; see `gemma4.inputs.tokenize_prompt`.
+        tools, think: passed to the chat template. image_tokens: budget of each image. Raises as `generate`.
         """
-        return tokenize_prompt(self, messages, **options)
+        return tokenize_prompt(self, messages, tools=tools, think=think, image_tokens=image_tokens)
 
     # -- the forward pass ----------------------------------------------------------------------------------------
 
@@ -121,9 +143,19 @@ class Model(Core):
         """A sequence from a file that `Sequence.save` wrote; see `gemma4.sequence.restore`."""
         return restore(self, path)
 
+    @overload
+    def forward(self, ids: Single, *, logits: Rows = "all", sequence: Sequence | None = None) -> F32: ...
+    @overload
+    def forward(self, ids: Single, *, logits: None, sequence: Sequence | None = None) -> None: ...
+    @overload
     def forward(
-        self, ids: TokensLike, *, logits: Positions = "all", sequence: Sequence | list[Sequence] | None = None
-    ) -> Any:
+        self, ids: Seq[Single], *, logits: Rows = "all", sequence: Seq[Sequence] | None = None
+    ) -> list[F32]: ...
+    @overload
+    def forward(self, ids: Seq[Single], *, logits: None, sequence: Seq[Sequence] | None = None) -> list[None]: ...
+    def forward(
+        self, ids: TokensLike, *, logits: Positions = "all", sequence: Sequence | Seq[Sequence] | None = None
+    ) -> F32 | None | list[F32] | list[None]:
         """Next-token logits, float32 [n, d_vocab]; a list of prompts gives a list (ragged, never padded).
 
         ids: token ids, text (BOS is added unless the sequence continues), what `to_prompt` made, or a list of those,
@@ -135,8 +167,74 @@ class Model(Core):
         another thread), KeyboardInterrupt within 100 ms of Ctrl-C.
         """
         outputs = self._run(ids, sequence, logits=logits)
-        return [out.logits for out in outputs] if is_batch(ids) else outputs[0].logits
+        return cast("list[F32]", [out.logits for out in outputs]) if is_batch(ids) else outputs[0].logits
 
+    @overload
+    def run_with_cache(
+        self,
+        ids: Single,
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: None = None,
+        logits: Rows = "all",
+        sequence: Sequence | None = None,
+    ) -> tuple[F32, ActivationCache]: ...
+    @overload
+    def run_with_cache(
+        self,
+        ids: Single,
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: None = None,
+        logits: None,
+        sequence: Sequence | None = None,
+    ) -> tuple[None, ActivationCache]: ...
+    @overload
+    def run_with_cache(
+        self,
+        ids: Single,
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: int,
+        logits: Positions = "all",
+        sequence: Sequence | None = None,
+    ) -> tuple[None, ActivationCache]: ...
+    @overload
+    def run_with_cache(
+        self,
+        ids: Seq[Single],
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: None = None,
+        logits: Rows = "all",
+        sequence: Seq[Sequence] | None = None,
+    ) -> tuple[list[F32], list[ActivationCache]]: ...
+    @overload
+    def run_with_cache(
+        self,
+        ids: Seq[Single],
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: None = None,
+        logits: None,
+        sequence: Seq[Sequence] | None = None,
+    ) -> tuple[list[None], list[ActivationCache]]: ...
+    @overload
+    def run_with_cache(
+        self,
+        ids: Seq[Single],
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: int,
+        logits: Positions = "all",
+        sequence: Seq[Sequence] | None = None,
+    ) -> tuple[list[None], list[ActivationCache]]: ...
     def run_with_cache(
         self,
         ids: TokensLike,
@@ -145,8 +243,8 @@ class Model(Core):
         pos: Positions = None,
         stop_at_layer: int | None = None,
         logits: Positions = "all",
-        sequence: Sequence | list[Sequence] | None = None,
-    ) -> tuple[Any, Any]:
+        sequence: Sequence | Seq[Sequence] | None = None,
+    ) -> tuple[F32 | None | list[F32] | list[None], ActivationCache | list[ActivationCache]]:
         """Logits as `forward` gives them, and the activations: (logits, ActivationCache), lists of both for a list.
 
         names: None = every site of the text model except those that grow with T*S, T*heads*d_model or d_vocab
@@ -163,21 +261,38 @@ class Model(Core):
         capture = self.sites.select(names_of(names), stop_at_layer=stop_at_layer)
         pos = "all" if pos is None else pos
         outputs = self._run(ids, sequence, names, stop_at_layer, logits=logits, capture=capture, pos=pos)
+        caches = cast("list[ActivationCache]", [out.cache for out in outputs])
         if is_batch(ids):
-            return [out.logits for out in outputs], [out.cache for out in outputs]
-        return outputs[0].logits, outputs[0].cache
+            return cast("list[F32]", [out.logits for out in outputs]), caches
+        return outputs[0].logits, caches[0]
 
+    @overload
+    def run_with_hooks(
+        self, ids: Single, hooks: Iterable[Hook], *, logits: Rows = "all", sequence: Sequence | None = None
+    ) -> F32: ...
+    @overload
+    def run_with_hooks(
+        self, ids: Single, hooks: Iterable[Hook], *, logits: None, sequence: Sequence | None = None
+    ) -> None: ...
+    @overload
+    def run_with_hooks(
+        self, ids: Seq[Single], hooks: Iterable[Hook], *, logits: Rows = "all", sequence: Seq[Sequence] | None = None
+    ) -> list[F32]: ...
+    @overload
+    def run_with_hooks(
+        self, ids: Seq[Single], hooks: Iterable[Hook], *, logits: None, sequence: Seq[Sequence] | None = None
+    ) -> list[None]: ...
     def run_with_hooks(
         self,
         ids: TokensLike,
         hooks: Iterable[Hook],
         *,
         logits: Positions = "all",
-        sequence: Sequence | list[Sequence] | None = None,
-    ) -> Any:
+        sequence: Sequence | Seq[Sequence] | None = None,
+    ) -> F32 | None | list[F32] | list[None]:
         """`forward` with hooks: pairs (site name, glob or predicate; fn(array, site)). See gemma4.interp.hooks."""
         with self.hooks(hooks):
-            return self.forward(ids, logits=logits, sequence=sequence)
+            return self.forward(ids, logits=logits, sequence=sequence)  # type: ignore[call-overload]
 
     def hooks(self, hooks: Iterable[Hook]) -> AbstractContextManager[None]:
         """`with model.hooks([...]):` forward, run_with_cache, generate and stream run with these hooks. Nestable.
@@ -201,23 +316,77 @@ class Model(Core):
     def _run(
         self,
         ids: TokensLike,
-        sequence: Sequence | list[Sequence] | None,
+        sequence: Sequence | Seq[Sequence] | None,
         names: Names = (),
         stop_at_layer: int | None = None,
-        **wanted: Any,
+        *,
+        logits: Positions,
+        capture: list[Site] | None = None,
+        pos: Positions = "all",
     ) -> list[Output]:
-        """One step of all prompts, each of which wants the same (fields of `Prompt`)."""
-        wanted["hooks"] = bind_hooks(self.sites, hooks_of(active_hooks(self)), stop_at_layer=stop_at_layer)
+        """One step of all prompts, each of which wants the same."""
+        hooks = bind_hooks(self.sites, hooks_of(active_hooks(self)), stop_at_layer=stop_at_layer)
         taps = EncoderTaps.of(self, active_hooks(self), names)
         with opened_prompts(self, ids, sequence, taps) as prompts:
-            return run_step(self, [replace(prompt, **wanted) for prompt in prompts], stop_at_layer=stop_at_layer)
+            wanted = [replace(prompt, logits=logits, capture=capture, pos=pos, hooks=hooks) for prompt in prompts]
+            return run_step(self, wanted, stop_at_layer=stop_at_layer)
 
     # -- generation ----------------------------------------------------------------------------------------------
 
-    def generate(self, prompt: Any, **options: Any) -> Any:
-        """Continue a prompt; see `gemma4.generation.stream.generate` for the options and the result."""
-        return generate(self, prompt, **options)
+    @overload
+    def generate(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> Generation: ...
+    @overload
+    def generate(self, prompt: Seq[PromptLike], **options: Unpack[GenerateOptions]) -> list[Generation]: ...
+    def generate(
+        self, prompt: PromptLike | Seq[PromptLike], **options: Unpack[GenerateOptions]
+    ) -> Generation | list[Generation]:
+        """Continue a prompt: a `Generation` with its text, tokens and more; a list of them for a list of prompts.
 
-    def stream(self, prompt: Any, **options: Any) -> TextStream:
-        """Continue a prompt piece by piece; see `gemma4.generation.stream.stream`."""
+            model.generate("Once upon a time", max_tokens=40, temperature=0).text
+            model.generate([{"role": "user", "content": "What is the capital of France?"}]).text
+
+        prompt: text (continued as it is, BOS added once); token ids, int [pos]; chat messages (dicts with "role" and
+            "content", put through the checkpoint's own template; content may hold images, sound and video, see
+            docs/media.md); what `to_prompt` made of them; or a list of any of those, decoded together in one step a
+            token. What one of them gets does not depend on the others.
+
+        What may be said by name (what is left out, or None, comes from the checkpoint's generation_config, else from
+        the defaults in brackets):
+
+        max_tokens      most tokens to generate [256]
+        temperature     divides the logits before a token is drawn; 0 = greedy: the likeliest one [1, or 0 if the
+                        checkpoint does not say that it samples]
+        top_k           draw from the k likeliest tokens only; 0 or -1 = all [0]
+        top_p           draw from the fewest tokens whose probabilities sum to this [1 = all]
+        min_p           not from tokens less probable than this share of the likeliest one's probability [0]
+        repetition_penalty   tokens that prompt or answer hold: logits > 0 divided, others multiplied by it [1 = off]
+        presence_penalty, frequency_penalty   subtracted from logits of tokens in the answer, once or per occurrence [0]
+        logit_bias      {token id: number added to its logit}; -inf bans it
+        seed            int: the same draws each time; each prompt of a list has its own [None = unpredictable]
+        processors      functions (ids int32 [pos], logits float32 [d_vocab]) -> logits, or None after an edit in place
+        logprobs        int: result.logprobs holds each token's log-probability (nats) and so many likeliest others
+        stop            text, or several, that end the answer and are no part of it
+        stop_ids        token ids that end it [the checkpoint's, and for messages the end of the template's turn]
+        hooks           pairs (site, fn(array, site)) that read or edit activations; see `hooks`
+        capture         sites to keep in result.cache: a name, glob, list of them, or predicate, as for `run_with_cache`
+        sequence        a `Sequence` that keeps the cache: what the prompt shares with it is not run again (chat turns)
+        tools, think    of messages: JSON schemas of functions, and whether to think first; for the chat template
+        image_tokens    of messages: soft tokens for each image at most: 70, 140, 280, 560 or 1120 [the model's own]
+        show_thinking   `stream` also yields pieces of the thoughts (`piece.channel == "thinking"`) [False]
+
+        Raises TypeError (no such option; its message names the nearest), ValueError (empty prompt, bad value),
+        CapacityError (prompt longer than the context, before anything is computed), StateError (messages without a chat
+        template, text without a tokenizer), FormatError (a damaged image or sound), NotImplementedError (media that the
+        model has no encoder for), KeyboardInterrupt within 100 ms of Ctrl-C.
+        """
+        return generate(self, prompt, **options)  # type: ignore[call-overload]
+
+    def stream(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> TextStream:
+        """Continue one prompt piece by piece: an iterator of `str`, whose `result` is the `Generation` at its end.
+
+            for piece in model.stream("Once upon a time", max_tokens=40):
+                print(piece, end="", flush=True)
+
+        Prompt, options and errors as for `generate`; what is wrong with them is said here, not at the first piece.
+        """
         return stream(self, prompt, **options)

@@ -92,7 +92,7 @@ class Sequence:
         self._engine.truncate(length)
         del self._tokens[length:], self._keys[length:]
 
-    def rewind_to(self, keys: NDArray[np.integer[Any]]) -> int:
+    def rewind_to(self, keys: NDArray[np.integer]) -> int:
         """Keep the longest common prefix with `keys`, short of the last; returns how many positions were kept.
 
         keys: int [T], token ids, or `TokenizedPrompt.keys()` where there are media: an image is kept whole or not.

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 I32: TypeAlias = NDArray[np.int32]
 F32: TypeAlias = NDArray[np.float32]
-Positions: TypeAlias = Literal["all", "last"] | int | slice | Iterable[int] | None
+Rows: TypeAlias = Literal["all", "last"] | int | slice | Iterable[int]
+Positions: TypeAlias = Rows | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -47,7 +47,8 @@ ROOMS = {
     "inputs": "errors text media core encoders sequence step",
     "generation": "errors text media interp.sites interp.hooks interp.cache core encoders sequence step inputs",
     "info": "units core",
-    "model": "load media interp.sites interp.hooks core profile encoders sequence step inputs generation info",
+    "model": "load media interp.sites interp.hooks interp.cache core profile encoders sequence step inputs generation "
+    "info",
     "interp": "media interp.sites interp.hooks interp.cache model",  # lenses and plots, which run a model
     "media.tasks": "errors load media generation model",
     "quantization": "errors units files text load inputs model _engine",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
 # (patches float32 [n, d_in] in 0..1, positions int32 [n, 2] of x and y), or audio frames float32 [n, d_in]
-MediumLike: TypeAlias = "tuple[NDArray[Any], NDArray[Any]] | NDArray[Any]"
+MediumLike: TypeAlias = "tuple[NDArray[np.generic], NDArray[np.integer]] | NDArray[np.generic]"
 
 
 class Encoder:

@@ -93,22 +93,30 @@ def encode(
     return made, caches
 
 
-def encode_image(model: Core, image: Any, image_tokens: int) -> F32:
+def encode_image(model: Core, image: images.ImageLike, image_tokens: int) -> F32:
     """See `Model.encode_image`."""
     encoder = encoder_of(model, "vision")
     [soft] = encoder.encode([_patches(encoder, images.load_image(image), image_tokens)])
     return soft
 
 
-def encode_video(model: Core, video: Any, image_tokens: int = videos.FRAME_TOKENS, **options: Any) -> F32:
+def encode_video(
+    model: Core,
+    video: videos.VideoLike,
+    image_tokens: int = videos.FRAME_TOKENS,
+    *,
+    num_frames: int = videos.NUM_FRAMES,
+    fps: float | None = None,
+    sampling: videos.Sampling = "time",
+) -> F32:
     """See `Model.encode_video`."""
     encoder = encoder_of(model, "vision")
     if not isinstance(video, videos.VideoFrames):
-        video = videos.load_video(video, **options)
+        video = videos.load_video(video, num_frames=num_frames, fps=fps, sampling=sampling)
     return np.concatenate(encoder.encode([_patches(encoder, frame, image_tokens) for frame in video.frames]))
 
 
-def encode_audio(model: Core, audio: Any, rate: int | None = None) -> F32:
+def encode_audio(model: Core, audio: sounds.AudioLike, rate: int | None = None) -> F32:
     """See `Model.encode_audio`."""
     encoder, samples = encoder_of(model, "audio"), sounds.load_audio(audio, rate)
     raw = encoder.config.kind == "audio_embedder"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -320,4 +321,5 @@ def _continuation(model: Core, prompt: PromptLike, options: Options, number: int
 
 
 def _tool_names(opts: Options) -> list[str]:
-    return [tool.get("function", tool).get("name", "") for tool in opts.tools or ()]
+    functions = [tool.get("function", tool) for tool in opts.tools or ()]
+    return [str(function.get("name", "")) for function in functions if isinstance(function, Mapping)]

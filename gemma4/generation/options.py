@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
@@ -21,24 +22,58 @@ from gemma4.media.image import BUDGETS, check_budget
 from gemma4.sequence import Sequence
 
 
+class GenerateOptions(TypedDict, total=False):
+    """What `Model.generate` and `Model.stream` take by name, described there; None is the same as leaving it out."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    processors: Seq[Processor] | None
+    logprobs: int | None
+    stop: str | Iterable[str] | None
+    stop_ids: int | Iterable[int] | None
+    hooks: Iterable[Hook] | None
+    capture: Names
+    sequence: Sequence | None
+    tools: Seq[Mapping[str, object]] | None
+    think: bool | None
+    image_tokens: int | None
+    show_thinking: bool | None
+
+
+# What other libraries call them
+_ELSEWHERE = {
+    "max_tokens": "max_new_tokens max_length max_output_tokens max_completion_tokens n_predict num_predict max_gen_len",
+    "temperature": "do_sample temp greedy",
+    "repetition_penalty": "repeat_penalty",
+    "logit_bias": "bad_words_ids suppress_tokens sequence_bias",
+    "seed": "random_seed manual_seed generator random_state",
+    "processors": "logits_processor logits_processors logit_processors",
+    "logprobs": "top_logprobs output_scores output_logits n_probs",
+    "stop": "stop_strings stop_sequences stop_words stopping_criteria",
+    "stop_ids": "eos_token_id eos_token_ids eos_id stop_token_ids",
+    "hooks": "fwd_hooks forward_hooks",
+    "capture": "names names_filter output_hidden_states output_attentions return_cache",
+    "sequence": "past_key_values past_kv_cache kv_cache cache prompt_cache",
+    "tools": "functions",
+    "think": "enable_thinking thinking reasoning reasoning_effort",
+    "image_tokens": "max_soft_tokens image_seq_length",
+}
+_OURS = {theirs: ours for ours, names in _ELSEWHERE.items() for theirs in names.split()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to generate. None for a sampling value means the checkpoint's generation_config, else the plain default.
+    """How to generate: the options of `Model.generate`, where they are described, checked.
 
-    max_tokens:   most tokens to generate
-    temperature:  0 = greedy (then top_k, top_p, min_p do not matter)
-    seed:         makes the run reproducible; each prompt of a batch draws its own numbers from it
-    logit_bias:   token id -> added to its logit
-    processors:   fn(ids int32 [pos], logits float32 [d_vocab]) -> logits, or None after an edit in place
-    logprobs:     None, or how many alternatives to report beside each token's log-probability
-    stop:         text that ends generation (and is not part of the result), also across pieces
-    stop_ids:     ids that end generation; None = the checkpoint's
-    hooks:        (site, fn) pairs for this run, after those of open `model.hooks` blocks; sites of the encoders, too
-    capture:      sites to keep, as `names` of run_with_cache ("blocks.*.hook_resid_post"); None = nothing
-    sequence:     keep the cache here, reusing the longest common prefix with the prompt (chat turns)
-    tools, think: for messages, passed to the chat template
-    image_tokens: budget of soft tokens for each image of the messages: 70, 140, 280, 560, 1120; None = the model's own
-    show_thinking: stream() also yields the pieces of the thinking channel (`piece.channel == "thinking"`)
+    None for a sampling value means the checkpoint's generation_config, else the plain default.
     """
 
     max_tokens: int = 256
@@ -51,14 +86,14 @@ class Options:
     frequency_penalty: float | None = None
     logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
-    processors: tuple[Processor, ...] | None = None
+    processors: Seq[Processor] | None = None
     logprobs: int | None = None
     stop: str | Iterable[str] = ()
-    stop_ids: Iterable[int] | None = None
+    stop_ids: int | Iterable[int] | None = None
     hooks: Iterable[Hook] = ()
     capture: Names = None
     sequence: Sequence | None = None
-    tools: Seq[Mapping[str, Any]] | None = None
+    tools: Seq[Mapping[str, object]] | None = None
     think: bool | None = None
     image_tokens: int | None = None
     show_thinking: bool = False
@@ -68,6 +103,15 @@ class Options:
             value = getattr(self, name)
             default = type(self).__dataclass_fields__[name].default
             object.__setattr__(self, name, default if value is None else check(name, value))
+
+    @classmethod
+    def of(cls, given: GenerateOptions) -> Options:
+        """Of keyword arguments. Raises TypeError for a name that is no option, with those that it may mean."""
+        known = tuple(field.name for field in fields(cls))
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            raise TypeError("; ".join(_what_is(name, known) for name in unknown))
+        return cls(**given)  # type: ignore[arg-type]  # None, too: __post_init__ takes it for the default
 
     def sampling(self, model: Core) -> SamplingParams:
         """The checkpoint's defaults with what was given here on top."""
@@ -81,11 +125,18 @@ class Options:
 
     def stops(self, model: Core, turn: bool) -> StopCriteria:
         """turn: the model's turn of a chat, not the continuation of a text."""
-        ids = self.stop_ids
+        ids = cast("tuple[int, ...] | None", self.stop_ids)  # once checked
         if ids is None:
             defaults = model.attached(Defaults).of(model)
             ids = defaults.turn_stop_ids(model) if turn else defaults.stop_ids
         return StopCriteria(ids, self.stop)
+
+
+def _what_is(name: str, known: Seq[str]) -> str:
+    """A sentence on an option that does not exist: what it is called here, if anything is like it."""
+    near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.7)
+    meant = [_OURS[name]] if name in _OURS else near
+    return f"{name}: did you mean {' or '.join(meant)}?" if meant else f"{name}: no such option; {', '.join(known)} are"
 
 
 def _max_tokens(name: str, value: Any) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from gemma4.generation import checks
 from gemma4.generation.checks import shown
@@ -22,7 +22,7 @@ from gemma4.generation.defaults import MAX_TOP_K, NUMBERS, read_defaults, warn_o
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 # (ids int32 [pos], logits float32 [vocab]) -> logits of the same shape, or None if they were edited in place
-Processor = Callable[[I32, F32], "F32 | None"]
+Processor = Callable[[I32, F32], "ArrayLike | None"]
 
 
 @dataclass(frozen=True)

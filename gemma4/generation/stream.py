@@ -6,32 +6,38 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Unpack, cast, overload
 
 from gemma4.core import Core
 from gemma4.errors import StateError
 from gemma4.generation.loop import Batch, Continuation, Generation, Timings
-from gemma4.generation.options import Options, default_stop_ids
+from gemma4.generation.options import GenerateOptions, Options, default_stop_ids
 from gemma4.generation.pieces import Piece
 from gemma4.inputs import PromptLike, is_prompt_list
 
-__all__ = ["Generation", "Options", "TextStream", "Timings", "default_stop_ids", "generate", "stream"]
+__all__ = [
+    "GenerateOptions",
+    "Generation",
+    "Options",
+    "TextStream",
+    "Timings",
+    "default_stop_ids",
+    "generate",
+    "stream",
+]
 
 
-def generate(model: Core, prompt: PromptLike | Seq[PromptLike], **options: Any) -> Any:
-    """Continue a prompt. Keyword arguments: see `Options`. Returns a Generation, or a list of them for a list.
-
-    prompt: text (continued as it is, BOS added once), token ids, chat messages (dicts with "role" and "content", put
-    through the checkpoint's own template; content may hold images, sound and video, see docs/media.md), what
-    `Model.to_prompt` made of them, or a list of any of those, decoded together in one step per token.
-
-    Raises ValueError (empty prompt, bad option), CapacityError (prompt longer than the context, before anything is
-    computed), StateError (messages without a chat template, text without a tokenizer), FormatError (a damaged image or
-    sound), NotImplementedError (media that the model has no encoder for), KeyboardInterrupt.
-    """
-    opts = Options(**options)
+@overload
+def generate(model: Core, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> Generation: ...
+@overload
+def generate(model: Core, prompt: Seq[PromptLike], **options: Unpack[GenerateOptions]) -> list[Generation]: ...
+def generate(
+    model: Core, prompt: PromptLike | Seq[PromptLike], **options: Unpack[GenerateOptions]
+) -> Generation | list[Generation]:
+    """See `Model.generate`."""
+    opts = Options.of(options)
     many = is_prompt_list(prompt)
-    prompts: list[Any] = list(prompt) if many else [prompt]  # type: ignore[arg-type]
+    prompts = cast("list[PromptLike]", list(prompt) if many else [prompt])  # type: ignore[arg-type]
     if many and opts.sequence is not None:
         raise ValueError("sequence= goes with one prompt, not a list")
     with Batch(model) as batch:
@@ -42,12 +48,13 @@ def generate(model: Core, prompt: PromptLike | Seq[PromptLike], **options: Any) 
     return results if many else results[0]
 
 
-def stream(model: Core, prompt: PromptLike, **options: Any) -> TextStream:
-    """Continue one prompt piece by piece. Arguments and errors as for `generate`; the prompt is checked right here."""
+def stream(model: Core, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> TextStream:
+    """See `Model.stream`."""
+    opts = Options.of(options)
     if is_prompt_list(prompt):
         raise ValueError("stream() takes one prompt; generate() takes a list")
     batch = Batch(model)
-    return TextStream(batch, batch.join(prompt, Options(**options)))
+    return TextStream(batch, batch.join(prompt, opts))
 
 
 class TextStream(Iterator[Piece]):

@@ -36,10 +36,10 @@ class Stack(NamedTuple):
     labels: list[str]  # n names
 
 
-class CapturedArrays(Mapping[str, NDArray[Any]]):
-    """Site name -> array, in forward order. What a name that is not there means is said by whoever inherits."""
+class CapturedArrays(Mapping[str, F32]):
+    """Site name -> float32 array (int32 for expert ids), in forward order. Heirs say what a name not there means."""
 
-    def __init__(self, arrays: dict[str, NDArray[Any]]) -> None:
+    def __init__(self, arrays: dict[str, F32]) -> None:
         self._arrays = arrays
 
     def __iter__(self) -> Iterator[str]:
@@ -59,11 +59,11 @@ class EncoderCache(CapturedArrays):
     run: which it is, and where in the prompt its soft tokens stand
     """
 
-    def __init__(self, run: SoftRun, arrays: dict[str, NDArray[Any]]) -> None:
+    def __init__(self, run: SoftRun, arrays: dict[str, F32]) -> None:
         super().__init__(arrays)
         self.run = run
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
+    def __getitem__(self, name: str) -> F32:
         if name not in self._arrays:
             kind = self.run.medium.kind
             raise SiteError(f"{name!r} was not captured of this {kind}: ask for it with names= (docs/sites.md)")
@@ -105,7 +105,7 @@ class ActivationCache(CapturedArrays):
     def __init__(
         self,
         model: Core,
-        arrays: dict[str, NDArray[Any]],
+        arrays: dict[str, F32],
         tokens: NDArray[np.int32],
         positions: NDArray[np.int64],
         media: tuple[EncoderCache, ...] = (),
@@ -141,7 +141,7 @@ class ActivationCache(CapturedArrays):
             raise ValueError(f"the cache is of a model with other sites than {model!r}")
         self._model = model
 
-    def __getitem__(self, key: str | tuple[str, int]) -> NDArray[Any]:
+    def __getitem__(self, key: str | tuple[str, int]) -> F32:
         name = self._name(key)
         if name not in self._arrays:
             if name.startswith(ENCODER_PREFIXES):
@@ -166,7 +166,7 @@ class ActivationCache(CapturedArrays):
     def nbytes(self) -> int:
         return super().nbytes + sum(cache.nbytes for cache in self.media)
 
-    def to_dict(self) -> dict[str, NDArray[Any]]:
+    def to_dict(self) -> dict[str, F32]:
         """A plain dict of the same arrays, e.g. for `np.savez`."""
         return dict(self._arrays)
 
@@ -183,7 +183,7 @@ class ActivationCache(CapturedArrays):
         lines += [f"  media[{i}]: {cache!r}" for i, cache in enumerate(self.media)]
         return "\n".join(lines)
 
-    def stack(self, stem: str) -> NDArray[Any]:
+    def stack(self, stem: str) -> F32:
         """The same site of every captured layer: [n_layers, ...]. stem: the name inside a block, "hook_resid_post"."""
         found = [
             array for name, array in self._arrays.items() if self._model.sites[name].stem in (stem, f"hook_{stem}")
@@ -228,7 +228,7 @@ class ActivationCache(CapturedArrays):
                 labels.append(label)
         return Stack(np.stack(values), labels)
 
-    def _written(self, layer: int, per_head: bool) -> Iterator[tuple[str, NDArray[Any]]]:
+    def _written(self, layer: int, per_head: bool) -> Iterator[tuple[str, F32]]:
         if per_head:
             heads = self[f"blocks.{layer}.attn.hook_result"]
             if self._weights.engine_config["post_norms"]:
@@ -305,7 +305,7 @@ def join_caches(caches: Sequence[ActivationCache]) -> ActivationCache:
     )
 
 
-def _join(site: Site, parts: list[NDArray[Any]]) -> NDArray[Any]:
+def _join(site: Site, parts: list[F32]) -> F32:
     if "T" not in site.dims:
         return parts[-1]
     if "S" in site.dims:
@@ -315,6 +315,6 @@ def _join(site: Site, parts: list[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(parts, axis=site.dims.index("T"))
 
 
-def _pad(array: NDArray[Any], axis: int, length: int, fill: float) -> NDArray[Any]:
+def _pad(array: F32, axis: int, length: int, fill: float) -> F32:
     widths = [(0, length - n if i == axis else 0) for i, n in enumerate(array.shape)]
     return np.pad(array, widths, constant_values=fill)

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from gemma4.interp.sites import Names, Site, SiteTable, names_of
 
 Array: TypeAlias = NDArray[Any]
-HookFn: TypeAlias = Callable[[Array, "HookPoint"], Any]
+HookFn: TypeAlias = Callable[[NDArray[np.float32], "HookPoint"], ArrayLike | None]
 Hook: TypeAlias = tuple[Names, HookFn]
 SiteHooks: TypeAlias = list[tuple[Site, list[HookFn]]]
 
@@ -89,7 +89,7 @@ def _checked_pair(hook: Any) -> Hook:
         raise TypeError(f"a hook is a pair (site name, glob or predicate; function), got {hook!r}")
     if hook[0] is None:
         raise TypeError('a hook needs a site name, glob or predicate; "*" means every site')
-    return hook[0], hook[1]
+    return cast("Hook", (hook[0], hook[1]))
 
 
 def hooks_of(hooks: Iterable[Hook], prefix: str = "") -> list[Hook]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from gemma4.errors import SiteError
 
-Names: TypeAlias = str | Iterable[str] | Callable[[str], Any] | None
+Names: TypeAlias = str | Iterable[str] | Callable[[str], object] | None
 
 ENCODER_PREFIXES = ("vision.", "audio.")  # of sites of the encoders
 

@@ -42,7 +42,7 @@ FREE_SECONDS, MIN_BYTES_PER_SECOND = 1800, 16
 _UNKNOWN = 1 << 60  # libsndfile says such a number of samples for FLAC from a pipe, and cannot read its last block
 _BLOCK = 1 << 18  # samples decoded at once
 
-AudioLike: TypeAlias = str | os.PathLike[str] | bytes | NDArray[Any]
+AudioLike: TypeAlias = str | os.PathLike[str] | bytes | NDArray[np.generic]
 F32: TypeAlias = NDArray[np.float32]
 
 

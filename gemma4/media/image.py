@@ -37,7 +37,7 @@ _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b
 _PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")  # no EPS: runs a program
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[Any] | Image.Image"
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[np.generic] | Image.Image"
 U8: TypeAlias = NDArray[np.uint8]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from gemma4.load import shipped_models
 from gemma4.media.audio import AudioLike, load_audio
@@ -18,7 +18,8 @@ from gemma4.media.image import ImageLike
 from gemma4.media.silence import Segment, split
 
 if TYPE_CHECKING:
-    from gemma4.generation.stream import Generation
+    from gemma4.generation.loop import Generation
+    from gemma4.generation.options import GenerateOptions
     from gemma4.model import Model
 
 _DETECT = "Detect {}, output only ```json"
@@ -38,7 +39,7 @@ def is_shipped(model: Model) -> bool:
 
 
 def detect(
-    model: Model, image: ImageLike, what: str, *, prompt: str | None = None, **options: Any
+    model: Model, image: ImageLike, what: str, *, prompt: str | None = None, **options: Unpack[GenerateOptions]
 ) -> tuple[list[Found], Generation]:
     """Ask where `what` ("a car", "the red circle") is in a picture: what was found, and the whole answer.
 
@@ -54,7 +55,7 @@ def detect(
         raise ValueError(f"the prompt must have {{}} where the thing to look for goes, got {question!r}")
     parts = [{"type": "image", "image": image}, {"type": "text", "text": question.replace("{}", what.strip())}]
     messages = [{"role": "user", "content": parts}]
-    answer = model.generate(messages, **{"temperature": 0.0, **options})
+    answer = model.generate(messages, **_greedy(options))
     return parse_boxes(answer.text), answer
 
 
@@ -77,7 +78,7 @@ def transcribe(
     source: str = "English",
     target: str | None = None,
     on_start: Callable[[int, int, Segment], None] | None = None,
-    **options: Any,
+    **options: Unpack[GenerateOptions],
 ) -> Iterator[Passage]:
     """Write down, and translate into `target`, a recording of any length, a passage at a time.
 
@@ -104,9 +105,13 @@ def _question(model: Model, source: str, target: str | None) -> str:
     return text.format(source=source, target=target)
 
 
-def _ask(model: Model, samples: Any, question: str, options: dict[str, Any]) -> str:
+def _ask(model: Model, samples: Any, question: str, options: GenerateOptions) -> str:
     parts = [{"type": "text", "text": question}, {"type": "audio", "audio": samples}]  # sound after text: model card
-    return model.generate([{"role": "user", "content": parts}], **{"temperature": 0.0, **options}).text.strip()
+    return model.generate([{"role": "user", "content": parts}], **_greedy(options)).text.strip()
+
+
+def _greedy(options: GenerateOptions) -> GenerateOptions:
+    return {"temperature": 0.0, **options}
 
 
 def _parts(answer: str, target: str | None) -> tuple[str, str]:

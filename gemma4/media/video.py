@@ -30,7 +30,7 @@ MAX_KEPT_PIXELS = 2_000_000_000
 _CHECK_EVERY = 1 << 12  # packets
 _NO_TIME = np.iinfo(np.int64).min
 
-VideoLike: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[Any] | Seq[Any] | VideoFrames"
+VideoLike: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[np.generic] | Seq[images.ImageLike] | VideoFrames"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The types of the public face, as a user's checker sees them, and what help() and wrong options say."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+import typing
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import gemma4
+from gemma4.generation import GenerateOptions, Options
+
+USER_CODE = Path(__file__).parent / "typing" / "user_code.py"
+FACE = [getattr(gemma4, name) for name in gemma4.__all__]
+
+
+@pytest.mark.slow
+def test_user_code(tmp_path):
+    """Every line that should pass does, and every one marked `# error: RULE` breaks that rule."""
+    if find_spec("pyright") is None:
+        pytest.skip("pyright is not installed")
+    shutil.copy(USER_CODE, tmp_path)
+    settings = {"typeCheckingMode": "strict", "include": ["user_code.py"], "reportUnusedExpression": False}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", "-p", str(tmp_path)]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=600).stdout)
+    found = {(one["range"]["start"]["line"] + 1, one.get("rule")) for one in report["generalDiagnostics"]}
+    lines = USER_CODE.read_text(encoding="utf-8").splitlines()
+    wanted = {(n, line.split("# error: ")[1]) for n, line in enumerate(lines, 1) if "# error: " in line}
+    said = "\n".join(f"{one['range']['start']['line'] + 1}: {one['message']}" for one in report["generalDiagnostics"])
+    assert {line for line, _ in found} == {line for line, _ in wanted} and wanted <= found, said
+    assert len(wanted) > 10
+
+
+def public_functions():
+    for thing in FACE:
+        members = vars(thing).items() if inspect.isclass(thing) else [(thing.__name__, thing)]
+        for base in [b for b in getattr(thing, "__mro__", ()) if b.__module__.startswith("gemma4.core")]:
+            members = [*members, *vars(base).items()]
+        for name, member in members:
+            function = member.fget if isinstance(member, property) else getattr(member, "func", member)
+            if inspect.isfunction(function) and (not name.startswith("_") or name == "__getitem__"):
+                yield pytest.param(function, id=f"{thing.__name__}.{name}")
+
+
+@pytest.mark.parametrize("function", list(public_functions()))
+def test_no_any_in_public_signatures(function):
+    """Neither in the implementation nor in any of its overloads; dict[str, Any] of JSON is none of a parameter."""
+    for one in (function, *typing.get_overloads(function)):
+        for name, annotation in one.__annotations__.items():
+            assert not re.search(r"\bAny\b", str(annotation)), f"{name}: {annotation}"
+        assert "return" in one.__annotations__
+
+
+def test_options_have_one_set_of_names():
+    names = [field.name for field in fields(Options)]
+    assert names == list(GenerateOptions.__annotations__)
+    for name in names:
+        assert name in gemma4.Model.generate.__doc__.split("by name")[1], name
+
+
+def test_help_tells_everything(capsys):
+    help(gemma4.Model.generate)
+    text = capsys.readouterr().out
+    for words in ("max_tokens", "temperature", "messages", "[256]", "Raises", "CapacityError", "list of them"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("max_new_tokens", "max_tokens"),
+        ("max_length", "max_tokens"),
+        ("num_predict", "max_tokens"),
+        ("do_sample", "temperature"),
+        ("temprature", "temperature"),
+        ("Temperature", "temperature"),
+        ("topk", "top_k"),
+        ("stop_sequences", "stop"),
+        ("eos_token_id", "stop_ids"),
+        ("repeat_penalty", "repetition_penalty"),
+        ("enable_thinking", "think"),
+        ("logits_processor", "processors"),
+        ("past_key_values", "sequence"),
+    ],
+)
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_an_unknown_option_names_the_nearest(tiny, method, option, meant):
+    with pytest.raises(TypeError, match=rf"^{option}: did you mean {meant}( or \w+)?\?$"):
+        getattr(tiny, method)("Once", **{option: 5})
+
+
+def test_unknown_options_are_all_named(tiny):
+    with pytest.raises(
+        TypeError, match=r"^max_new_tokens: did you mean max_tokens\?; wibble: no such option; max_tokens,"
+    ):
+        tiny.generate("Once", max_new_tokens=5, wibble=1, top_k=3)
