@@ -102,7 +102,7 @@ TEXT = [
         "image ends do not follow pruned rows",
         "f->ends[to] = f->ends[from];",
         "(void)from;",
-        f"{MEDIA} exactness split_keys",
+        f"{MEDIA} reference/media_hooks reference/exactness split_keys",
     ),
     Mistake(
         "logits slots do not follow pruned rows", "f->logits_slot[to] = f->logits_slot[from];", "(void)from;", EXACT
@@ -205,7 +205,7 @@ STEPS = [
         "a saved window may lack a key",
         "length - first < window - 1)",
         "length - first < window - 2)",
-        f"{EXACT} api bad_input",
+        f"saved_sequences {EXACT} api bad_input",
     ),
     Mistake(
         "forks write into shared buffers",
