@@ -50,6 +50,14 @@ def read_limited(path: StrPath, limit: int) -> bytes:
         return file.read(limit)
 
 
+def check_no_pointer(start: bytes, path: StrPath) -> None:
+    """Raise FormatError if a file begins as what Git LFS leaves in place of one that was not fetched."""
+    if start.startswith(b"version https://git-lfs"):
+        raise FormatError(
+            f"{os.fspath(path)} is a Git LFS pointer, not the file itself: fetch it (git lfs pull) or download it"
+        )
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 

@@ -411,7 +411,7 @@ BAD_VALUES += [
     ("per_layer_config", {"0": {"head_dim": 16}}),
     ("use_bidirectional_attention", "both"),
     ("use_bidirectional_attention", True),
-    ("eos_token_id", -1),
+    ("eos_token_id", -2),
     ("eos_token_id", ["1"]),
     ("eos_token_id", list(range(65))),
     ("bos_token_id", HUGE),

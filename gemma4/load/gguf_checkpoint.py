@@ -18,6 +18,7 @@ from gemma4.load import cache, gguf_tokenizer
 from gemma4.load.checkpoint import Checkpoint, EngineTensor, Progress, check_shape, no_double_tensors
 from gemma4.load.config import TextConfig
 from gemma4.load.encoder_config import EncoderConfig, Modality
+from gemma4.load.fields import is_unset
 from gemma4.load.gguf import GgufArray, GgufFile
 from gemma4.load.gguf_config import ROPE_FREQS, parse_metadata, stored_name, wanted_tensors
 from gemma4.load.mmproj import Mmproj, find_mmproj
@@ -72,7 +73,7 @@ class GgufCheckpoint(Checkpoint):
         with self.reading():
             n_same = gguf_tokenizer.count_same_tokens(self.metadata)
         twice = f"{n_same} tokens of the vocabulary repeat others: these encode, all decode"
-        return self._notes + ((twice,) if n_same else ())
+        return self._notes + self._copy_notes + ((twice,) if n_same else ())
 
     @property
     def encoders(self) -> Mapping[Modality, EncoderConfig]:
@@ -208,7 +209,7 @@ def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, key in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
         value = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if value is not None:
+        if not is_unset(value):
             out[name] = value
     ends = _end_ids(metadata)
     if ends:
@@ -233,7 +234,7 @@ def _suppressed(metadata: Mapping[str, Any], d_vocab: int, where: str) -> dict[s
 
 def _end_ids(metadata: Mapping[str, Any]) -> list[int]:
     keys = (f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom"))
-    ids = [metadata[key] for key in keys if key in metadata]
+    ids = [metadata[key] for key in keys if not is_unset(metadata.get(key))]
     tokens = metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, GgufArray):
         ids += [i for i in map(tokens.index, TURN_ENDS) if i is not None]

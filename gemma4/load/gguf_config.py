@@ -112,7 +112,7 @@ def parse_metadata(
     Raises FormatError (a key or tensor is missing or out of range), NotImplementedError (another architecture, or an
     option this engine does not have).
     """
-    _check_architecture(metadata.get("general.architecture"), where)
+    _check_architecture(metadata, where)
     f = _Keys(dict(metadata), where)
     n_layers = f.integer("gemma4.block_count", None, 1, MAX_LAYERS)
     types = _layer_types(f, n_layers)
@@ -146,9 +146,9 @@ def parse_metadata(
         rope=_ropes(f, types, head_dim, rope_freqs),
         # Not in the metadata; llama.cpp goes by the size, of which per-layer embeddings are the sign.
         bidirectional=None if d_ple else "vision",
-        bos_token_id=f.optional_integer("tokenizer.ggml.bos_token_id", None, 0, MAX_VOCAB),
+        bos_token_id=f.token_id("tokenizer.ggml.bos_token_id", None, MAX_VOCAB),
         eos_token_ids=tuple(eos_token_ids),
-        pad_token_id=f.optional_integer("tokenizer.ggml.padding_token_id", None, 0, MAX_VOCAB),
+        pad_token_id=f.token_id("tokenizer.ggml.padding_token_id", None, MAX_VOCAB),
     )
 
 
@@ -165,7 +165,17 @@ class _Keys(Fields):
         )
 
 
-def _check_architecture(name: Any, where: str) -> None:
+# general.type of files that are no model -> what they are, and what to do
+_NO_MODELS = {
+    "adapter": "a LoRA adapter, no model: merge it into its model and convert that",
+    "imatrix": "an importance matrix, which guides a quantisation; it is no model",
+}
+
+
+def _check_architecture(metadata: Mapping[str, Any], where: str) -> None:
+    name, kind = metadata.get("general.architecture"), metadata.get("general.type")
+    if isinstance(kind, str) and kind in _NO_MODELS:
+        raise NotImplementedError(f"{where} is {_NO_MODELS[kind]}")
     if name == ARCHITECTURE:
         return
     if not isinstance(name, str):
@@ -245,8 +255,10 @@ def _ropes(
     f: _Keys, types: tuple[str, ...], head_dim: tuple[int, ...], rope_freqs: NDArray[Any] | None
 ) -> dict[str, Rope]:
     scaling = f.get("gemma4.rope.scaling.type", "none")
-    if scaling != "none":
-        raise NotImplementedError(f"gemma4.rope.scaling.type {scaling!r:.60}: only unscaled positions are supported")
+    factor = f.get("gemma4.rope.scaling.factor", 1)  # of 1, any kind of scaling leaves positions as they are
+    if scaling != "none" and not (scaling == "linear" and factor == 1):
+        what = f"gemma4.rope.scaling.type {scaling!r:.60}, factor {factor!r:.40}"
+        raise NotImplementedError(f"{what}: only unscaled positions are supported")
     out = {}
     if SLIDING in types:
         out[SLIDING] = Rope("default", f.number("gemma4.rope.freq_base_swa", 10_000.0, 1.0, 1e12))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face directory (config.json + one or many .safetensors) as a `Checkpoint` the engine can run from.
 
-Nothing is downloaded and no weight is copied: the engine gets views of the mapped files (quantised ones are repacked,
-see compressed.py).
+Nothing is downloaded, and the engine gets views of the mapped files. Tensors that do not lie aligned are copied,
+quantised ones repacked (see compressed.py).
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gemma4.errors import FormatError, StateError
+from gemma4.files import check_no_pointer, read_limited
 from gemma4.load.checkpoint import Checkpoint, EngineTensor, Progress, TensorMap, check_shape, no_double_tensors
-from gemma4.load.compressed import CompressedConfig, Packed
+from gemma4.load.compressed import PACKED, CompressedConfig, Packed
 from gemma4.load.config import EARLIER, TextConfig, parse_config
+from gemma4.load.dtypes import PLAIN
 from gemma4.load.encoder_config import EncoderConfig, Modality, parse_encoders
 from gemma4.load.names import encoder_names, text_prefix, text_tensors
 from gemma4.load.safetensors import SafetensorsFile
@@ -27,7 +33,8 @@ if TYPE_CHECKING:
     from gemma4.text.tokenizer import Tokenizer
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
-_MAX_JSON = 64 << 20
+_MAX_JSON = 16 << 20  # bytes; the largest index of a released model has 1 MB
+_COMPARED = 1 << 22  # elements at a time, of a head and the table it is said to be
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -35,11 +42,11 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, raw: dict[str, Any], config: TextConfig, files: list[SafetensorsFile]) -> None:
         stored = {name: file for file in files for name in file.tensors}
-        packed = _packed(raw, stored)
+        packed, notes = _packed(raw, stored)
+        config, head_notes = _with_trained_head(config, stored)
         source, made = _sources(config, stored, packed)
         super().__init__(path, config, files, source, made, packed.used if packed else ())
-        if packed:
-            self.notes = (packed.note(),)
+        self.notes = (*((packed.note(),) if packed else ()), *notes, *head_notes, *self._copy_notes)
         if config.model_type in EARLIER:
             self.encoder_advice = "; of models before Gemma 4 the text model alone is supported"
         self.hf_config = raw
@@ -91,11 +98,13 @@ def open_directory(path: Path, *, progress: Progress | None = None) -> HuggingFa
     files: list[SafetensorsFile] = []
     try:
         names = _shard_names(path)
-        for done, (name, expected) in enumerate(names.items()):
+        for done, name in enumerate(names):
             if progress:
                 progress(done, len(names), name)
-            files.append(_open_shard(path, name, expected))
+            if (path / name).is_file():
+                files.append(SafetensorsFile(path / name))
         no_double_tensors(files)
+        _check_shards(path, names, files, config)
         checkpoint = HuggingFaceCheckpoint(path, raw, config, files)
     except BaseException:
         for file in files:
@@ -152,22 +161,34 @@ def _cached_snapshot(name: str) -> Path | None:
     )
     hub = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
     repo = hub / ("models--" + name.replace("/", "--"))
-    snapshots = [d for d in (repo / "snapshots").glob("*") if (d / "config.json").is_file()]
+    snapshots = [d for d in (repo / "snapshots").glob("*") if (d / "config.json").is_file() or any(d.glob("*.gguf"))]
     main = repo / "refs" / "main"
     if main.is_file():
         wanted = main.read_text(encoding="utf-8", errors="replace").strip()
         snapshots = [d for d in snapshots if d.name == wanted] or snapshots
-    return max(snapshots, key=lambda d: d.stat().st_mtime, default=None)
+    newest = max(snapshots, key=lambda d: d.stat().st_mtime, default=None)
+    return newest if newest is None or (newest / "config.json").is_file() else _only_gguf(newest, name)
+
+
+def _only_gguf(folder: Path, name: str) -> Path:
+    """The model of a repository of GGUF files: the only file, or the first part of the only split one. Raises
+    FileNotFoundError if there are several."""
+    files = sorted(file for file in folder.glob("*.gguf") if not file.name.lower().startswith("mmproj"))
+    models = [file for file in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", file.name)]
+    if len(models) == 1:
+        return models[0]
+    found = ", ".join(file.name for file in models[:8]) or "encoders alone"
+    raise FileNotFoundError(f"{name} is cached in {folder} with {found}: name one file by its path")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 64 MiB. Raises FileNotFoundError, FormatError."""
+    """A JSON object from a file of at most 16 MiB. Raises FileNotFoundError, FormatError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}: not a Hugging Face model directory")
-    if path.stat().st_size > _MAX_JSON:
-        raise FormatError(f"{path} has {path.stat().st_size} bytes, the limit is {_MAX_JSON}")
+    data = read_limited(path, _MAX_JSON)
+    check_no_pointer(data, path)
     try:
-        table = json.loads(path.read_bytes().decode("utf-8"))
+        table = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(table, dict):
@@ -211,23 +232,76 @@ def _is_plain_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}", name) is not None
 
 
-def _open_shard(path: Path, name: str, expected: list[str]) -> SafetensorsFile:
-    if not (path / name).is_file():
-        held = f" {expected[0]} … {expected[-1]} ({len(expected)} tensors)" if expected else ""
-        raise FileNotFoundError(f"shard {name} is missing from {path}; it holds{held}. Copy it there")
-    file = SafetensorsFile(path / name)
-    absent = [tensor for tensor in expected if tensor not in file.tensors]
-    if absent:
-        file.close()
-        raise FormatError(f"{path / name} lacks {len(absent)} tensors the index puts there, such as {absent[0]!r:.120}")
-    return file
+def _check_shards(path: Path, names: Mapping[str, list[str]], files: list[SafetensorsFile], config: TextConfig) -> None:
+    """Raise FileNotFoundError for a shard that is not there, FormatError for one that lacks what the index puts there:
+    if the text decoder needs any of it. What nobody needs may be missing."""
+    there = {file.path.name: file.tensors.keys() for file in files}
+    listed = {tensor for tensors in names.values() for tensor in tensors}
+    try:
+        prefix, head = text_prefix(listed)
+    except FormatError:  # nothing is listed, or no text decoder: said where its tensors are looked for
+        prefix, head = "", ""
+    needed = {head if name == "lm_head.weight" else prefix + name for name in text_tensors(config)}
+    for name, tensors in names.items():
+        missing = [t for t in tensors if t not in there.get(name, ()) and (t in needed or _is_packed_part(t, prefix))]
+        if name not in there and (missing or not tensors):
+            held = f"; it holds {tensors[0]} … {tensors[-1]} ({len(tensors)} tensors)" if tensors else ""
+            raise FileNotFoundError(f"shard {name} is missing from {path}{held}. Copy it there")
+        if missing:
+            what = f"lacks {len(missing)} tensors the index puts there, such as {missing[0]!r:.120}"
+            raise FormatError(f"{path / name} {what}")
 
 
-def _packed(raw: dict[str, Any], stored: Mapping[str, SafetensorsFile]) -> Packed | None:
-    """The quantised matrices, if config.json says that there are some (at its top, or beside the text model's)."""
+def _is_packed_part(tensor: str, prefix: str) -> bool:
+    """Whether a name is that of a part of a packed matrix of the text decoder."""
+    return tensor.startswith(prefix) and ".weight_" in tensor
+
+
+def _packed(raw: dict[str, Any], stored: Mapping[str, SafetensorsFile]) -> tuple[Packed | None, tuple[str, ...]]:
+    """The quantised matrices, if config.json says that there are some (at its top, or beside the text model's), and a
+    note where it says so of weights that are not: trainers leave it behind when they merge.
+
+    Raises NotImplementedError for a checkpoint that MLX has quantised, which says so under another name.
+    """
     inner = raw.get("text_config")
-    quantised = raw.get("quantization_config") or (inner or {}).get("quantization_config")
-    return Packed(CompressedConfig(quantised), TensorMap(stored)) if quantised is not None else None
+    inner = inner if isinstance(inner, dict) else {}
+    tables = [table.get(name) for name in ("quantization_config", "quantization") for table in (raw, inner)]
+    table = next((table for table in tables if table), None)
+    if not table:
+        return None, ()
+    is_plain = all(file.tensors[name].dtype in PLAIN for name, file in stored.items())
+    if is_plain and not any(name.endswith(f".{PACKED}") for name in stored):
+        method = table.get("quant_method") if isinstance(table, dict) else table
+        return None, (f"config.json says that the weights are quantised ({method!r:.60}); they are not",)
+    if any(name.endswith(".scales") for name in stored) and any(name.endswith(".biases") for name in stored):
+        raise NotImplementedError(
+            "the checkpoint is quantised by MLX (.scales and .biases beside packed weights), which cannot be read: "
+            "take the unquantised model, or a GGUF file"
+        )
+    return Packed(CompressedConfig(table), TensorMap(stored)), ()
+
+
+def _with_trained_head(config: TextConfig, stored: Mapping[str, SafetensorsFile]) -> tuple[TextConfig, tuple[str, ...]]:
+    """The configuration, untied if the files hold a head of another content than the embedding table it is said to
+    be: it was trained, and transformers uses it."""
+    if not config.tied:
+        return config, ()
+    try:
+        prefix, head = text_prefix(stored)
+    except FormatError:
+        return config, ()
+    table = prefix + "embed_tokens.weight"
+    if head not in stored or stored[head].tensors[head].shape != stored[table].tensors[table].shape:
+        return config, ()
+    if _same_values(stored[head].array(head), stored[table].array(table)):
+        return config, ()
+    note = f"{head} differs from the embedding table, which config.json says it is: the stored head is used"
+    return replace(config, tied=False), (note,)
+
+
+def _same_values(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    rows = max(1, _COMPARED // max(1, a.shape[-1]))
+    return a.dtype == b.dtype and all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, len(a), rows))
 
 
 def _sources(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gemma4 import _engine
 from gemma4.errors import FormatError, StateError
-from gemma4.files import open_regular
+from gemma4.files import check_no_pointer, open_regular
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class MappedFile(ABC):
         self._fd = open_regular(self.path)
         try:
             self._stat = os.fstat(self._fd)
+            check_no_pointer(os.pread(self._fd, 64, 0) if hasattr(os, "pread") else b"", self.path)
             if self.nbytes < self.least:
                 need = f"{self.nbytes} bytes, at least {self.least} are needed"
                 raise FormatError(f"{self.path} is not a {self.kind} file: {need}")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Backend
 
-from gemma4.files import read_limited
+from gemma4.files import check_no_pointer, read_limited
 from gemma4.text.tokenizer_file import MAX_FILE, make_backend, need_memory, panics_are_errors, read_table
 
 I32 = NDArray[np.int32]
@@ -67,7 +67,9 @@ class Tokenizer:
             file = file / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"there is no tokenizer at {file}; the model can be run on token ids without one")
-        return cls.from_table(read_table(read_limited(file, MAX_FILE), str(file)), str(file))
+        data = read_limited(file, MAX_FILE)
+        check_no_pointer(data, file)
+        return cls.from_table(read_table(data, str(file)), str(file))
 
     @classmethod
     def from_json(cls, text: str, where: str = "text") -> Tokenizer:
