@@ -111,33 +111,87 @@ void g4_sequence_set_length(g4_sequence *seq, int length); /* after every layer 
 /* ---- sites -------------------------------------------------------------------------------------------------------- */
 
 typedef enum {
-#define G4_SITE(id, name, dims, when) G4_SITE_##id,
+#define G4_SITE(id, name, dims, when, rows, keys, type, access) G4_SITE_##id,
 #include "model/sites.inc"
 #undef G4_SITE
     G4_N_SITES
 } g4_site;
 
-const char *g4_site_name(g4_site site); /* with "{}" for the layer */
-bool g4_site_exists(const g4_config *config, g4_site site, int layer);
+/* What the axis S of a site means. */
+typedef enum {
+    G4_KEYS_NONE,
+    G4_KEYS_CACHED, /* rows of keys or values, by position */
+    G4_KEYS_SCORES, /* of each row of T; -inf for keys that it does not see */
+    G4_KEYS_PATTERN /* the same after softmax; 0 */
+} g4_site_keys;
+
+/* A row of sites.inc. */
+typedef struct {
+    const char *name;   /* with "{}" for the layer */
+    const char *dims;   /* one letter for each axis */
+    bool after_pruning; /* from the last layer that computes keys on, only rows that an output needs pass it */
+    bool is_int32;      /* else float32 */
+    bool writable;
+    g4_site_keys keys;
+} g4_site_row;
+
+enum { G4_SITE_NAME = 80 };
+
+const g4_site_row *g4_site_row_of(g4_site site);
 bool g4_site_is_per_layer(g4_site site);
-bool g4_site_is_int32(g4_site site);
+void g4_site_name(g4_site site, int layer, char name[G4_SITE_NAME]); /* with the layer's number */
+/* Which axis rows of a run (positions, soft tokens, frames) lie along; -1: keys and values in use have none. */
+int g4_site_row_axis(g4_site site);
+bool g4_site_exists(const g4_config *config, g4_site site, int layer);
 /* Sizes of the site's axes for a run of n_rows rows and n_keys key positions; returns how many axes. */
 int g4_site_shape(const g4_config *config, g4_site site, int layer, int n_rows, int n_keys, int64_t shape[G4_MAX_DIMS]);
-const char *g4_site_dims(g4_site site); /* the letters of sites.inc */
+
+/* ---- taps: what is done with the value of a site ----------------------------------------------------------------------- */
+
+/* Taps of one site and run act in the order in which they are given. */
+typedef enum {
+    G4_TAP_COPY,        /* to `dest` */
+    G4_TAP_CALL,        /* `call` may change it; it gets all rows of the run at once, so no row is pruned or cut off */
+    G4_TAP_ADD,         /* x += factor * value */
+    G4_TAP_SCALE,       /* x *= factor */
+    G4_TAP_SET,         /* x = value */
+    G4_TAP_PROJECT_OUT, /* x -= factor * (x . v) / (v . v) * v, of each vector along the last axis; v = 0 changes nothing */
+    G4_TAP_CLAMP,       /* x = min(max(x, low), high) */
+    G4_N_TAP_KINDS
+} g4_tap_kind;
 
 /* Changes `data` (the site's shape, float32 or int32) in place. */
-typedef g4_status (*g4_edit_fn)(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err);
+typedef g4_status (*g4_call_fn)(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err);
 
 typedef struct {
+    int first, end; /* {0, 0}: the whole axis */
+} g4_span;
+
+/* Arithmetic on the rows that the tap chooses, as far as they are computed: it makes no row needed. Scores and patterns
+ * change for keys that a row sees only. */
+typedef struct {
+    g4_span span[G4_MAX_DIMS]; /* of each axis of the site but that of rows: heads, keys by position, channels … */
+    /* The value of an element is values[sum of stride[axis] * index], index counted from the span's first, and that of the
+     * row axis from g4_tap.rows. A stride of 0 repeats a value along its axis, so `values` may be a number, a vector of the
+     * last axes, or an array that a copy filled. */
+    const float *values;
+    size_t n_values;
+    int64_t stride[G4_MAX_DIMS];
+    float factor, low, high;
+} g4_edit;
+
+typedef struct {
+    g4_tap_kind kind;
     g4_site site;
-    int layer, run; /* layer 0 for sites of the whole model */
-    /* copy out: */
-    void *dest;          /* the site's shape with T = n_dest_rows, S = the sequence's length after the step */
-    const int32_t *rows; /* [T of the run] row of dest or -1; NULL: row i to row i */
+    int layer, run; /* layer 0 for sites of the whole model; run: of the step, or an encoder's medium */
+    /* For each row of the run: of a copy, its row of `dest`; of an edit, its index in `values`; -1: not this one. NULL: row i
+     * to i. Sites without rows have none. */
+    const int32_t *rows;
+    void *dest; /* of a copy: the site's shape with T = n_dest_rows, S = the sequence's length after the step */
     int n_dest_rows;
-    /* or edit: */
-    g4_edit_fn edit;
+    g4_call_fn call;
     void *context;
+    g4_edit edit; /* of the other kinds */
 } g4_tap;
 
 /* ---- the step --------------------------------------------------------------------------------------------------- */
@@ -218,8 +272,8 @@ bool g4_encoder_has_positions(const g4_encoder_config *config); /* its media nee
 bool g4_encoder_site_exists(const g4_encoder_config *config, g4_site site, int layer);
 int g4_encoder_site_shape(const g4_encoder_config *config, g4_site site, int n_rows, int64_t shape[G4_MAX_DIMS]);
 
-/* All media in one ragged pass, without padding. A tap's run is the medium; it copies all rows. Threads may share an
- * encoder. profile: as in g4_step_options. */
+/* All media in one ragged pass, without padding. A tap's run is the medium. Threads may share an encoder. profile: as in
+ * g4_step_options. */
 g4_status g4_encode(const g4_encoder *encoder, const g4_medium *media, int n_media, const g4_tap *taps, int n_taps,
                     int (*poll)(void *context), void *poll_context, g4_profile *profile, g4_error *err);
 

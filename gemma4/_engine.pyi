@@ -82,6 +82,11 @@ Run: TypeAlias = (
 # none of its positions is skipped in shared-KV layers.
 Tap: TypeAlias = tuple[int, int, int, NDArray[Any] | Callable[[NDArray[Any]], Any], I32 | None]
 
+# A row of csrc/model/sites.inc: name · site id · layer (0 for model-wide sites) · dims ("T", "S" or a size) · "float32"
+# or "int32" · what "S" means: "" (there is none), "cached", "scores" or "pattern" · whether rows are pruned before it,
+# in the last layer that computes keys · whether it can be changed
+SiteRow: TypeAlias = tuple[str, int, int, tuple[str | int, ...], str, str, bool, bool]
+
 class Model:
     def __init__(self, config: Config, tensors: Tensors, *, threads: int = 0, precision: str = "exact") -> None:
         """Check names, shapes and dtypes and keep views of the weights (they are not copied).
@@ -95,8 +100,8 @@ class Model:
     weight_bytes: int
     def new_sequence(self, *, kv_dtype: str = "f32", capacity: int = 0) -> Sequence:
         """An empty timeline. kv_dtype "f32", "f16", "bf16" or "q8_0"; capacity in positions, 0: all of the context."""
-    def sites(self) -> list[tuple[str, int, int, tuple[str | int, ...]]]:
-        """Every site this model has, in forward order: name, site id, layer, dims ("T", "S" or a size)."""
+    def sites(self) -> list[SiteRow]:
+        """Every site this model has, in forward order."""
     def step(
         self,
         runs: Seq[Run],
@@ -193,7 +198,7 @@ class Encoder:
         """
     weight_bytes: int
     copied_bytes: int  # of its own, besides those
-    def sites(self) -> list[tuple[str, int, int, tuple[str | int, ...]]]:
+    def sites(self) -> list[SiteRow]:
         """As Model.sites(); dims: "T", "S" rows inside the encoder, "N" soft tokens, "U" half the input rows."""
     def soft_tokens(self, n_rows: int) -> int:
         """Soft tokens of a medium of so many input rows."""

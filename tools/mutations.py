@@ -140,15 +140,15 @@ TEXT = [
 STEPS = [
     Mistake(
         "hooks run in the opposite order",
-        "for (int i = n_taps - 1; i >= 0; i--) {\n        int *first = list_of(",
-        "for (int i = 0; i < n_taps; i++) {\n        int *first = list_of(",
+        "for (int i = n_taps - 1; i >= 0; i--) {\n        int *first = &index->first[",
+        "for (int i = 0; i < n_taps; i++) {\n        int *first = &index->first[",
         "capture_api api",
     ),
-    Mistake("later keys have score 0", "to[j] = masked;", "to[j] = 0;", f"{EXACT} capture_api"),
+    Mistake("later keys have score 0", "to[j] = unseen;", "to[j] = 0;", f"{EXACT} capture_api"),
     Mistake(
         "keys of a prompt are copied to every prompt of its length",
-        "if (tap->run != segment->run)\n            continue;",
-        "if (f->runs[tap->run].n_rows != f->runs[segment->run].n_rows)\n            continue;",
+        "if (f->taps.taps[i].run == segment->run)",
+        "if (f->runs[f->taps.taps[i].run].n_rows == f->runs[segment->run].n_rows)",
         f"capture_api {EXACT}",
     ),
     Mistake(
@@ -157,7 +157,30 @@ STEPS = [
         "segment->first_position - window : 0",
         f"{EXACT} {SITES}",
     ),
-    Mistake("an edit does not keep its rows", "|= tap->edit || dest_row(", "|= dest_row(", f"capture_api {EXACT}"),
+    Mistake(
+        "an edit does not keep its rows",
+        "return tap->kind == G4_TAP_COPY || tap->kind == G4_TAP_CALL;",
+        "return tap->kind == G4_TAP_COPY;",
+        f"capture_api {EXACT}",
+    ),
+    Mistake(
+        "a site after pruning says that it comes before",
+        '"THh", QNORM,     AFTER,',
+        '"THh", QNORM,     BEFORE,',
+        "sites capture_api",
+    ),
+    Mistake(
+        "pruning is not noticed",
+        "    f->pruned = true;\n",
+        "",
+        "sites capture_api",
+    ),
+    Mistake(
+        "a hook may resize its array",
+        "    int failed = result ? check_face(edit, array, &face) : -1;",
+        "    int failed = result ? 0 : -1;",
+        "hook_arrays",
+    ),
     Mistake(
         "chunks may cut an image before its last row",
         "row > 0 && ends[row - 1] > row;",

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include <stdio.h>
 #include <string.h>
 
 #include "model/config.h"
@@ -17,65 +18,86 @@ typedef enum {
     PLE,
     MOE,
     SOFTCAP,
-    VISION, /* from here on those of encoders */
+    VISION,
     VISION_LAYER,
     EMBEDDER,
     SOFT,
     AUDIO,
     AUDIO_LAYER,
-    AUDIO_SOFT
+    AUDIO_SOFT,
+    N_PRESENCES
 } presence;
 
-typedef struct {
-    const char *name, *dims;
-    presence when;
-} site_row;
+#define KIND(name) (1u << G4_##name)
 
-static const site_row sites[G4_N_SITES] = {
-#define G4_SITE(id, name, dims, when) [G4_SITE_##id] = {name, dims, when},
+/* Which kinds of encoders have the sites of each presence; those of the text model belong to none. */
+static const unsigned encoder_kinds[N_PRESENCES] = {
+    [VISION] = KIND(VISION_TOWER),
+    [VISION_LAYER] = KIND(VISION_TOWER),
+    [EMBEDDER] = KIND(VISION_EMBEDDER),
+    [SOFT] = KIND(VISION_TOWER) | KIND(VISION_EMBEDDER),
+    [AUDIO] = KIND(AUDIO_TOWER),
+    [AUDIO_LAYER] = KIND(AUDIO_TOWER),
+    [AUDIO_SOFT] = KIND(AUDIO_TOWER) | KIND(AUDIO_EMBEDDER),
+};
+
+static const presence whens[G4_N_SITES] = {
+#define G4_SITE(id, name, dims, when, rows, keys, type, access) [G4_SITE_##id] = when,
 #include "model/sites.inc"
 #undef G4_SITE
 };
 
-const char *g4_site_name(g4_site site)
+enum {
+    ROWS_BEFORE = false,
+    ROWS_AFTER = true,
+    TYPE_F32 = false,
+    TYPE_I32 = true,
+    ACCESS_READ = false,
+    ACCESS_EDIT = true
+};
+
+static const g4_site_row sites[G4_N_SITES] = {
+#define G4_SITE(id, name, dims, when, rows, keys, type, access) \
+    [G4_SITE_##id] = {name, dims, ROWS_##rows, TYPE_##type, ACCESS_##access, G4_KEYS_##keys},
+#include "model/sites.inc"
+#undef G4_SITE
+};
+
+const g4_site_row *g4_site_row_of(g4_site site)
 {
-    return sites[site].name;
+    return &sites[site];
 }
 
-const char *g4_site_dims(g4_site site)
+static const char *layer_in_name(g4_site site)
 {
-    return sites[site].dims;
+    return strstr(sites[site].name, "{}");
 }
 
 bool g4_site_is_per_layer(g4_site site)
 {
-    switch (sites[site].when) {
-    case LAYER:
-    case KV:
-    case VPROJ:
-    case QNORM:
-    case KNORM:
-    case VNORM:
-    case POST:
-    case SCALAR:
-    case PLE:
-    case MOE:
-    case VISION_LAYER:
-    case AUDIO_LAYER: return true;
-    default: return false;
-    }
+    return layer_in_name(site) != NULL;
 }
 
-bool g4_site_is_int32(g4_site site)
+void g4_site_name(g4_site site, int layer, char name[G4_SITE_NAME])
 {
-    return site == G4_SITE_EXPERT_IDS;
+    const char *full = sites[site].name, *hole = layer_in_name(site);
+    if (hole)
+        snprintf(name, G4_SITE_NAME, "%.*s%d%s", (int)(hole - full), full, layer, hole + 2);
+    else
+        snprintf(name, G4_SITE_NAME, "%s", full);
+}
+
+int g4_site_row_axis(g4_site site)
+{
+    const size_t axis = strcspn(sites[site].dims, "TNU");
+    return sites[site].dims[axis] ? (int)axis : -1;
 }
 
 bool g4_site_exists(const g4_config *config, g4_site site, int layer)
 {
-    if (sites[site].when >= VISION || layer < 0 || layer >= (g4_site_is_per_layer(site) ? config->n_layers : 1))
+    if (encoder_kinds[whens[site]] || layer < 0 || layer >= (g4_site_is_per_layer(site) ? config->n_layers : 1))
         return false;
-    switch (sites[site].when) {
+    switch (whens[site]) {
     case KV: return g4_computes_kv(config, layer);
     case VPROJ: return g4_computes_kv(config, layer) && !config->layers[layer].k_eq_v;
     case QNORM: return config->q_norm;
@@ -91,6 +113,12 @@ bool g4_site_exists(const g4_config *config, g4_site site, int layer)
     }
 }
 
+bool g4_encoder_site_exists(const g4_encoder_config *config, g4_site site, int layer)
+{
+    return layer >= 0 && layer < (g4_site_is_per_layer(site) ? config->n_layers : 1) &&
+           (encoder_kinds[whens[site]] >> config->kind & 1);
+}
+
 int g4_site_shape(const g4_config *config, g4_site site, int layer, int n_rows, int n_keys, int64_t shape[G4_MAX_DIMS])
 {
     const char *dims = sites[site].dims;
@@ -98,22 +126,4 @@ int g4_site_shape(const g4_config *config, g4_site site, int layer, int n_rows, 
     for (int i = 0; i < n_dims; i++)
         shape[i] = dims[i] == 'T' ? n_rows : dims[i] == 'S' ? n_keys : g4_config_size(config, layer, dims[i]);
     return n_dims;
-}
-
-/* ---- encoders ------------------------------------------------------------------------------------------------------ */
-
-bool g4_encoder_site_exists(const g4_encoder_config *config, g4_site site, int layer)
-{
-    if (layer < 0 || layer >= (g4_site_is_per_layer(site) ? config->n_layers : 1))
-        return false;
-    switch (sites[site].when) {
-    case VISION:
-    case VISION_LAYER: return config->kind == G4_VISION_TOWER;
-    case EMBEDDER: return config->kind == G4_VISION_EMBEDDER;
-    case SOFT: return config->kind == G4_VISION_TOWER || config->kind == G4_VISION_EMBEDDER;
-    case AUDIO:
-    case AUDIO_LAYER: return config->kind == G4_AUDIO_TOWER;
-    case AUDIO_SOFT: return config->kind == G4_AUDIO_TOWER || config->kind == G4_AUDIO_EMBEDDER;
-    default: return false;
-    }
 }

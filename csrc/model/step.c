@@ -22,7 +22,7 @@ typedef struct {
     g4_error *err;
     int *start;       /* [n_runs] lengths before the step */
     int *done;        /* [n_runs] rows finished */
-    bool *whole;      /* [n_runs] never cut: an edit sees all rows of the run at once */
+    bool *whole;      /* [n_runs] never cut: a call gets all rows of the run at once */
     bool looks_ahead; /* some run has ends, and some layer goes by them */
 } step;
 
@@ -91,13 +91,12 @@ static g4_status check_tap(const step *s, const g4_tap *tap)
         return g4_fail(s->err, G4_EVALUE, "no site %d in layer %d", (int)tap->site, tap->layer);
     if (tap->run < 0 || tap->run >= s->n_runs)
         return g4_fail(s->err, G4_EVALUE, "a tap names run %d of %d", tap->run, s->n_runs);
-    if (!tap->dest && !tap->edit)
-        return g4_fail(s->err, G4_EVALUE, "a tap has neither a destination nor an edit");
-    for (int i = 0; tap->rows && i < s->runs[tap->run].n_rows; i++)
-        if (tap->rows[i] < -1 || tap->rows[i] >= tap->n_dest_rows)
-            return g4_fail(s->err, G4_EVALUE, "a tap copies position %d to row %d: expected -1 to %d", i, tap->rows[i],
-                           tap->n_dest_rows - 1);
-    return G4_OK;
+    const g4_run *run = &s->runs[tap->run];
+    const int room = INT32_MAX - run->seq->length,
+              n_keys = run->seq->length + (run->n_rows < room ? run->n_rows : room);
+    int64_t shape[G4_MAX_DIMS];
+    const int n_dims = g4_site_shape(&s->model->config, tap->site, tap->layer, run->n_rows, n_keys, shape);
+    return g4_tap_check(tap, (int)(tap - s->taps), shape, n_dims, s->err);
 }
 
 static g4_status check(const step *s)
@@ -242,8 +241,8 @@ static g4_status run_chunk(step *s, const int *take, int n_rows)
         fill_segment(&f, s, r, row, take[r], tokens, embeddings);
         row += take[r];
     }
-    G4_TRY(g4_taps_index(&f, s->taps, s->n_taps));
-    g4_taps_mark_wanted(&f, g4_last_kv_layer(config));
+    G4_TRY(g4_taps_index(&f.exec, s->taps, s->n_taps, config->n_layers, &f.taps));
+    g4_taps_mark_wanted(&f);
     G4_TRY(g4_text_embed(&f, tokens, embeddings));
     G4_TRY(g4_text_layers(&f, stop < 0 ? config->n_layers : stop));
     return stop < 0 ? g4_text_logits(&f) : G4_OK;
@@ -296,7 +295,7 @@ static g4_status prepare(step *s)
             G4_TRY(g4_kv_reserve(run->seq, run->n_rows, s->err));
     }
     for (int t = 0; t < s->n_taps; t++)
-        s->whole[s->taps[t].run] |= s->taps[t].edit != NULL;
+        s->whole[s->taps[t].run] |= s->taps[t].kind == G4_TAP_CALL;
     s->looks_ahead = looks_ahead(s);
     return G4_OK;
 }

@@ -11,30 +11,82 @@ int engine_poll_signals(void *context)
     return failed;
 }
 
-static int copy_back(PyObject *result, PyArrayObject *given, const engine_edit *edit, void *data, size_t n_bytes)
+/* What a hook may not change of the array it is given, but only of the numbers in it. */
+typedef struct {
+    void *data;
+    PyArray_Descr *type;
+    int n_dims;
+    npy_intp dims[G4_MAX_DIMS], strides[G4_MAX_DIMS];
+} array_face;
+
+static array_face face_of(PyArrayObject *array)
 {
-    if (result == Py_None) {
-        memcpy(data, PyArray_DATA(given), n_bytes);
-        return 0;
+    array_face face = {.data = PyArray_DATA(array), .type = PyArray_DESCR(array), .n_dims = PyArray_NDIM(array)};
+    Py_INCREF((PyObject *)face.type);
+    for (int i = 0; i < face.n_dims; i++) {
+        face.dims[i] = PyArray_DIM(array, i);
+        face.strides[i] = PyArray_STRIDE(array, i);
     }
-    PyArrayObject *array =
-        (PyArrayObject *)PyArray_FROM_OTF(result, edit->type, NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
+    return face;
+}
+
+/* NULL: nothing. */
+static const char *what_changed(PyArrayObject *array, const array_face *face)
+{
+    if (PyArray_NDIM(array) != face->n_dims || !PyArray_CompareLists(PyArray_DIMS(array), face->dims, face->n_dims))
+        return "shape";
+    if (!PyArray_EquivTypes(PyArray_DESCR(array), face->type))
+        return "dtype";
+    if (!PyArray_CompareLists(PyArray_STRIDES(array), face->strides, face->n_dims))
+        return "strides";
+    if (PyArray_DATA(array) != face->data)
+        return "memory";
+    return PyArray_ISWRITEABLE(array) ? NULL : "writeable flag";
+}
+
+static int check_face(const engine_edit *edit, PyArrayObject *given, const array_face *face)
+{
+    char name[G4_SITE_NAME];
+    const char *changed = what_changed(given, face);
+    if (!changed)
+        return 0;
+    g4_site_name(edit->site, edit->layer, name);
+    PyErr_Format(PyExc_ValueError,
+                 "the hook on %s changed the %s of the array it was given; change the numbers in it, or return another "
+                 "array of the same shape",
+                 name, changed);
+    return -1;
+}
+
+static void raise_shape(const engine_edit *edit, PyArrayObject *array, const array_face *face)
+{
+    char name[G4_SITE_NAME];
+    PyObject *got = PyObject_GetAttrString((PyObject *)array, "shape"), *expected = PyTuple_New(face->n_dims);
+    for (int i = 0; expected && i < face->n_dims; i++)
+        PyTuple_SetItem(expected, i, PyLong_FromSsize_t(face->dims[i]));
+    g4_site_name(edit->site, edit->layer, name);
+    if (got && expected && !PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "the hook on %s returned an array of shape %R, the site has %R", name, got,
+                     expected);
+    Py_XDECREF(got);
+    Py_XDECREF(expected);
+}
+
+/* Making an array of `result` may run code that changes the one that was given once more: only `face` is believed. */
+static int copy_result(PyObject *result, const engine_edit *edit, const array_face *face, void *data, size_t n_bytes)
+{
+    PyArrayObject *array = (PyArrayObject *)PyArray_FROM_OTF(result, engine_site_type(edit->site),
+                                                             NPY_ARRAY_CARRAY_RO | NPY_ARRAY_FORCECAST);
     if (!array)
         return -1;
-    int failed = PyArray_NDIM(array) != PyArray_NDIM(given) ||
-                 !PyArray_CompareLists(PyArray_DIMS(array), PyArray_DIMS(given), PyArray_NDIM(given));
-    if (failed) {
-        PyObject *got = PyObject_GetAttrString((PyObject *)array, "shape");
-        PyObject *expected = PyObject_GetAttrString((PyObject *)given, "shape");
-        if (got && expected)
-            PyErr_Format(PyExc_ValueError, "an edit returned an array of shape %R, the site has %R", got, expected);
-        Py_XDECREF(got);
-        Py_XDECREF(expected);
-    } else {
+    const bool fits =
+        PyArray_NDIM(array) == face->n_dims && PyArray_CompareLists(PyArray_DIMS(array), face->dims, face->n_dims);
+    if (fits)
         memcpy(data, PyArray_DATA(array), n_bytes);
-    }
+    else
+        raise_shape(edit, array, face);
     Py_DECREF(array);
-    return failed ? -1 : 0;
+    return fits ? 0 : -1;
 }
 
 /* The callable gets an array of its own, so it may keep it: scratch memory is never shown. */
@@ -43,14 +95,20 @@ static int call_edit(const engine_edit *edit, void *data, const int64_t *shape, 
     npy_intp dims[G4_MAX_DIMS];
     for (int i = 0; i < n_dims; i++)
         dims[i] = (npy_intp)shape[i];
-    PyArrayObject *array = (PyArrayObject *)PyArray_SimpleNew(n_dims, dims, edit->type);
+    PyArrayObject *array = (PyArrayObject *)PyArray_SimpleNew(n_dims, dims, engine_site_type(edit->site));
     if (!array)
         return -1;
-    size_t n_bytes = (size_t)PyArray_NBYTES(array);
-    memcpy(PyArray_DATA(array), data, n_bytes);
+    const size_t n_bytes = (size_t)PyArray_NBYTES(array);
+    const array_face face = face_of(array);
+    memcpy(face.data, data, n_bytes);
     PyObject *result = PyObject_CallFunctionObjArgs(edit->callable, (PyObject *)array, NULL);
-    int failed = result ? copy_back(result, array, edit, data, n_bytes) : -1;
+    int failed = result ? check_face(edit, array, &face) : -1;
+    if (!failed && result == Py_None)
+        memcpy(data, face.data, n_bytes);
+    else if (!failed)
+        failed = copy_result(result, edit, &face, data, n_bytes);
     Py_XDECREF(result);
+    Py_DECREF((PyObject *)face.type);
     Py_DECREF(array);
     return failed;
 }

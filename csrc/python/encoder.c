@@ -298,7 +298,17 @@ static PyObject *encoder_encode(PyObject *object, PyObject *args, PyObject *kwar
 
 /* ---- what it is ------------------------------------------------------------------------------------------------------- */
 
-/* In the order of sites.inc, those of layers together layer by layer. */
+static bool has_site(void *config, g4_site site, int layer)
+{
+    return g4_encoder_site_exists(config, site, layer);
+}
+
+static int shape_of_no_rows(void *config, g4_site site, int layer, int64_t shape[G4_MAX_DIMS])
+{
+    (void)layer;
+    return g4_encoder_site_shape(config, site, 0, shape);
+}
+
 static PyObject *encoder_sites(PyObject *object, PyObject *unused)
 {
     encoder_object *self = (encoder_object *)object;
@@ -306,25 +316,7 @@ static PyObject *encoder_sites(PyObject *object, PyObject *unused)
     if (!encoder_ready(self))
         return NULL;
     const g4_encoder_config *c = g4_encoder_config_of(self->encoder);
-    PyObject *list = PyList_New(0);
-    int failed = list ? 0 : -1;
-    for (int s = 0; s < G4_N_SITES && !failed; s++) {
-        int last = s;
-        while (last < G4_N_SITES && g4_site_is_per_layer((g4_site)last) && g4_encoder_site_exists(c, (g4_site)last, 0))
-            last++;
-        const int n_layers = last > s ? c->n_layers : 1, end = last > s ? last : s + 1;
-        for (int layer = 0; layer < n_layers && !failed; layer++)
-            for (int i = s; i < end && !failed; i++) {
-                int64_t shape[G4_MAX_DIMS];
-                const int n_dims = g4_encoder_site_shape(c, (g4_site)i, 0, shape);
-                if (g4_encoder_site_exists(c, (g4_site)i, layer))
-                    failed = engine_append_site(list, (g4_site)i, layer, shape, n_dims, "TSNU");
-            }
-        s = end - 1;
-    }
-    if (failed)
-        Py_CLEAR(list);
-    return list;
+    return engine_list_sites(&(engine_site_owner){(void *)c, c->n_layers, has_site, shape_of_no_rows});
 }
 
 static PyObject *encoder_soft_tokens(PyObject *object, PyObject *n_rows)
@@ -363,7 +355,7 @@ static PyGetSetDef encoder_getset[] = {
 static PyMethodDef encoder_methods[] = {
     {"encode", (PyCFunction)(void (*)(void))encoder_encode, METH_VARARGS | METH_KEYWORDS,
      "Media to soft tokens, all in one ragged pass."},
-    {"sites", encoder_sites, METH_NOARGS, "Every site of this encoder: (name, site id, layer, dims)."},
+    {"sites", encoder_sites, METH_NOARGS, "Every site of this encoder: (name, site id, layer, dims, facts …)."},
     {"soft_tokens", encoder_soft_tokens, METH_O, "Soft tokens of a medium of so many rows."},
     {NULL, NULL, 0, NULL},
 };

@@ -45,14 +45,25 @@ typedef struct {
 typedef struct {
     engine_gil *gil;
     PyObject *callable;
-    int type; /* NPY_FLOAT32 or NPY_INT32 */
+    g4_site site;
+    int layer;
 } engine_edit;
 
 int engine_poll_signals(void *gil);
 g4_status engine_run_edit(void *edit, void *data, const int64_t *shape, int n_dims, g4_error *err);
+int engine_site_type(g4_site site); /* NPY_FLOAT32 or NPY_INT32 */
 
 /* Checks that `object` is a C-contiguous array of that type and those axes (-1: any size); NULL and an exception else. */
 PyArrayObject *engine_check_array(PyObject *object, int type, int n_dims, const npy_intp *dims, const char *what);
+
+/* sites.c. Whose sites are listed; shape: for no rows, returns the number of axes. */
+typedef struct {
+    void *context;
+    int n_layers;
+    bool (*exists)(void *context, g4_site site, int layer);
+    int (*shape)(void *context, g4_site site, int layer, int64_t shape[G4_MAX_DIMS]);
+} engine_site_owner;
+PyObject *engine_list_sites(const engine_site_owner *owner);
 
 /* taps.c. What a tap may name: of the runs of a step, or of the media of an encoder's pass. */
 typedef struct {
@@ -92,7 +103,6 @@ PyObject *engine_testing_module(void);
 /* model.c. Reads the values of `items` (a list of name, tensor pairs): n tensors and as many views, or NULL. */
 g4_named_tensor *engine_read_tensors(PyObject *items, Py_buffer **views, size_t *n);
 void engine_release_buffers(Py_buffer *views, size_t n);
-int engine_append_site(PyObject *list, g4_site site, int layer, const int64_t *shape, int n_dims, const char *symbols);
 bool engine_ready(const model_object *model); /* else an exception is set */
 
 /* (dtype, shape, buffer, byte offset): fills tensor and takes a view of the buffer. */

@@ -178,45 +178,16 @@ static PyObject *model_new_sequence(PyObject *object, PyObject *args, PyObject *
     return engine_sequence_wrap(self, seq);
 }
 
-/* Sizes that depend on the run stay letters: those of `symbols`. */
-static PyObject *site_dims(const char *letters, const int64_t *shape, int n_dims, const char *symbols)
+static bool site_exists(void *config, g4_site site, int layer)
 {
-    PyObject *dims = PyTuple_New(n_dims);
-    for (int i = 0; dims && i < n_dims; i++) {
-        bool symbolic = strchr(symbols, letters[i]) != NULL;
-        PyObject *size = symbolic ? PyUnicode_FromStringAndSize(&letters[i], 1) : PyLong_FromLongLong(shape[i]);
-        if (!size) {
-            Py_CLEAR(dims);
-            break;
-        }
-        PyTuple_SetItem(dims, i, size);
-    }
-    return dims;
+    return g4_site_exists(config, site, layer);
 }
 
-int engine_append_site(PyObject *list, g4_site site, int layer, const int64_t *shape, int n_dims, const char *symbols)
+static int site_shape(void *config, g4_site site, int layer, int64_t shape[G4_MAX_DIMS])
 {
-    char name[128];
-    const char *template = g4_site_name(site), *hole = strstr(template, "{}");
-    if (hole)
-        snprintf(name, sizeof name, "%.*s%d%s", (int)(hole - template), template, layer, hole + 2);
-    else
-        snprintf(name, sizeof name, "%s", template);
-    PyObject *dims = site_dims(g4_site_dims(site), shape, n_dims, symbols);
-    PyObject *row = dims ? Py_BuildValue("(siiN)", name, (int)site, layer, dims) : NULL;
-    int failed = row ? PyList_Append(list, row) : -1;
-    Py_XDECREF(row);
-    return failed;
+    return g4_site_shape(config, site, layer, 0, 0, shape);
 }
 
-static int append_site(PyObject *list, const g4_config *config, g4_site site, int layer)
-{
-    int64_t shape[G4_MAX_DIMS];
-    int n_dims = g4_site_shape(config, site, layer, 0, 0, shape);
-    return engine_append_site(list, site, layer, shape, n_dims, "TS");
-}
-
-/* Sites up to PLE_CONTEXT come before the layers, those from FINAL_SCALE on after them. */
 static PyObject *model_sites(PyObject *object, PyObject *unused)
 {
     model_object *self = (model_object *)object;
@@ -224,21 +195,7 @@ static PyObject *model_sites(PyObject *object, PyObject *unused)
     if (!engine_ready(self))
         return NULL;
     const g4_config *config = g4_model_config(self->model);
-    PyObject *list = PyList_New(0);
-    int failed = list ? 0 : -1;
-    for (int s = 0; s < G4_SITE_PLE_IN && !failed; s++)
-        if (g4_site_exists(config, (g4_site)s, 0))
-            failed = append_site(list, config, (g4_site)s, 0);
-    for (int layer = 0; layer < config->n_layers; layer++)
-        for (int s = G4_SITE_PLE_IN; s < G4_SITE_FINAL_SCALE && !failed; s++)
-            if (g4_site_exists(config, (g4_site)s, layer))
-                failed = append_site(list, config, (g4_site)s, layer);
-    for (int s = G4_SITE_FINAL_SCALE; s < G4_N_SITES && !failed; s++)
-        if (g4_site_exists(config, (g4_site)s, 0))
-            failed = append_site(list, config, (g4_site)s, 0);
-    if (failed)
-        Py_CLEAR(list);
-    return list;
+    return engine_list_sites(&(engine_site_owner){(void *)config, config->n_layers, site_exists, site_shape});
 }
 
 static PyObject *get_threads(PyObject *self, void *unused)
@@ -280,7 +237,7 @@ static PyGetSetDef model_getset[] = {
 static PyMethodDef model_methods[] = {
     {"new_sequence", (PyCFunction)(void (*)(void))model_new_sequence, METH_VARARGS | METH_KEYWORDS,
      "An empty sequence."},
-    {"sites", model_sites, METH_NOARGS, "Every site of this model: (name, site id, layer, dims)."},
+    {"sites", model_sites, METH_NOARGS, "Every site of this model: (name, site id, layer, dims, facts …)."},
     {"step", (PyCFunction)(void (*)(void))engine_model_step, METH_VARARGS | METH_KEYWORDS, "One ragged forward pass."},
     {NULL, NULL, 0, NULL},
 };

@@ -26,23 +26,22 @@ int engine_copy_ints(PyObject *object, const char *what, int32_t **copy, int *n)
     return 0;
 }
 
+int engine_site_type(g4_site site)
+{
+    return g4_site_row_of(site)->is_int32 ? NPY_INT32 : NPY_FLOAT32;
+}
+
 /* Whether dest has the site's shape, with any number of rows where only some are kept. */
 static int read_destination(const engine_tap_owner *owner, g4_tap *tap, PyObject *object)
 {
-    const char *letters = g4_site_dims(tap->site);
     int64_t shape[G4_MAX_DIMS];
     npy_intp dims[G4_MAX_DIMS];
-    const int n_dims = owner->shape(owner->context, tap, shape);
-    int row_axis = -1;
-    for (int i = 0; i < n_dims; i++) {
-        dims[i] = (npy_intp)shape[i];
-        if (letters[i] == 'T')
-            row_axis = i;
-    }
-    if (row_axis >= 0 && tap->rows)
-        dims[row_axis] = -1;
-    PyArrayObject *array = engine_check_array(object, g4_site_is_int32(tap->site) ? NPY_INT32 : NPY_FLOAT32, n_dims,
-                                              dims, g4_site_name(tap->site));
+    char name[G4_SITE_NAME];
+    const int n_dims = owner->shape(owner->context, tap, shape), row_axis = g4_site_row_axis(tap->site);
+    for (int i = 0; i < n_dims; i++)
+        dims[i] = i == row_axis && tap->rows ? -1 : (npy_intp)shape[i];
+    g4_site_name(tap->site, tap->layer, name);
+    PyArrayObject *array = engine_check_array(object, engine_site_type(tap->site), n_dims, dims, name);
     if (!array || PyArray_FailUnlessWriteable(array, "a capture"))
         return -1;
     tap->dest = PyArray_DATA(array);
@@ -54,7 +53,7 @@ static int read_rows(const engine_tap_owner *owner, g4_tap *tap, PyObject *rows)
 {
     int32_t *ints;
     int n;
-    if (!strchr(g4_site_dims(tap->site), 'T')) /* keys and values in use: all of them */
+    if (g4_site_row_axis(tap->site) < 0) /* keys and values in use: all of them */
         rows = Py_None;
     if (engine_copy_ints(rows, "a tap's rows", &ints, &n))
         return -1;
@@ -88,8 +87,9 @@ static int read_tap(const engine_tap_owner *owner, PyObject *tuple, g4_tap *tap,
     }
     tap->site = (g4_site)site;
     if (PyCallable_Check(target)) {
-        *edit = (engine_edit){owner->gil, target, g4_site_is_int32(tap->site) ? NPY_INT32 : NPY_FLOAT32};
-        tap->edit = engine_run_edit;
+        *edit = (engine_edit){owner->gil, target, tap->site, tap->layer};
+        tap->kind = G4_TAP_CALL;
+        tap->call = engine_run_edit;
         tap->context = edit;
         return 0;
     }

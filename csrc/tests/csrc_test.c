@@ -15,7 +15,7 @@
 
 atomic_int n_checks, n_failed;
 
-static g4_sequence *new_sequence(const g4_model *model)
+g4_sequence *new_sequence_of(const g4_model *model)
 {
     g4_sequence *seq = NULL;
     g4_error err = {0};
@@ -41,7 +41,7 @@ static g4_status forward(g4_model *model, g4_sequence *seq, int first, int n, fl
 static void whole_prompt(g4_model *model, int max_chunk, float *logits)
 {
     g4_error err = {0};
-    g4_sequence *seq = new_sequence(model);
+    g4_sequence *seq = new_sequence_of(model);
     CHECK(forward(model, seq, 0, N_TOKENS, logits, max_chunk, &err) == G4_OK);
     CHECK(g4_sequence_length(seq) == N_TOKENS);
     g4_sequence_free(seq);
@@ -89,7 +89,7 @@ static void test_token_by_token_fork_and_truncate(fixture *f, const float *expec
     static float logits[VOCAB];
     g4_error err = {0};
     g4_model *model = new_model(f, 2);
-    g4_sequence *seq = new_sequence(model), *fork = NULL;
+    g4_sequence *seq = new_sequence_of(model), *fork = NULL;
     for (int i = 0; i < N_TOKENS; i++) {
         CHECK(forward(model, seq, i, 1, logits, 0, &err) == G4_OK);
         CHECK(same(logits, expected + i * VOCAB, 1));
@@ -118,13 +118,13 @@ static g4_status zero_out(void *context, void *data, const int64_t *shape, int n
     return G4_OK;
 }
 
-static void test_taps(fixture *f, const float *expected)
+static void test_captures(fixture *f, const float *expected)
 {
     static float logits[N_TOKENS * VOCAB], resid[N_TOKENS * D], pattern[HEADS * N_TOKENS * N_TOKENS];
     g4_error err = {0};
     int n_edits = 0;
     g4_model *model = new_model(f, 2);
-    g4_sequence *seq = new_sequence(model);
+    g4_sequence *seq = new_sequence_of(model);
     g4_run run = {seq, N_TOKENS, tokens, NULL, all_rows, N_TOKENS, logits, NULL};
     g4_tap taps[] = {{.site = G4_SITE_RESID_POST, .layer = 5, .dest = resid, .n_dest_rows = N_TOKENS},
                      {.site = G4_SITE_PATTERN, .layer = 4, .dest = pattern, .n_dest_rows = N_TOKENS}};
@@ -138,8 +138,8 @@ static void test_taps(fixture *f, const float *expected)
         CHECK(sum > 0.999f && sum < 1.001f);
     }
     g4_sequence_free(seq);
-    run.seq = seq = new_sequence(model);
-    taps[0] = (g4_tap){.site = G4_SITE_MLP_OUT, .layer = 0, .edit = zero_out, .context = &n_edits};
+    run.seq = seq = new_sequence_of(model);
+    taps[0] = (g4_tap){.kind = G4_TAP_CALL, .site = G4_SITE_MLP_OUT, .layer = 0, .call = zero_out, .context = &n_edits};
     CHECK(g4_step(model, &run, 1, taps, 1, &options, &err) == G4_OK);
     CHECK(n_edits == 1 && !same(logits, expected, N_TOKENS));
     g4_sequence_free(seq);
@@ -157,7 +157,7 @@ static void test_errors(fixture *f)
     static float logits[N_TOKENS * VOCAB];
     g4_error err = {0};
     g4_model *model = new_model(f, 2), *broken = NULL;
-    g4_sequence *seq = new_sequence(model);
+    g4_sequence *seq = new_sequence_of(model);
     g4_run run = {seq, N_TOKENS, tokens, NULL, all_rows, N_TOKENS, logits, NULL};
     g4_run twice[] = {run, run};
     g4_step_options options = {.stop_at_layer = -1, .poll = always};
@@ -269,7 +269,7 @@ int main(void)
     test_chunks_and_threads(&f, expected);
     test_fast(&f, expected);
     test_token_by_token_fork_and_truncate(&f, expected);
-    test_taps(&f, expected);
+    test_captures(&f, expected);
     test_errors(&f);
     test_concurrent_steps(&f, expected);
     test_moe_group();
@@ -278,6 +278,7 @@ int main(void)
     test_pool();
     test_guards();
     test_memory();
+    test_taps();
     fixture_free(&f);
     printf("%d passed, %d failed\n", n_checks - n_failed, n_failed);
     return n_failed != 0;

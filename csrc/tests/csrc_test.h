@@ -42,8 +42,14 @@ void fixture_init_encoder(fixture *f, g4_model *model, const g4_encoder_config *
 g4_model *new_model_with(fixture *f, g4_model_options options);
 g4_model *new_model(fixture *f, int n_threads);
 
+/* A small random encoder; it keeps its tensors until the next one is made. */
+g4_encoder *new_encoder_of(g4_model *model, g4_encoder_kind kind);
+
+g4_sequence *new_sequence_of(const g4_model *model);
+
 void test_pool(void);
 void test_guards(void);
 void test_memory(void);
+void test_taps(void);
 
 #endif

@@ -166,3 +166,54 @@ g4_model *new_model(fixture *f, int n_threads)
 {
     return new_model_with(f, (g4_model_options){.n_threads = n_threads});
 }
+
+/* ---- encoders ------------------------------------------------------------------------------------------------------- */
+
+static const float encoder_inv_freq[] = {1, 0.3f};
+
+static const g4_encoder_config encoder_configs[] = {
+    [G4_VISION_TOWER] = {.d_in = 12,
+                         .d_model = 24,
+                         .d_soft = 24,
+                         .n_layers = 2,
+                         .n_heads = 3,
+                         .n_kv_heads = 1,
+                         .head_dim = 8,
+                         .d_mlp = 20,
+                         .n_positions = 16,
+                         .pool = 2,
+                         .rope_inv_freq = encoder_inv_freq},
+    [G4_VISION_EMBEDDER] = {.d_in = 12, .d_model = 24, .d_soft = 24, .n_positions = 16},
+    [G4_AUDIO_TOWER] = {.d_in = 16,
+                        .d_model = 24,
+                        .d_soft = 20,
+                        .n_layers = 2,
+                        .n_heads = 3,
+                        .n_kv_heads = 3,
+                        .head_dim = 8,
+                        .d_mlp = 28,
+                        .conv_channels = {8, 4},
+                        .conv_kernel = 5,
+                        .context_left = 5,
+                        .chunk = 4,
+                        .logit_cap = 2,
+                        .residual_weight = 0.5f,
+                        .gradient_clipping = 1e10f},
+    [G4_AUDIO_EMBEDDER] = {.d_in = 20, .d_soft = 20}};
+
+g4_encoder *new_encoder_of(g4_model *model, g4_encoder_kind kind)
+{
+    static fixture f; /* whose tensors the encoder keeps on using */
+    g4_encoder_config config = encoder_configs[kind];
+    g4_encoder *encoder = NULL;
+    g4_error err = {0};
+    fixture_free(&f);
+    memset(&f, 0, sizeof f);
+    config.kind = kind, config.d_out = D, config.rms_norm_eps = 1e-6f;
+    fixture_init_encoder(&f, model, &config);
+    if (g4_encoder_new(model, &config, f.tensors, f.n_tensors, NULL, NULL, &encoder, &err) != G4_OK) {
+        printf("%s\n", err.message);
+        exit(1);
+    }
+    return encoder;
+}

@@ -7,6 +7,7 @@
  * there, arrays have the sizes that are stated) is kept here, too.
  */
 #include <limits.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -192,7 +193,7 @@ static void make_tensors(reader *r, fixture *f)
 
 typedef struct {
     g4_run runs[MAX_RUNS];
-    int32_t tokens[MAX_RUNS][MAX_ROWS], rows[MAX_RUNS][MAX_ROWS], ends[MAX_RUNS][MAX_ROWS];
+    int32_t tokens[MAX_RUNS][MAX_ROWS], rows[MAX_RUNS][MAX_ROWS], ends[MAX_RUNS][MAX_ROWS], chosen[MAX_RUNS][MAX_ROWS];
     int n_runs;
     g4_tap taps[MAX_TAPS];
     int n_taps;
@@ -226,29 +227,52 @@ static g4_status leave_it(void *context, void *data, const int64_t *shape, int n
     return G4_OK;
 }
 
+/* Mostly one value for all of a tap's site, with sizes that a caller might get wrong. */
+static void make_edit(reader *r, const int64_t *shape, int n_dims, g4_edit *edit)
+{
+    static const float numbers[] = {0, 1, -2, 0.5f, INFINITY, NAN, 1e30f, 3};
+    static float some[64];
+    *edit = (g4_edit){.values = next(r) == 255 ? NULL : some, .n_values = 64, .factor = numbers[below(r, 8)]};
+    edit->low = numbers[below(r, 4)], edit->high = numbers[below(r, 8)];
+    some[below(r, 64)] = numbers[next(r) == 255 ? 5 : below(r, 4)];
+    for (int axis = 0; axis < n_dims; axis++) {
+        edit->stride[axis] = mostly(r, below(r, 3) == 0);
+        if (below(r, 3) == 0)
+            edit->span[axis] = (g4_span){mostly(r, below(r, 4)), mostly(r, (int)shape[axis])};
+    }
+}
+
 /* A tap of a site that may not exist; its array is as large as the site says. */
 static void make_tap(reader *r, const g4_model *model, step *s)
 {
     const g4_config *c = g4_model_config(model);
-    g4_tap *tap = &s->taps[s->n_taps];
-    *tap = (g4_tap){.site = (g4_site)(next(r) % (G4_N_SITES + 2)), .layer = mostly(r, below(r, c->n_layers))};
+    g4_tap *tap = &s->taps[s->n_taps++];
+    *tap = (g4_tap){.kind = (g4_tap_kind)mostly(r, below(r, G4_N_TAP_KINDS)),
+                    .site = (g4_site)(next(r) % (G4_N_SITES + 2)),
+                    .layer = mostly(r, below(r, c->n_layers)),
+                    .call = next(r) < 250 ? leave_it : NULL};
     tap->run = mostly(r, s->n_runs ? below(r, s->n_runs) : 0);
     const bool real = tap->run >= 0 && tap->run < s->n_runs && tap->site < G4_N_SITES && tap->layer >= 0 &&
                       tap->layer < c->n_layers && g4_site_exists(c, tap->site, tap->layer);
-    if (real && below(r, 2)) {
-        int64_t shape[G4_MAX_DIMS];
-        const g4_run *run = &s->runs[tap->run];
-        const int n_keys = g4_sequence_length(run->seq) + run->n_rows;
-        const int n_dims = g4_site_shape(c, tap->site, tap->layer, run->n_rows, n_keys, shape);
-        size_t n = 1;
-        for (int i = 0; i < n_dims; i++)
-            n *= (size_t)shape[i];
+    if (!real)
+        return;
+    int64_t shape[G4_MAX_DIMS];
+    const g4_run *run = &s->runs[tap->run];
+    const int n_keys = g4_sequence_length(run->seq) + run->n_rows;
+    const int n_dims = g4_site_shape(c, tap->site, tap->layer, run->n_rows, n_keys, shape);
+    size_t n = 1;
+    for (int i = 0; i < n_dims; i++)
+        n *= (size_t)shape[i];
+    make_edit(r, shape, n_dims, &tap->edit);
+    if (below(r, 3) == 0 && g4_site_row_axis(tap->site) >= 0) {
+        for (int i = 0; i < MAX_ROWS; i++)
+            s->chosen[tap->run][i] = mostly(r, below(r, 3) ? -1 : below(r, run->n_rows + 1));
+        tap->rows = s->chosen[tap->run];
+    }
+    if (tap->kind == G4_TAP_COPY) {
         tap->dest = calloc(n + 1, sizeof(float));
         tap->n_dest_rows = run->n_rows;
-    } else if (next(r) < 250) {
-        tap->edit = leave_it;
     }
-    s->n_taps++;
 }
 
 static void run_step(reader *r, g4_model *model, g4_sequence **seqs)

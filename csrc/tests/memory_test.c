@@ -287,13 +287,15 @@ static void tap_all(scene *s, bool edits)
                                    ? g4_encoder_site_shape(s->encoder_config, (g4_site)site, s->medium.n_rows, shape)
                                    : g4_site_shape(&s->f->config, (g4_site)site, layer, N_TOKENS, N_TOKENS, shape);
             most = volume(shape, n_dims) > most ? volume(shape, n_dims) : most;
-            s->taps[s->n_taps++] = (g4_tap){.site = (g4_site)site, .layer = layer, .n_dest_rows = N_TOKENS};
+            const int axis = g4_site_row_axis((g4_site)site);
+            s->taps[s->n_taps++] = (g4_tap){
+                .site = (g4_site)site, .layer = layer, .n_dest_rows = axis < 0 ? 0 : (int)shape[axis], .call = touch};
         }
     free(s->dest);
     s->dest = malloc((size_t)most * sizeof *s->dest);
     for (int t = 0; t < s->n_taps; t++)
         if (edits)
-            s->taps[t].edit = touch;
+            s->taps[t].kind = G4_TAP_CALL;
         else
             s->taps[t].dest = s->dest;
 }
@@ -368,7 +370,7 @@ static void test_saving(scene *s)
     free_layers();
     g4_sequence_free(s->seq);
     const int global = 2; /* of the fixture: its values are its keys */
-    s->taps[0] = (g4_tap){.site = G4_SITE_ROT_K, .layer = global, .edit = change_first};
+    s->taps[0] = (g4_tap){.kind = G4_TAP_CALL, .site = G4_SITE_ROT_K, .layer = global, .call = change_first};
     s->n_taps = 1;
     s->seq = new_sequence(s);
     each_allocation("edited keys", s, edit_keys, NULL);

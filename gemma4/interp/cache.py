@@ -310,7 +310,7 @@ def _join(site: Site, parts: list[F32]) -> F32:
         return parts[-1]
     if "S" in site.dims:
         axis, keys = site.dims.index("S"), parts[-1].shape[site.dims.index("S")]
-        fill = -np.inf if site.stem == "attn.hook_attn_scores" else 0.0
+        fill = -np.inf if site.keys == "scores" else 0.0
         parts = [_pad(part, axis, keys, fill) for part in parts]
     return np.concatenate(parts, axis=site.dims.index("T"))
 

@@ -19,6 +19,8 @@ import numpy as np
 from gemma4.errors import SiteError
 
 Names: TypeAlias = str | Iterable[str] | Callable[[str], object] | None
+# What the engine says of a site: `SiteRow` of _engine.pyi
+SiteRow: TypeAlias = tuple[str, int, int, tuple[str | int, ...], str, str, bool, bool]
 
 ENCODER_PREFIXES = ("vision.", "audio.")  # of sites of the encoders
 
@@ -117,24 +119,30 @@ def _is_of(name: str, prefix: str) -> bool:
 class Site:
     """One named intermediate of the forward pass.
 
-    `dims` holds "T" (positions), "S" (key positions), an encoder's "N" (soft tokens) and "U", or a size. `layer` is
-    None for a site of the whole model.
+    name      "blocks.3.hook_resid_post"
+    id        the engine's number
+    layer     its block; None for a site of the whole model
+    dims      "T" (positions), "S" (key positions), an encoder's "N" (soft tokens) and "U", or a size
+    dtype     float32, int32 for ids
+    keys      what "S" means: "cached" (keys or values in use, by position), "scores" or "pattern"; "" without "S"
+    pruned    whether, in the last layer that computes keys, only positions that some output needs pass it
+    writable  whether a change has an effect
     """
 
     name: str
     id: int
     layer: int | None
     dims: tuple[str | int, ...]
+    dtype: np.dtype[Any]
+    keys: str
+    pruned: bool
+    writable: bool
 
     @property
     def stem(self) -> str:
         """The name inside its block: "hook_resid_post" of "blocks.3.hook_resid_post"."""
         match = _BLOCK.fullmatch(self.name)
         return match.group(2) if match else self.name
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.int32 if self.stem == "moe.hook_expert_ids" else np.float32)
 
     def shape(self, rows: int, keys: int) -> tuple[int, ...]:
         """Sizes of every axis for `rows` kept positions and `keys` key positions."""
@@ -148,13 +156,13 @@ class SiteTable(Mapping[str, Site]):
     rows: what the engine's `Model.sites()` returns; layers: the engine configuration's list of layers.
     """
 
-    def __init__(
-        self, rows: Iterable[tuple[str, int, int, tuple[str | int, ...]]], layers: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, rows: Iterable[SiteRow], layers: Sequence[Mapping[str, Any]]) -> None:
         self._layers = layers
         self._sites = {
-            name: Site(name, number, layer if _BLOCK.fullmatch(name) else None, tuple(dims))
-            for name, number, layer, dims in rows
+            name: Site(
+                name, number, layer if _BLOCK.fullmatch(name) else None, dims, np.dtype(dtype), keys, pruned, writable
+            )
+            for name, number, layer, dims, dtype, keys, pruned, writable in rows
         }
 
     def __iter__(self) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from . import oracle
 
 SITES_INC = Path(__file__).parents[2] / "csrc" / "model" / "sites.inc"
-_ROW = re.compile(r'^G4_SITE\(\s*\w+\s*,\s*"([^"]+)"\s*,\s*"(\w+)"\s*,\s*(\w+)\s*\)', re.MULTILINE)
+_ROW = re.compile(r'^G4_SITE\(\s*\w+\s*,\s*"([^"]+)"\s*,\s*"(\w+)"\s*,\s*(\w+)\s*,', re.MULTILINE)
 
 
 class Row(NamedTuple):

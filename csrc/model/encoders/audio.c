@@ -235,7 +235,7 @@ static g4_status finish_conv(g4_encode_pass *p, const float *gain, int n_rows, i
 {
     G4_TRY(g4_layer_norm_rows(&p->exec, x, gain, NULL, p->config->rms_norm_eps, n_rows, channels, x));
     G4_TRY(g4_clamp_rows(&p->exec, x, 0, INFINITY, n_rows, channels, x));
-    return p->n_taps ? g4_encoder_tap_one(p, site, 0, medium, x) : G4_OK;
+    return g4_encoder_tap_one(p, site, 0, medium, NULL, x);
 }
 
 /* One medium's frames to x [T of the medium, b * c]. */
@@ -328,16 +328,24 @@ static g4_status mlp(tower *t, int layer, const g4_audio_mlp *w, const mlp_sites
     return g4_encoder_tap(p, sites->resid, layer, t->resid);
 }
 
+static void visible_frames(const void *context, int row, int *first, int *end)
+{
+    const g4_band_attention *run = context;
+    *first = g4_band_first_key(run, row);
+    *end = g4_band_end_key(run, row);
+}
+
 /* Scores, pattern and mix one after the other, for whoever looks at them. */
 static g4_status attend_in_steps(g4_encode_pass *p, int layer, int medium, const g4_band_attention *run)
 {
     g4_arena_mark mark = g4_arena_save(p->exec.arena);
+    const g4_visible visible = {visible_frames, run};
     float *scores;
     G4_ALLOC(&p->exec, scores, (size_t)run->n_heads * (size_t)run->n_rows * (size_t)run->n_rows);
     G4_TRY(g4_band_scores(&p->exec, run, scores));
-    G4_TRY(g4_encoder_tap_one(p, G4_SITE_A_ATTN_SCORES, layer, medium, scores));
+    G4_TRY(g4_encoder_tap_one(p, G4_SITE_A_ATTN_SCORES, layer, medium, &visible, scores));
     G4_TRY(g4_band_pattern(&p->exec, run, scores));
-    G4_TRY(g4_encoder_tap_one(p, G4_SITE_A_PATTERN, layer, medium, scores));
+    G4_TRY(g4_encoder_tap_one(p, G4_SITE_A_PATTERN, layer, medium, &visible, scores));
     G4_TRY(g4_band_mix(&p->exec, run, scores));
     g4_arena_restore(p->exec.arena, mark);
     return G4_OK;
@@ -348,8 +356,8 @@ static g4_status attend(tower *t, int layer, const float *q, const float *k, con
     g4_encode_pass *p = t->pass;
     const g4_encoder_config *c = p->config;
     const size_t d = (size_t)c->d_model;
-    const bool in_steps = p->n_taps && (g4_encoder_tapped(p, G4_SITE_A_ATTN_SCORES, layer) ||
-                                        g4_encoder_tapped(p, G4_SITE_A_PATTERN, layer));
+    const bool in_steps =
+        g4_encoder_tapped(p, G4_SITE_A_ATTN_SCORES, layer) || g4_encoder_tapped(p, G4_SITE_A_PATTERN, layer);
     float *distances;
     G4_ALLOC(&p->exec, distances, (size_t)t->weights->n_distances * d);
     G4_TRY(g4_panel_linear(&p->exec, t->weights->distances, t->weights->n_distances,

@@ -36,7 +36,7 @@ int g4_encoder_soft_tokens(const g4_encoder_config *config, int n_rows)
 
 int g4_encoder_site_shape(const g4_encoder_config *config, g4_site site, int n_rows, int64_t shape[G4_MAX_DIMS])
 {
-    const char *dims = g4_site_dims(site);
+    const char *dims = g4_site_row_of(site)->dims;
     const int n_dims = (int)strlen(dims);
     for (int i = 0; i < n_dims; i++)
         shape[i] = g4_kind_of(config)->axis(config, dims[i], n_rows);
@@ -59,17 +59,25 @@ static g4_status check_medium(const g4_encoder_config *c, const g4_medium *mediu
     return G4_OK;
 }
 
+static g4_status check_tap(const g4_encoder *e, const g4_medium *media, int n_media, const g4_tap *tap, int number,
+                           g4_error *err)
+{
+    int64_t shape[G4_MAX_DIMS];
+    if (tap->site < 0 || tap->site >= G4_N_SITES || !g4_encoder_site_exists(&e->config, tap->site, tap->layer) ||
+        tap->run < 0 || tap->run >= n_media)
+        return g4_fail(err, G4_EVALUE, "tap %d: no site %d in layer %d of medium %d", number, (int)tap->site,
+                       tap->layer, tap->run);
+    const int n_dims = g4_encoder_site_shape(&e->config, tap->site, media[tap->run].n_rows, shape);
+    return g4_tap_check(tap, number, shape, n_dims, err);
+}
+
 static g4_status check(const g4_encoder *e, const g4_medium *media, int n_media, const g4_tap *taps, int n_taps,
                        g4_error *err)
 {
     for (int m = 0; m < n_media; m++)
         G4_TRY(check_medium(&e->config, &media[m], m, err));
     for (int t = 0; t < n_taps; t++)
-        if (taps[t].site < 0 || taps[t].site >= G4_N_SITES ||
-            !g4_encoder_site_exists(&e->config, taps[t].site, taps[t].layer) || taps[t].run < 0 ||
-            taps[t].run >= n_media || (!taps[t].dest && !taps[t].edit))
-            return g4_fail(err, G4_EVALUE, "tap %d: no site %d in layer %d of medium %d", t, (int)taps[t].site,
-                           taps[t].layer, taps[t].run);
+        G4_TRY(check_tap(e, media, n_media, &taps[t], t, err));
     return G4_OK;
 }
 
@@ -108,11 +116,11 @@ g4_status g4_encode(const g4_encoder *encoder, const g4_medium *media, int n_med
                                  .err = err},
                         .encoder = encoder,
                         .config = &encoder->config,
-                        .media = media,
-                        .taps = taps,
-                        .n_taps = n_taps};
+                        .media = media};
     const double before = g4_profile_seconds(&p.exec), start = g4_profile_start(&p.exec);
-    g4_status status = run_passes(&p, n_media);
+    g4_status status = g4_taps_index(&p.exec, taps, n_taps, p.config->n_layers + 1, &p.taps);
+    if (status == G4_OK)
+        status = run_passes(&p, n_media);
     g4_profile_end_step(&p.exec, start, before);
     g4_model_give_scratch(encoder->model, arena);
     return status;

@@ -7,6 +7,7 @@
 #include "base/guard.h"
 #include "gemma4.h"
 #include "model/bind.h"
+#include "model/tap.h"
 #include "ops/exec.h"
 
 typedef struct {
@@ -84,8 +85,7 @@ typedef struct {
     const g4_encoder_config *config;
     const g4_medium *media;
     int first_medium, n_media;
-    const g4_tap *taps; /* of all media */
-    int n_taps;
+    g4_taps taps;       /* of all media */
     int n_rows, n_soft; /* input rows and soft tokens of the pass */
 } g4_encode_pass;
 
@@ -115,8 +115,10 @@ int64_t g4_encoder_axis(const g4_encoder_config *c, char letter, int n_rows);
 
 /* Announces a site: the arrays of all media of the pass, one below the other. Costs one compare when nobody listens. */
 g4_status g4_encoder_tap(g4_encode_pass *p, g4_site site, int layer, void *data);
-/* Announces one medium's part of it (index in the pass): scores and patterns exist one medium at a time. */
-g4_status g4_encoder_tap_one(g4_encode_pass *p, g4_site site, int layer, int medium, void *data);
+/* Announces one medium's part of it (index in the pass): scores and patterns exist one medium at a time. visible: the keys
+ * that their rows see; NULL: all. */
+g4_status g4_encoder_tap_one(g4_encode_pass *p, g4_site site, int layer, int medium, const g4_visible *visible,
+                             void *data);
 bool g4_encoder_tapped(const g4_encode_pass *p, g4_site site, int layer);
 
 /* out[i] = clip(W_i clip(x)) for maps that share x [m, n_cols], in one parallel region. */

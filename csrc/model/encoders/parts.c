@@ -34,44 +34,46 @@ int64_t g4_encoder_axis(const g4_encoder_config *c, char letter, int n_rows)
 
 bool g4_encoder_tapped(const g4_encode_pass *p, g4_site site, int layer)
 {
-    for (int i = 0; i < p->n_taps; i++)
-        if (p->taps[i].site == site && p->taps[i].layer == layer)
-            return true;
-    return false;
+    return g4_taps_first(&p->taps, site, layer) >= 0;
 }
 
-g4_status g4_encoder_tap_one(g4_encode_pass *p, g4_site site, int layer, int medium, void *data)
+static g4_part part_of_medium(const g4_encode_pass *p, g4_site site, int medium, void *data)
 {
-    int64_t shape[G4_MAX_DIMS];
-    const int index = p->first_medium + medium;
-    const int n_dims = g4_encoder_site_shape(p->config, site, p->media[index].n_rows, shape);
-    size_t n = 1;
-    for (int i = 0; i < n_dims; i++)
-        n *= (size_t)shape[i];
-    for (int i = 0; i < p->n_taps; i++) {
-        const g4_tap *tap = &p->taps[i];
-        if (tap->site != site || tap->layer != layer || tap->run != index)
-            continue;
-        if (tap->edit)
-            G4_TRY(tap->edit(tap->context, data, shape, n_dims, p->exec.err));
-        else
-            memcpy(tap->dest, data, n * sizeof(float));
-    }
+    g4_part part = {.data = data};
+    part.n_dims = g4_encoder_site_shape(p->config, site, p->media[p->first_medium + medium].n_rows, part.shape);
+    part.n_all_keys = (int)part.shape[part.n_dims - 1]; /* where that axis are keys */
+    return part;
+}
+
+static g4_status act(g4_encode_pass *p, g4_site site, int layer, int medium, const g4_part *part)
+{
+    for (int i = g4_taps_first(&p->taps, site, layer); i >= 0; i = p->taps.next[i])
+        if (p->taps.taps[i].run == p->first_medium + medium)
+            G4_TRY(g4_tap_act(&p->exec, &p->taps.taps[i], part));
     return G4_OK;
+}
+
+g4_status g4_encoder_tap_one(g4_encode_pass *p, g4_site site, int layer, int medium, const g4_visible *visible,
+                             void *data)
+{
+    if (!g4_encoder_tapped(p, site, layer))
+        return G4_OK;
+    g4_part part = part_of_medium(p, site, medium, data);
+    part.visible = visible;
+    return act(p, site, layer, medium, &part);
 }
 
 g4_status g4_encoder_tap(g4_encode_pass *p, g4_site site, int layer, void *data)
 {
-    if (!p->n_taps || !g4_encoder_tapped(p, site, layer))
+    if (!g4_encoder_tapped(p, site, layer))
         return G4_OK;
     float *at = data;
     for (int m = 0; m < p->n_media; m++) {
-        int64_t shape[G4_MAX_DIMS];
-        const int n_dims = g4_encoder_site_shape(p->config, site, p->media[p->first_medium + m].n_rows, shape);
+        const g4_part part = part_of_medium(p, site, m, at);
+        G4_TRY(act(p, site, layer, m, &part));
         size_t n = 1;
-        for (int i = 0; i < n_dims; i++)
-            n *= (size_t)shape[i];
-        G4_TRY(g4_encoder_tap_one(p, site, layer, m, at));
+        for (int i = 0; i < part.n_dims; i++)
+            n *= (size_t)part.shape[i];
         at += n;
     }
     return G4_OK;

@@ -194,9 +194,9 @@ static g4_status attend_in_steps(tower *t, int layer, int medium, const g4_full_
     float *scores;
     G4_ALLOC(&p->exec, scores, (size_t)run->n_heads * (size_t)run->n_rows * (size_t)run->n_rows);
     G4_TRY(g4_full_scores(&p->exec, run, scores));
-    G4_TRY(g4_encoder_tap_one(p, G4_SITE_V_ATTN_SCORES, layer, medium, scores));
+    G4_TRY(g4_encoder_tap_one(p, G4_SITE_V_ATTN_SCORES, layer, medium, NULL, scores));
     G4_TRY(g4_full_pattern(&p->exec, run, scores));
-    G4_TRY(g4_encoder_tap_one(p, G4_SITE_V_PATTERN, layer, medium, scores));
+    G4_TRY(g4_encoder_tap_one(p, G4_SITE_V_PATTERN, layer, medium, NULL, scores));
     G4_TRY(g4_full_mix(&p->exec, run, scores));
     g4_arena_restore(p->exec.arena, mark);
     return G4_OK;
@@ -208,8 +208,8 @@ static g4_status attend(tower *t, int layer, const float *q, const float *k, con
     const g4_encoder_config *c = p->config;
     const size_t q_width = (size_t)c->n_heads * (size_t)c->head_dim,
                  kv_width = (size_t)c->n_kv_heads * (size_t)c->head_dim;
-    const bool in_steps = p->n_taps && (g4_encoder_tapped(p, G4_SITE_V_ATTN_SCORES, layer) ||
-                                        g4_encoder_tapped(p, G4_SITE_V_PATTERN, layer));
+    const bool in_steps =
+        g4_encoder_tapped(p, G4_SITE_V_ATTN_SCORES, layer) || g4_encoder_tapped(p, G4_SITE_V_PATTERN, layer);
     g4_full_attention *runs;
     size_t row = 0;
     G4_ALLOC(&p->exec, runs, (size_t)p->n_media);
@@ -281,9 +281,8 @@ static g4_status mlp_rows(tower *t, int layer, const float *x, int n, float *out
 
 static bool mlp_tapped(const g4_encode_pass *p, int layer)
 {
-    return p->n_taps &&
-           (g4_encoder_tapped(p, G4_SITE_V_MLP_PRE, layer) || g4_encoder_tapped(p, G4_SITE_V_MLP_PRE_LINEAR, layer) ||
-            g4_encoder_tapped(p, G4_SITE_V_MLP_POST, layer));
+    return g4_encoder_tapped(p, G4_SITE_V_MLP_PRE, layer) || g4_encoder_tapped(p, G4_SITE_V_MLP_PRE_LINEAR, layer) ||
+           g4_encoder_tapped(p, G4_SITE_V_MLP_POST, layer);
 }
 
 static g4_status mlp(tower *t, int layer, float *out)

@@ -83,8 +83,8 @@ static g4_status tap_keys_used(g4_forward *f, int layer, const g4_segment *segme
     values.k = values.v, values.gain = NULL;
     G4_TRY(unroll_cache(f, layer, run, &run->kv, &k));
     G4_TRY(unroll_cache(f, layer, run, &values, &v));
-    G4_TRY(g4_tap_keys(f, G4_SITE_K_USED, layer, segment, k, run->n_keys));
-    G4_TRY(g4_tap_keys(f, G4_SITE_V_USED, layer, segment, v, run->n_keys));
+    G4_TRY(g4_tap_keys(f, G4_SITE_K_USED, layer, segment, run, k));
+    G4_TRY(g4_tap_keys(f, G4_SITE_V_USED, layer, segment, run, v));
     run->kv = (g4_kv_view){
         .k = k, .v = v, .dtype = G4_F32, .stride = kv_width(f, layer), .n_slots = run->n_keys, .first = run->kv.first};
     return G4_OK;
@@ -97,9 +97,9 @@ static g4_status attend_in_steps(g4_forward *f, int layer, const g4_segment *seg
     const double start = g4_profile_start(&f->exec);
     G4_ALLOC(&f->exec, scores, (size_t)run->n_heads * (size_t)run->n_rows * (size_t)run->n_keys);
     G4_TRY(g4_attention_scores(&f->exec, run, scores));
-    G4_TRY(g4_tap_keys(f, G4_SITE_ATTN_SCORES, layer, segment, scores, run->n_keys));
+    G4_TRY(g4_tap_keys(f, G4_SITE_ATTN_SCORES, layer, segment, run, scores));
     G4_TRY(g4_attention_pattern(&f->exec, run, scores));
-    G4_TRY(g4_tap_keys(f, G4_SITE_PATTERN, layer, segment, scores, run->n_keys));
+    G4_TRY(g4_tap_keys(f, G4_SITE_PATTERN, layer, segment, run, scores));
     G4_TRY(g4_attention_mix(&f->exec, run, scores));
     g4_profile_end_attention(&f->exec, start, run, 1);
     return G4_OK;

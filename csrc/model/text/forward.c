@@ -1,10 +1,137 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What all parts of a forward pass share: the norm with its sites, and dropping rows. */
+/* What all parts of a forward pass share: announcing sites, the norm with its two, and dropping rows. */
 #include "model/text/forward.h"
 
 #include <string.h>
 
+#include "model/config.h"
 #include "ops/rows.h"
+
+/* ---- sites ---------------------------------------------------------------------------------------------------------- */
+
+bool g4_tapped(const g4_forward *f, g4_site site, int layer)
+{
+    return g4_taps_first(&f->taps, site, layer) >= 0;
+}
+
+/* A row of sites.inc that says the wrong side of pruning would make captures needlessly slow, or incomplete. */
+static g4_status check_row(const g4_forward *f, g4_site site, int layer)
+{
+    char name[G4_SITE_NAME];
+    const g4_site_row *row = g4_site_row_of(site);
+    if (row->after_pruning == f->pruned || (g4_site_is_per_layer(site) && layer != g4_last_kv_layer(f->config)))
+        return G4_OK;
+    g4_site_name(site, layer, name);
+    return g4_fail(f->exec.err, G4_ESTATE,
+                   "%s is announced %s rows are pruned, but its row in csrc/model/sites.inc says %s", name,
+                   f->pruned ? "after" : "before", row->after_pruning ? "AFTER" : "BEFORE");
+}
+
+/* The rows of a segment in an array of all rows. */
+static g4_part rows_of_segment(const g4_forward *f, g4_site site, int layer, const g4_segment *segment, void *data)
+{
+    g4_part part = {.row_in_run = f->row_in_run + segment->first_row};
+    size_t row_bytes = sizeof(float); /* or of int32_t */
+    part.n_dims = g4_site_shape(f->config, site, layer, segment->n_rows, 0, part.shape);
+    for (int i = 1; i < part.n_dims; i++)
+        row_bytes *= (size_t)part.shape[i];
+    part.data = (char *)data + (size_t)segment->first_row * row_bytes;
+    return part;
+}
+
+g4_status g4_tap_rows(g4_forward *f, g4_site site, int layer, void *data)
+{
+    int i = g4_taps_first(&f->taps, site, layer);
+    if (i < 0)
+        return G4_OK;
+    G4_TRY(check_row(f, site, layer));
+    for (; i >= 0; i = f->taps.next[i]) {
+        const g4_tap *tap = &f->taps.taps[i];
+        const int segment = f->segment_of_run[tap->run];
+        if (segment < 0)
+            continue;
+        const g4_part part = rows_of_segment(f, site, layer, &f->segments[segment], data);
+        G4_TRY(g4_tap_act(&f->exec, tap, &part));
+    }
+    return G4_OK;
+}
+
+static void visible_keys(const void *context, int row, int *first, int *end)
+{
+    const g4_attention *run = context;
+    *first = g4_first_key(run, row);
+    *end = g4_end_key(run, row);
+}
+
+static int first_visible(const g4_forward *f, int layer, const g4_segment *segment)
+{
+    int window = f->config->layers[layer].window;
+    return window && segment->first_position >= window ? segment->first_position - window + 1 : 0;
+}
+
+g4_status g4_tap_keys(g4_forward *f, g4_site site, int layer, const g4_segment *segment, const g4_attention *run,
+                      float *data)
+{
+    int i = g4_taps_first(&f->taps, site, layer);
+    if (i < 0)
+        return G4_OK;
+    G4_TRY(check_row(f, site, layer));
+    const g4_visible visible = {visible_keys, run};
+    g4_part part = {.data = data,
+                    .row_in_run = f->row_in_run + segment->first_row,
+                    .first_key = first_visible(f, layer, segment),
+                    .n_all_keys = f->run_start[segment->run] + f->runs[segment->run].n_rows,
+                    .visible = g4_site_row_of(site)->keys == G4_KEYS_CACHED ? NULL : &visible};
+    part.n_dims = g4_site_shape(f->config, site, layer, segment->n_rows, run->n_keys, part.shape);
+    for (; i >= 0; i = f->taps.next[i])
+        if (f->taps.taps[i].run == segment->run)
+            G4_TRY(g4_tap_act(&f->exec, &f->taps.taps[i], &part));
+    return G4_OK;
+}
+
+static bool is_cached_keys(g4_site site)
+{
+    return g4_site_row_of(site)->keys == G4_KEYS_CACHED;
+}
+
+/* Whether rows that only this tap looks at must stay when the others are pruned. */
+static bool needs_rows_above(const g4_tap *tap, int last_kv_layer)
+{
+    if (!g4_tap_needs_rows(tap) || is_cached_keys(tap->site))
+        return false;
+    const bool after = g4_site_row_of(tap->site)->after_pruning;
+    if (!g4_site_is_per_layer(tap->site))
+        return after;
+    return tap->layer > last_kv_layer || (tap->layer == last_kv_layer && after);
+}
+
+void g4_taps_mark_wanted(g4_forward *f)
+{
+    const int last_kv_layer = g4_last_kv_layer(f->config);
+    for (int row = 0; row < f->n_rows; row++)
+        f->wanted[row] = f->logits_slot[row] >= 0;
+    for (int t = 0; t < f->taps.n_taps; t++) {
+        const g4_tap *tap = &f->taps.taps[t];
+        int s = f->segment_of_run[tap->run];
+        if (s < 0 || !needs_rows_above(tap, last_kv_layer))
+            continue;
+        for (int i = 0; i < f->segments[s].n_rows; i++) {
+            int row = f->segments[s].first_row + i;
+            f->wanted[row] |= g4_tap_row(tap, f->row_in_run[row]) >= 0;
+        }
+    }
+}
+
+bool g4_taps_want_keys(const g4_forward *f, int layer)
+{
+    for (int t = 0; t < f->taps.n_taps; t++)
+        if (is_cached_keys(f->taps.taps[t].site) && g4_tap_needs_rows(&f->taps.taps[t]) &&
+            f->taps.taps[t].layer >= layer)
+            return true;
+    return false;
+}
+
+/* ---- norm and pruning ------------------------------------------------------------------------------------------------- */
 
 g4_status g4_norm(g4_forward *f, int layer, g4_norm_sites sites, const float *gain, const float *x, float *out)
 {
@@ -61,6 +188,7 @@ void g4_forward_prune(g4_forward *f, float *also)
         segment->n_rows = kept - segment->first_row;
     }
     f->n_rows = kept;
+    f->pruned = true;
     f->n_with_logits = 0;
     for (int row = 0; row < kept; row++)
         f->n_with_logits += f->logits_slot[row] >= 0;

@@ -4,8 +4,10 @@
 #define GEMMA4_MODEL_TEXT_FORWARD_H
 
 #include "gemma4.h"
-#include "model/text/kv_cache.h"
 #include "model/model.h"
+#include "model/tap.h"
+#include "model/text/kv_cache.h"
+#include "ops/attention/run.h"
 #include "ops/exec.h"
 #include "ops/linear.h"
 
@@ -16,14 +18,6 @@ typedef struct {
     int first_row, n_rows;            /* in the chunk's arrays; fewer after pruning */
     int first_position, end_position; /* of the part of the run in this chunk, before pruning */
 } g4_segment;
-
-/* The step's taps, found by site and layer. */
-typedef struct {
-    const g4_tap *taps;
-    int n_taps;
-    int *first; /* [G4_N_SITES * L] index of the first tap or -1 */
-    int *next;  /* [n_taps] the next one of the same site and layer, or -1 */
-} g4_taps;
 
 typedef struct {
     g4_exec exec;
@@ -41,25 +35,25 @@ typedef struct {
     int32_t *positions, *row_in_run, *logits_slot /* row of the run's logits, or -1 */;
     int32_t *ends;     /* in layers that look ahead row i sees positions before it; NULL: none sees beyond its own */
     bool *wanted;      /* some output needs this row above the last layer that computes keys */
+    bool pruned;       /* only those rows are left */
     int n_with_logits; /* after pruning: rows with logits; 0 before */
     float *resid;      /* [T, D] the residual stream */
     float *ple;        /* [T, L, P] */
     float *cosine[G4_MAX_ROPES], *sine[G4_MAX_ROPES]; /* [T, h/2] */
 } g4_forward;
 
-/* ---- tap.c ---- */
-g4_status g4_taps_index(g4_forward *f, const g4_tap *taps, int n_taps);
+/* ---- forward.c ---- */
 bool g4_tapped(const g4_forward *f, g4_site site, int layer);
 /* Announces a site whose first axis is T: data [T, ...]. Costs one compare when nobody listens. */
 g4_status g4_tap_rows(g4_forward *f, g4_site site, int layer, void *data);
 /* Announces one segment's part of a site with key positions: [H, T of the segment, n_keys] or [n_keys, K, h]. */
-g4_status g4_tap_keys(g4_forward *f, g4_site site, int layer, const g4_segment *segment, float *data, int n_keys);
+g4_status g4_tap_keys(g4_forward *f, g4_site site, int layer, const g4_segment *segment, const g4_attention *run,
+                      float *data);
 /* Fills f->wanted. */
-void g4_taps_mark_wanted(g4_forward *f, int last_kv_layer);
+void g4_taps_mark_wanted(g4_forward *f);
 /* Whether a tap listens to keys or values used in `layer` or above: then the layers run even without rows. */
 bool g4_taps_want_keys(const g4_forward *f, int layer);
 
-/* ---- forward.c ---- */
 /* Drops the rows that no output wants, from f's arrays and from `also` [T, D]. */
 void g4_forward_prune(g4_forward *f, float *also);
 

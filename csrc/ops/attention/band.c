@@ -23,21 +23,10 @@ static const float *head_row(const g4_band_attention *a, const float *x, int row
     return x + (size_t)row * row_width(a) + (size_t)head * (size_t)a->head_dim;
 }
 
-static int first_key(const g4_band_attention *a, int row)
-{
-    return row - a->past + 1 > 0 ? row - a->past + 1 : 0;
-}
-
-static int end_key(const g4_band_attention *a, int row)
-{
-    const int end = row + (a->future > 1 ? a->future : 1);
-    return end < a->n_rows ? end : a->n_rows;
-}
-
 /* Capped scores of keys [first, end) of one row and head. */
 static void score_row(const g4_kernels *kernels, const g4_band_attention *a, int row, int head, float *scores)
 {
-    const int first = first_key(a, row), n = end_key(a, row) - first;
+    const int first = g4_band_first_key(a, row), n = g4_band_end_key(a, row) - first;
     const float *q = head_row(a, a->q, row, head);
     float by_distance[MAX_BAND];
     /* key j has the distance number past - (row - j) */
@@ -65,7 +54,7 @@ static void attend_rows(const g4_exec *exec, void *context, int first, int end)
     float scores[MAX_BAND];
     for (int row = first; row < end; row++)
         for (int head = 0; head < a->n_heads; head++) {
-            const int from = first_key(a, row), n = end_key(a, row) - from;
+            const int from = g4_band_first_key(a, row), n = g4_band_end_key(a, row) - from;
             score_row(exec->kernels, a, row, head, scores);
             exec->kernels->softmax(scores, n);
             mix_row(exec->kernels, a, row, head, scores, from, n);
@@ -105,7 +94,7 @@ static void score_rows(const g4_exec *exec, void *context, int first, int end)
             float *scores = array_row(t, head, row);
             for (int j = 0; j < t->run->n_rows; j++)
                 scores[j] = -INFINITY;
-            score_row(exec->kernels, t->run, row, head, scores + first_key(t->run, row));
+            score_row(exec->kernels, t->run, row, head, scores + g4_band_first_key(t->run, row));
         }
 }
 

@@ -15,6 +15,18 @@ typedef struct {
     float cap;        /* scores are cap * tanh(x / cap) */
 } g4_band_attention;
 
+/* A row sees frames [first, end). */
+static inline int g4_band_first_key(const g4_band_attention *a, int row)
+{
+    return row - a->past + 1 > 0 ? row - a->past + 1 : 0;
+}
+
+static inline int g4_band_end_key(const g4_band_attention *a, int row)
+{
+    const int end = row + (a->future > 1 ? a->future : 1);
+    return end < a->n_rows ? end : a->n_rows;
+}
+
 g4_status g4_attend_band(g4_exec *exec, const g4_band_attention *run);
 
 /* The same in three steps over a whole array [H, T, T]. Untouched it gives the same values as g4_attend_band. */
