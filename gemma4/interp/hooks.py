@@ -113,7 +113,9 @@ def make_edit(site: Site, fns: Sequence[HookFn], point: HookPoint, log: NaNLog) 
     def edit(array: Array) -> Array:
         already = has_nan(array)  # made further up: not this edit's doing
         for fn in fns:
+            before = _face(array)
             result = fn(array, point)
+            _check_face(array, before, site)
             if result is not None and result is not array:
                 array = _checked_result(result, array, site)
         if not already and has_nan(array):
@@ -121,6 +123,28 @@ def make_edit(site: Site, fns: Sequence[HookFn], point: HookPoint, log: NaNLog) 
         return array
 
     return edit
+
+
+def _face(array: Array) -> tuple[Any, ...]:
+    """What a hook may not change of its array, in the order of `_FACE`."""
+    address, read_only = array.__array_interface__["data"]
+    return array.shape, array.dtype, array.strides, address, read_only
+
+
+_FACE = ("shape", "dtype", "strides", "memory", "writeable flag")
+
+
+def _check_face(array: Array, before: tuple[Any, ...], site: Site) -> None:
+    """The engine and the next hook rely on the array being what it was but for its numbers."""
+    after = _face(array)
+    if after == before:
+        return
+    what, was, now = next(change for change in zip(_FACE, before, after, strict=True) if change[1] != change[2])
+    shown = "" if what in ("memory", "writeable flag") else f" from {was} to {now}"
+    raise ValueError(
+        f"the hook on {site.name} changed the {what} of the array it was given{shown}; change the numbers in it, or "
+        "return another array of the same shape"
+    )
 
 
 def _checked_result(result: Any, given: Array, site: Site) -> Array:
