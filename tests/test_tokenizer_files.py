@@ -315,3 +315,13 @@ def test_little_memory(extra, before, action):
     done = subprocess.run([sys.executable, "-P", "-c", code, str(extra)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout in ("MemoryError\n", "done\n"), done.stdout + done.stderr
     assert extra < 256 << 20 or done.stdout == "done\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc")
+@pytest.mark.parametrize("extra", [1 << 18, 4 << 20, 32 << 20, 128 << 20, 512 << 20])
+def test_quantize_in_little_memory(tmp_path, extra):
+    out = tmp_path / "x.gguf"
+    code = LIMITED.format(before="", action=f"gemma4.quantize('tiny-e', {str(out)!r}, type='Q4_0', threads=2)")
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(extra)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout in ("MemoryError\n", "done\n"), done.stdout + done.stderr
+    assert list(tmp_path.iterdir()) == ([out] if done.stdout == "done\n" else [])
