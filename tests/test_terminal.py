@@ -254,3 +254,14 @@ def test_signals_end_the_command_without_a_traceback(number, code):
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and b"Traceback" not in err
     assert err.endswith(b"gemma4: interrupted\n") == (number == "SIGINT")
+
+
+def test_repeated_ctrl_c():
+    process = started("chat", "--max-tokens", "4")
+    for _ in range(20):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+        if process.poll() is not None:
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in err and b"KeyboardInterrupt" not in err

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
             return 0
         except KeyboardInterrupt:
+            if argv is None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends: another Ctrl-C has nothing to stop
             say("interrupted")
             return EXIT_INTERRUPTED
         except BrokenPipeError:  # `gemma4 generate ... | head`
@@ -75,8 +77,7 @@ class _Ended(BaseException):
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """In here SIGTERM and SIGHUP end the process as an exception would, and Ctrl-C interrupts once: a second one does
-    not break into the tidying up after the first."""
+    """In here SIGTERM and SIGHUP unwind as an exception does, before they end the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

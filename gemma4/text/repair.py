@@ -231,7 +231,7 @@ class _Lenient:
     def _end_of_words(self, at: int) -> int:
         closer = self.closers[-1]
         opener = next(left for left, right in _PAIRS.items() if right == closer)
-        depth = 0
+        depth, passed = 0, False
         for found in re.finditer(rf"[,\{opener}\{closer}]", self.text[at:]):
             char, here = found[0], at + found.start()
             if char == opener:
@@ -240,11 +240,13 @@ class _Lenient:
                 depth -= 1
             elif not depth and self._is_end(char, here):
                 return here
-        outer = [here for here in [self.text.find(c, at) for c in self.closers[:-1]] if here >= self.tail]
-        if depth:
+            elif not depth:
+                passed = passed or char == closer
+        outer = [self.text.find(other, max(at, self.tail)) for other in self.closers[:-1]]
+        if depth or passed:  # it was the end, and something follows, or there is none
             raise Malformed
         self.missing = True
-        return min(outer, default=len(self.text))
+        return min((here for here in outer if here >= 0), default=len(self.text))
 
     def _is_end(self, char: str, at: int) -> bool:
         if char == ",":

@@ -36,7 +36,7 @@ _ENTRY = 16
 _SEQUENCES = (str, list, tuple)
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 _MAX_NODES = 1 << 16  # of the program: a large real template has a few thousand
-_BETWEEN_LOOKS = 1 << 14  # units of work between two looks at the clock
+_CHARGES_PER_LOOK, _MUCH = 64, 1 << 14  # the clock is read after so many charges, and with each that is large
 
 
 class Meter:
@@ -45,7 +45,7 @@ class Meter:
     def __init__(self, input_size: int = 0) -> None:
         self.limit = MAX_WORK + WORK_PER_INPUT * input_size
         self.left = self.limit
-        self.look_at = self.limit
+        self._n_charges = 0
         self.end = time.thread_time() + MAX_SECONDS
 
     def charge(self, work: int) -> None:
@@ -53,10 +53,9 @@ class Meter:
         self.left -= _ENTRY + work
         if self.left < 0:
             raise SecurityError(f"it asks for more than the limit of {self.limit:,} characters of work")
-        if self.left < self.look_at:
-            self.look_at = self.left - _BETWEEN_LOOKS
-            if time.thread_time() > self.end:
-                raise SecurityError(f"it computes for longer than the limit of {MAX_SECONDS} s")
+        self._n_charges += 1
+        if (self._n_charges % _CHARGES_PER_LOOK == 0 or work > _MUCH) and time.thread_time() > self.end:
+            raise SecurityError(f"it computes for longer than the limit of {MAX_SECONDS} s")
 
 
 _METER: ContextVar[Meter] = ContextVar("meter")
@@ -321,11 +320,10 @@ def _accounted_method(text: str, name: str, args: tuple[Any, ...]) -> tuple[Any,
         n = text.count(separator) if separator and name != "splitlines" else len(text) // 2
         _charge(len(text) + 4 * _ENTRY * (n + 1))
     else:
-        _charge(3 * len(text) if name in _CASES else 0)
+        _charge(0)
     return args
 
 
-_CASES = ("upper", "lower", "title", "casefold", "swapcase", "capitalize")  # one character may become three
 _ELEMENT_FILTERS = (  # give back what was there before
     "abs", "attr", "count", "d", "default", "first", "float", "int", "last", "length", "max", "min", "random",
 )  # fmt: skip
