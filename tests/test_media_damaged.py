@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from media_files import encoded, picture, tone, video
+from media_files import encoded, picture, sound, tone, video
 
 from gemma4.errors import FormatError
 from gemma4.media.audio import load_audio
@@ -21,8 +21,10 @@ Image = pytest.importorskip("PIL.Image")
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("av")
 
+PHONES = {"m4a": ("ipod", "aac"), "aac": ("adts", "aac"), "webm sound": ("webm", "libopus"), "3gp": ("3gp", "aac")}
 IMAGES = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 SOUNDS = ("WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF")
+WIDE = {"int32": lambda a: a.astype(np.int32) << 8, "float": lambda a: (a / 255).astype(np.float32)}
 VIDEOS = ("mp4", "matroska", "avi", "webm")
 
 
@@ -30,16 +32,30 @@ VIDEOS = ("mp4", "matroska", "avi", "webm")
 def whole(form: str) -> bytes:
     if form in IMAGES:
         return encoded(Image.fromarray(picture(40, 56)), form)
+    if form == "HEIC":
+        buffer = io.BytesIO()
+        pytest.importorskip("pillow_heif").from_pillow(Image.fromarray(picture(64, 96))).save(buffer)
+        return buffer.getvalue()
+    if form in WIDE:
+        return encoded(Image.fromarray(WIDE[form](picture(40, 56, channels=1)[:, :, 0])), "TIFF")
+    if form in PHONES:
+        return sound(tone(0.3), 16_000, *PHONES[form])
     if form in SOUNDS:
         buffer = io.BytesIO()
         soundfile.write(buffer, tone(0.3), 16_000, format=form)
         return buffer.getvalue()
     frames = np.stack([picture(32, 48, seed) for seed in range(6)])
+    if form == "uneven":
+        return video(frames, container="mov", times=[0, 40, 90, 100, 700, 1500])
     return video(frames, container=form, codec="libvpx" if form == "webm" else "mpeg4")
 
 
 def loader(form: str) -> Callable[[bytes], Any]:
-    return load_image if form in IMAGES else load_audio if form in SOUNDS else load_video
+    if form in VIDEOS:
+        return load_video
+    if form == "uneven":
+        return lambda data: load_video(data, num_frames=4)
+    return load_audio if form in (*SOUNDS, *PHONES) else load_image
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
@@ -61,7 +77,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's words about what it finds
-@pytest.mark.parametrize("form", [*IMAGES, *SOUNDS, *VIDEOS])
+@pytest.mark.parametrize("form", [*IMAGES, *SOUNDS, *VIDEOS, *PHONES, *WIDE, "HEIC", "uneven"])
 def test_damaged_files(form: str) -> None:
     load, data = loader(form), whole(form)
     load(data)

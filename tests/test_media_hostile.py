@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
 import os
@@ -168,6 +169,28 @@ def test_a_header_with_an_absurd_number_of_frames() -> None:
         assert struct.unpack_from("<I", data, at) == (40,)
         struct.pack_into("<I", data, at, 0x7FFF_FFFF)
     assert load_video(bytes(data), num_frames=8).indices.tolist() == [0, 5, 10, 15, 20, 25, 30, 35]
+
+
+@pytest.mark.parametrize("load", [load_video, load_audio])
+def test_a_header_that_asks_for_all_memory(load: Callable[[Any], Any]) -> None:
+    """19 GB for a table of times: a damaged file, and no MemoryError of this process."""
+    data = video(np.zeros((4, 48, 48, 3), np.uint8)) if load is load_video else sound(tone(0.5), 16_000, "ipod", "aac")
+    table = bytearray(data)
+    struct.pack_into(">I", table, table.index(b"stts") + 8, 0x8C00_0001)
+    with contextlib.suppress(FormatError):  # where there is so much memory, the table is only cut short
+        load(bytes(table))
+
+
+def test_a_decoder_without_memory_is_a_damaged_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    av = pytest.importorskip("av")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(av, "open", refuse)
+    for load in (load_video, load_audio):
+        with pytest.raises(FormatError, match="it asks for more memory than there is"):
+            load(b"words and words")
 
 
 # -- what names other files ------------------------------------------------------------------------------------------

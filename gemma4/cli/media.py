@@ -50,7 +50,7 @@ def add_detect(parser: argparse.ArgumentParser) -> None:
 
 
 def add_transcribe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("audio", type=Path, metavar="RECORDING", help="wav, flac, ogg, mp3, of any length")
+    parser.add_argument("audio", type=Path, metavar="RECORDING", help="wav, mp3, m4a, a film, of any length")
     parser.add_argument("--from", dest="source", default="English", metavar="LANGUAGE", help="default: %(default)s")
     parser.add_argument("--to", dest="target", metavar="LANGUAGE", help="translate, and print the translation")
     parser.add_argument("--max-tokens", type=int, default=512, help="per 30 seconds (default: %(default)s)")

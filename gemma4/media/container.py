@@ -15,10 +15,17 @@ def open_container(file: BinaryIO) -> Iterator[Any]:
     """A PyAV container over this file and no other.
 
     Playlists (m3u8, ffconcat, sdp) name further files and addresses: no protocol is allowed, so none is opened.
-    Raises ImportError without PyAV, and what PyAV raises.
+    Raises ImportError without PyAV, and what PyAV raises; a ValueError where a damaged header asks for more memory than
+    there is.
     """
-    with require("av").open(file, options={"protocol_whitelist": ""}) as container:
-        yield container
+    av = require("av")
+    try:
+        with av.open(file, options={"protocol_whitelist": ""}) as container:
+            yield container
+    except av.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise ValueError("it asks for more memory than there is") from error
+        raise
 
 
 def stream_kinds(container: Any) -> str:
