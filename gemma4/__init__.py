@@ -8,14 +8,12 @@ for piece in model.stream("Once upon a time"): print(piece, end="")
 gemma4.quantize("tiny-e", "tiny-e.gguf", type="Q8_0")
 """
 
-import sys
+from typing import TYPE_CHECKING
 
-from gemma4 import media
 from gemma4._engine import cpu_info
-from gemma4.encoders import hooks, soft_tokens
+from gemma4._moved import moved
 from gemma4.encoders.encoder import Encoder
 from gemma4.errors import CapacityError, FormatError, Gemma4Error, SiteError, StateError
-from gemma4.generation import loop, pieces, sampling, stream
 from gemma4.generation.stream import Generation, TextStream
 from gemma4.info import ModelInfo
 from gemma4.interp.cache import ActivationCache
@@ -24,15 +22,10 @@ from gemma4.load import shipped_models
 from gemma4.model import Model, load
 from gemma4.quantization import quantize
 from gemma4.sequence import Sequence
-from gemma4.text import chat, tokenizer, turn
 
-# Modules by the names they had before: imports of these go on working.
-_BEFORE = {"chat": chat, "tokenizer": tokenizer, "turn": turn, "sampling": sampling}
-_BEFORE |= {"generate": stream, "decode": loop, "textflow": pieces}
-globals().update(_BEFORE)
-media.cache, media.taps = soft_tokens, hooks  # type: ignore[attr-defined]
-sys.modules |= {f"gemma4.{name}": module for name, module in _BEFORE.items()}
-sys.modules |= {"gemma4.media.cache": soft_tokens, "gemma4.media.taps": hooks}
+if not TYPE_CHECKING:  # modules by the names that they had before; each is imported where it is first used
+    _BEFORE = ("chat", "decode", "generate", "sampling", "textflow", "tokenizer", "turn")
+    __getattr__ = moved(__name__, {name: f"{__name__}.{name}:" for name in _BEFORE})
 
 __version__ = "0.1.0"
 

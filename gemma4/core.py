@@ -224,6 +224,8 @@ class Core:
     @cached_property
     def image_tokens(self) -> int:
         """How many soft tokens a picture takes at most where nobody says: 280, or what processor_config.json says."""
-        processor = self.checkpoint.processor_config.get("image_processor")
-        found = processor.get("max_soft_tokens") if isinstance(processor, Mapping) else None
+        processor: object = self.checkpoint.processor_config.get("image_processor")
+        found = (
+            cast("Mapping[str, object]", processor).get("max_soft_tokens") if isinstance(processor, Mapping) else None
+        )
         return int(found) if isinstance(found, int) and found in BUDGETS else 280

@@ -41,7 +41,7 @@ class ModelInfo:
     context_length: int
     n_sites: int
     notes: tuple[str, ...] = ()
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list[str])
 
     def __str__(self) -> str:
         types = ", ".join(f"{count(number)} in {name}" for name, number in sorted(self.dtypes.items()))

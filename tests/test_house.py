@@ -53,8 +53,9 @@ def text_of(path: Path) -> str:
 # What could be imported before modules moved, each from where it was
 OLD_PATHS = {
     "gemma4.chat": ("ChatTemplate", "ModelTurn", "ToolCall", "check_messages", "encode_chat", "parse_turn"),
-    "gemma4.cli": ("main",),
+    "gemma4.cli": ("main", "EXIT_ERROR", "EXIT_INTERRUPTED"),
     "gemma4.decode": ("Generation", "Timings"),
+    "gemma4.demo": ("run_demo", "show_speed"),
     "gemma4.encoders": ("Encoder", "MediumLike", "encode_audio", "encode_image", "encode_video", "inputs_of"),
     "gemma4.generate": ("Generation", "Options", "TextStream", "Timings", "default_stop_ids", "generate", "stream"),
     "gemma4.info": ("ModelInfo", "count", "describe", "mapped_bytes", "peak_bytes", "resident_bytes", "size"),
@@ -94,7 +95,7 @@ OLD_PATHS = {
 
 def test_old_public_paths():
     """In a fresh process: by attributes of the package alone where that has always sufficed, and as imports."""
-    lazy = ("gemma4.cli", "gemma4.media.tasks")  # a plain `import gemma4` never brought these
+    lazy = ("gemma4.cli", "gemma4.demo", "gemma4.media.tasks")  # a plain `import gemma4` never brought these
     eager = [f"{path}.{names[0]}" for path, names in OLD_PATHS.items() if path not in lazy]
     imports = [f"import {path}\nfrom {path} import {', '.join(names)}" for path, names in OLD_PATHS.items()]
     code = "\n".join(["import gemma4", *eager, *imports])
@@ -122,6 +123,7 @@ def test_gemma4_keeps_its_rooms():
         ("encoders.encoder", "def f():\n    from gemma4 import model", "2: imports model, but encoders may only"),
         ("interp.hooks", "from gemma4.interp.cache import join_caches", "imports interp.cache, but interp.hooks may"),
         ("errors", "from gemma4 import units", "errors may only use nothing"),
+        ("core", "from gemma4.chat import ChatTemplate", "imports chat, but core may only use"),
         ("serve", "import json", "serve is in no room"),
         ("media.image", "from . import video", "(relative) is in no room"),
         (
@@ -133,7 +135,7 @@ def test_gemma4_keeps_its_rooms():
 )
 def test_room_check_finds(tmp_path, module, text, complaint):
     package = tmp_path / "gemma4"
-    rooms = ("model", "core", "units", "load", "encoders.encoder", "generation.sampling", "interp.cache")
+    rooms = ("chat", "model", "core", "units", "load", "encoders.encoder", "generation.sampling", "interp.cache")
     for name in ("", *rooms, "media.video", module):
         path = package.joinpath(*name.split("."))
         path = path / "__init__.py" if name in ("", "load") else path.with_suffix(".py")

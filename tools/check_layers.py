@@ -55,6 +55,11 @@ ROOMS = {
     "bench": "errors units media encoders sequence profile info model _engine",
     "cli": "errors units files media interp interp.cache sequence generation info model media.tasks bench quantization",
     "__main__": "cli",
+    # former names of modules: they only hand on names, and nobody here imports them
+    **dict.fromkeys(("chat", "tokenizer", "turn"), "text"),
+    **dict.fromkeys(("decode", "generate", "sampling", "textflow"), "generation"),
+    "demo": "cli",
+    **dict.fromkeys(("media.cache", "media.taps"), "encoders"),
     "": "*",  # gemma4/__init__.py, the names that users see
 }
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The `gemma4` command."""
 
-from gemma4.cli.main import main
+from gemma4.cli.main import EXIT_ERROR, EXIT_INTERRUPTED, main
 
-__all__ = ["main"]
+__all__ = ["EXIT_ERROR", "EXIT_INTERRUPTED", "main"]

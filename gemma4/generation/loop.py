@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,9 +103,9 @@ class Continuation:
     hooks: SiteHooks
     text: ContinuationText | TurnText
     finish: str = ""
-    pieces: list[Piece] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    caches: list[ActivationCache] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list[Piece])
+    samples: list[Sample] = field(default_factory=list[Sample])
+    caches: list[ActivationCache] = field(default_factory=list[ActivationCache])
     guesses: I32 = field(default_factory=lambda: np.empty(0, np.int32))
     reused: int = 0
     prefill_s: float = 0.0
@@ -253,7 +253,8 @@ class Batch:
         Raises what the engine and hooks raise: then nobody has got a token, and another step goes on. One whose own
         sampling fails (a processor of its, logits that are NaN) leaves first, and the others have got theirs.
         """
-        start, ran, failed = time.perf_counter(), self.running, []
+        failed: list[BaseException] = []
+        start, ran = time.perf_counter(), self.running
         if not ran:
             return
         for one, output in zip(ran, run_step(self.model, [one.pending() for one in ran]), strict=True):
@@ -322,4 +323,5 @@ def _continuation(model: Core, prompt: PromptLike, options: Options, number: int
 
 def _tool_names(opts: Options) -> list[str]:
     functions = [tool.get("function", tool) for tool in opts.tools or ()]
-    return [str(function.get("name", "")) for function in functions if isinstance(function, Mapping)]
+    named = [cast("Mapping[str, object]", function) for function in functions if isinstance(function, Mapping)]
+    return [str(function.get("name", "")) for function in named]

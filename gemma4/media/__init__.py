@@ -4,3 +4,10 @@
 The decoders (Pillow, soundfile, soxr, PyAV) are the extra `media` and are imported where they are first needed; arrays
 of samples go through NumPy alone.
 """
+
+from typing import TYPE_CHECKING
+
+from gemma4._moved import moved
+
+if not TYPE_CHECKING:  # modules by the names that they had before; each is imported where it is first used
+    __getattr__ = moved(__name__, {name: f"{__name__}.{name}:" for name in ("cache", "taps")})
