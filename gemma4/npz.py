@@ -51,7 +51,7 @@ class NpzFile:
             info = self._info(name)
             with self._zip.open(info) as entry:
                 found_shape, in_columns, found = _read_header(entry)
-                if found != expected or found.byteorder == ">" or in_columns or found_shape != shape:
+                if found != expected or in_columns or found_shape != shape:
                     order = " in columns" if in_columns else ""
                     raise FormatError(f"{name} is {found.str} {found_shape}{order}, expected {expected.str} {shape}")
                 n_data = expected.itemsize * int(np.prod(shape, dtype=object))
