@@ -8,6 +8,7 @@ outputs) is computed here, from those recordings. test_oracle.py ties each compu
 
 from __future__ import annotations
 
+import copy
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -104,7 +105,7 @@ def record(model: Any, ids: Tensor, **options: Any) -> Recording:
 
 @torch.no_grad()
 def sites_of(model: Any, ids: Tensor) -> Sites:
-    """Every site of the model for one prompt, in forward order; float32 (expert ids int32), no batch axis."""
+    """Every site of the model for one prompt, in forward order; the model's type (expert ids int32), no batch axis."""
     return sites_from(model, record(model, ids))
 
 
@@ -118,8 +119,20 @@ def sites_from(model: Any, recording: Recording) -> Sites:
     return {name: _numpy(value) for name, value in sites.items()}
 
 
+def sites_in_float64(model: Any, ids: Tensor) -> Sites:
+    """The same with every operation in float64, on the weights and embedding scales that `model` has in float32."""
+    softmax = torch.nn.functional.softmax
+    with ExitStack() as stack:  # transformers casts to float32 wherever half precision would not do
+        stack.enter_context(mock.patch.object(Tensor, "float", Tensor.double))
+        wide = mock.patch.object(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
+        stack.enter_context(wide)
+        sites = sites_of(copy.deepcopy(model).double(), ids)
+    assert {array.dtype for array in sites.values()} <= {np.dtype(np.float64), np.dtype(np.int32)}
+    return sites
+
+
 def _numpy(value: Tensor) -> np.ndarray:
-    kind = torch.float32 if value.is_floating_point() else torch.int32
+    kind = value.dtype if value.is_floating_point() else torch.int32
     return np.ascontiguousarray(value.detach().to(kind).numpy())
 
 
