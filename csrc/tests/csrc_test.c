@@ -107,6 +107,56 @@ static void test_token_by_token_fork_and_truncate(fixture *f, const float *expec
     g4_model_free(model);
 }
 
+/* After pruning, the rows that logits want lie far apart: what they see together is all positions, in sliding layers, too. */
+static void test_far_apart_rows(fixture *f)
+{
+    enum { N = 300, STEP = 11, N_ROWS = (N + STEP - 1) / STEP };
+    static int32_t ids[N], rows[N], some[N_ROWS];
+    static float all[N * VOCAB], logits[N_ROWS * VOCAB];
+    const g4_step_options options = {.stop_at_layer = -1};
+    g4_error err = {0};
+    for (int i = 0; i < N; i++) {
+        ids[i] = (i * 13 + 5) % VOCAB;
+        rows[i] = i;
+        if (i % STEP == 0)
+            some[i / STEP] = i;
+    }
+    for (int n_threads = 1; n_threads <= 3; n_threads++) {
+        g4_model *model = new_model(f, n_threads);
+        g4_run run = {.seq = new_sequence_of(model),
+                      .n_rows = N,
+                      .tokens = ids,
+                      .logits_rows = rows,
+                      .n_logits = N,
+                      .logits = all};
+        CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_OK);
+        CHECK(g4_sequence_truncate(run.seq, 0, &err) == G4_OK);
+        run.logits_rows = some, run.n_logits = N_ROWS, run.logits = logits;
+        CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_OK);
+        for (int i = 0; i < N_ROWS; i++)
+            CHECK(same(logits + i * VOCAB, all + some[i] * VOCAB, 1));
+        g4_sequence_free(run.seq);
+        g4_model_free(model);
+    }
+}
+
+/* A sliding layer goes on from window - 1 keys, and from no fewer. */
+static void test_import_of_too_few(fixture *f)
+{
+    enum { WINDOW = 5, LENGTH = 20 };
+    static float keys[LENGTH * D];
+    g4_error err = {0};
+    g4_model *model = new_model(f, 1);
+    g4_sequence *seq = new_sequence_of(model);
+    CHECK(f->layers[0].window == WINDOW && f->layers[2].window == 0);
+    CHECK(g4_sequence_import(seq, 0, LENGTH - (WINDOW - 1), LENGTH, keys, keys, &err) == G4_OK);
+    CHECK(g4_sequence_import(seq, 0, LENGTH - (WINDOW - 2), LENGTH, keys, keys, &err) == G4_EVALUE);
+    CHECK(g4_sequence_import(seq, 2, 1, LENGTH, keys, keys, &err) == G4_EVALUE);
+    CHECK(g4_sequence_import(seq, 2, 0, LENGTH, keys, keys, &err) == G4_OK);
+    g4_sequence_free(seq);
+    g4_model_free(model);
+}
+
 static g4_status zero_out(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err)
 {
     size_t n = 1;
@@ -269,6 +319,8 @@ int main(void)
     test_chunks_and_threads(&f, expected);
     test_fast(&f, expected);
     test_token_by_token_fork_and_truncate(&f, expected);
+    test_far_apart_rows(&f);
+    test_import_of_too_few(&f);
     test_captures(&f, expected);
     test_errors(&f);
     test_concurrent_steps(&f, expected);
