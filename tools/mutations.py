@@ -31,13 +31,13 @@ TEXT = [
         "per-layer rows of a table on disk land in the first 64",
         "float *to = out + (size_t)row * table->n_cols;",
         "float *to = out + (size_t)(row % 64) * table->n_cols;",
-        f"{MODEL}",
+        f"many_positions {MODEL}",
     ),
     Mistake(
         "per-layer rows of a table on disk are those of the first 64 tokens",
         "table, tokens + row, n, f->config->ple_scale, to",
         "table, tokens + row % 64, n, f->config->ple_scale, to",
-        f"{MODEL}",
+        f"many_positions {MODEL}",
     ),
     Mistake(
         "the per-layer projection is scaled by D", "f->ple, 1.0f / sqrtf((float)c->d_model)", "f->ple, 1.0f", SITES
@@ -74,13 +74,13 @@ TEXT = [
         "        const size_t offset = (size_t)row * (size_t)n_heads * (size_t)d;",
         "for (int row = 0; row < f->n_rows && row < 16; row++) {\n"
         "        const size_t offset = (size_t)row * (size_t)n_heads * (size_t)d;",
-        "capture_api reference/exactness reference/reference_sites",
+        "many_positions capture_api reference/exactness reference/reference_sites",
     ),
     Mistake(
         "an edit of hook_result in the second half of the rows is not noticed",
         "if (memcmp(before, result, n_bytes) == 0)",
         "if (memcmp(before, result, n_bytes / 2) == 0)",
-        "capture_api reference/exactness reference/reference_sites",
+        "many_positions capture_api reference/exactness reference/reference_sites",
     ),
     Mistake(
         "the method in `fast` depends on who looks", "return n ? n : segment->n_rows;", "return segment->n_rows;", FAST
@@ -149,7 +149,7 @@ STEPS = [
         "keys of a prompt are copied to every prompt of its length",
         "if (f->taps.taps[i].run == segment->run)",
         "if (f->runs[f->taps.taps[i].run].n_rows == f->runs[segment->run].n_rows)",
-        f"capture_api {EXACT}",
+        f"many_positions capture_api {EXACT}",
     ),
     Mistake(
         "the first visible key is one too early",
@@ -215,7 +215,7 @@ STEPS = [
         "a fork forgets what it has forgotten",
         "kv->n_slots, kv->first, kv->n_rotated};",
         "kv->n_slots, 0, kv->n_rotated};",
-        f"{EXACT} api split_keys",
+        f"many_positions {EXACT} api split_keys",
     ),
     Mistake("sliding layers keep no slack", "(n_rows > window ? n_rows : window)", "n_rows", EXACT),
     Mistake(
