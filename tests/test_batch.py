@@ -74,14 +74,15 @@ def test_prompts_of_one_step_want_different_things(model):
 def test_hooks_of_one_prompt_edit_no_other(model):
     plain = [model.forward(ids) for ids in PROMPTS]
     seen = []
-    hooks = bind_hooks(model.sites, [("blocks.0.hook_resid_post", lambda array, site: seen.append(site.sequence))])
+    watch = ("blocks.[01].hook_resid_post", lambda array, site: seen.append((site.layer, site.sequence)))
+    hooks = bind_hooks(model.sites, [watch])
     edit = bind_hooks(model.sites, [("blocks.0.hook_resid_post", double)])
     prompts = [
         Prompt(model.new_sequence(capacity=12), np.array(ids, np.int32), i, hooks={1: hooks, 2: edit}.get(i, []))
         for i, ids in enumerate(PROMPTS)
     ]
     outputs = run_step(model, prompts)
-    assert seen == [1]
+    assert seen == [(0, 1), (1, 1)]
     assert [np.array_equal(out.logits, one) for out, one in zip(outputs, plain, strict=True)] == [
         True,
         True,
