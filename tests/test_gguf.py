@@ -322,10 +322,10 @@ def real(tmp_path_factory):
 def test_real_vocabulary_gives_the_same_ids(real):
     from test_tokenizer import TEXTS
 
-    from gemma4.load.gguf_tokenizer import tokenizer_json
+    from gemma4.load.gguf_tokenizer import tokenizer_table
 
     theirs = Tokenizer.load(real)
-    ours = Tokenizer.from_json(tokenizer_json(GgufFile(real / "vocab.gguf").metadata, "x"))
+    ours = Tokenizer.from_json(json.dumps(tokenizer_table(GgufFile(real / "vocab.gguf").metadata, "x")))
     assert ours.special_ids == theirs.special_ids and len(ours) == len(theirs) == 262_144
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (2, 1, 0)
     for text in TEXTS.values():

@@ -231,6 +231,12 @@ def test_the_order_of_words_and_results_is_kept() -> None:
         ("user", {"type": "thinking", "thinking": "x"}, "goes into a message of role assistant"),
         ("assistant", {"type": "tool_result", "content": "x"}, "goes into a message of role user"),
         ("assistant", {"type": "tool_use", "input": {}}, 'needs "name", a string'),
+        (
+            "assistant",
+            {"type": "tool_use", "id": [1], "name": "f"},
+            '"id" of a part of type "tool_use" must be a string',
+        ),
+        ("user", {"type": "tool_result", "tool_use_id": {}, "content": "x"}, '"tool_use_id" of a part'),
         ("assistant", {"type": "thinking", "thinking": None}, 'needs "thinking", a string; it has thinking = None'),
         ("user", {"type": "tool_result", "content": ["x"]}, "the content of a tool_result must be parts"),
         ("user", {"type": "tool_result", "content": [{"type": "document"}]}, "no part of type 'document'"),

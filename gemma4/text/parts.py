@@ -117,7 +117,7 @@ class _Split:
     def _tool_use(self, part: Mapping[str, Any], place: _Place) -> None:
         self._check_role(part, place, "assistant", "model")
         name = _text(part, "name", place)
-        self.names[part.get("id")] = name
+        self.names[_call_id(part, "id", place)] = name
         function = {"name": name, "arguments": part.get("input") or {}}
         self.calls.append({"id": part.get("id"), "type": "function", "function": function})
 
@@ -131,7 +131,7 @@ class _Split:
         if self.parts:
             self.before.append({**self.message, "content": self.parts})
             self.parts = []
-        call = part.get("tool_use_id")
+        call = _call_id(part, "tool_use_id", place)
         result = {"role": "tool", "tool_call_id": call, "content": content}
         self.before.append(result | ({"name": self.names[call]} if call in self.names else {}))
 
@@ -165,6 +165,13 @@ def _text(part: Mapping[str, Any], key: str, place: _Place) -> str:
         found = f"{key} = {text!r:.80}" if key in part else ", ".join(map(str, part))
         raise ValueError(f'{place}: a part of type "{part["type"]}" needs "{key}", a string; it has {found}')
     return text
+
+
+def _call_id(part: Mapping[str, Any], key: str, place: _Place) -> str | int | None:
+    call = part.get(key)
+    if call is not None and not isinstance(call, str | int):
+        raise ValueError(f'{place}: "{key}" of a part of type "{part["type"]}" must be a string or an integer, got {call!r:.80}')
+    return call
 
 
 def _medium(part: Mapping[str, Any], kind: str, keys: tuple[str, ...], place: _Place) -> dict[str, Any]:
