@@ -29,6 +29,7 @@ _MEDIA = {  # what each is, and where it may be
     "input_image": ("image", ("image_url",)),
     "input_audio": ("audio", ("input_audio",)),
 }
+_ALL_SOURCES = tuple(dict.fromkeys(key for _, keys in _MEDIA.values() for key in keys))  # a part has one of them
 _INSIDE = ("bytes", "base64", "data", "url", "path")  # where a medium is that is an object itself, the first that is
 _HINTS = ("detail", "format", "media_type", "mime_type", "mimeType", "cache_control")  # other clients' words, unused
 _BY_CALLS = ("thinking", "tool_use", "tool_result")  # Anthropic's, which become fields and messages of their own
@@ -170,16 +171,18 @@ def _text(part: Mapping[str, Any], key: str, place: _Place) -> str:
 def _call_id(part: Mapping[str, Any], key: str, place: _Place) -> str | int | None:
     call = part.get(key)
     if call is not None and not isinstance(call, str | int):
-        raise ValueError(f'{place}: "{key}" of a part of type "{part["type"]}" must be a string or an integer, got {call!r:.80}')
+        raise ValueError(
+            f'{place}: "{key}" of a part of type "{part["type"]}" must be a string or an integer, got {call!r:.80}'
+        )
     return call
 
 
 def _medium(part: Mapping[str, Any], kind: str, keys: tuple[str, ...], place: _Place) -> dict[str, Any]:
-    given = [key for key in keys if part.get(key) is not None]
-    options = {key: value for key, value in part.items() if key not in (*keys, *_HINTS, "type")}
+    given = [key for key in _ALL_SOURCES if part.get(key) is not None]
+    options = {key: value for key, value in part.items() if key not in (*_ALL_SOURCES, *_HINTS, "type")}
     if not given and part["type"] == kind:  # a place without its medium, as templates take it
         return {"type": kind, **options}
-    if len(given) != 1:
+    if len(given) != 1 or given[0] not in keys:
         found, one_of = ", ".join(map(str, part)), " or ".join(f'"{key}"' for key in keys)
         raise ValueError(f'{place}: a part of type "{part["type"]}" needs one of {one_of}; it has {found}')
 
