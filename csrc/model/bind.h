@@ -7,7 +7,7 @@
 #include "base/arena.h"
 #include "base/tensor.h"
 #include "gemma4.h"
-#include "ops/panels16.h"
+#include "ops/linear_int16.h"
 
 typedef enum {
     G4_BIND_MATRIX, /* g4_matrix: a view; the last axis is the row, the others are its number */

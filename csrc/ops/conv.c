@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "ops/panels.h"
+#include "ops/linear_f32.h"
 #include "ops/profile.h"
 
 enum { PATCH_FLOATS = 4 << 20 }; /* patches laid out at once: 16 MB, where all of 30 s would take 110 MB */

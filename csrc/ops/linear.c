@@ -3,9 +3,9 @@
 
 #include "ops/blas.h"
 #include "ops/inputs.h"
-#include "ops/panels.h"
+#include "ops/linear_bf16.h"
+#include "ops/linear_f32.h"
 #include "ops/profile.h"
-#include "ops/tiles.h"
 
 enum {
     PANEL = 32,             /* weight rows per task: the kernels' block */
@@ -44,8 +44,8 @@ static int blas_panel_rows(const g4_linear_job *job)
 typedef enum {
     BY_ROWS,   /* the kernels' own blocks: all of `exact`, a few rows, and quantised weights with x as bytes */
     BY_BLAS,   /* OpenBLAS */
-    BY_PANELS, /* the encoders' panels: ops/panels.h */
-    BY_TILES   /* bfloat16: ops/tiles.h */
+    BY_PANELS, /* the encoders' panels: ops/linear_f32.h */
+    BY_TILES   /* bfloat16: ops/linear_bf16.h */
 } method;
 
 /* Many rows in `fast`, where the order of additions is free.

@@ -18,7 +18,7 @@
 #include "model/encoders/encoder.h"
 #include "ops/attention/band.h"
 #include "ops/conv.h"
-#include "ops/panels.h"
+#include "ops/linear_f32.h"
 #include "ops/rows.h"
 
 #define TAP(site, layer, data) G4_TRY(g4_encoder_tap(p, G4_SITE_##site, layer, data))

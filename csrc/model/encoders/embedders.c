@@ -9,7 +9,7 @@
 #include <string.h>
 
 #include "model/encoders/encoder.h"
-#include "ops/panels.h"
+#include "ops/linear_f32.h"
 #include "ops/rows.h"
 
 #define TAP(site, data) G4_TRY(g4_encoder_tap(p, G4_SITE_##site, 0, data))

@@ -6,7 +6,7 @@
 
 #include "base/pages.h"
 #include "model/encoders/encoder.h"
-#include "ops/panels.h"
+#include "ops/linear_f32.h"
 #include "ops/rows.h"
 
 /* ---- sizes ---------------------------------------------------------------------------------------------------------- */

@@ -13,7 +13,7 @@
 
 #include "model/encoders/encoder.h"
 #include "ops/attention/full.h"
-#include "ops/panels.h"
+#include "ops/linear_f32.h"
 #include "ops/rows.h"
 
 /* Rows of the MLP at once, a multiple of the 6 that a kernel takes: 19 MB for each of gate and up at a width of 3,072. */

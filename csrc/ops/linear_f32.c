@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "ops/panels.h"
+#include "ops/linear_f32.h"
 
 #include "ops/profile.h"
 

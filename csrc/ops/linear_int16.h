@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Linear maps of the encoders with precision="fast": as ops/panels.h, but in products of whole numbers
+/* Linear maps of the encoders with precision="fast": as ops/linear_f32.h, but in products of whole numbers
  * (kernels/body_panel16.h). The weights are copied once, when an encoder is bound, into the layout that the kernel
  * reads: 2 bytes each. */
-#ifndef GEMMA4_OPS_PANELS16_H
-#define GEMMA4_OPS_PANELS16_H
+#ifndef GEMMA4_OPS_LINEAR_INT16_H
+#define GEMMA4_OPS_LINEAR_INT16_H
 
 #include "ops/exec.h"
 

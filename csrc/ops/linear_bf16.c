@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "ops/tiles.h"
+#include "ops/linear_bf16.h"
 
 #include "ops/inputs.h"
 #include "ops/profile.h"

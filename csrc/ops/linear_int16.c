@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "ops/panels16.h"
+#include "ops/linear_int16.h"
 
 #include <math.h>
 
@@ -11,7 +11,7 @@ enum {
     MIN_ROWS = 24,
     MAX_ROWS = 256,
     TASK_COLUMNS = 128, /* … which stay in the second-level cache with so many columns, 196 KB at 768 inputs: the … */
-    BLOCK_K = 6 * G4_GROUP16 /* … next task has the same. Long blocks: see ops/panels.c */
+    BLOCK_K = 6 * G4_GROUP16 /* … next task has the same. Long blocks: see ops/linear_f32.c */
 };
 
 static int n_panels(const g4_matrix16 *w)
