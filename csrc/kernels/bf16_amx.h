@@ -23,7 +23,7 @@ static INLINE void tile_products(const int rows, const int columns, const uint16
 {
     enum { ROW = 64 };
     const size_t w_bytes = w_stride * sizeof *w, sum_bytes = sums.stride * sizeof *sums.at;
-    float *below = sums.at + sums.below;
+    float *below = sums.at + sums.down;
     memory_settles();
     if (add) {
         _tile_loadd(0, sums.at, sum_bytes);

@@ -20,7 +20,7 @@ static INLINE void tile_products(const int rows, const int columns, const uint16
     for (int j = 0; j < rows * G4_TILE_ROWS; j += ROWS_BF16) {
         const int row = j / G4_TILE_ROWS, from = j % G4_TILE_ROWS;
         const uint16_t *ws = w + (size_t)j * w_stride;
-        float *to = sums.at + (size_t)row * sums.below + (size_t)from * sums.stride;
+        float *to = sums.at + (size_t)row * sums.down + (size_t)from * sums.stride;
         __m512 sum[ROWS_BF16][2];
         for (int r = 0; r < ROWS_BF16; r++)
             for (int c = 0; c < 2; c++)

@@ -50,8 +50,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define CONCAT_(a, b) a##b
 #define CONCAT(a, b) CONCAT_(a, b)
 #define NAME(base) CONCAT(base, WEIGHT)
-#define INT8_TILES_OF_(group, fit) int8_tiles_##group##_##fit
-#define INT8_TILES_OF(group, fit) INT8_TILES_OF_(group, fit)
+#define INT8_TILES_OF_(group, sums_in_int16) int8_tiles_##group##_##sums_in_int16
+#define INT8_TILES_OF(group, sums_in_int16) INT8_TILES_OF_(group, sums_in_int16)
 
 #define WEIGHT f32
 #define weight float
@@ -74,8 +74,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 32
 #define HAS_MIN 0
 #define F16_FACTOR 1
-#define RAISE 0
-#define FIT 0
+#define ZERO_POINT 0
+#define SUMS_IN_INT16 0
 #define BF16_256
 #define CACHED 1 /* keys and values may have this type, too */
 #include "kernels/body_block_type.h"
@@ -86,8 +86,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 32
 #define HAS_MIN 0
 #define F16_FACTOR 1
-#define RAISE 8
-#define FIT 8
+#define ZERO_POINT 8
+#define SUMS_IN_INT16 8
 #define BF16_256
 #include "kernels/body_block_type.h"
 
@@ -97,8 +97,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 32
 #define HAS_MIN 1
 #define F16_FACTOR 1
-#define RAISE 0
-#define FIT 8
+#define ZERO_POINT 0
+#define SUMS_IN_INT16 8
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q5_0
@@ -107,8 +107,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 32
 #define HAS_MIN 0
 #define F16_FACTOR 1
-#define RAISE 16
-#define FIT 4
+#define ZERO_POINT 16
+#define SUMS_IN_INT16 4
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q5_1
@@ -117,8 +117,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 32
 #define HAS_MIN 1
 #define F16_FACTOR 1
-#define RAISE 0
-#define FIT 4
+#define ZERO_POINT 0
+#define SUMS_IN_INT16 4
 #include "kernels/body_block_type.h"
 
 #define WEIGHT iq4_nl
@@ -127,8 +127,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 32
 #define HAS_MIN 0
 #define F16_FACTOR 1
-#define RAISE 0
-#define FIT 0
+#define ZERO_POINT 0
+#define SUMS_IN_INT16 0
 #include "kernels/body_block_type.h"
 
 #define WEIGHT mxfp4
@@ -137,8 +137,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 32
 #define HAS_MIN 0
 #define F16_FACTOR 0
-#define RAISE 0
-#define FIT 0
+#define ZERO_POINT 0
+#define SUMS_IN_INT16 0
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q2_k
@@ -147,8 +147,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 16
 #define HAS_MIN 1
 #define F16_FACTOR 0
-#define RAISE 0
-#define FIT 8
+#define ZERO_POINT 0
+#define SUMS_IN_INT16 8
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q3_k
@@ -157,8 +157,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 16
 #define HAS_MIN 0
 #define F16_FACTOR 0
-#define RAISE 4
-#define FIT 8
+#define ZERO_POINT 4
+#define SUMS_IN_INT16 8
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q4_k
@@ -167,8 +167,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 32
 #define HAS_MIN 1
 #define F16_FACTOR 0
-#define RAISE 0
-#define FIT 8
+#define ZERO_POINT 0
+#define SUMS_IN_INT16 8
 #define BF16_256
 #include "kernels/body_block_type.h"
 
@@ -178,8 +178,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 32
 #define HAS_MIN 1
 #define F16_FACTOR 0
-#define RAISE 0
-#define FIT 4
+#define ZERO_POINT 0
+#define SUMS_IN_INT16 4
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q6_k
@@ -188,8 +188,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 16
 #define HAS_MIN 0
 #define F16_FACTOR 0
-#define RAISE 32
-#define FIT 2
+#define ZERO_POINT 32
+#define SUMS_IN_INT16 2
 #include "kernels/body_block_type.h"
 
 #define WEIGHT iq4_xs
@@ -198,6 +198,6 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define GROUP 32
 #define HAS_MIN 0
 #define F16_FACTOR 0
-#define RAISE 0
-#define FIT 0
+#define ZERO_POINT 0
+#define SUMS_IN_INT16 0
 #include "kernels/body_block_type.h"

@@ -26,15 +26,15 @@ typedef struct {
     const char *row;
     size_t row_bytes, stride_bytes, at;
     int n_rows;
-} rows_to_come;
+} prefetch_rows;
 
-static INLINE size_t lines_to_come(const rows_to_come *next)
+static INLINE size_t count_lines(const prefetch_rows *next)
 {
     return (size_t)next->n_rows * ((next->row_bytes + 63) / 64);
 }
 
 /* n lines of them. All at once they would be more than the processor has in flight (24 lines on Zen 3). */
-static INLINE void ask_for_lines(rows_to_come *next, size_t n)
+static INLINE void prefetch_lines(prefetch_rows *next, size_t n)
 {
     while (n > 0 && next->n_rows > 0) {
         const size_t left = (next->row_bytes - next->at + 63) / 64, now = n < left ? n : left;

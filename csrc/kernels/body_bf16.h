@@ -23,7 +23,7 @@ enum { TILE_SUMS = G4_TILE_ROWS * G4_TILE_ROWS, TILE_PAIR = 2 * G4_TILE_ROWS };
  * of the first, the next weights below. */
 typedef struct {
     float *at;
-    size_t stride, right, below;
+    size_t stride, right, down;
 } tile_sums;
 
 #include BF16_PRODUCTS
@@ -146,8 +146,8 @@ static void tiles_of_x(const float *x, size_t x_stride, int m, int k, uint16_t *
  * transposed. */
 static bool tiles_of_values(const float *v, size_t v_stride, int n, int d, const g4_tiles *tiles)
 {
-    const __m512i in_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                                6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512 most = _mm512_set1_ps(0x1p127f), zero = _mm512_setzero_ps();
     __mmask16 small = 0xffff;
     for (int c = 0; c < d; c += 16) {
@@ -158,7 +158,7 @@ static bool tiles_of_values(const float *v, size_t v_stride, int n, int d, const
             small &= _mm512_cmp_ps_mask(_mm512_abs_ps(even), most, _CMP_LT_OQ);
             small &= _mm512_cmp_ps_mask(_mm512_abs_ps(odd), most, _CMP_LT_OQ);
             const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-            _mm512_storeu_si512(tile + l * 16, _mm512_permutexvar_epi16(in_turns, pair));
+            _mm512_storeu_si512(tile + l * 16, _mm512_permutexvar_epi16(interleave, pair));
         }
     }
     return small == 0xffff;
@@ -180,7 +180,7 @@ static INLINE void pair_products(int m, int n, const g4_tiles *x, const uint16_t
 }
 
 /* out[i][j] = sums[j][i], i < m <= 16, j < n <= 16 */
-static INLINE void turn_sums(const float *sums, int m, int n, float *out, size_t out_stride)
+static INLINE void transpose_sums(const float *sums, int m, int n, float *out, size_t out_stride)
 {
     const __mmask16 there = n >= 16 ? 0xffff : (__mmask16)((1 << n) - 1);
     __m512i row[16];
@@ -193,23 +193,23 @@ static INLINE void turn_sums(const float *sums, int m, int n, float *out, size_t
             _mm512_mask_storeu_ps(out + (size_t)i * out_stride, there, _mm512_castsi512_ps(row[i]));
 }
 
-static NOINLINE void turn_pair(const float *sums, int m, int n, float *out, size_t out_stride)
+static NOINLINE void store_transposed(const float *sums, int m, int n, float *out, size_t out_stride)
 {
     for (int j = 0; j < n; j += G4_TILE_ROWS)
         for (int i = 0; i < m; i += G4_TILE_ROWS, sums += TILE_SUMS)
-            turn_sums(sums, m - i, n - j, out + (size_t)i * out_stride + j, out_stride);
+            transpose_sums(sums, m - i, n - j, out + (size_t)i * out_stride + j, out_stride);
 }
 
 /* Rows of out come from memory, though only to be written. Asked for before the products and not when those are there, on one
  * core of a Sapphire Rapids: 512 rows x 128 of 6144 weights, 321 -> 340 GFLOP/s, and 783 -> 1010 while its neighbours slept. */
-static INLINE void ask_for_out(float *out, size_t out_stride, int m, int n)
+static INLINE void prefetch_out(float *out, size_t out_stride, int m, int n)
 {
     for (int i = 0; i < m; i++)
         for (int j = 0; j < n; j += 16)
             __builtin_prefetch(out + (size_t)i * out_stride + j, 1);
 }
 
-/* Sums as pair_products leaves them for turn_pair: square after square. */
+/* Sums as pair_products leaves them for store_transposed: square after square. */
 static INLINE tile_sums squares(float *sums, int m)
 {
     return (tile_sums){sums, G4_TILE_ROWS, TILE_SUMS, m > G4_TILE_ROWS ? 2 * TILE_SUMS : TILE_SUMS};
@@ -225,10 +225,10 @@ static void matmul_tiles(const g4_tiles *x, int m, const uint16_t *w, size_t w_s
             const int rows = m - i < TILE_PAIR ? m - i : TILE_PAIR, columns = n - j < TILE_PAIR ? n - j : TILE_PAIR;
             const g4_tiles x_i = g4_tiles_from(x, i);
             if (out)
-                ask_for_out(out + (size_t)i * out_stride + j, out_stride, rows, columns);
+                prefetch_out(out + (size_t)i * out_stride + j, out_stride, rows, columns);
             pair_products(rows, columns, &x_i, w + (size_t)j * w_stride, w_stride, n_tiles, squares(sums, rows), add);
             if (out)
-                turn_pair(sums, rows, columns, out + (size_t)i * out_stride + j, out_stride);
+                store_transposed(sums, rows, columns, out + (size_t)i * out_stride + j, out_stride);
             if (add || !out) /* else nobody wants these again, and the next may lie there */
                 sums += TILE_PAIR * TILE_PAIR;
         }

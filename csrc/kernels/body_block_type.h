@@ -21,6 +21,6 @@
 #undef GROUP
 #undef HAS_MIN
 #undef F16_FACTOR
-#undef RAISE
-#undef FIT
+#undef ZERO_POINT
+#undef SUMS_IN_INT16
 #undef BF16_256

@@ -4,7 +4,7 @@
  *   BLOCK       values in a block
  *   BLOCK_BYTES its bytes
  *   GROUP       values that share a scale, 16 or 32
- *   RAISE       what the format adds to its whole numbers
+ *   ZERO_POINT       what the format adds to its whole numbers
  */
 static inline void NAME(widen_block_)(float *out, const uint8_t *block)
 {
@@ -12,7 +12,7 @@ static inline void NAME(widen_block_)(float *out, const uint8_t *block)
     int8_t q[BLOCK];
     CONCAT(read_, WEIGHT)(block, &v);
     for (int part = 0; part < BLOCK / 32; part++)
-        i8_store(q + part * 32, i8_add(v.q[part], -RAISE));
+        i8_store(q + part * 32, i8_add(v.q[part], -ZERO_POINT));
     for (int g = 0; g < BLOCK / 16; g++) {
         f32x16 scaled = x16_mul(x16_set1(v.scale[g * 16 / GROUP]), x16_load_i8(q + g * 16));
         x16_store(out + g * 16, x16_sub(scaled, x16_set1(v.min[g * 16 / GROUP])));
@@ -38,7 +38,7 @@ static INLINE void NAME(bf16_block_)(const uint8_t *block, uint16_t *row)
     for (int part = 0; part < BLOCK / 32; part++) {
         const int first = part * 32 / GROUP, second = (part * 32 + 16) / GROUP;
         const float scale[2] = {v.scale[first], v.scale[second]}, min[2] = {v.min[first], v.min[second]};
-        const i8x32 q = i8_add(v.q[part], -RAISE);
+        const i8x32 q = i8_add(v.q[part], -ZERO_POINT);
         bf16_part(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1), scale, HAS_MIN ? min : NULL,
                   row + part * 32);
     }

@@ -3,7 +3,7 @@
  * with the macros of body_blocks.h and
  *   HAS_MIN  whether the format has minima
  *   F16_FACTOR  whether a block begins with its scale as f16
- *   FIT      how many 2 * 127 * (the largest q) fit 16 bits; 0 if q has a sign
+ *   SUMS_IN_INT16      how many 2 * 127 * (the largest q) fit 16 bits; 0 if q has a sign
  *
  *   sum_l x_l w_l = sum over groups of dx (scale * sum q_x q_w - min * sum q_x)
  *
@@ -67,27 +67,28 @@ static INLINE void NAME(dot_blocks_)(const i8x32 q[4][2], const int8_t *x, i32x8
 {
 #define FIRST(pair) q[pair][0], i8_load(x + (pair) * 64)
 #define LAST(pair) q[pair][1], i8_load(x + (pair) * 64 + 32)
-#if GROUP == 32 && FIT
+#if GROUP == 32 && SUMS_IN_INT16
 #define WHOLE(pair) i16_add_pairs(i16_pairs(FIRST(pair)), LAST(pair))
-    dot[0] = i32_sums_of_pairs(WHOLE(0), WHOLE(1), WHOLE(2), WHOLE(3), FIT / 4);
+    dot[0] = i32_sums_of_pairs(WHOLE(0), WHOLE(1), WHOLE(2), WHOLE(3), SUMS_IN_INT16 / 4);
 #undef WHOLE
 #elif GROUP == 32
 #define WHOLE(pair) i32_add_fours(i32_fours(FIRST(pair)), LAST(pair))
     dot[0] = i32_sums_of_fours(WHOLE(0), WHOLE(1), WHOLE(2), WHOLE(3));
 #undef WHOLE
 #else
-    dot[0] =
-        i32_sums_of_pairs(i16_pairs(FIRST(0)), i16_pairs(FIRST(1)), i16_pairs(FIRST(2)), i16_pairs(FIRST(3)), FIT / 2);
-    dot[1] = i32_sums_of_pairs(i16_pairs(LAST(0)), i16_pairs(LAST(1)), i16_pairs(LAST(2)), i16_pairs(LAST(3)), FIT / 2);
+    dot[0] = i32_sums_of_pairs(i16_pairs(FIRST(0)), i16_pairs(FIRST(1)), i16_pairs(FIRST(2)), i16_pairs(FIRST(3)),
+                               SUMS_IN_INT16 / 2);
+    dot[1] = i32_sums_of_pairs(i16_pairs(LAST(0)), i16_pairs(LAST(1)), i16_pairs(LAST(2)), i16_pairs(LAST(3)),
+                               SUMS_IN_INT16 / 2);
 #endif
 #undef FIRST
 #undef LAST
 }
 
-/* sum[i] += the products of 256 inputs of x_i, from `at` on, and w, lane by lane for 8 blocks; below[i] += what the minima,
+/* sum[i] += the products of 256 inputs of x_i, from `at` on, and w, lane by lane for 8 blocks; correction[i] += what the minima,
  * or q not being raised, make of them too much: (min or scale) . sums of x_i. Blocks from n_blocks on do not count. */
 static INLINE void NAME(add_stretch_)(const int m, const int n_blocks, const g4_int8_rows *x, size_t at, size_t stride,
-                                      const uint8_t *w, f32x8 *sum, f32x8 *below)
+                                      const uint8_t *w, f32x8 *sum, f32x8 *correction)
 {
     NAME(factors_) f = NAME(read_factors_)(w);
     i8x32 q[4][2];
@@ -111,20 +112,20 @@ static INLINE void NAME(add_stretch_)(const int m, const int n_blocks, const g4_
         sum[i] = f8_fma(f8_mul(f8_odds(f.scale[0], f.scale[1]), dx), f8_from_i32(dot[1]), sum[i]);
 #endif
         const float *sums = (GROUP == 32 ? x->sum32 : x->sum16) + at_i / GROUP;
-        for (int g = 0; g < 32 / GROUP && (HAS_MIN || RAISE != 0); g++)
-            below[i] = f8_fma(HAS_MIN ? f.min[g] : f.scale[g], f8_load(sums + g * 8), below[i]);
+        for (int g = 0; g < 32 / GROUP && (HAS_MIN || ZERO_POINT != 0); g++)
+            correction[i] = f8_fma(HAS_MIN ? f.min[g] : f.scale[g], f8_load(sums + g * 8), correction[i]);
     }
 }
 
 /* The end of a row that is no whole number of stretches, where nothing follows that could be read with it: a copy, as dear
  * as two stretches. */
 static NOINLINE void NAME(add_end_)(int m, int n_inputs, const g4_int8_rows *x, size_t at, size_t stride,
-                                    const uint8_t *w, f32x8 *sum, f32x8 *below)
+                                    const uint8_t *w, f32x8 *sum, f32x8 *correction)
 {
     uint8_t end[WEIGHTS_IN(256)];
     memset(end, 0, sizeof end);
     memcpy(end, w, WEIGHTS_IN(n_inputs));
-    NAME(add_stretch_)(m, n_inputs / 32, x, at, stride, end, sum, below);
+    NAME(add_stretch_)(m, n_inputs / 32, x, at, stride, end, sum, correction);
 }
 
 /* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w (body_matmul.h says why two). */
@@ -132,33 +133,33 @@ static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const ui
                                     bool reads_on, float *out, size_t out_stride, int far)
 {
     const size_t stride = g4_int8_stride((size_t)k);
-    f32x8 sum[2][FEW_ROWS], below[2][FEW_ROWS];
+    f32x8 sum[2][FEW_ROWS], correction[2][FEW_ROWS];
     for (int i = 0; i < m; i++)
-        sum[0][i] = sum[1][i] = below[0][i] = below[1][i] = f8_set1(0);
+        sum[0][i] = sum[1][i] = correction[0][i] = correction[1][i] = f8_set1(0);
     int l = 0;
     for (; l + 256 <= k; l += 256)
         for (int r = 0; r < 2; r++) {
             const uint8_t *stretch = w + (size_t)r * far_bytes + WEIGHTS_IN(l);
             prefetch_ahead(stretch, WEIGHTS_IN(256), AHEAD_BYTES);
-            NAME(add_stretch_)(m, 8, x, (size_t)l, stride, stretch, sum[r], below[r]);
+            NAME(add_stretch_)(m, 8, x, (size_t)l, stride, stretch, sum[r], correction[r]);
         }
     for (int r = 0; r < 2 && l < k; r++) {
         const uint8_t *end = w + (size_t)r * far_bytes + WEIGHTS_IN(l);
         if (reads_on)
-            NAME(add_stretch_)(m, (k - l) / 32, x, (size_t)l, stride, end, sum[r], below[r]);
+            NAME(add_stretch_)(m, (k - l) / 32, x, (size_t)l, stride, end, sum[r], correction[r]);
         else {
             f32x8 s[FEW_ROWS], b[FEW_ROWS]; /* copies, for what has an address stays out of the registers */
             memcpy(s, sum[r], sizeof s);
-            memcpy(b, below[r], sizeof b);
+            memcpy(b, correction[r], sizeof b);
             NAME(add_end_)(m, k - l, x, (size_t)l, stride, end, s, b);
             memcpy(sum[r], s, sizeof s);
-            memcpy(below[r], b, sizeof b);
+            memcpy(correction[r], b, sizeof b);
         }
     }
     for (int r = 0; r < 2; r++)
         for (int i = 0; i < m; i++)
             out[(size_t)i * out_stride + (size_t)(r * far)] =
-                f8_sum(f8_minus_product(sum[r][i], f8_set1(HAS_MIN ? 1.0f : (float)RAISE), below[r][i]));
+                f8_sum(f8_minus_product(sum[r][i], f8_set1(HAS_MIN ? 1.0f : (float)ZERO_POINT), correction[r][i]));
 }
 
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
@@ -181,7 +182,7 @@ static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size
 
 /* 8 rows of k <= INT8_K inputs into place in the panel. Where there are only n of them, n >= 1, the others are the first
  * again: nobody reads their products. The minimum of what is raised is what its raise makes too much, but the tile lowers
- * Q4_0 (RAISE 8) itself. */
+ * Q4_0 (ZERO_POINT 8) itself. */
 #if BLOCK == 32
 static INLINE void NAME(pack_factors_)(const uint8_t *block, size_t row_bytes, int n, float scale[8], float min[8])
 {
@@ -190,15 +191,15 @@ static INLINE void NAME(pack_factors_)(const uint8_t *block, size_t row_bytes, i
         f8_store(scale, scales);
         if (HAS_MIN)
             f8_store(min, f8_mul(f8_from_f16(block + 2, row_bytes), f8_set1(-1)));
-        else if (RAISE > 0 && RAISE != 8)
-            f8_store(min, f8_mul(scales, f8_set1((float)RAISE)));
+        else if (ZERO_POINT > 0 && ZERO_POINT != 8)
+            f8_store(min, f8_mul(scales, f8_set1((float)ZERO_POINT)));
         return;
     }
     for (int r = 0; r < 8; r++) {
         block_values v;
         CONCAT(read_, WEIGHT)(block + (r < n ? (size_t)r : 0) * row_bytes, &v);
         scale[r] = v.scale[0];
-        min[r] = v.min[0] + (float)RAISE * v.scale[0];
+        min[r] = v.min[0] + (float)ZERO_POINT * v.scale[0];
     }
 }
 
@@ -234,7 +235,7 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
                 i8_store(rows[r] + part * 32, v.q[part]);
             for (int g = 0; g < BLOCK / GROUP; g++) {
                 panel->scale[l / GROUP + g][r] = v.scale[g];
-                panel->min[l / GROUP + g][r] = v.min[g] + (float)RAISE * v.scale[g];
+                panel->min[l / GROUP + g][r] = v.min[g] + (float)ZERO_POINT * v.scale[g];
             }
         }
         for (int part = 0; part < BLOCK / 32; part++)
@@ -265,8 +266,8 @@ static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights
                     ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + row) * w_stride + (size_t)l), w_stride,
                      block_n - row, length, &panels[half]);
                 }
-                (RAISE == 8 ? int8_tiles_32_8_lowered : INT8_TILES_OF(GROUP, FIT))(x, (size_t)i, l, block_m, stride,
-                                                                                   panels, length, acc);
+                (ZERO_POINT == 8 ? int8_tiles_32_8_lowered : INT8_TILES_OF(GROUP, SUMS_IN_INT16))(
+                    x, (size_t)i, l, block_m, stride, panels, length, acc);
             }
             for (int r = 0; r < block_m; r++)
                 memcpy(out + (size_t)(i + r) * out_stride + j, acc + r * INT8_N, (size_t)block_n * sizeof *acc);

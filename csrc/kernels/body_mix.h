@@ -4,18 +4,18 @@
  *   PLAIN_ROWS    if body_mix_rows.h has been included for the type
  */
 #ifndef MIX_BYTES
-#define MIX_BYTES 16384 /* of keys at a time, half of the first-level cache, while what follows them comes */
-#define MIX_WIDTH 256   /* columns that are widened at a time, so that sums are loaded and stored once for 16 keys */
-#define MIX_ROWS 8      /* of weights that are few */
-#define MIX_APART 8     /* keys at a time where rows may lie 4 KB apart: those share a set of the cache, of 8 ways */
+#define MIX_BYTES 16384    /* of keys at a time, half of the first-level cache, while what follows them comes */
+#define MIX_WIDTH 256      /* columns that are widened at a time, so that sums are loaded and stored once for 16 keys */
+#define MIX_ROWS 8         /* of weights that are few */
+#define MIX_STRIDED_KEYS 8 /* keys at a time where rows may lie 4 KB apart: those share a set of the cache, of 8 ways */
 #endif
 
-static INLINE rows_to_come NAME(keys_to_come_)(const char *first, size_t stride, int columns, int left, int most)
+static INLINE prefetch_rows NAME(prefetch_keys_)(const char *first, size_t stride, int columns, int left, int most)
 {
-    return (rows_to_come){.row = first,
-                          .row_bytes = ROW_BYTES((size_t)columns),
-                          .stride_bytes = ROW_BYTES(stride),
-                          .n_rows = left < most ? left : most};
+    return (prefetch_rows){.row = first,
+                           .row_bytes = ROW_BYTES((size_t)columns),
+                           .stride_bytes = ROW_BYTES(stride),
+                           .n_rows = left < most ? left : most};
 }
 
 #ifdef PLAIN_ROWS
@@ -25,13 +25,15 @@ static INLINE rows_to_come NAME(keys_to_come_)(const char *first, size_t stride,
 static void NAME(mix_few_)(const float *p, size_t p_stride, int m, const weight *v, size_t v_stride, int n_keys, int d,
                            float *acc, size_t acc_stride)
 {
-    const int fit = MIX_BYTES / (int)ROW_BYTES((size_t)d), most = v_stride > (size_t)d ? MIX_APART : fit ? fit : 1;
+    const int fit = MIX_BYTES / (int)ROW_BYTES((size_t)d), most = v_stride > (size_t)d ? MIX_STRIDED_KEYS
+                                                                  : fit                ? fit
+                                                                                       : 1;
     for (int j = 0, rows; j < n_keys; j += rows) {
         rows = n_keys - j < most ? n_keys - j : most;
         const weight *from = v + (size_t)j * v_stride;
         NAME(mix_rows_)
         (p + j, p_stride, m, from, v_stride, rows, d, acc, acc_stride,
-         NAME(keys_to_come_)((const char *)(from + (size_t)rows * v_stride), v_stride, d, n_keys - j - rows, most));
+         NAME(prefetch_keys_)((const char *)(from + (size_t)rows * v_stride), v_stride, d, n_keys - j - rows, most));
     }
 }
 #endif
@@ -56,6 +58,6 @@ static void NAME(weighted_sum_)(const float *p, size_t p_stride, int m, const vo
             for (int r = 0; r < rows; r++)
                 NAME(widen_)(v + r * columns, from + ROW_BYTES((size_t)r * v_stride), columns);
             mix_rows_f32(p + j, p_stride, m, v, (size_t)columns, rows, columns, acc + c, acc_stride,
-                         NAME(keys_to_come_)(following, v_stride, columns, n_keys - j - rows, keys));
+                         NAME(prefetch_keys_)(following, v_stride, columns, n_keys - j - rows, keys));
         }
 }

@@ -19,11 +19,11 @@ static INLINE void NAME(mix_columns_)(const int m, const float *p, size_t p_stri
 }
 
 static void NAME(mix_4_rows_)(int m, const float *p, size_t p_stride, const weight *v, size_t v_stride, int n_keys,
-                              int d, float *acc, size_t acc_stride, rows_to_come *next, size_t n_lines)
+                              int d, float *acc, size_t acc_stride, prefetch_rows *next, size_t n_lines)
 {
     const int d16 = d / 16 * 16;
     for (int c = 0; c < d16; c += 16) {
-        ask_for_lines(next, n_lines);
+        prefetch_lines(next, n_lines);
         switch (m) {
         case 4: NAME(mix_columns_)(4, p, p_stride, v + c, v_stride, n_keys, acc + c, acc_stride); break;
         case 3: NAME(mix_columns_)(3, p, p_stride, v + c, v_stride, n_keys, acc + c, acc_stride); break;
@@ -42,10 +42,10 @@ static void NAME(mix_4_rows_)(int m, const float *p, size_t p_stride, const weig
 
 /* acc_i += sum_j p[i][j] * v_j */
 static void NAME(mix_rows_)(const float *p, size_t p_stride, int m, const weight *v, size_t v_stride, int n_keys, int d,
-                            float *acc, size_t acc_stride, rows_to_come next)
+                            float *acc, size_t acc_stride, prefetch_rows next)
 {
     const size_t n_steps = (size_t)((m + 3) / 4) * (size_t)(d / 16 ? d / 16 : 1);
-    const size_t n_lines = (lines_to_come(&next) + n_steps - 1) / n_steps;
+    const size_t n_lines = (count_lines(&next) + n_steps - 1) / n_steps;
     for (int i = 0; i < m; i += 4) {
         const int rows = m - i < 4 ? m - i : 4;
         NAME(mix_4_rows_)

@@ -104,7 +104,7 @@ static void matmul_panel16(const g4_rows16 *x, int m, const g4_panel16 *w, int k
 
 /* x * factor to the nearest multiples of max / 2047, n a multiple of 16. All are 0 if the inverse of that overflows (max
  * below 6e-36), or if max is none. */
-static INLINE void whole_numbers(const float *x, int n, float factor, float max, int16_t *q)
+static INLINE void round_to_int16(const float *x, int n, float factor, float max, int16_t *q)
 {
     const float inverse = (float)MOST16 / max;
     if (!(max > 0 && inverse < INFINITY)) {
@@ -142,7 +142,7 @@ static INLINE float round_group16(const float *x, int n, float low, float high, 
         poison = x16_fma(v, zero, poison);
     }
     const float max = x16_largest(largest), nan = x16_sum(poison);
-    whole_numbers(x, whole, 1, nan == 0 ? max : 0, q);
+    round_to_int16(x, whole, 1, nan == 0 ? max : 0, q);
     return max / (float)MOST16 + nan;
 }
 
@@ -202,7 +202,7 @@ static void softmax_rows16(float *x, size_t x_stride, int m, int n, const g4_row
                 memset(padded + length, 0, (size_t)(whole - length) * sizeof *from);
                 from = padded;
             }
-            whole_numbers(from, whole, factor, most, whole > length ? q : to.q + l);
+            round_to_int16(from, whole, factor, most, whole > length ? q : to.q + l);
             if (whole > length)
                 memcpy(to.q + l, q, (size_t)g4_stride16(length) * sizeof *q);
             *scale = most / (float)MOST16;

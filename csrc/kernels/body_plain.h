@@ -73,12 +73,12 @@ static INLINE void NAME(dots_4_by_3_)(const int m, const int n, const float *x, 
 }
 
 static INLINE void NAME(dots_by_3_)(const int n, const float *x, size_t x_stride, int m, const weight *w,
-                                    size_t w_stride, int k, float *out, size_t out_stride, rows_to_come next)
+                                    size_t w_stride, int k, float *out, size_t out_stride, prefetch_rows next)
 {
-    const size_t n_steps = (size_t)((m + 3) / 4), n_lines = (lines_to_come(&next) + n_steps - 1) / n_steps;
+    const size_t n_steps = (size_t)((m + 3) / 4), n_lines = (count_lines(&next) + n_steps - 1) / n_steps;
 #define DOTS(m) NAME(dots_4_by_3_)(m, n, x, x_stride, w, w_stride, k, out, out_stride)
     for (int i = 0; i < m; i += 4, x += 4 * x_stride, out += 4 * out_stride) {
-        ask_for_lines(&next, n_lines);
+        prefetch_lines(&next, n_lines);
         switch (m - i) {
         case 1: DOTS(1); break;
         case 2: DOTS(2); break;
@@ -96,7 +96,7 @@ static INLINE void NAME(dots_by_3_)(const int n, const float *x, size_t x_stride
 static void NAME(matmul_group_)(const float *x, size_t x_stride, int m, const weight *w, size_t w_stride, int n, int k,
                                 float *out, size_t out_stride)
 {
-    rows_to_come next = {.row_bytes = (size_t)k * sizeof *w, .stride_bytes = w_stride * sizeof *w};
+    prefetch_rows next = {.row_bytes = (size_t)k * sizeof *w, .stride_bytes = w_stride * sizeof *w};
     for (int j = 0; j < n; j += 3, w += 3 * w_stride) {
         next.row = (const char *)(w + 3 * w_stride);
         next.n_rows = 3;

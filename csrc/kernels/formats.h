@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* GGUF's block formats. Each is read into the same three things: whole numbers q, and for every GROUP of them (16 or 32) a
- * scale and a minimum, value = scale * (q - RAISE) - min, where RAISE is what keeps the stored q >= 0. In float32 and in
+ * scale and a minimum, value = scale * (q - ZERO_POINT) - min, where ZERO_POINT is what keeps the stored q >= 0. In float32 and in
  * this order that gives the bits of the gguf package's dequantiser (quants.py, which also is the reference for the
  * layouts); where a format has no minimum, x - 0 is x.
  *
