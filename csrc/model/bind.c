@@ -151,7 +151,7 @@ static g4_status bind_vector(g4_binder *b, const char *name, const int64_t *shap
 
 static const char *const bounds[] = {"input_min", "input_max", "output_min", "output_max"};
 
-/* One number, stored without axes or with one of length 1. */
+/* A scalar, stored with shape [] or [1]. */
 static g4_status bind_scalar(g4_binder *b, const char *stem, const char *part, float *value)
 {
     char name[160];

@@ -122,6 +122,6 @@ int g4_last_kv_layer(const g4_config *config)
 {
     int layer = config->n_layers - 1;
     while (!g4_computes_kv(config, layer))
-        layer--; /* layer 0 always computes its own: kv_source <= layer */
+        layer--; /* stops at layer 0 at the latest: kv_source <= layer */
     return layer;
 }

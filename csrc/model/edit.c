@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-/* The elements of a part that an edit changes: lines along the last axis, rows that are not chosen included. */
+/* The box of elements that an edit changes, as lines along the last axis. It includes rows that are not selected. */
 typedef struct {
     const g4_tap *tap;
     const g4_part *part;
@@ -21,7 +21,7 @@ static bool is_whole(g4_span span)
     return !span.first && !span.end;
 }
 
-/* ---- checks --------------------------------------------------------------------------------------------------------- */
+/* ---- checks ------------------------------------------------------------------------------------------------------ */
 
 static g4_status check_spans(const g4_tap *tap, const char *name, const int64_t *shape, int n_dims, g4_error *err)
 {
@@ -39,7 +39,7 @@ static g4_status check_spans(const g4_tap *tap, const char *name, const int64_t 
     return G4_OK;
 }
 
-/* The largest index of an axis that an edit reads values for; -1: it chooses nothing. */
+/* The largest index on an axis for which the edit reads values; -1: no row is selected. */
 static int64_t last_index(const g4_tap *tap, const int64_t *shape, int axis)
 {
     const g4_span span = tap->edit.span[axis];
@@ -51,7 +51,7 @@ static int64_t last_index(const g4_tap *tap, const int64_t *shape, int axis)
     return last;
 }
 
-/* How many values the edit reads, from the first to the last of them; false: more than there can be. */
+/* *n: how many elements of `values` the edit needs, up to its last index; false: overflow. */
 static bool extent(const g4_tap *tap, const int64_t *shape, int n_dims, int64_t *n)
 {
     *n = 1;
@@ -98,7 +98,7 @@ g4_status g4_edit_check(const g4_tap *tap, const char *name, const int64_t *shap
     return has_values(tap->kind) ? check_values(tap, name, shape, n_dims, err) : G4_OK;
 }
 
-/* ---- arithmetic ----------------------------------------------------------------------------------------------------- */
+/* ---- arithmetic -------------------------------------------------------------------------------------------------- */
 
 static void project_out(float *x, const float *v, int64_t stride, int64_t n, float factor)
 {
@@ -114,7 +114,7 @@ static void project_out(float *x, const float *v, int64_t stride, int64_t n, flo
         x[i] -= share * v[i * stride];
 }
 
-/* n elements of a line; v: their values, `stride` apart. */
+/* Edits n elements of a line; v: their values, `stride` apart. */
 static void edit_line(const g4_tap *tap, float *x, const float *v, int64_t stride, int64_t n)
 {
     const float factor = tap->edit.factor, low = tap->edit.low, high = tap->edit.high;
@@ -132,14 +132,13 @@ static void edit_line(const g4_tap *tap, float *x, const float *v, int64_t strid
             x[i] = v[i * stride];
         break;
     case G4_TAP_PROJECT_OUT: project_out(x, v, stride, n, factor); break;
-    default: /* clamp; NaN stays */
+    default: /* clamp; NaN stays NaN */
         for (int64_t i = 0; i < n; i++)
             x[i] = x[i] < low ? low : x[i] > high ? high : x[i];
     }
 }
 
-/* Where line `number` begins in the part and in the values, and which row of the part it is in; false: that row is not
- * chosen. */
+/* Line `number`: its offset in the part and in `values`, and its row of the part; false: the row is not selected. */
 static bool find_line(const box *b, int number, int64_t *at, int64_t *value, int *row)
 {
     int64_t step = b->part->shape[b->last], left = number;
@@ -190,7 +189,7 @@ g4_status g4_edit_part(g4_exec *exec, const g4_tap *tap, const g4_part *part)
     int64_t n_lines = 1;
     for (int axis = 0; axis < part->n_dims; axis++) {
         const g4_span span = tap->edit.span[axis];
-        /* a span of keys may end beyond those that there are in this chunk */
+        /* a span of keys may end beyond this chunk's keys */
         const int64_t end = is_whole(span) || span.end > part->shape[axis] ? part->shape[axis] : span.end;
         b.first[axis] = span.first;
         b.count[axis] = end > span.first ? end - span.first : 0;

@@ -6,7 +6,8 @@
 #include "model/config.h"
 #include "ops/blas.h"
 
-/* Scratch kept between steps: a decode step and a 512-row chunk of the small models fit, a huge capture does not stay. */
+/* Limit of the scratch kept between steps: fits a decode step and a 512-row chunk of the small models, not a huge
+ * capture. */
 static const size_t SCRATCH_KEPT = (size_t)128 << 20;
 
 static g4_status init(g4_model *model, const g4_config *config, const g4_named_tensor *tensors, size_t n_tensors,

@@ -15,14 +15,14 @@ struct g4_model {
     g4_config config;
     g4_weights weights;
     g4_arena *vectors;   /* owns the weights' float32 copies */
-    g4_guard_set guards; /* of the files that the weights are read from */
+    g4_guard_set guards; /* guards of the weight files' mappings */
     const g4_kernels *kernels;
     g4_pool *pool;
     bool fast;
-    _Atomic(g4_arena *) spare; /* scratch of the last step, for the next one */
+    _Atomic(g4_arena *) spare; /* scratch of the last step, reused by the next */
 };
 
-/* Scratch for one step; a concurrent step gets its own. NULL: out of memory. */
+/* Scratch for one step; concurrent steps get separate arenas. NULL: out of memory. */
 g4_arena *g4_model_take_scratch(g4_model *model);
 void g4_model_give_scratch(g4_model *model, g4_arena *scratch);
 

@@ -30,7 +30,7 @@ typedef enum {
 
 #define KIND(name) (1u << G4_##name)
 
-/* Which kinds of encoders have the sites of each presence; those of the text model belong to none. */
+/* The encoder kinds that have the sites of each presence; 0: a site of the text model. */
 static const unsigned encoder_kinds[N_PRESENCES] = {
     [VISION] = KIND(VISION_TOWER),
     [VISION_LAYER] = KIND(VISION_TOWER),

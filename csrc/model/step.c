@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A step: checks what the caller gave, cuts long runs into chunks, and sends each chunk through the model. */
+/* A step: checks its arguments, splits long runs into chunks, and runs each chunk through the model. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -7,8 +7,8 @@
 #include "model/text/forward.h"
 #include "ops/profile.h"
 
-/* Rows at once, at most: enough that reading the weights costs less than computing with them, few enough that the MLP's
- * activations stay small (2 x 25 MB at 12,288 x 512). */
+/* Maximum rows per chunk: enough that matmuls are compute-bound, few enough that the MLP's activations stay small
+ * (2 x 25 MB at 12,288 x 512). */
 enum { DEFAULT_CHUNK = 512 };
 
 typedef struct {
@@ -20,20 +20,20 @@ typedef struct {
     const g4_step_options *options;
     g4_arena *arena;
     g4_error *err;
-    int *start;       /* [n_runs] lengths before the step */
-    int *done;        /* [n_runs] rows finished */
-    bool *whole;      /* [n_runs] never cut: a call gets all rows of the run at once */
-    bool looks_ahead; /* some run has ends, and some layer goes by them */
+    int *start;       /* [n_runs] sequence lengths before the step */
+    int *done;        /* [n_runs] rows computed so far */
+    bool *whole;      /* [n_runs] not chunked: a G4_TAP_CALL gets all rows of the run at once */
+    bool looks_ahead; /* some run has `ends` and some layer has ahead > 0 */
 } step;
 
-/* ---- checks --------------------------------------------------------------------------------------------------------- */
+/* ---- checks ------------------------------------------------------------------------------------------------------ */
 
 static bool is_soft(const g4_run *run, int row)
 {
     return !run->tokens || run->tokens[row] < 0;
 }
 
-/* Whose rows of the tables a position reads: where it is given as an embedding, the pad token's of the per-layer table. */
+/* The token whose table rows a position reads. A position given as an embedding reads the pad token's PLE row. */
 static int token_at(const g4_config *c, const g4_run *run, int row)
 {
     return !is_soft(run, row) ? run->tokens[row] : c->d_ple ? c->pad_token : 0;
@@ -111,17 +111,17 @@ static g4_status check(const step *s)
     return G4_OK;
 }
 
-/* ---- chunks --------------------------------------------------------------------------------------------------------- */
+/* ---- chunks ------------------------------------------------------------------------------------------------------ */
 
-/* Whether some row before `row` of the run sees it or a later one. */
+/* Whether an earlier row of the run sees `row`: a chunk may not begin there. */
 static bool is_inside_stretch(const step *s, int r, int row)
 {
     const int32_t *ends = s->runs[r].ends;
     return s->looks_ahead && ends && row > 0 && ends[row - 1] > row;
 }
 
-/* At most n of the rows from `done` on, so that no stretch is cut: fewer, or, if the chunk holds nothing yet, the whole of
- * the stretch that comes first. */
+/* How many of the next n rows to take so that no stretch is split. If the first stretch does not fit, an empty chunk
+ * takes all of it, another chunk none. */
 static int whole_stretches(const step *s, int r, int n, bool is_first)
 {
     const int done = s->done[r];
@@ -133,8 +133,8 @@ static int whole_stretches(const step *s, int r, int n, bool is_first)
     return fewer > 0 || !is_first ? fewer : more;
 }
 
-/* What is left is cut evenly: no chunk of a long prompt is so short that `fast` computes it by another method, as it would
- * not if a hook kept the prompt whole. */
+/* Splits the remaining rows evenly. So no chunk of a long prompt is so short that `fast` chooses another method for it
+ * than for an unchunked prompt. */
 static int chunk_rows(const step *s)
 {
     const int most = s->options->max_chunk > 0 ? s->options->max_chunk : DEFAULT_CHUNK;
@@ -145,7 +145,7 @@ static int chunk_rows(const step *s)
     return n_chunks ? (left + n_chunks - 1) / n_chunks : most;
 }
 
-/* The rows of each run that the next chunk takes: [n_runs] counts. Returns how many in all. */
+/* take [n_runs]: rows of each run in the next chunk. Returns their sum. */
 static int plan_chunk(const step *s, int *take)
 {
     const int most = chunk_rows(s);
@@ -256,7 +256,7 @@ static g4_status run_chunks(step *s)
     g4_arena_mark mark = g4_arena_save(s->arena);
     for (int n_rows; (n_rows = plan_chunk(s, take)) > 0;) {
         G4_TRY(run_chunk(s, take, n_rows));
-        G4_TRY(g4_guards_check(&s->model->guards, s->err)); /* before the sequences count the chunk as theirs */
+        G4_TRY(g4_guards_check(&s->model->guards, s->err)); /* before the sequences' lengths include the chunk */
         for (int r = 0; r < s->n_runs; r++) {
             s->done[r] += take[r];
             s->runs[r].seq->length = s->start[r] + s->done[r];
@@ -266,7 +266,7 @@ static g4_status run_chunks(step *s)
     return G4_OK;
 }
 
-/* ---- the step ------------------------------------------------------------------------------------------------------- */
+/* ---- the step ---------------------------------------------------------------------------------------------------- */
 
 static bool looks_ahead(const step *s)
 {
@@ -290,8 +290,9 @@ static g4_status prepare(step *s)
         s->done[r] = 0;
         s->whole[r] = false;
         if (run->n_rows > run->seq->capacity - run->seq->length)
-            G4_TRY(g4_kv_reserve(run->seq, run->n_rows, s->err)); /* fails, and says why, before anything is computed */
-        if (s->options->stop_at_layer >= 0) /* undone at the end: no ring may wrap over what was there */
+            G4_TRY(g4_kv_reserve(run->seq, run->n_rows, s->err)); /* fails, before anything is computed */
+        /* with stop_at_layer the lengths are restored at the end: no ring may overwrite cached positions */
+        if (s->options->stop_at_layer >= 0)
             G4_TRY(g4_kv_reserve(run->seq, run->n_rows, s->err));
     }
     for (int t = 0; t < s->n_taps; t++)

@@ -13,7 +13,7 @@ g4_status g4_taps_index(g4_exec *exec, const g4_tap *taps, int n_taps, int n_lay
     G4_ALLOC(exec, index->first, n_lists);
     G4_ALLOC(exec, index->next, (size_t)n_taps + 1);
     memset(index->first, -1, n_lists * sizeof *index->first);
-    /* from the last to the first, so that each list is in the caller's order */
+    /* prepending in reverse keeps each list in the caller's order */
     for (int i = n_taps - 1; i >= 0; i--) {
         int *first = &index->first[(int)taps[i].site * n_layers + taps[i].layer];
         index->next[i] = *first;
@@ -22,7 +22,7 @@ g4_status g4_taps_index(g4_exec *exec, const g4_tap *taps, int n_taps, int n_lay
     return G4_OK;
 }
 
-/* ---- checks --------------------------------------------------------------------------------------------------------- */
+/* ---- checks ------------------------------------------------------------------------------------------------------ */
 
 static g4_status check_rows(const g4_tap *tap, const char *name, int n_rows, g4_error *err)
 {
@@ -56,7 +56,7 @@ g4_status g4_tap_check(const g4_tap *tap, int number, const int64_t *shape, int 
     return g4_tap_needs_rows(tap) ? G4_OK : g4_edit_check(tap, name, shape, n_dims, err);
 }
 
-/* ---- copies --------------------------------------------------------------------------------------------------------- */
+/* ---- copies ------------------------------------------------------------------------------------------------------ */
 
 static size_t product(const int64_t *shape, int first, int end)
 {
@@ -66,7 +66,7 @@ static size_t product(const int64_t *shape, int first, int end)
     return n;
 }
 
-/* [S, K, h]: the positions before first_key were copied by an earlier chunk, if at all. */
+/* Copies [S, K, h] from first_key on. Positions before it were copied by an earlier chunk, if at all. */
 static void copy_cached(const g4_tap *tap, const g4_part *part)
 {
     const size_t width = product(part->shape, 1, part->n_dims) * sizeof(float), first = (size_t)part->first_key;
@@ -74,8 +74,8 @@ static void copy_cached(const g4_tap *tap, const g4_part *part)
            ((size_t)part->shape[0] - first) * width);
 }
 
-/* Rows [outer, rows, inner] into [outer, n_dest_rows, inner]; where the last axis are keys, dest has room for those of later
- * chunks, which these rows do not see. */
+/* Copies rows of [outer, rows, inner] to [outer, n_dest_rows, inner]. If the last axis is keys, dest also has room for
+ * the keys of later chunks. These rows do not see them: they are filled with -inf or 0. */
 static void copy_rows(const g4_tap *tap, const g4_part *part)
 {
     const int axis = g4_site_row_axis(tap->site);

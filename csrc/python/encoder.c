@@ -9,7 +9,7 @@ typedef struct {
     size_t n_buffers;
 } encoder_object;
 
-/* ---- configuration ------------------------------------------------------------------------------------------------- */
+/* ---- configuration ----------------------------------------------------------------------------------------------- */
 
 static const char *const kind_names[] = {"vision_tower", "vision_embedder", "audio_tower", "audio_embedder"};
 
@@ -99,7 +99,7 @@ PyObject *engine_encoder_tensors(PyObject *self, PyObject *config)
     return engine_listed(list, list ? g4_encoder_tensors(&c, engine_append_tensor, list, &err) : G4_OK, &err);
 }
 
-/* ---- making one ------------------------------------------------------------------------------------------------------ */
+/* ---- making one -------------------------------------------------------------------------------------------------- */
 
 static int build(encoder_object *self, PyObject *config, PyObject *items)
 {
@@ -170,7 +170,7 @@ static bool encoder_ready(const encoder_object *self)
     return self->encoder != NULL;
 }
 
-/* ---- encode ------------------------------------------------------------------------------------------------------------- */
+/* ---- encode ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     const encoder_object *self;
@@ -296,7 +296,7 @@ static PyObject *encoder_encode(PyObject *object, PyObject *args, PyObject *kwar
     Py_RETURN_NONE;
 }
 
-/* ---- what it is ------------------------------------------------------------------------------------------------------- */
+/* ---- what it is -------------------------------------------------------------------------------------------------- */
 
 static bool has_site(void *config, g4_site site, int layer)
 {

@@ -53,7 +53,8 @@ int engine_poll_signals(void *gil);
 g4_status engine_run_edit(void *edit, void *data, const int64_t *shape, int n_dims, g4_error *err);
 int engine_site_type(g4_site site); /* NPY_FLOAT32 or NPY_INT32 */
 
-/* Checks that `object` is a C-contiguous array of that type and those axes (-1: any size); NULL and an exception else. */
+/* Checks that `object` is a C-contiguous array of that type and those axes (-1: any size); NULL and an exception else.
+ * */
 PyArrayObject *engine_check_array(PyObject *object, int type, int n_dims, const npy_intp *dims, const char *what);
 
 /* sites.c. Whose sites are listed; shape: for no rows, returns the number of axes. */

@@ -3,7 +3,7 @@
 
 #include "python/engine.h"
 
-/* ---- tensors -------------------------------------------------------------------------------------------------------- */
+/* ---- tensors ----------------------------------------------------------------------------------------------------- */
 
 static int read_shape(PyObject *shape, const char *name, g4_named_tensor *tensor, size_t *n_elements)
 {
@@ -90,7 +90,7 @@ g4_named_tensor *engine_read_tensors(PyObject *items, Py_buffer **views, size_t 
     return tensors;
 }
 
-/* ---- the type ------------------------------------------------------------------------------------------------------- */
+/* ---- the type ---------------------------------------------------------------------------------------------------- */
 
 static int build(model_object *self, PyObject *config, PyObject *items, const g4_model_options *options)
 {

@@ -89,7 +89,7 @@ static PyObject *sequence_truncate(PyObject *object, PyObject *argument)
     Py_RETURN_NONE;
 }
 
-/* ---- saving and restoring ------------------------------------------------------------------------------------------- */
+/* ---- saving and restoring ---------------------------------------------------------------------------------------- */
 
 /* What a cache's elements look like in Python; blocks as their bytes. */
 static const struct {
@@ -257,7 +257,7 @@ static PyObject *sequence_load_state(PyObject *object, PyObject *state)
     Py_RETURN_NONE;
 }
 
-/* ---- attributes ----------------------------------------------------------------------------------------------------- */
+/* ---- attributes -------------------------------------------------------------------------------------------------- */
 
 static PyObject *get_length(PyObject *self, void *unused)
 {

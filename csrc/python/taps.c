@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Taps out of Python tuples, for a step of the text model and for a pass of an encoder. Integer arrays are copied, so that
- * no other thread can change them while the engine computes without the GIL; float arrays are used where they lie. */
+/* Taps out of Python tuples, for a step of the text model and for a pass of an encoder. Integer arrays are copied, so
+ * that no other thread can change them while the engine computes without the GIL; float arrays are used where they lie.
+ * */
 #include "python/engine.h"
 
 int engine_copy_ints(PyObject *object, const char *what, int32_t **copy, int *n)

@@ -73,8 +73,8 @@ static PyObject *test_matmul(PyObject *self, PyObject *args)
     return out;
 }
 
-/* The arrays behind g4_int8_rows: (q int8, scale, sum16, sum32, minus_4 int16), one row for each of x, m rounded up as they
- * lie; what is no row's value is 0. */
+/* The arrays behind g4_int8_rows: (q int8, scale, sum16, sum32, minus_4 int16), one row for each of x, m rounded up as
+ * they lie; what is no row's value is 0. */
 static PyObject *int8_arrays(npy_intp m, npy_intp k)
 {
     const npy_intp stride = (npy_intp)g4_int8_stride((size_t)k),
@@ -439,8 +439,8 @@ static bool apply_row(const g4_kernels *k, const char *name, float *out, const f
     return true;
 }
 
-/* row(isa, name, x [n], y [n] or None, s) -> [n]; name: scale_mul, add, mul, axpy, gelu, glu, clamp (to -s, s/2), mul_add,
- * layer_norm, softmax, softcap, rope. The result is computed at x's own misalignment. */
+/* row(isa, name, x [n], y [n] or None, s) -> [n]; name: scale_mul, add, mul, axpy, gelu, glu, clamp (to -s, s/2),
+ * mul_add, layer_norm, softmax, softcap, rope. The result is computed at x's own misalignment. */
 static PyObject *test_row(PyObject *self, PyObject *args)
 {
     const char *isa, *name;

@@ -25,7 +25,7 @@
 
 static const float EPS = 1e-6f; /* of all norms but those of the convolutions, whatever the config says */
 
-/* ---- sizes ------------------------------------------------------------------------------------------------------------ */
+/* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
 static g4_status check(const g4_encoder_config *c, g4_error *err)
 {
@@ -72,7 +72,7 @@ static int64_t axis(const g4_encoder_config *c, char letter, int n_rows)
     }
 }
 
-/* ---- weights ---------------------------------------------------------------------------------------------------------- */
+/* ---- weights ----------------------------------------------------------------------------------------------------- */
 
 #define TOWER(member) offsetof(g4_audio_weights, member)
 #define LAYER(member) offsetof(g4_audio_layer, member)
@@ -222,7 +222,7 @@ static g4_status finish(g4_encoder *encoder, g4_binder *b)
     return G4_OK;
 }
 
-/* ---- the convolutions ---------------------------------------------------------------------------------------------------- */
+/* ---- the convolutions -------------------------------------------------------------------------------------------- */
 
 typedef struct {
     g4_encode_pass *pass;
@@ -272,7 +272,7 @@ static g4_status embed_frames(tower *t)
     return g4_encoder_tap(p, G4_SITE_A_EMBED, 0, t->resid);
 }
 
-/* ---- a layer ---------------------------------------------------------------------------------------------------------- */
+/* ---- a layer ----------------------------------------------------------------------------------------------------- */
 
 static g4_status limit(g4_encode_pass *p, const float *x, float *out)
 {

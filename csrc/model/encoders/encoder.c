@@ -10,7 +10,7 @@
 /* Rows of one pass: two images of 280 soft tokens (2,520 patches each). More only cost memory. */
 enum { PASS_ROWS = 5120 };
 
-/* ---- kinds ---------------------------------------------------------------------------------------------------------- */
+/* ---- kinds ------------------------------------------------------------------------------------------------------- */
 
 static const g4_kind_row *const kinds[] = {
     [G4_VISION_TOWER] = &g4_vision_tower,
@@ -43,7 +43,7 @@ int g4_encoder_site_shape(const g4_encoder_config *config, g4_site site, int n_r
     return n_dims;
 }
 
-/* ---- the pass ---------------------------------------------------------------------------------------------------------- */
+/* ---- the pass ---------------------------------------------------------------------------------------------------- */
 
 static g4_status check_medium(const g4_encoder_config *c, const g4_medium *medium, int index, g4_error *err)
 {

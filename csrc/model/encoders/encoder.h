@@ -115,8 +115,8 @@ int64_t g4_encoder_axis(const g4_encoder_config *c, char letter, int n_rows);
 
 /* Announces a site: the arrays of all media of the pass, one below the other. Costs one compare when nobody listens. */
 g4_status g4_encoder_tap(g4_encode_pass *p, g4_site site, int layer, void *data);
-/* Announces one medium's part of it (index in the pass): scores and patterns exist one medium at a time. visible: the keys
- * that their rows see; NULL: all. */
+/* Announces one medium's part of it (index in the pass): scores and patterns exist one medium at a time. visible: the
+ * keys that their rows see; NULL: all. */
 g4_status g4_encoder_tap_one(g4_encode_pass *p, g4_site site, int layer, int medium, const g4_visible *visible,
                              void *data);
 bool g4_encoder_tapped(const g4_encode_pass *p, g4_site site, int layer);

@@ -7,7 +7,7 @@
 #include "model/encoders/encoder.h"
 #include "model/model.h"
 
-/* ---- checks --------------------------------------------------------------------------------------------------------- */
+/* ---- checks ------------------------------------------------------------------------------------------------------ */
 
 g4_status g4_encoder_check_range(const char *name, long value, long low, long high, g4_error *err)
 {
@@ -43,7 +43,7 @@ static g4_status check_config(const g4_encoder_config *c, g4_error *err)
     return kind->check ? kind->check(c, err) : G4_OK;
 }
 
-/* ---- tensors -------------------------------------------------------------------------------------------------------- */
+/* ---- tensors ----------------------------------------------------------------------------------------------------- */
 
 static int64_t letter_size(const void *config, int layer, char letter)
 {
@@ -120,7 +120,7 @@ static g4_status bind(g4_encoder *e, const g4_named_tensor *tensors, size_t n_te
     return status;
 }
 
-/* ---- making one ----------------------------------------------------------------------------------------------------- */
+/* ---- making one -------------------------------------------------------------------------------------------------- */
 
 g4_status g4_encoder_new(g4_model *model, const g4_encoder_config *config, const g4_named_tensor *tensors,
                          size_t n_tensors, int (*poll)(void *context), void *poll_context, g4_encoder **encoder,

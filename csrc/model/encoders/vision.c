@@ -16,12 +16,13 @@
 #include "ops/linear_f32.h"
 #include "ops/rows.h"
 
-/* Rows of the MLP at once, a multiple of the 6 that a kernel takes: 19 MB for each of gate and up at a width of 3,072. */
+/* Rows of the MLP at once, a multiple of the 6 that a kernel takes: 19 MB for each of gate and up at a width of 3,072.
+ * */
 enum { MLP_ROWS = 1536 };
 
 #define TAP(site, layer, data) G4_TRY(g4_encoder_tap(p, G4_SITE_##site, layer, data))
 
-/* ---- sizes ------------------------------------------------------------------------------------------------------------ */
+/* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
 static g4_status check(const g4_encoder_config *c, g4_error *err)
 {
@@ -38,7 +39,7 @@ static int soft_tokens(const g4_encoder_config *c, int n_rows)
     return n_rows / (c->pool * c->pool);
 }
 
-/* ---- weights ---------------------------------------------------------------------------------------------------------- */
+/* ---- weights ----------------------------------------------------------------------------------------------------- */
 
 #define TOWER(member) offsetof(g4_vision_weights, member)
 #define LAYER(member) offsetof(g4_vision_layer, member)
@@ -108,7 +109,7 @@ static g4_status bind(g4_encoder *encoder, g4_binder *b)
     return G4_OK;
 }
 
-/* ---- the tower ---------------------------------------------------------------------------------------------------------- */
+/* ---- the tower --------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     g4_encode_pass *pass;
@@ -324,7 +325,7 @@ static g4_status tower_layer(tower *t, int layer)
     return g4_encoder_tap(p, G4_SITE_V_RESID_POST, layer, t->resid);
 }
 
-/* ---- soft tokens ---------------------------------------------------------------------------------------------------- */
+/* ---- soft tokens ------------------------------------------------------------------------------------------------- */
 
 /* The soft token that a patch belongs to: pool x pool patches each, row by row. */
 static g4_status pool_image(g4_encode_pass *p, int index, const float *x, float *soft)

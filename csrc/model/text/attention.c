@@ -29,8 +29,8 @@ static g4_status rotate(g4_forward *f, int layer, g4_site site, float *x, int n_
     return g4_tap_rows(f, site, layer, x);
 }
 
-/* k = RoPE(norm(W_k x)), v = norm(W_v x) into the cache; where values share the keys' projection, v = norm(W_k x). Models
- * go without one norm or both. */
+/* k = RoPE(norm(W_k x)), v = norm(W_v x) into the cache; where values share the keys' projection, v = norm(W_k x).
+ * Models go without one norm or both. */
 static g4_status cache_keys_and_values(g4_forward *f, int layer, const float *x)
 {
     const g4_layer_config *lc = &f->config->layers[layer];
@@ -73,7 +73,8 @@ static g4_status unroll_cache(g4_forward *f, int layer, const g4_attention *run,
     return G4_OK;
 }
 
-/* Where someone looks at the keys and values in use: read them through a copy, which may be edited for this layer alone. */
+/* Where someone looks at the keys and values in use: read them through a copy, which may be edited for this layer
+ * alone. */
 static g4_status tap_keys_used(g4_forward *f, int layer, const g4_segment *segment, g4_attention *run)
 {
     float *k, *v;
@@ -105,7 +106,8 @@ static g4_status attend_in_steps(g4_forward *f, int layer, const g4_segment *seg
     return G4_OK;
 }
 
-/* Attention rounds what the maps of these types round (ops/linear.c); whoever keeps plain wider weights gets neither. */
+/* Attention rounds what the maps of these types round (ops/linear.c); whoever keeps plain wider weights gets neither.
+ * */
 static bool rounds_to_bf16(const g4_matrix *w)
 {
     return w->dtype == G4_BF16 || g4_is_quantised(w->dtype);

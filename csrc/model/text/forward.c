@@ -7,7 +7,7 @@
 #include "model/config.h"
 #include "ops/rows.h"
 
-/* ---- sites ---------------------------------------------------------------------------------------------------------- */
+/* ---- sites ------------------------------------------------------------------------------------------------------- */
 
 bool g4_tapped(const g4_forward *f, g4_site site, int layer)
 {
@@ -131,7 +131,7 @@ bool g4_taps_want_keys(const g4_forward *f, int layer)
     return false;
 }
 
-/* ---- norm and pruning ------------------------------------------------------------------------------------------------- */
+/* ---- norm and pruning -------------------------------------------------------------------------------------------- */
 
 g4_status g4_norm(g4_forward *f, int layer, g4_norm_sites sites, const float *gain, const float *x, float *out)
 {

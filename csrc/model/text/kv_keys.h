@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Cached keys that derive from values (ops/attention/kv_view.h): which pairs are stored, and conversion from and to whole
- * keys. */
+/* Cached keys that derive from values (ops/attention/kv_view.h): which pairs are stored, and conversion from and to
+ * whole keys. */
 #ifndef GEMMA4_MODEL_TEXT_KV_KEYS_H
 #define GEMMA4_MODEL_TEXT_KV_KEYS_H
 

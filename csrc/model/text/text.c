@@ -22,10 +22,10 @@ enum { LOGITS_BLOCK = 32 }; /* rows of logits in scratch at once: 32 MB at 262,1
 
 #define TAP(site, layer, data) G4_TRY(g4_tap_rows(f, G4_SITE_##site, layer, data))
 
-/* ---- embeddings --------------------------------------------------------------------------------------------------- */
+/* ---- embeddings -------------------------------------------------------------------------------------------------- */
 
-/* Rows of the per-layer table. The system maps up to 360 KB around each 18 KB row that is read (E2B, Linux 6.18: 180 MB for
- * 512 tokens), so a table on disk is let go of after every few rows. */
+/* Rows of the per-layer table. The system maps up to 360 KB around each 18 KB row that is read (E2B, Linux 6.18: 180 MB
+ * for 512 tokens), so a table on disk is let go of after every few rows. */
 static g4_status gather_per_layer(g4_forward *f, const int32_t *tokens, float *out)
 {
     const g4_matrix *table = &f->model->weights.ple_table;

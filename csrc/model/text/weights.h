@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The weights of the text model, by role. Matrices are views of the caller's bytes; vectors are float32 copies, gains of
- * norms as they multiply. What the config does without is NULL. */
+/* The weights of the text model, by role. Matrices are views of the caller's bytes; vectors are float32 copies, gains
+ * of norms as they multiply. What the config does without is NULL. */
 #ifndef GEMMA4_MODEL_TEXT_WEIGHTS_H
 #define GEMMA4_MODEL_TEXT_WEIGHTS_H
 
