@@ -14,7 +14,7 @@ static size_t kv_width(const g4_forward *f, int layer)
     return (size_t)f->config->layers[layer].n_kv_heads * (size_t)f->config->layers[layer].head_dim;
 }
 
-/* Norm over the head size of every head in place, then the site. gain NULL: without. */
+/* RMSNorm of each head in place, then announces the site. gain NULL: no gain. */
 static g4_status head_norm(g4_forward *f, int layer, g4_site site, float *x, const float *gain, int n_heads)
 {
     G4_TRY(g4_rms_norm(&f->exec, x, gain, f->n_rows * n_heads, f->config->layers[layer].head_dim,
@@ -29,8 +29,8 @@ static g4_status rotate(g4_forward *f, int layer, g4_site site, float *x, int n_
     return g4_tap_rows(f, site, layer, x);
 }
 
-/* k = RoPE(norm(W_k x)), v = norm(W_v x) into the cache; where values share the keys' projection, v = norm(W_k x).
- * Models go without one norm or both. */
+/* Stores k = RoPE(norm(W_k x)) and v = norm(W_v x) in the cache; with k_eq_v, v = norm(W_k x). Either norm may be
+ * absent. */
 static g4_status cache_keys_and_values(g4_forward *f, int layer, const float *x)
 {
     const g4_layer_config *lc = &f->config->layers[layer];
@@ -60,7 +60,7 @@ static g4_status cache_keys_and_values(g4_forward *f, int layer, const float *x)
     return G4_OK;
 }
 
-/* The cached positions that this chunk can see, in order and as float32 [n_keys, K, h]; zeros before them. */
+/* Unrolls the cached positions to float32 [n_keys, K, h], in order; zeros before the first cached position. */
 static g4_status unroll_cache(g4_forward *f, int layer, const g4_attention *run, const g4_kv_view *cached, float **out)
 {
     const size_t width = kv_width(f, layer), h = (size_t)run->head_dim;
@@ -73,8 +73,7 @@ static g4_status unroll_cache(g4_forward *f, int layer, const g4_attention *run,
     return G4_OK;
 }
 
-/* Where someone looks at the keys and values in use: read them through a copy, which may be edited for this layer
- * alone. */
+/* If the cached keys or values are tapped, attention reads float32 copies. Edits affect this layer only. */
 static g4_status tap_keys_used(g4_forward *f, int layer, const g4_segment *segment, g4_attention *run)
 {
     float *k, *v;
@@ -91,7 +90,7 @@ static g4_status tap_keys_used(g4_forward *f, int layer, const g4_segment *segme
     return G4_OK;
 }
 
-/* Scores, pattern and mix one after the other, for whoever looks at them. */
+/* Computes scores, pattern and z as separate arrays, so that they can be tapped. */
 static g4_status attend_in_steps(g4_forward *f, int layer, const g4_segment *segment, const g4_attention *run)
 {
     float *scores;
@@ -106,14 +105,15 @@ static g4_status attend_in_steps(g4_forward *f, int layer, const g4_segment *seg
     return G4_OK;
 }
 
-/* Attention rounds what the maps of these types round (ops/linear.c); whoever keeps plain wider weights gets neither.
- * */
+/* Weight types whose linear layers may round to bf16 in `fast` (ops/linear.c). Attention rounds with the same types:
+ * not with F32 or F16. */
 static bool rounds_to_bf16(const g4_matrix *w)
 {
     return w->dtype == G4_BF16 || g4_is_quantised(w->dtype);
 }
 
-/* The number of rows that chooses the method: of rows with logits alone, so that looking changes no bit. */
+/* The number of rows that chooses the method: rows with logits only, if rows are split. So reading through taps changes
+ * no bit. */
 static int deciding_rows(const g4_forward *f, const g4_segment *segment)
 {
     int n = 0;
@@ -122,7 +122,7 @@ static int deciding_rows(const g4_forward *f, const g4_segment *segment)
     return n ? n : segment->n_rows;
 }
 
-/* Up to which position each row sees in this layer, [T]; NULL: its own. */
+/* out [T]: in this layer each row sees positions before its entry; NULL: up to its own (causal). */
 static g4_status ends_of_layer(g4_forward *f, int layer, const int32_t **out)
 {
     const int ahead = f->config->layers[layer].ahead;
@@ -176,7 +176,7 @@ static g4_status attend(g4_forward *f, int layer, const float *q, float *z)
     return g4_tap_rows(f, G4_SITE_Z, layer, z);
 }
 
-/* Columns of a quantised matrix can be taken by whole blocks only; heads that are no such number need a plain copy. */
+/* Column slices of a quantised matrix must be a multiple of the block size. If head_dim is not, copies w to float32. */
 static g4_status with_whole_heads(g4_forward *f, g4_matrix *w, size_t head_dim)
 {
     float *plain;
@@ -189,7 +189,7 @@ static g4_status with_whole_heads(g4_forward *f, g4_matrix *w, size_t head_dim)
     return G4_OK;
 }
 
-/* W_o z, through the heads' separate shares [T, H, D] where someone looks at those. */
+/* out = W_o z. If hook_result is tapped, also computes the heads' contributions [T, H, D]. */
 static g4_status project_out(g4_forward *f, int layer, const float *z, float *out)
 {
     const g4_matrix *w = &f->model->weights.layers[layer].o;
@@ -210,7 +210,7 @@ static g4_status project_out(g4_forward *f, int layer, const float *z, float *ou
                                   result + (size_t)i * (size_t)d,
                                   (size_t)n_heads * (size_t)d};
     G4_TRY(g4_linear_jobs(&f->exec, jobs, n_heads));
-    /* Reading the shares must not change the sum, editing them must: the sum is theirs only if it was edited. */
+    /* Reading the contributions must not change the output; editing must. Only edited rows are summed anew. */
     float *before;
     size_t n_bytes = (size_t)f->n_rows * (size_t)n_heads * (size_t)d * sizeof *result;
     G4_ALLOC(&f->exec, before, n_bytes / sizeof *before);
@@ -254,7 +254,7 @@ g4_status g4_text_attention(g4_forward *f, int layer, float *attn_out)
     if (f->config->q_norm)
         G4_TRY(head_norm(f, layer, G4_SITE_Q_NORMED, q, w->q_norm, n_heads));
     G4_TRY(rotate(f, layer, G4_SITE_ROT_Q, q, n_heads));
-    if (f->config->attention_scale != 1) /* of q once instead of every score */
+    if (f->config->attention_scale != 1) /* scales q instead of each score */
         G4_TRY(g4_scale_rows(&f->exec, q, f->config->attention_scale, NULL, f->n_rows, (int)width, q));
     G4_TRY(attend(f, layer, q, z));
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What all parts of a forward pass share: announcing sites, the norm with its two, and dropping rows. */
+/* Parts shared by the forward pass: announcing sites, norms with their two sites, and pruning rows. */
 #include "model/text/forward.h"
 
 #include <string.h>
@@ -14,7 +14,7 @@ bool g4_tapped(const g4_forward *f, g4_site site, int layer)
     return g4_taps_first(&f->taps, site, layer) >= 0;
 }
 
-/* A row of sites.inc that says the wrong side of pruning would make captures needlessly slow, or incomplete. */
+/* Fails if a site's row in sites.inc names the wrong side of pruning: captures would be slow or incomplete. */
 static g4_status check_row(const g4_forward *f, g4_site site, int layer)
 {
     char name[G4_SITE_NAME];
@@ -27,7 +27,7 @@ static g4_status check_row(const g4_forward *f, g4_site site, int layer)
                    f->pruned ? "after" : "before", row->after_pruning ? "AFTER" : "BEFORE");
 }
 
-/* The rows of a segment in an array of all rows. */
+/* The segment's rows of an array [T, ...]. */
 static g4_part rows_of_segment(const g4_forward *f, g4_site site, int layer, const g4_segment *segment, void *data)
 {
     g4_part part = {.row_in_run = f->row_in_run + segment->first_row};
@@ -94,7 +94,7 @@ static bool is_cached_keys(g4_site site)
     return g4_site_row_of(site)->keys == G4_KEYS_CACHED;
 }
 
-/* Whether rows that only this tap looks at must stay when the others are pruned. */
+/* Whether the tap keeps its rows from being pruned. Taps of cached keys need no rows. */
 static bool needs_rows_above(const g4_tap *tap, int last_kv_layer)
 {
     if (!g4_tap_needs_rows(tap) || is_cached_keys(tap->site))

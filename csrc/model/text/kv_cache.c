@@ -28,8 +28,8 @@ static size_t key_bytes(const g4_sequence *seq, int layer)
     return rotated ? g4_dtype_bytes(seq->dtype, n_heads * 2 * (size_t)rotated) : slot_bytes(seq, layer);
 }
 
-/* Slots a layer needs before n_rows more rows are written. A sliding layer also keeps one window of slack, so that a
- * sequence can be cut back by that much and go on. */
+/* Slots a layer needs before n_rows more rows are written. A sliding layer also keeps one window of slack: a sequence
+ * can be truncated by that much and continue. */
 static int slots_needed(const g4_sequence *seq, int layer, int n_rows)
 {
     int window = seq->model->config.layers[layer].window;
@@ -261,7 +261,7 @@ size_t g4_sequence_bytes(const g4_sequence *seq)
     return n_bytes;
 }
 
-/* Length n can go on if its next query finds its window: positions [n - window + 1, n) are stored. */
+/* Length n is possible if the next query's window is stored: positions [n - window + 1, n). */
 int g4_sequence_min_truncate(const g4_sequence *seq)
 {
     const g4_config *config = &seq->model->config;
@@ -281,7 +281,7 @@ static g4_status fail_busy(g4_error *err)
     return g4_fail(err, G4_ESTATE, "this sequence is in use by another call: a sequence serves one thread at a time");
 }
 
-/* Empties the layer; one that switched to whole keys stores rotated pairs again. */
+/* Empties the layer. A layer that switched to whole keys stores rotated pairs again. */
 static void forget(g4_sequence *seq, int layer)
 {
     g4_kv_layer *kv = &seq->layers[layer];
@@ -353,7 +353,7 @@ void g4_sequence_export(const g4_sequence *seq, int layer, void *k, void *v)
     }
 }
 
-/* Positions [first, first + n) into the layer's slots, keys as the layer keeps them. */
+/* Stores positions [first, first + n) in the layer's slots, keys in the layer's layout. */
 static void import_slots(g4_sequence *seq, int layer, int first, int n, const char *k, const char *v)
 {
     const g4_kv_layer *kv = &seq->layers[layer];

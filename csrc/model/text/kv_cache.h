@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Cached keys and values of a sequence.
+/* KV cache of a sequence.
  *
- * Only layers that compute keys have storage; layers that share read their source's. A global layer grows with the
- * sequence. A sliding layer is a ring that holds the window of the oldest query still to come plus the rows of one step,
- * so a step may write all its rows before it attends. Position p of either lies in slot p % n_slots. Where values are
- * the normed projection of the keys, only the rotated pairs of the keys are stored (5/8 of the memory in 26B and 31B).
+ * Only layers that compute keys have storage; others read their source layer's. A global layer grows with the
+ * sequence. A sliding layer is a ring buffer of the next query's window plus the rows of one step, so a step may write all
+ * its rows before attention. Position p is in slot p % n_slots in both. With k_eq_v only the rotated pairs
+ * of the keys are stored (5/8 of the memory in 26B and 31B).
  *
- * Invariants: every position in [first, length) is stored, and in a sliding layer first <= length - (window - 1) or 0;
- * a buffer shared with a fork is never written (copy-on-write).
+ * Invariants: every position in [first, length) is stored; in a sliding layer first <= max(0, length - (window - 1)); a
+ * buffer shared with a fork is never written (copy-on-write).
  */
 #ifndef GEMMA4_MODEL_TEXT_KV_CACHE_H
 #define GEMMA4_MODEL_TEXT_KV_CACHE_H
@@ -20,10 +20,10 @@
 #include "ops/attention/kv_view.h"
 
 typedef struct {
-    g4_buffer *k, *v; /* [n_slots, K, h], k maybe less (n_rotated); NULL while empty, and in layers that share */
+    g4_buffer *k, *v; /* [n_slots, K, h], k smaller with n_rotated; NULL if empty or if the layer shares */
     int n_slots;
-    int first;     /* positions before it were overwritten, be it by steps that were cut back or cancelled since */
-    int n_rotated; /* k holds so many pairs of each head, [n_slots, K, 2 n_rotated]; see kv_view.h. 0: keys are whole */
+    int first;     /* positions before it were overwritten, also by steps that were truncated or cancelled */
+    int n_rotated; /* pairs per head in k, [n_slots, K, 2 n_rotated] (kv_view.h). 0: keys are whole */
 } g4_kv_layer;
 
 struct g4_sequence {
@@ -34,16 +34,16 @@ struct g4_sequence {
     g4_kv_layer *layers; /* [L] */
 };
 
-/* Room for n_rows more positions in every layer, in buffers that are our own. Fails with G4_ECAPACITY or G4_ENOMEM and
- * leaves the sequence as it was. */
+/* Makes room for n_rows more positions in every layer, in unshared buffers. G4_ECAPACITY or G4_ENOMEM leave the
+ * sequence's contents as they were. */
 g4_status g4_kv_reserve(g4_sequence *seq, int n_rows, g4_error *err);
 
-/* Stores keys and values, float32 [n_rows, K * h] each, of positions from `position` on. A layer whose keys derive
- * from its values switches to whole keys at the first one that does not: a hook edited it. */
+/* Stores keys and values, float32 [n_rows, K * h] each, of positions from `position` on. A layer that stores rotated
+ * pairs switches to whole keys at the first key that does not derive from its values (a hook edited it). */
 g4_status g4_kv_store(g4_sequence *seq, int layer, int position, int n_rows, const float *k, const float *v,
                       g4_error *err);
 
-/* What attention in `layer` (or in one that shares with it) reads. */
+/* The cache that attention in `layer` reads: its own or its source layer's. */
 g4_kv_view g4_kv_view_of(const g4_sequence *seq, int layer);
 
 #endif

@@ -41,10 +41,10 @@ void g4_kv_pack_rotated(const g4_sequence *seq, int layer, const char *whole, ch
         memcpy(rotated + (size_t)i * n, whole + (size_t)i * half, n);
 }
 
-/* n values that RoPE left alone, in the cache's type: gain * v, some at a time. */
+/* n unrotated key elements in the cache's dtype: gain * v, PIECE at a time. */
 static void make_keys(const g4_sequence *seq, const char *v, const float *gain, int n, char *keys)
 {
-    enum { PIECE = 1024 }; /* whole blocks of every type */
+    enum { PIECE = 1024 }; /* a multiple of every block size */
     const g4_kernels *kernels = seq->model->kernels;
     float piece[PIECE];
     for (int i = 0; i < n; i += PIECE) {

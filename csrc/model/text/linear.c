@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Linear layers of the text decoder, such that looking changes no bit.
+/* Linear layers of the text decoder. Reading through taps changes no bit of the logits.
  *
- * In `fast` the number of rows chooses the method (ops/linear.c). Pruning leaves only rows with logits, unless captures or
- * hooks keep more. The rows kept for those are then jobs of their own, so that rows with logits get the method, and the
- * bits, that they have alone.
+ * In `fast` the number of rows chooses the method (ops/linear.c). Pruning leaves only rows with logits, unless captures
+ * or hooks keep more. Those rows become separate jobs. So rows with logits get the same method, and the same bits, as
+ * without captures and hooks.
  */
 #include <string.h>
 
@@ -49,7 +49,7 @@ static g4_status split_jobs(g4_forward *f, const g4_linear_job *jobs, int n_jobs
         const size_t width = jobs[j].w.n_rows;
         float *out;
         x[j] = NULL;
-        for (int i = 0; i < j && !x[j]; i++) /* jobs that share x still do: it is rounded once for all of them */
+        for (int i = 0; i < j && !x[j]; i++) /* jobs that share x still share it: it is rounded once */
             x[j] = jobs[i].x == jobs[j].x ? x[i] : NULL;
         if (!x[j])
             G4_TRY(gather(f, rows, &jobs[j], &x[j]));

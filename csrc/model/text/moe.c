@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The experts beside the dense MLP. Ref: transformers models/gemma4 Gemma4TextRouter, Gemma4TextExperts. */
+/* The experts in parallel with the dense MLP. Ref: transformers models/gemma4 Gemma4TextRouter, Gemma4TextExperts. */
 #include <math.h>
 #include <string.h>
 
@@ -8,13 +8,13 @@
 #include "ops/moe.h"
 #include "ops/rows.h"
 
-/* Which (row, slot) pairs each expert computes. Arrays in expert order have one row per pair. */
+/* The (row, slot) pairs that each expert computes. Arrays in expert order have one row per pair. */
 typedef struct {
     int n_pairs;    /* T * k */
     int32_t *ids;   /* [T, k] */
     float *weights; /* [T, k] */
-    int32_t *order; /* [T * k] the pair at each place of the expert order */
-    int32_t *first; /* [E + 1] where each expert's places begin */
+    int32_t *order; /* [T * k] pair at each place of the expert order */
+    int32_t *first; /* [E + 1] first place of each expert */
 } dispatch;
 
 static g4_status route(g4_forward *f, int layer, dispatch *d)
@@ -45,7 +45,7 @@ static g4_status route(g4_forward *f, int layer, dispatch *d)
     return G4_OK;
 }
 
-/* out[pair] = sorted[place], or the other way round. */
+/* to[pair] = from[place] if to_pairs, else to[place] = from[pair]; n values each. */
 static void permute(const dispatch *d, const float *from, float *to, size_t n, bool to_pairs)
 {
     for (int place = 0; place < d->n_pairs; place++) {
@@ -54,7 +54,7 @@ static void permute(const dispatch *d, const float *from, float *to, size_t n, b
     }
 }
 
-/* Announces an array that is in expert order as [T, k, n]. */
+/* Announces an array in expert order as [T, k, n]. */
 static g4_status tap_pairs(g4_forward *f, g4_site site, int layer, const dispatch *d, float *sorted, size_t n)
 {
     float *pairs;
@@ -67,7 +67,7 @@ static g4_status tap_pairs(g4_forward *f, g4_site site, int layer, const dispatc
     return G4_OK;
 }
 
-/* The end of an expert's places of rows with logits; where rows are not split, its first place. */
+/* The end of an expert's places that belong to rows with logits; its first place if rows are not split. */
 static int end_with_logits(const g4_forward *f, const dispatch *d, int expert)
 {
     int place = d->first[expert];
@@ -77,7 +77,7 @@ static int end_with_logits(const g4_forward *f, const dispatch *d, int expert)
     return place;
 }
 
-/* A job for each expert that has rows, two where rows are split: n_out weight rows, every `rows_each`. */
+/* One job per expert that has rows, two if rows are split. Expert e uses weight rows [e * rows_each, + n_out). */
 static int expert_jobs(const g4_forward *f, const dispatch *d, const g4_matrix *w, size_t rows_each, size_t n_out,
                        const float *x, float *out, g4_linear_job *jobs)
 {
@@ -96,7 +96,7 @@ static int expert_jobs(const g4_forward *f, const dispatch *d, const g4_matrix *
     return n_jobs;
 }
 
-/* gelu(gate x) * up x and down of it, for every pair in expert order: y [T * k, D]. */
+/* y [T * k, D] = W_down (gelu(W_gate x) * W_up x) for every pair, in expert order. */
 static g4_status run_experts(g4_forward *f, int layer, const dispatch *d, const float *x, float *y)
 {
     const g4_layer_weights *w = &f->model->weights.layers[layer];
@@ -105,7 +105,7 @@ static g4_status run_experts(g4_forward *f, int layer, const dispatch *d, const 
     g4_linear_job *jobs;
     G4_ALLOC(&f->exec, gate, n * m);
     G4_ALLOC(&f->exec, up, n * m);
-    G4_ALLOC(&f->exec, jobs, 4 * (size_t)f->config->n_experts); /* gate and up, each in two parts */
+    G4_ALLOC(&f->exec, jobs, 4 * (size_t)f->config->n_experts); /* gate and up, each split in two */
 
     int n_jobs = expert_jobs(f, d, &w->experts_gate, w->gate_rows, m, x, gate, jobs);
     n_jobs += expert_jobs(f, d, &w->experts_up, w->gate_rows, m, x, up, jobs + n_jobs);

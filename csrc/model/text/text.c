@@ -24,8 +24,8 @@ enum { LOGITS_BLOCK = 32 }; /* rows of logits in scratch at once: 32 MB at 262,1
 
 /* ---- embeddings -------------------------------------------------------------------------------------------------- */
 
-/* Rows of the per-layer table. The system maps up to 360 KB around each 18 KB row that is read (E2B, Linux 6.18: 180 MB
- * for 512 tokens), so a table on disk is let go of after every few rows. */
+/* Gathers rows of the PLE table. Linux maps up to 360 KB around each 18 KB row that is read (E2B, Linux 6.18: 180 MB
+ * for 512 tokens). So the pages of a table on disk are released every 64 rows. */
 static g4_status gather_per_layer(g4_forward *f, const int32_t *tokens, float *out)
 {
     const g4_matrix *table = &f->model->weights.ple_table;
@@ -40,7 +40,7 @@ static g4_status gather_per_layer(g4_forward *f, const int32_t *tokens, float *o
     return G4_OK;
 }
 
-/* Per-layer embeddings: what the token says (a table row) and what its embedding says (a projection). */
+/* Per-layer embeddings: the sum of a table row of the token and a projection of its embedding. */
 static g4_status embed_per_layer(g4_forward *f, const int32_t *tokens)
 {
     const g4_config *c = f->config;
@@ -110,7 +110,7 @@ static g4_status dense_mlp(g4_forward *f, int layer, const float *x, float *out)
     return g4_tap_rows(f, G4_SITE_MLP_PROJ, layer, out);
 }
 
-/* The dense MLP's output normed, plus the experts' output normed. */
+/* out = norm(out) + norm(experts); `out` holds the dense MLP's output. */
 static g4_status add_experts(g4_forward *f, int layer, float *out)
 {
     const g4_layer_weights *w = &f->model->weights.layers[layer];
@@ -203,7 +203,7 @@ g4_status g4_text_layers(g4_forward *f, int n_layers)
     for (int layer = 0; layer < n_layers; layer++) {
         if (g4_exec_poll(&f->exec))
             return g4_fail(f->exec.err, G4_ECANCELLED, "cancelled");
-        /* keys and values of all positions are cached, and nobody wants a row of this chunk */
+        /* all keys and values are cached, and no output needs a row of this chunk */
         if (layer > last_kv_layer && f->n_rows == 0 && !g4_taps_want_keys(f, layer))
             break;
         G4_TRY(decoder_layer(f, layer));
@@ -219,7 +219,7 @@ static bool logits_tapped(const g4_forward *f)
     return g4_tapped(f, G4_SITE_LOGITS_RAW, 0) || g4_tapped(f, G4_SITE_LOGITS, 0);
 }
 
-/* The head's logits [n, V] of rows [first, first + n) of x. */
+/* Logits [n, V] of rows [first, first + n) of x, before the softcap. */
 static g4_status head(g4_forward *f, const float *x, int first, int n, float *logits)
 {
     return g4_linear(&f->exec, x + (size_t)first * (size_t)f->config->d_model, n, &f->model->weights.head, logits);
@@ -232,7 +232,7 @@ static g4_status cap_logits(g4_forward *f, float *logits, int n)
     return G4_OK;
 }
 
-/* Logits [V] of a row of the chunk, to the run that asked for them. */
+/* Copies the logits [V] of a row of the chunk to its run, if the run requests them. */
 static void give_logits(g4_forward *f, int s, int row, const float *logits)
 {
     const size_t v = (size_t)f->config->d_vocab;
@@ -240,7 +240,7 @@ static void give_logits(g4_forward *f, int s, int row, const float *logits)
         memcpy(f->runs[f->segments[s].run].logits + (size_t)f->logits_slot[row] * v, logits, v * sizeof *logits);
 }
 
-/* logits: of rows [first, first + n). */
+/* logits [n, V]: rows [first, first + n). */
 static void give_block(g4_forward *f, int first, int n, const float *logits)
 {
     for (int s = 0; s < f->n_segments; s++) {
@@ -250,8 +250,8 @@ static void give_block(g4_forward *f, int first, int n, const float *logits)
     }
 }
 
-/* Blocks of [begin, end) have LOGITS_BLOCK rows each, the last one, too: it begins before the end of the one before it.
- * So the method of a row, which depends on the rows of its block, does not depend on where chunks end. */
+/* Splits [begin, end) into blocks of LOGITS_BLOCK rows. The last block overlaps the one before it to be full. The rows
+ * per block choose a row's method, so it does not depend on where chunks end. */
 static int next_block(int begin, int end, int *first)
 {
     *first = end - *first >= LOGITS_BLOCK ? *first : end - LOGITS_BLOCK;
@@ -259,7 +259,7 @@ static int next_block(int begin, int end, int *first)
     return end - *first < LOGITS_BLOCK ? end - *first : LOGITS_BLOCK;
 }
 
-/* Memory stays small however many rows have logits. */
+/* Bounds memory when many rows have logits. */
 static g4_status logits_in_blocks(g4_forward *f, const float *x)
 {
     g4_arena_mark mark = g4_arena_save(f->exec.arena);
@@ -275,7 +275,7 @@ static g4_status logits_in_blocks(g4_forward *f, const float *x)
     return G4_OK;
 }
 
-/* Rows [begin, end) of `rows`, in the same blocks as above, into their places of logits [T, V]. */
+/* Computes rows [begin, end) of `rows` in the same blocks, and scatters them to logits [T, V]. */
 static g4_status scatter_logits(g4_forward *f, const float *x, const int *rows, int begin, int end, float *logits)
 {
     const size_t d = (size_t)f->config->d_model, v = (size_t)f->config->d_vocab;
@@ -295,7 +295,7 @@ static g4_status scatter_logits(g4_forward *f, const float *x, const int *rows, 
     return G4_OK;
 }
 
-/* Sites of logits show all rows at once. Rows with logits are multiplied in the blocks that they have unseen. */
+/* Logits sites announce all rows at once. Rows with logits are computed in the same blocks as without taps. */
 static g4_status announced_logits(g4_forward *f, const float *x)
 {
     float *logits;
@@ -313,7 +313,7 @@ static g4_status announced_logits(g4_forward *f, const float *x)
     return G4_OK;
 }
 
-/* The others were only captured below. */
+/* Keeps only rows that need logits; other rows were kept only for taps below. */
 static void keep_rows_with_logits(g4_forward *f, float *x)
 {
     f->ple = NULL;

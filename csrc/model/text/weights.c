@@ -19,16 +19,16 @@ typedef enum {
     Q_NORM,
     OWN_KV,
     OWN_V,
-    K_NORM, /* of layers with keys of their own */
+    K_NORM, /* layers that compute keys */
     PLE,
     MOE,
-    MOE_GATE_UP /* one tensor or two: bind_experts */
+    MOE_GATE_UP /* one tensor or two (bind_experts) */
 } condition;
 
 #define MODEL(member) offsetof(g4_weights, member)
 #define LAYER(member) offsetof(g4_layer_weights, member)
 
-/* THE list of the text model's tensors. Python reads it through g4_text_tensors. */
+/* The list of the text model's tensors. Python reads it through g4_text_tensors. */
 /* clang-format off */
 static const g4_bind_row model_rows[] = {
     {"embed_tokens.weight",               MODEL(embed),            MATRIX, "V D",   ALWAYS, G4_OP_EMBED},
@@ -67,7 +67,7 @@ static const g4_bind_row layer_rows[] = {
     {"post_feedforward_layernorm_2.weight", LAYER(moe_out_norm),     GAIN,   "D",      MOE,         G4_OP_OTHER},
 };
 
-/* Instead of experts.gate_up_proj, whose rows are an expert's gate and then its up (older GGUF). */
+/* Older GGUF: replace experts.gate_up_proj, whose rows are an expert's gate, then its up. */
 static const g4_bind_row gate_row =
     {"experts.gate_proj",                   LAYER(experts_gate),     MATRIX, "E M D",  MOE,         G4_OP_EXPERTS_GATE_UP};
 static const g4_bind_row up_row =
