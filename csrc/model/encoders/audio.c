@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The audio tower, from a log-mel spectrogram to soft tokens. Ref: transformers models/gemma4 Gemma4AudioModel.
  *
- *   x     = W conv(conv(mel))                      each relu(norm(3 x 3, stride 2)): a quarter of the frames
+ *   x     = W conv(conv(mel))                      each relu(norm(3 x 3, stride 2)): 1/4 of the frames
  *   layer:  x += 0.5 mlp(x)                        mlp = norm(W silu(W norm(x)))
- *           x += norm(attention(norm(x)))          12 frames, with a vector for each distance, capped scores
- *           x += W silu(norm(conv(glu(W norm(x)))))  over 5 frames, each channel on its own
+ *           x += norm(attention(norm(x)))          12 frames, one vector per distance, softcapped scores
+ *           x += W silu(norm(conv(glu(W norm(x)))))  depthwise conv over 5 frames
  *           x  = norm(x + 0.5 mlp(x))
  *   soft  = W x + b
  *   out   = W norm(soft)
@@ -23,7 +23,7 @@
 
 #define TAP(site, layer, data) G4_TRY(g4_encoder_tap(p, G4_SITE_##site, layer, data))
 
-static const float EPS = 1e-6f; /* of all norms but those of the convolutions, whatever the config says */
+static const float EPS = 1e-6f; /* of all norms except those of the convolutions; the config's eps does not apply */
 
 /* ---- sizes ------------------------------------------------------------------------------------------------------- */
 
@@ -45,7 +45,7 @@ static g4_status check(const g4_encoder_config *c, g4_error *err)
     return G4_OK;
 }
 
-/* Of a convolution of stride 2 over n values, one value of padding on each side. */
+/* Output length of a 3-tap, stride-2 convolution over n values, padded by 1 on each side. */
 static int halved(int n)
 {
     return (n + 1) / 2;
@@ -119,7 +119,7 @@ static const g4_bind_row layer_rows[] = {
 
 #define COUNT(rows) ((int)(sizeof(rows) / sizeof *(rows)))
 
-/* x [outer, a, b] to [outer, b, a], in memory of the binder's arena; NULL and *err filled if there is none. */
+/* Transposes x [outer, rows, columns] to [outer, columns, rows] in the binder's arena; NULL and *err: out of memory. */
 static float *transposed(g4_binder *b, const float *x, size_t outer, size_t rows, size_t columns)
 {
     float *out = g4_arena_alloc(b->arena, outer * rows * columns * sizeof *out);
@@ -134,7 +134,7 @@ static float *transposed(g4_binder *b, const float *x, size_t outer, size_t rows
     return out;
 }
 
-/* Stored with channels before the 3 x 3, wanted after. */
+/* Transposes the stored [C, I, 3, 3] to [C, 3, 3, I], for g4_conv_3x3. */
 static g4_status make_conv_maps(g4_binder *b, const g4_encoder_config *c, g4_audio_weights *w)
 {
     for (int i = 0; i < 2; i++) {
@@ -147,7 +147,7 @@ static g4_status make_conv_maps(g4_binder *b, const g4_encoder_config *c, g4_aud
     return G4_OK;
 }
 
-/* sin and cos of each distance, from the farthest to 0. Ref: Gemma4AudioRelPositionalEncoding. */
+/* Sinusoids of each distance, from the farthest to 0. Ref: Gemma4AudioRelPositionalEncoding. */
 static g4_status make_distances(g4_binder *b, const g4_encoder_config *c, g4_audio_weights *w)
 {
     const int context = c->chunk + c->context_left - 1 + c->context_right, half = c->d_model / 2;
@@ -174,7 +174,7 @@ static g4_status make_distances(g4_binder *b, const g4_encoder_config *c, g4_aud
     return G4_OK;
 }
 
-/* What q is multiplied with: head_dim^-1/2 / ln 2 * softplus(scale). */
+/* Replaces per_dim_scale by the factors of q: head_dim^-1/2 / ln 2 * softplus(scale). */
 static g4_status make_q_factors(g4_binder *b, const g4_encoder_config *c, g4_audio_layer *layer)
 {
     float *factors = g4_arena_alloc(b->arena, (size_t)c->head_dim * sizeof *factors);
@@ -238,7 +238,7 @@ static g4_status finish_conv(g4_encode_pass *p, const float *gain, int n_rows, i
     return g4_encoder_tap_one(p, site, 0, medium, NULL, x);
 }
 
-/* One medium's frames to x [T of the medium, b * c]. */
+/* Both convolutions over one medium's frames, to x [T of the medium, b * c]. */
 static g4_status convolve(tower *t, int medium, float *x)
 {
     g4_encode_pass *p = t->pass;
@@ -335,7 +335,7 @@ static void visible_frames(const void *context, int row, int *first, int *end)
     *end = g4_band_end_key(run, row);
 }
 
-/* Scores, pattern and mix one after the other, for whoever looks at them. */
+/* Computes scores, pattern and z as separate arrays, so that they can be tapped. */
 static g4_status attend_in_steps(g4_encode_pass *p, int layer, int medium, const g4_band_attention *run)
 {
     g4_arena_mark mark = g4_arena_save(p->exec.arena);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The unified model's images and audio, which need no tower. Ref: transformers models/gemma4_unified
+/* The unified model's image and audio embedders, without a tower. Ref: transformers models/gemma4_unified
  * Gemma4UnifiedVisionEmbedder, Gemma4UnifiedMultimodalEmbedder.
  *
  *   image: soft = norm(norm(W norm(p) + b) + table[px][0] + table[py][1])     layer norms with gain and bias
@@ -15,7 +15,7 @@
 #define TAP(site, data) G4_TRY(g4_encoder_tap(p, G4_SITE_##site, 0, data))
 #define MEMBER(member) offsetof(g4_embedder_weights, member)
 
-static const float LAYER_NORM_EPS = 1e-5f; /* of torch.nn.LayerNorm; the config's is that of the norm at the end */
+static const float LAYER_NORM_EPS = 1e-5f; /* as torch.nn.LayerNorm; the config's eps is for the final norm */
 
 /* clang-format off */
 static const g4_bind_row rows[] = {
@@ -37,7 +37,7 @@ static g4_status check(const g4_encoder_config *c, g4_error *err)
     return g4_encoder_check_range("n_positions", c->n_positions, 1, 1 << 20, err);
 }
 
-/* A row is a soft token. */
+/* One soft token per row. */
 static int soft_tokens(const g4_encoder_config *c, int n_rows)
 {
     (void)c;
@@ -49,7 +49,7 @@ static g4_status bind(g4_encoder *encoder, g4_binder *b)
     return g4_bind_table(b, rows, (int)(sizeof rows / sizeof *rows), "", 0, &encoder->embedder);
 }
 
-/* All rows of the pass, one medium below the other. */
+/* Concatenates the rows of all media of the pass. */
 static g4_status gather_rows(g4_encode_pass *p, float **rows_out)
 {
     const size_t width = (size_t)p->config->d_in;

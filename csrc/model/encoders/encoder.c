@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The kinds of encoders, and a pass over several media. */
+/* The table of encoder kinds, and passes over several media. */
 #include "model/encoders/encoder.h"
 
 #include <string.h>
@@ -7,7 +7,7 @@
 #include "model/model.h"
 #include "ops/profile.h"
 
-/* Rows of one pass: two images of 280 soft tokens (2,520 patches each). More only cost memory. */
+/* Maximum rows per pass of several media: two images of 280 soft tokens (2,520 patches each). More only cost memory. */
 enum { PASS_ROWS = 5120 };
 
 /* ---- kinds ------------------------------------------------------------------------------------------------------- */

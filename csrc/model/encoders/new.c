@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Making an encoder: its sizes checked, its tensors bound, and with precision="fast" the maps of its layers copied as
- * whole numbers. What reads pixels and sound (the first map, the convolutions) and the projection stay as they are. */
+/* Creates encoders: checks sizes, binds tensors, and with precision="fast" copies the layers' weights as 16-bit
+ * integers. The input layers (the first linear layer, the convolutions) and the projection are not copied. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -120,7 +120,7 @@ static g4_status bind(g4_encoder *e, const g4_named_tensor *tensors, size_t n_te
     return status;
 }
 
-/* ---- making one -------------------------------------------------------------------------------------------------- */
+/* ---- creation ---------------------------------------------------------------------------------------------------- */
 
 g4_status g4_encoder_new(g4_model *model, const g4_encoder_config *config, const g4_named_tensor *tensors,
                          size_t n_tensors, int (*poll)(void *context), void *poll_context, g4_encoder **encoder,

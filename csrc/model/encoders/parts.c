@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the encoders are put together from: announcing sites, clipped maps, the projection, tables of tensors. */
+/* Parts common to encoders: announcing sites, clipped linear layers, the projection, tables of tensors. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -41,7 +41,7 @@ static g4_part part_of_medium(const g4_encode_pass *p, g4_site site, int medium,
 {
     g4_part part = {.data = data};
     part.n_dims = g4_encoder_site_shape(p->config, site, p->media[p->first_medium + medium].n_rows, part.shape);
-    part.n_all_keys = (int)part.shape[part.n_dims - 1]; /* where that axis are keys */
+    part.n_all_keys = (int)part.shape[part.n_dims - 1]; /* for sites whose last axis is keys */
     return part;
 }
 
@@ -79,14 +79,14 @@ g4_status g4_encoder_tap(g4_encode_pass *p, g4_site site, int layer, void *data)
     return G4_OK;
 }
 
-/* ---- maps -------------------------------------------------------------------------------------------------------- */
+/* ---- linear layers ----------------------------------------------------------------------------------------------- */
 
 static bool clips(float low, float high)
 {
     return low > -INFINITY || high < INFINITY;
 }
 
-/* x clamped as the map wants it; maps before it with the same bounds have it already. */
+/* *input: x clamped to the bounds of layer i; reuses the input of an earlier layer with the same bounds. */
 static g4_status clipped_input(g4_exec *exec, const float *x, int m, const g4_clipped *const *maps, int i,
                                const g4_linear_job *jobs, const float **input)
 {
@@ -105,7 +105,7 @@ static g4_status clipped_input(g4_exec *exec, const float *x, int m, const g4_cl
     return g4_clamp_rows(exec, x, map->input_min, map->input_max, m, (int)map->w.n_cols, copy);
 }
 
-/* The same with the maps' copies as whole numbers, which clamp what they read and write. */
+/* g4_clipped_jobs on the layers' 16-bit copies, which clamp inputs and outputs themselves. */
 static g4_status clipped_jobs16(g4_exec *exec, const float *x, int m, const g4_clipped *const *maps, float *const *outs,
                                 int n)
 {
@@ -185,7 +185,7 @@ static g4_status copy_map(g4_binder *b, g4_clipped *map)
 {
     G4_TRY(g4_matrix16_new(b->copy_with, b->arena, &map->w, &map->w16));
     b->n_copied += g4_matrix16_bytes(map->w16);
-    if (((const g4_encoder_config *)b->config)->on_disk) /* else both would be in memory at the end */
+    if (((const g4_encoder_config *)b->config)->on_disk) /* else the original and the copy would both stay in memory */
         g4_pages_release(map->w.data, g4_dtype_bytes(map->w.dtype, map->w.n_rows * map->w.n_cols));
     return G4_OK;
 }

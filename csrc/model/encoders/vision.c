@@ -2,7 +2,7 @@
 /* The vision tower, from patches to soft tokens. Ref: transformers models/gemma4 Gemma4VisionModel.
  *
  *   x      = W (2 p - 1) + (table_x[px] + table_y[py])
- *   layer:   x += norm(attention(norm(x)))      every patch sees every other; q, k rotated by px and by py
+ *   layer:   x += norm(attention(norm(x)))      full attention; q, k rotated by px and py
  *            x += norm(mlp(norm(x)))
  *   soft   = mean of 3 x 3 patches * sqrt(D)    (- std_bias) * std_scale
  *   out    = W norm(soft)
@@ -16,8 +16,7 @@
 #include "ops/linear_f32.h"
 #include "ops/rows.h"
 
-/* Rows of the MLP at once, a multiple of the 6 that a kernel takes: 19 MB for each of gate and up at a width of 3,072.
- * */
+/* MLP rows per slice, a multiple of the kernel's 6: gate and up take 19 MB each at a width of 3,072. */
 enum { MLP_ROWS = 1536 };
 
 #define TAP(site, layer, data) G4_TRY(g4_encoder_tap(p, G4_SITE_##site, layer, data))
@@ -77,7 +76,7 @@ static const g4_bind_row layer_rows[] = {
 
 #define COUNT(rows) ((int)(sizeof(rows) / sizeof *(rows)))
 
-/* A copy of the frequencies, which are the caller's. */
+/* Copies the caller's frequencies. */
 static g4_status finish(g4_encoder *encoder, g4_binder *b)
 {
     g4_encoder_config *config = &encoder->config;
@@ -154,7 +153,7 @@ static g4_status embed_patches(tower *t)
     return g4_encoder_tap(p, G4_SITE_V_EMBED, 0, t->resid);
 }
 
-/* Angles of both axes side by side. */
+/* Rotary angles, x then y for each patch. */
 static g4_status make_angles(tower *t)
 {
     g4_encode_pass *p = t->pass;
@@ -173,7 +172,7 @@ static g4_status make_angles(tower *t)
     return g4_rope_table(&p->exec, positions, (int)n, p->config->rope_inv_freq, quarter, t->cosine, t->sine);
 }
 
-/* Norm over the head size of every head, and the rotation; v has neither gain nor angles. */
+/* Norm of each head, then rotation; v has no gain and is not rotated. */
 static g4_status finish_heads(tower *t, int layer, float *x, const float *gain, int n_heads, g4_site normed,
                               g4_site rotated)
 {
@@ -187,7 +186,7 @@ static g4_status finish_heads(tower *t, int layer, float *x, const float *gain, 
     return g4_encoder_tap(p, rotated, layer, x);
 }
 
-/* Scores, pattern and mix one after the other, for whoever looks at them. */
+/* Computes scores, pattern and z as separate arrays, so that they can be tapped. */
 static g4_status attend_in_steps(tower *t, int layer, int medium, const g4_full_attention *run)
 {
     g4_encode_pass *p = t->pass;
@@ -258,7 +257,7 @@ static g4_status attention(tower *t, int layer, float *out)
     return g4_encoder_tap(p, G4_SITE_V_ATTN_OUT, layer, out);
 }
 
-/* W_down (gelu(W_gate x) * W_up x) of rows [first, first + n). */
+/* out = W_down (gelu(W_gate x) * W_up x) for n rows. Announces sites only if these are all rows of the pass. */
 static g4_status mlp_rows(tower *t, int layer, const float *x, int n, float *out)
 {
     g4_encode_pass *p = t->pass;
@@ -327,7 +326,7 @@ static g4_status tower_layer(tower *t, int layer)
 
 /* ---- soft tokens ------------------------------------------------------------------------------------------------- */
 
-/* The soft token that a patch belongs to: pool x pool patches each, row by row. */
+/* Average-pools pool x pool patches per soft token; soft tokens in row-major order. */
 static g4_status pool_image(g4_encode_pass *p, int index, const float *x, float *soft)
 {
     const g4_encoder_config *c = p->config;

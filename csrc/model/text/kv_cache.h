@@ -2,9 +2,9 @@
 /* KV cache of a sequence.
  *
  * Only layers that compute keys have storage; others read their source layer's. A global layer grows with the
- * sequence. A sliding layer is a ring buffer of the next query's window plus the rows of one step, so a step may write all
- * its rows before attention. Position p is in slot p % n_slots in both. With k_eq_v only the rotated pairs
- * of the keys are stored (5/8 of the memory in 26B and 31B).
+ * sequence. A sliding layer is a ring buffer of the next query's window plus the rows of one step, so a step may write
+ * all its rows before attention. Position p is in slot p % n_slots in both. With k_eq_v only the rotated pairs of the
+ * keys are stored (5/8 of the memory in 26B and 31B).
  *
  * Invariants: every position in [first, length) is stored; in a sliding layer first <= max(0, length - (window - 1)); a
  * buffer shared with a fork is never written (copy-on-write).
