@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the engine calls back while it computes without the GIL, and the check of arrays that it is given. */
+/* Callbacks from the engine, which runs without the GIL, and checks of NumPy arguments. */
 #include "python/engine.h"
 
 int engine_poll_signals(void *context)
@@ -11,7 +11,7 @@ int engine_poll_signals(void *context)
     return failed;
 }
 
-/* What a hook may not change of the array it is given, but only of the numbers in it. */
+/* The properties of its array that a hook must not change; it may change only the values. */
 typedef struct {
     void *data;
     PyArray_Descr *type;
@@ -30,7 +30,7 @@ static array_face face_of(PyArrayObject *array)
     return face;
 }
 
-/* NULL: nothing. */
+/* The name of a property that changed, or NULL. */
 static const char *what_changed(PyArrayObject *array, const array_face *face)
 {
     if (PyArray_NDIM(array) != face->n_dims || !PyArray_CompareLists(PyArray_DIMS(array), face->dims, face->n_dims))
@@ -72,7 +72,7 @@ static void raise_shape(const engine_edit *edit, PyArrayObject *array, const arr
     Py_XDECREF(expected);
 }
 
-/* Making an array of `result` may run code that changes the one that was given once more: only `face` is believed. */
+/* Converting `result` may run Python code that changes the hook's array again, so only `face` is trusted. */
 static int copy_result(PyObject *result, const engine_edit *edit, const array_face *face, void *data, size_t n_bytes)
 {
     PyArrayObject *array = (PyArrayObject *)PyArray_FROM_OTF(result, engine_site_type(edit->site),
@@ -89,7 +89,7 @@ static int copy_result(PyObject *result, const engine_edit *edit, const array_fa
     return fits ? 0 : -1;
 }
 
-/* The callable gets an array of its own, so it may keep it: scratch memory is never shown. */
+/* The callable gets a new array, which it may keep. Scratch memory is never exposed. */
 static int call_edit(const engine_edit *edit, void *data, const int64_t *shape, int n_dims)
 {
     npy_intp dims[G4_MAX_DIMS];

@@ -138,7 +138,7 @@ void engine_config_release(config_holder *holder)
     memset(holder, 0, sizeof *holder);
 }
 
-/* ---- the tensors that a config calls for ------------------------------------------------------------------------- */
+/* ---- the tensors that a config needs ------------------------------------------------------------------------- */
 
 void engine_append_tensor(void *list, const char *name, const int64_t *shape, int n_dims)
 {

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The type Encoder: an image or audio encoder of a model. Contract: gemma4/_engine.pyi. */
+/* The type Encoder: an image or audio encoder of a model. Interface: gemma4/_engine.pyi. */
 #include "python/engine.h"
 
 typedef struct {
     PyObject_HEAD model_object *owner;
     g4_encoder *encoder;
-    Py_buffer *buffers; /* keep the weights' bytes where they are */
+    Py_buffer *buffers; /* keep the weights' memory valid */
     size_t n_buffers;
 } encoder_object;
 
@@ -99,7 +99,7 @@ PyObject *engine_encoder_tensors(PyObject *self, PyObject *config)
     return engine_listed(list, list ? g4_encoder_tensors(&c, engine_append_tensor, list, &err) : G4_OK, &err);
 }
 
-/* ---- making one -------------------------------------------------------------------------------------------------- */
+/* ---- creation -------------------------------------------------------------------------------------------------- */
 
 static int build(encoder_object *self, PyObject *config, PyObject *items)
 {
@@ -296,7 +296,7 @@ static PyObject *encoder_encode(PyObject *object, PyObject *args, PyObject *kwar
     Py_RETURN_NONE;
 }
 
-/* ---- what it is -------------------------------------------------------------------------------------------------- */
+/* ---- attributes -------------------------------------------------------------------------------------------------- */
 
 static bool has_site(void *config, g4_site site, int layer)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The Python face of the engine: arguments in, arrays out, one mapping of errors. Contract: gemma4/_engine.pyi. Only
- * Python's stable ABI of 3.11 is used (Py_LIMITED_API), so that one wheel serves every later version. */
+/* The engine's Python bindings: argument conversion, array results, error mapping. Interface: gemma4/_engine.pyi. Only
+ * the stable ABI of Python 3.11 is used (Py_LIMITED_API), so one wheel serves every later version. */
 #ifndef GEMMA4_PYTHON_ENGINE_H
 #define GEMMA4_PYTHON_ENGINE_H
 
@@ -17,7 +17,7 @@
 
 typedef struct {
     PyObject_HEAD g4_model *model;
-    Py_buffer *buffers; /* keep the weights' bytes where they are */
+    Py_buffer *buffers; /* keep the weights' memory valid */
     size_t n_buffers;
 } model_object;
 
@@ -26,7 +26,7 @@ typedef struct {
     g4_sequence *seq; /* NULL: closed */
 } sequence_object;
 
-/* The end of every tp_dealloc. */
+/* Frees the object; every tp_dealloc ends with this call. */
 static inline void engine_free(PyObject *object)
 {
     PyTypeObject *type = Py_TYPE(object);
@@ -34,10 +34,10 @@ static inline void engine_free(PyObject *object)
     Py_DECREF((PyObject *)type);
 }
 
-/* errors.c: sets the exception for err->status (unless one is set already) and returns NULL. */
+/* errors.c: sets the exception for err->status, unless an exception is set already; returns NULL. */
 PyObject *engine_raise(const g4_error *err);
 
-/* callbacks.c. The thread state that a call gave up: callbacks take it back for as long as they run. */
+/* callbacks.c. The thread state that a call released; callbacks reacquire it while they run. */
 typedef struct {
     PyThreadState *state;
 } engine_gil;
@@ -53,11 +53,10 @@ int engine_poll_signals(void *gil);
 g4_status engine_run_edit(void *edit, void *data, const int64_t *shape, int n_dims, g4_error *err);
 int engine_site_type(g4_site site); /* NPY_FLOAT32 or NPY_INT32 */
 
-/* Checks that `object` is a C-contiguous array of that type and those axes (-1: any size); NULL and an exception else.
- * */
+/* Checks that `object` is a C-contiguous array of this type and shape (-1: any size); else NULL and an exception. */
 PyArrayObject *engine_check_array(PyObject *object, int type, int n_dims, const npy_intp *dims, const char *what);
 
-/* sites.c. Whose sites are listed; shape: for no rows, returns the number of axes. */
+/* sites.c. The model or encoder whose sites are listed. shape: sizes for 0 rows; returns the number of axes. */
 typedef struct {
     void *context;
     int n_layers;
@@ -66,7 +65,7 @@ typedef struct {
 } engine_site_owner;
 PyObject *engine_list_sites(const engine_site_owner *owner);
 
-/* taps.c. What a tap may name: of the runs of a step, or of the media of an encoder's pass. */
+/* taps.c. The valid targets of taps: runs of a step, or media of an encoder's pass. */
 typedef struct {
     void *context;
     engine_gil *gil;
@@ -74,7 +73,7 @@ typedef struct {
     int n_runs;
     bool (*exists)(void *context, g4_site site, int layer);
     int (*shape)(void *context, const g4_tap *tap, int64_t shape[G4_MAX_DIMS]); /* returns the number of axes */
-    int (*n_rows)(void *context, int run);                                      /* NULL: its taps keep all rows */
+    int (*n_rows)(void *context, int run);                                      /* NULL: taps take no `rows` */
 } engine_tap_owner;
 
 typedef struct {
@@ -84,37 +83,37 @@ typedef struct {
     int n;
 } engine_taps;
 
-/* Tuples (site, layer, run, array or callable, and rows if they may choose); release also after a failure. */
+/* Reads tuples (site, layer, run, array or callable[, rows]). Call engine_release_taps also after a failure. */
 int engine_read_taps(PyObject *object, const engine_tap_owner *owner, engine_taps *taps);
 void engine_release_taps(engine_taps *taps);
 
-/* A copy of a one-dimensional int32 array, to be freed with PyMem_Free; None gives NULL and -1. */
+/* Copies a one-dimensional int32 array; free it with PyMem_Free. None: *copy NULL and *n -1. */
 int engine_copy_ints(PyObject *object, const char *what, int32_t **copy, int *n);
 
 /* model.c, sequence.c, step.c, encoder.c, map.c, testing.c */
 extern PyType_Spec engine_model_spec, engine_sequence_spec, engine_encoder_spec, engine_map_spec;
-PyObject *engine_sequence_wrap(model_object *owner, g4_sequence *seq); /* takes seq, also when it fails */
+PyObject *engine_sequence_wrap(model_object *owner, g4_sequence *seq); /* takes ownership of seq, also on failure */
 PyTypeObject *engine_sequence_type(PyObject *model);                   /* borrowed */
-g4_dtype engine_kv_dtype(const char *name);                            /* G4_N_DTYPES: there is none of that name */
-int engine_read_profile(PyObject *object,
-                        g4_profile **profile); /* an array or None; nonzero and an exception if neither */
+g4_dtype engine_kv_dtype(const char *name);                            /* G4_N_DTYPES: unknown name */
+int engine_read_profile(PyObject *object, g4_profile **profile); /* an array or None; else nonzero and an exception */
 PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *engine_testing_module(void);
 
-/* model.c. Reads the values of `items` (a list of name, tensor pairs): n tensors and as many views, or NULL. */
+/* model.c. Reads `items`, a list of (name, tensor) pairs: n tensors and n views of their buffers; NULL: an exception.
+ * */
 g4_named_tensor *engine_read_tensors(PyObject *items, Py_buffer **views, size_t *n);
 void engine_release_buffers(Py_buffer *views, size_t n);
-bool engine_ready(const model_object *model); /* else an exception is set */
+bool engine_ready(const model_object *model); /* false: an exception is set */
 
-/* (dtype, shape, buffer, byte offset): fills tensor and takes a view of the buffer. */
+/* Reads (dtype, shape, buffer, byte offset): fills `tensor` and takes a view of the buffer. */
 int engine_read_tensor(const char *name, PyObject *value, g4_named_tensor *tensor, Py_buffer *view);
 
-/* config.c: members of a dict; nonzero and an exception if one is missing or no number in range. */
+/* config.c: read a value of a dict; nonzero and an exception if it is missing, no number or out of range. */
 int engine_read_int(PyObject *dict, const char *key, int *out);
 int engine_read_float(PyObject *dict, const char *key, float *out);
 int engine_read_bool(PyObject *dict, const char *key, bool *out);
 
-/* config.c: reads the dict of _engine.pyi's Config; release with engine_config_release. */
+/* config.c: reads a dict of type Config (_engine.pyi); release with engine_config_release. */
 typedef struct {
     g4_config config;
     g4_layer_config *layers;
@@ -123,8 +122,8 @@ typedef struct {
 int engine_config_read(PyObject *dict, config_holder *holder);
 void engine_config_release(config_holder *holder);
 
-/* A g4_tensor_fn whose context is a list, which gets (name, shape) until an exception is set; then what a function that
- * listed so returns: the list, or NULL and an exception. */
+/* engine_append_tensor is a g4_tensor_fn whose context is a list: it appends (name, shape) unless an exception is set.
+ * engine_listed then gives the result: the list, or NULL and an exception. */
 void engine_append_tensor(void *list, const char *name, const int64_t *shape, int n_dims);
 PyObject *engine_listed(PyObject *list, g4_status status, const g4_error *err);
 

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The type GuardedMap: a mapped file that may shrink while it is read. Contract: gemma4/_engine.pyi. */
+/* The type GuardedMap: a mapped file that may shrink while it is read. Interface: gemma4/_engine.pyi. */
 #include "base/guard.h"
 #include "python/engine.h"
 
 typedef struct {
-    PyObject_HEAD Py_buffer view; /* of the map, which cannot be unmapped as long as it is held */
+    PyObject_HEAD Py_buffer view; /* keeps the file from being unmapped */
     g4_guard *guard;
 } map_object;
 
@@ -34,7 +34,7 @@ static void map_dealloc(PyObject *object)
 {
     map_object *self = (map_object *)object;
     if (self->guard) {
-        g4_guard_free(self->guard); /* first: the range is somebody else's once it is unmapped */
+        g4_guard_free(self->guard); /* before the release: once unmapped, the range may be reused */
         PyBuffer_Release(&self->view);
     }
     engine_free(object);

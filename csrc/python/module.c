@@ -34,7 +34,7 @@ static PyObject *cpu_info(PyObject *self, PyObject *unused)
                          g4_cpu_count(), "blas", g4_blas_config());
 }
 
-/* The tensor's rows as float32, by this processor's best kernels. */
+/* Widens the tensor's rows to float32 with the kernels of this CPU. */
 static PyObject *widen_tensor(const g4_named_tensor *t)
 {
     const g4_kernels *kernels;

@@ -26,7 +26,7 @@ PyTypeObject *engine_sequence_type(PyObject *model)
 {
     PyObject *module = PyType_GetModule(Py_TYPE(model));
     PyObject *type = module ? PyObject_GetAttrString(module, "Sequence") : NULL;
-    Py_XDECREF(type); /* the module keeps it */
+    Py_XDECREF(type); /* the module holds a reference */
     return (PyTypeObject *)type;
 }
 
@@ -91,7 +91,7 @@ static PyObject *sequence_truncate(PyObject *object, PyObject *argument)
 
 /* ---- saving and restoring ---------------------------------------------------------------------------------------- */
 
-/* What a cache's elements look like in Python; blocks as their bytes. */
+/* NumPy types of cache elements; bf16 as uint16, Q8_0 blocks as bytes. */
 static const struct {
     const char *name;
     g4_dtype dtype;
@@ -126,7 +126,7 @@ static int numpy_type(const g4_sequence *seq)
     return kv_dtypes[kv_dtype_index(seq)].numpy_type;
 }
 
-/* Elements of the NumPy array that a head takes. */
+/* NumPy elements per head. */
 static npy_intp head_elements(const g4_sequence *seq, const g4_layer_config *layer)
 {
     const g4_dtype dtype = g4_sequence_dtype(seq);

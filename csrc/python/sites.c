@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The list of a model's or an encoder's sites, with all that sites.inc says about each. */
+/* Lists the sites of a model or an encoder, with all columns of sites.inc. */
 #include "python/engine.h"
 
-/* Sizes that depend on the run stay letters. */
+/* Sizes that depend on the run are given as letters. */
 static PyObject *site_dims(const char *letters, const int64_t *shape, int n_dims)
 {
     PyObject *dims = PyTuple_New(n_dims);
@@ -36,7 +36,7 @@ static int append_site(PyObject *list, const engine_site_owner *owner, g4_site s
     return failed;
 }
 
-/* In the order of sites.inc; sites of layers that stand together come layer by layer. */
+/* In the order of sites.inc; consecutive per-layer sites are listed layer by layer. */
 PyObject *engine_list_sites(const engine_site_owner *owner)
 {
     PyObject *list = PyList_New(0);

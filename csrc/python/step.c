@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Model.step: runs out of Python tuples. Their arrays are treated as those of taps are (taps.c). */
+/* Model.step: reads runs from Python tuples. Arrays are handled as in taps.c. */
 #include "python/engine.h"
 
 typedef struct {
@@ -118,7 +118,7 @@ static void release_args(step_args *s)
     Py_XDECREF(s->run_tuple);
 }
 
-/* float64 [operations, members of g4_op_total], which the caller's argument tuple keeps alive. */
+/* Reads a float64 array [operations, members of g4_op_total]; the caller's argument tuple keeps it alive. */
 int engine_read_profile(PyObject *object, g4_profile **profile)
 {
     const npy_intp dims[] = {G4_N_OPS, (npy_intp)(sizeof(g4_op_total) / sizeof(double))};

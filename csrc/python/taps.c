@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Taps out of Python tuples, for a step of the text model and for a pass of an encoder. Integer arrays are copied, so
- * that no other thread can change them while the engine computes without the GIL; float arrays are used where they lie.
- * */
+/* Reads taps from Python tuples, for steps of the text model and for encoder passes. Integer arrays are copied, so no
+ * other thread can change them while the engine runs without the GIL. Float arrays are used in place. */
 #include "python/engine.h"
 
 int engine_copy_ints(PyObject *object, const char *what, int32_t **copy, int *n)
@@ -32,7 +31,7 @@ int engine_site_type(g4_site site)
     return g4_site_row_of(site)->is_int32 ? NPY_INT32 : NPY_FLOAT32;
 }
 
-/* Whether dest has the site's shape, with any number of rows where only some are kept. */
+/* Checks that the destination has the site's shape; with `rows`, any number of rows. */
 static int read_destination(const engine_tap_owner *owner, g4_tap *tap, PyObject *object)
 {
     int64_t shape[G4_MAX_DIMS];
@@ -54,7 +53,7 @@ static int read_rows(const engine_tap_owner *owner, g4_tap *tap, PyObject *rows)
 {
     int32_t *ints;
     int n;
-    if (g4_site_row_axis(tap->site) < 0) /* keys and values in use: all of them */
+    if (g4_site_row_axis(tap->site) < 0) /* cached keys and values have no row axis: copy all */
         rows = Py_None;
     if (engine_copy_ints(rows, "a tap's rows", &ints, &n))
         return -1;

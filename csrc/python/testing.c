@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* _engine.testing: the kernels of every instruction set, one by one, for the sweeps in tests/. Rows may be strided and
- * start anywhere (that is part of what is swept); the last axis must be contiguous. */
+/* _engine.testing: single kernels of every instruction set, for the sweeps in tests/. Rows may be strided and
+ * misaligned, which the sweeps cover; the last axis must be contiguous. */
 #include "kernels/kernels.h"
 #include "python/engine.h"
 
@@ -32,7 +32,7 @@ static size_t stride_of(PyArrayObject *array)
     return (size_t)(PyArray_STRIDE(array, 0) / PyArray_ITEMSIZE(array));
 }
 
-/* Weight rows of k values: elements, or the bytes of whole blocks. */
+/* Whether w has rows of k values: elements, or bytes of blocks. */
 static bool has_inputs(PyArrayObject *w, g4_dtype dtype, npy_intp k)
 {
     const npy_intp block = (npy_intp)g4_block_size(dtype), bytes = (npy_intp)g4_block_bytes(dtype);
@@ -73,8 +73,8 @@ static PyObject *test_matmul(PyObject *self, PyObject *args)
     return out;
 }
 
-/* The arrays behind g4_int8_rows: (q int8, scale, sum16, sum32, minus_4 int16), one row for each of x, m rounded up as
- * they lie; what is no row's value is 0. */
+/* Arrays for g4_int8_rows: (q int8, scale, sum16, sum32, minus_4 int16), one row per row of x, m padded as
+ * g4_int8_bytes says; the padding is 0. */
 static PyObject *int8_arrays(npy_intp m, npy_intp k)
 {
     const npy_intp stride = (npy_intp)g4_int8_stride((size_t)k),
@@ -86,7 +86,7 @@ static PyObject *int8_arrays(npy_intp m, npy_intp k)
                          PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 16}), NPY_INT16, 0));
 }
 
-/* ValueError if they are not what int8_arrays(m, k) gives. */
+/* ValueError unless `arrays` match int8_arrays(m, k). */
 static bool int8_rows_of(PyObject *arrays, npy_intp m, npy_intp k, g4_int8_rows *rows)
 {
     static const int types[] = {NPY_INT8, NPY_FLOAT32, NPY_FLOAT32, NPY_FLOAT32, NPY_INT16};
@@ -182,7 +182,7 @@ static PyObject *test_weighted_sum(PyObject *self, PyObject *args)
     return (PyObject *)out;
 }
 
-/* matmul_panel(isa, x [m, k], w [k, 16], n, out [m, n] or None) -> [m, n], added to `out` if there is one */
+/* matmul_panel(isa, x [m, k], w [k, 16], n, out [m, n] or None) -> [m, n], added to `out` if given */
 static PyObject *test_matmul_panel(PyObject *self, PyObject *args)
 {
     const char *isa;
@@ -217,7 +217,7 @@ static const g4_kernels *rows_arguments(PyObject *args, PyArrayObject **rows)
     return kernels && is_rows(*rows, NPY_FLOAT32, 2) ? kernels : NULL;
 }
 
-/* The same of rows that fit a panel. */
+/* rows_arguments, for rows that fit a panel: n <= 16. */
 static const g4_kernels *panel_arguments(PyObject *args, PyArrayObject **w)
 {
     const g4_kernels *kernels = rows_arguments(args, w);
@@ -246,7 +246,7 @@ static PyObject *test_pack_panel(PyObject *self, PyObject *args)
     return out;
 }
 
-/* Room for x as whole numbers of 16 bits: q [m, stride] and scale [m, groups]. */
+/* Allocates x's 16-bit integer rows: q [m, stride] and scale [m, groups]. */
 static bool rows16_new(PyArrayObject *x, PyObject **q, PyObject **scale, g4_rows16 *rows)
 {
     const npy_intp m = PyArray_DIM(x, 0);
@@ -276,7 +276,7 @@ static void fill_rows(const g4_kernels *kernels, PyArrayObject *w, uint16_t *nar
     }
 }
 
-/* matmul_tiles(isa, x [m, k], w [n, k]) -> [m, n] of both rounded to bf16 */
+/* matmul_tiles(isa, x [m, k], w [n, k]) -> [m, n], x and w rounded to bf16 */
 static PyObject *test_matmul_tiles(PyObject *self, PyObject *args)
 {
     const char *isa;
@@ -407,7 +407,7 @@ static PyObject *test_matmul_panel16(PyObject *self, PyObject *args)
     return out;
 }
 
-/* The row kernels of one signature each; y may be NULL. Returns false for an unknown name. */
+/* Applies the row kernel `name` to out in place; y may be NULL. Returns false for an unknown name. */
 static bool apply_row(const g4_kernels *k, const char *name, float *out, const float *y, float s, int n)
 {
     if (strcmp(name, "scale_mul") == 0)
@@ -440,7 +440,7 @@ static bool apply_row(const g4_kernels *k, const char *name, float *out, const f
 }
 
 /* row(isa, name, x [n], y [n] or None, s) -> [n]; name: scale_mul, add, mul, axpy, gelu, glu, clamp (to -s, s/2),
- * mul_add, layer_norm, softmax, softcap, rope. The result is computed at x's own misalignment. */
+ * mul_add, layer_norm, softmax, softcap, rope. The output has the same misalignment as x. */
 static PyObject *test_row(PyObject *self, PyObject *args)
 {
     const char *isa, *name;
@@ -555,7 +555,7 @@ static PyObject *test_names(PyObject *self, PyObject *unused)
     return list;
 }
 
-/* cpu_cores(root, cpus) -> int, cpu_quota(root) -> int: base/cpu.h on a system under another root */
+/* cpu_cores(root, cpus) -> int, cpu_quota(root) -> int: base/cpu.h with another root directory */
 static PyObject *test_cpu_cores(PyObject *self, PyObject *args)
 {
     const char *root;
