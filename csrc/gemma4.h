@@ -93,7 +93,7 @@ bool g4_model_is_fast(const g4_model *model);
 size_t g4_model_weight_bytes(const g4_model *model);
 
 g4_status g4_sequence_new(const g4_model *model, g4_dtype kv_dtype, int capacity, g4_sequence **seq, g4_error *err);
-void g4_sequence_free(g4_sequence *seq); /* NULL is fine */
+void g4_sequence_free(g4_sequence *seq); /* may be NULL */
 int g4_sequence_length(const g4_sequence *seq);
 int g4_sequence_capacity(const g4_sequence *seq);
 g4_dtype g4_sequence_dtype(const g4_sequence *seq);

@@ -5,8 +5,8 @@
 
 #include "model/tap.h"
 
-/* Part of g4_tap_check. G4_EVALUE: the site holds int32, a span or `values` does not fit its shape, or a value is NaN.
- * */
+/* Part of g4_tap_check. G4_EVALUE: the site holds int32, a span or `values` does not fit its shape, or a number is NaN
+ * or infinite where the edit forbids it. */
 g4_status g4_edit_check(const g4_tap *tap, const char *name, const int64_t *shape, int n_dims, g4_error *err);
 
 /* Applies an edit to one part. Each element takes one rounded float32 operation (two with a factor), independent of

@@ -187,7 +187,7 @@ static int read_positions(PyObject *object, g4_medium *medium)
     PyArrayObject *array = engine_check_array(object, NPY_INT32, 2, dims, "positions");
     if (!array)
         return -1;
-    /* a copy, so that no other thread can change them while the engine computes */
+    /* copied, so that no other thread can change them while the engine runs */
     const size_t n_bytes = (size_t)medium->n_rows * 2 * sizeof(int32_t);
     int32_t *copy = PyMem_Malloc(n_bytes + 1);
     if (!copy) {

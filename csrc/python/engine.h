@@ -99,8 +99,7 @@ int engine_read_profile(PyObject *object, g4_profile **profile); /* an array or 
 PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *engine_testing_module(void);
 
-/* model.c. Reads `items`, a list of (name, tensor) pairs: n tensors and n views of their buffers; NULL: an exception.
- * */
+/* model.c. Reads `items`, a list of (name, tensor) pairs: n tensors, n views of their buffers; NULL: an exception. */
 g4_named_tensor *engine_read_tensors(PyObject *items, Py_buffer **views, size_t *n);
 void engine_release_buffers(Py_buffer *views, size_t n);
 bool engine_ready(const model_object *model); /* false: an exception is set */

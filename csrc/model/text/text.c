@@ -4,7 +4,7 @@
  *   x      = embed(tokens) * sqrt(D)
  *   ple    = (norm(W_c x / sqrt(D)) + table(tokens) * sqrt(P)) / sqrt(2)
  *   layer:   x += norm(attention(norm(x)))                    (the outer norms if config.post_norms)
- *            x += norm(mlp(norm(x)))                          (+ experts beside the MLP)
+ *            x += norm(mlp(norm(x)))                          (+ experts in parallel)
  *            x += norm(W_p (gelu(W_g x) * ple[layer]))        (models with per-layer embeddings)
  *            x *= layer_scalar                                (models with layer scalars)
  *   logits = softcap(embed^T norm(x))
@@ -18,7 +18,7 @@
 #include "ops/linear.h"
 #include "ops/rows.h"
 
-enum { LOGITS_BLOCK = 32 }; /* rows of logits in scratch at once: 32 MB at 262,144 pieces */
+enum { LOGITS_BLOCK = 32 }; /* rows of logits in scratch at once: 32 MB with a vocabulary of 262,144 */
 
 #define TAP(site, layer, data) G4_TRY(g4_tap_rows(f, G4_SITE_##site, layer, data))
 
