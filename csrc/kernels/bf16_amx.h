@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Products of tiles (body_bf16.h) with AMX: one instruction multiplies 16 x 32 by 32 x 16, 8192 multiply-adds in 16 cycles.
- * Of the 8 tile registers 4 keep sums, so each of the other 4 is loaded once for two products. */
-/* 8 whole tiles. Not built on the stack: gcc 12's intrinsic says that it reads 8 bytes, so stores of the other 56 could
- * go. */
+/* Matmul of tiles (body_bf16.h) with AMX. One instruction multiplies 16 x 32 by 32 x 16: 8192 multiply-adds in 16
+ * cycles. 4 of the 8 tile registers keep sums; each of the other 4 is loaded once for two products. */
+/* 8 full tiles. Not built on the stack: gcc 12's intrinsic is declared to read only 8 bytes, so gcc could drop stores
+ * to the other 56. */
 static const struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -11,11 +11,11 @@ static const struct {
 
 static INLINE void tiles_begin(void) { _tile_loadconfig(&whole_tiles); }
 
-/* Without it the system would save 8 KB of tiles whenever it switches threads. */
+/* Without the release, the operating system saves 8 KB of tiles at every thread switch. */
 static INLINE void tiles_end(void) { _tile_release(); }
 
-/* Compilers do not see that loads and stores of tiles touch memory: what was stored before must be there, and what is loaded
- * after must not come early. */
+/* A compiler barrier: compilers do not know that tile loads and stores access memory. Earlier stores must complete
+ * before it, and later loads must not move above it. */
 static INLINE void memory_settles(void) { __asm__ volatile("" ::: "memory"); }
 
 static INLINE void tile_products(const int rows, const int columns, const uint16_t *w, size_t w_stride,

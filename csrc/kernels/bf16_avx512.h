@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Products of tiles (body_bf16.h) with AVX-512 BF16: one instruction adds the products of a pair of inputs to 16 sums. */
+/* Matmul of tiles (body_bf16.h) with AVX-512 BF16. One instruction adds the products of a pair of inputs to 16 sums. */
 static inline void tiles_begin(void) {}
 static inline void tiles_end(void) {}
 
-enum { ROWS_BF16 = 8 }; /* times 2 columns: 16 sums in flight, 2 loads of x and 8 of weights for 16 instructions */
+enum { ROWS_BF16 = 8 }; /* with 2 columns: 16 sums in flight; 2 loads of x and 8 of weights for 16 instructions */
 
 static INLINE __m512bh pairs_of_x(const uint16_t *x) { return (__m512bh)_mm512_loadu_si512(x); }
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Every kernel's body, written once against the vocabulary of simd_*.h. An isa_*.c includes its simd header, this, and
- * exports one table. All else is static: no function compiled for one instruction set can leak into another's. */
+/* The bodies of all kernels, written once with the vector operations of simd_*.h. Each isa_*.c includes its simd header
+ * and this file, and exports one table. Everything else is static, so no function compiled for one instruction set can
+ * leak into another's. */
 #include <math.h>
 #include <stdbool.h>
 #include <string.h>
@@ -19,8 +20,8 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #endif
 #define ITSELF(x) (x)
 
-/* Of what must vanish into its caller, where sizes are constants, to be fast. In plain C, and with checks at every access,
- * there is nothing to gain, and one file took the compiler more than three minutes. */
+/* Always inline: fast only when sizes are compile-time constants. Plain C and builds that check every access gain
+ * nothing from it, and one file took the compiler more than three minutes. */
 #if defined PLAIN_C || defined G4_NO_INLINING
 #define INLINE
 #else
@@ -29,7 +30,7 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 
 #define NOINLINE __attribute__((noinline))
 
-#ifdef __clang__ /* "unroll" is a wish: the loops of scalar's plain arrays are too long for it */
+#ifdef __clang__ /* "unroll" is only a hint: the scalar loops over plain arrays are too long for it */
 #pragma clang diagnostic ignored "-Wpass-failed"
 #endif
 
@@ -41,7 +42,7 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #include "kernels/body_int8_rows.h"
 #include "kernels/body_int8_tile.h"
 #include "kernels/body_panel16.h"
-#ifdef BF16_PRODUCTS /* there are instructions for them */
+#ifdef BF16_PRODUCTS /* the instruction set has bf16 instructions */
 #include "kernels/body_bf16.h"
 #endif
 #include "kernels/formats.h"
@@ -77,7 +78,7 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #define ZERO_POINT 0
 #define SUMS_IN_INT16 0
 #define BF16_256
-#define CACHED 1 /* keys and values may have this type, too */
+#define CACHED 1 /* keys and values may be cached in this type */
 #include "kernels/body_block_type.h"
 
 #define WEIGHT q4_0

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Asking for what is wanted next while there is still work to do. */
+/* Software prefetch of the next rows. */
 
-/* Decode reads its weights once, in long runs. The processor's own prefetching stops at every page of 4 KB and at
- * the end of what it thinks is a stream: with this, two Zen 3 cores read Q4_0 rows at 30 GB/s instead of 22.
- * Processors with AVX-512 are mostly servers', whose memory takes longer: on two cores of a Sapphire Rapids 2 KB
- * instead of 1 brought Q4_0 from 17.5 to 19.7 GB/s, Q4_K from 17.6 to 21.2, Q6_K from 19.0 to 21.9, bf16 from 22.8
- * to 23.9 and left Q8_0 at 23.5 (medians of 11 turns); 4 KB did as well, 8 less. */
+/* Decode reads its weights once, in long sequential runs. The hardware prefetcher stops at every 4 KB page and at the
+ * end of each detected stream. With this prefetch, two Zen 3 cores read Q4_0 rows at 30 GB/s instead of 22. Processors
+ * with AVX-512 are mostly servers with higher memory latency. On two cores of a Sapphire Rapids, 2 KB instead of 1
+ * brought Q4_0 from 17.5 to 19.7 GB/s, Q4_K from 17.6 to 21.2, Q6_K from 19.0 to 21.9, bf16 from 22.8 to 23.9 and left
+ * Q8_0 at 23.5 (medians of 11 rounds). 4 KB did as well, 8 KB less. */
 enum { AHEAD_BYTES = VEC_LANES == 16 ? 2048 : 1024 };
 
 static INLINE void prefetch_ahead(const void *p, size_t n_bytes, size_t ahead)
@@ -14,14 +14,14 @@ static INLINE void prefetch_ahead(const void *p, size_t n_bytes, size_t ahead)
         __builtin_prefetch((const char *)p + ahead + byte);
 }
 
-/* Rows side by side go on where they end. Keys and values of one head lie a whole position apart, 4 KB in 26B-A4B, and
- * what follows them there is another head's: of those the rows ahead are asked for. */
+/* The prefetch distance. Contiguous rows continue where they end. Keys and values of one head lie a whole position
+ * apart (4 KB in 26B-A4B), with other heads between them: there the distance is ROWS_AHEAD rows of the same head. */
 static INLINE size_t bytes_ahead(size_t row_bytes, size_t stride_bytes)
 {
     return stride_bytes <= row_bytes ? AHEAD_BYTES : ROWS_AHEAD * stride_bytes;
 }
 
-/* Rows that are wanted next, `at` bytes of the first of them asked for already. */
+/* Rows to prefetch; the first `at` bytes of the first row are already prefetched. */
 typedef struct {
     const char *row;
     size_t row_bytes, stride_bytes, at;
@@ -33,7 +33,8 @@ static INLINE size_t count_lines(const prefetch_rows *next)
     return (size_t)next->n_rows * ((next->row_bytes + 63) / 64);
 }
 
-/* n lines of them. All at once they would be more than the processor has in flight (24 lines on Zen 3). */
+/* Prefetches the next n cache lines. All lines at once would exceed the processor's in-flight limit (24 lines on Zen
+ * 3). */
 static INLINE void prefetch_lines(prefetch_rows *next, size_t n)
 {
     while (n > 0 && next->n_rows > 0) {

@@ -1,26 +1,25 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Products of bfloat16 summed in float32, for processors with instructions for them: precision="fast" of prompts where the
- * weights are bf16, and with AMX of any type.
+/* bfloat16 matmul with float32 sums, on processors with bf16 instructions. Used by precision="fast" for prompts: with
+ * bf16 weights, and with AMX for any type.
  *
- * A tile is 16 rows by 32 inputs. Weights are rows of bf16 as they are, padded with zeros to whole tiles; x lies in
- * tiles of 1 KB by pairs of inputs, so that one register of 16 lanes has a pair of each of 16 rows. It is x that is put in
- * another order because that happens once for all weights; the price is that sums come as [weight row][row of x] and are
- * turned on their way out, 0.1 of an instruction for a product of 1536 inputs.
+ * A tile is 16 rows by 32 inputs. Weights are rows of bf16 in their own order, padded with zeros to whole tiles. x lies
+ * in tiles of 1 KB, ordered by pairs of inputs: one register of 16 lanes holds a pair of each of 16 rows. x is the side
+ * that is reordered because that happens once for all weights. The price: sums come as [weight row][row of x] and are
+ * transposed when stored, 0.1 of an instruction for a product of 1536 inputs.
  *
- * bf16 keeps 8 bits of every number. A byte of matmul_int8 keeps 7 of the largest of 32, so this is the more exact of the
- * two (measured: docs/internals.md), and needs no scales in between. Sums are in no stated order: that of
- * VDPBF16PS, a pair at a time, is another than that of TDPBF16PS, which sums even and odd inputs of a tile apart. Both take
- * subnormal numbers for zero.
+ * bf16 keeps 8 bits of every number. An int8 of matmul_int8 keeps 7 bits of the largest of 32, so bf16 is the more
+ * exact (measured: docs/internals.md), and it needs no scales in between. The order of sums is unspecified: VDPBF16PS
+ * adds a pair at a time, TDPBF16PS sums even and odd inputs of a tile separately. Both treat subnormal numbers as zero.
  *
  * BF16_PRODUCTS names a header with
  *   tiles_begin(), tiles_end()  around the products of a call
  *   tile_products(rows, columns, w, w_stride, x, x_stride, n_tiles, sums, add)
- *                               1 or 2 times 16 rows of weights times as many of x
+ *                               rows x 16 rows of weights times columns x 16 rows of x; rows and columns are 1 or 2
  */
 enum { TILE_SUMS = G4_TILE_ROWS * G4_TILE_ROWS, TILE_PAIR = 2 * G4_TILE_ROWS };
 
-/* Where tile_products leaves its sums: squares of 16 x 16 whose rows are `stride` apart, the next rows of x to the right
- * of the first, the next weights below. */
+/* Where tile_products stores its sums: squares of 16 x 16, whose rows are `stride` apart. `right` is the offset to the
+ * next 16 rows of x, `down` to the next 16 rows of weights. */
 typedef struct {
     float *at;
     size_t stride, right, down;
@@ -28,7 +27,7 @@ typedef struct {
 
 #include BF16_PRODUCTS
 
-/* A square of 16 x 16 numbers of 32 bits, or pairs of 16. */
+/* Transposes 16 x 16 elements of 32 bits, or of pairs of 16 bits. */
 static INLINE void transpose_16(__m512i row[16])
 {
     __m512i t[16];
@@ -37,11 +36,11 @@ static INLINE void transpose_16(__m512i row[16])
         t[r + 1] = _mm512_unpackhi_epi32(row[r], row[r + 1]);
     }
     for (int r = 0; r < 16; r += 4)
-        for (int high = 0; high < 2; high++) { /* columns 2 high, + 1 of each quarter, 4 rows of it */
+        for (int high = 0; high < 2; high++) { /* columns 2 high and 2 high + 1 of each quarter, 4 rows each */
             row[r + 2 * high] = _mm512_unpacklo_epi64(t[r + high], t[r + 2 + high]);
             row[r + 2 * high + 1] = _mm512_unpackhi_epi64(t[r + high], t[r + 2 + high]);
         }
-    for (int p = 0; p < 4; p++) { /* quarters 0 and 2, 1 and 3 of 8 rows */
+    for (int p = 0; p < 4; p++) { /* quarters 0 and 2, then 1 and 3, of 8 rows */
         t[p] = _mm512_shuffle_i32x4(row[p], row[4 + p], 0x88);
         t[p + 4] = _mm512_shuffle_i32x4(row[p], row[4 + p], 0xdd);
         t[p + 8] = _mm512_shuffle_i32x4(row[8 + p], row[12 + p], 0x88);
@@ -53,7 +52,7 @@ static INLINE void transpose_16(__m512i row[16])
     }
 }
 
-/* 32 inputs of a row, or the n that are left and zeros. */
+/* 32 inputs of a row; only n if n < 32, then zeros. */
 static INLINE __m512i tile_row(const float *row, int n)
 {
     const __mmask16 low = n >= 16 ? 0xffff : (__mmask16)((1 << n) - 1);
@@ -61,7 +60,7 @@ static INLINE __m512i tile_row(const float *row, int n)
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, row + 16), _mm512_maskz_loadu_ps(low, row));
 }
 
-/* 2 x 16 weights as bf16: q times the scale of either, less its minimum, or NULL. */
+/* 2 x 16 weights as bf16: each 16 times their scale, minus their minimum unless min is NULL. */
 static INLINE void bf16_part(__m128i low, __m128i high, const float scale[2], const float *min, uint16_t *out)
 {
     __m512 half[2] = {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high))};
@@ -73,12 +72,13 @@ static INLINE void bf16_part(__m128i low, __m128i high, const float scale[2], co
     _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(half[1], half[0]));
 }
 
-/* A number in memory is spread over a register by the load; one in a register takes the unit that moves lanes. */
+/* Forces the array into memory. A load broadcasts a value from memory; a value in a register would use the shuffle
+ * unit. */
 #define IN_MEMORY(array) __asm__("" : "+m"(array))
 
-/* What the 16 values of four bits become with each of two scales (and minima, or NULL). One instruction makes both tables
- * and one looks up 32 weights: 9 for 32, where bf16_part and what comes before it are 25. They share two units with all
- * that moves lanes, so the fewer of those the better. */
+/* Tables of the 16 values of 4 bits, one for each of two scales (and minima, or NULL). One instruction builds both
+ * tables, and one looks up 32 weights. That takes 9 instructions for 32 weights; bf16_part and its preparation take 25.
+ * Both share two units with all shuffles, so fewer is better. */
 static INLINE __m512i bf16_tables(__m512 values, const float scale[2], const float *min)
 {
     __m512 of[2];
@@ -90,7 +90,7 @@ static INLINE __m512i bf16_tables(__m512 values, const float scale[2], const flo
     return (__m512i)_mm512_cvtne2ps_pbh(of[1], of[0]);
 }
 
-/* The lowest four of each 16 bits, in the first table or the second. */
+/* Looks up the low 4 bits of each 16-bit word, in the first or the second table. */
 static INLINE void look_up_bf16(__m512i words, bool second, __m512i tables, uint16_t *out)
 {
     enum { AND_OR = 0xea };
@@ -100,7 +100,7 @@ static INLINE void look_up_bf16(__m512i words, bool second, __m512i tables, uint
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(at, tables));
 }
 
-/* 16 bytes as 32 words, in whose lowest four bits are the low halves of all bytes, then the high ones. */
+/* 16 bytes as 32 words: the low 4 bits of the words are the low nibbles of all bytes, then the high nibbles. */
 static INLINE __m512i words_of_nibbles(const uint8_t *p)
 {
     const __m256i byte_at =
@@ -142,8 +142,8 @@ static void tiles_of_x(const float *x, size_t x_stride, int m, int k, uint16_t *
     }
 }
 
-/* 32 positions, or the n there are and zeros, of d values: a pair of positions is what a pair of inputs is, so nothing is
- * transposed. */
+/* n <= 32 positions of d values, padded with zeros to 32. The tile's pairs of inputs are pairs of positions here, so no
+ * transposition is needed. */
 static bool tiles_of_values(const float *v, size_t v_stride, int n, int d, const g4_tiles *tiles)
 {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
@@ -164,7 +164,7 @@ static bool tiles_of_values(const float *v, size_t v_stride, int n, int d, const
     return small == 0xffff;
 }
 
-/* Up to 32 rows of weights times up to as many of x. */
+/* Up to 32 rows of weights times up to 32 rows of x. */
 static INLINE void pair_products(int m, int n, const g4_tiles *x, const uint16_t *w, size_t w_stride, int n_tiles,
                                  tile_sums sums, bool add)
 {
@@ -200,8 +200,9 @@ static NOINLINE void store_transposed(const float *sums, int m, int n, float *ou
             transpose_sums(sums, m - i, n - j, out + (size_t)i * out_stride + j, out_stride);
 }
 
-/* Rows of out come from memory, though only to be written. Asked for before the products and not when those are there, on one
- * core of a Sapphire Rapids: 512 rows x 128 of 6144 weights, 321 -> 340 GFLOP/s, and 783 -> 1010 while its neighbours slept. */
+/* Prefetches the rows of out for writing: a store first loads the line from memory. Prefetching before the products
+ * instead of loading after them, on one core of a Sapphire Rapids: 512 rows x 128 of 6144 weights, 321 -> 340 GFLOP/s,
+ * and 783 -> 1010 while its neighbours were idle. */
 static INLINE void prefetch_out(float *out, size_t out_stride, int m, int n)
 {
     for (int i = 0; i < m; i++)
@@ -209,13 +210,14 @@ static INLINE void prefetch_out(float *out, size_t out_stride, int m, int n)
             __builtin_prefetch(out + (size_t)i * out_stride + j, 1);
 }
 
-/* Sums as pair_products leaves them for store_transposed: square after square. */
+/* The layout of sums from pair_products to store_transposed: one square of 16 x 16 after the other. */
 static INLINE tile_sums squares(float *sums, int m)
 {
     return (tile_sums){sums, G4_TILE_ROWS, TILE_SUMS, m > G4_TILE_ROWS ? 2 * TILE_SUMS : TILE_SUMS};
 }
 
-/* x in the outer loop: two rows of its tiles stay in the first-level cache while those of all weights pass. */
+/* x in the outer loop: two rows of its tiles stay in the first-level cache while the tiles of all weights stream
+ * past. */
 static void matmul_tiles(const g4_tiles *x, int m, const uint16_t *w, size_t w_stride, int n, int n_tiles, float *sums,
                          bool add, float *out, size_t out_stride)
 {
@@ -229,13 +231,14 @@ static void matmul_tiles(const g4_tiles *x, int m, const uint16_t *w, size_t w_s
             pair_products(rows, columns, &x_i, w + (size_t)j * w_stride, w_stride, n_tiles, squares(sums, rows), add);
             if (out)
                 store_transposed(sums, rows, columns, out + (size_t)i * out_stride + j, out_stride);
-            if (add || !out) /* else nobody wants these again, and the next may lie there */
+            if (add || !out) /* otherwise the sums are no longer needed, and the next ones may overwrite them */
                 sums += TILE_PAIR * TILE_PAIR;
         }
     tiles_end();
 }
 
-/* 32 columns of x over 16 tiles of inputs are 32 KB: they stay in the first-level cache while all rows of w pass. */
+/* 32 columns of x over 16 tiles of inputs are 32 KB: they stay in the first-level cache while all rows of w stream
+ * past. */
 static void matmul_by_tiles(const uint16_t *w, size_t w_stride, int m, const g4_tiles *x, int n, int n_tiles,
                             float *out, size_t out_stride)
 {
@@ -254,7 +257,7 @@ static void matmul_by_tiles(const uint16_t *w, size_t w_stride, int m, const g4_
     tiles_end();
 }
 
-/* n times the same 16 tiles, 16 KB, which the first-level cache keeps. */
+/* Multiplies the same 16 tiles n times: 16 KB, which stay in the first-level cache. */
 static double spin_bf16(const uint16_t *x, float *out, int n)
 {
     enum { N_TILES = 16 };

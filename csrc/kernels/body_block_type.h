@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Every kernel of one block format; see the headers for the macros it wants. */
+/* All kernels of one block format; the included headers list the macros to define. */
 #define weight uint8_t
 #define WEIGHTS_IN(k) ((size_t)(k) / BLOCK * BLOCK_BYTES)
 #include "kernels/body_blocks.h"

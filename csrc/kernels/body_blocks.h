@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Reading rows of one block format as float32: include with
+/* Reads rows of one block format as float32. Include with
  *   WEIGHT      the suffix of read_ (formats.h)
  *   BLOCK       values in a block
  *   BLOCK_BYTES its bytes
  *   GROUP       values that share a scale, 16 or 32
- *   ZERO_POINT       what the format adds to its whole numbers
+ *   ZERO_POINT  offset that the format adds to its integers
  */
 static inline void NAME(widen_block_)(float *out, const uint8_t *block)
 {
@@ -31,7 +31,7 @@ static INLINE void NAME(bf16_block_)(const uint8_t *block, uint16_t *row)
 {
     block_values v;
     CONCAT(read_, WEIGHT)(block, &v);
-    if (BLOCK > 32) { /* a block of 32 has one scale, and pays for its q being in memory, too */
+    if (BLOCK > 32) { /* a block of 32 has one scale, and its q would be forced into memory, too */
         IN_MEMORY(v.scale);
         IN_MEMORY(v.min);
     }
@@ -48,7 +48,7 @@ static void NAME(bf16_row_)(const void *w, int k, size_t ahead, uint16_t *row)
 {
     const uint8_t *block = w;
     int l = 0;
-#ifdef BF16_256 /* formats.h has a bf16_256_ */
+#ifdef BF16_256 /* formats.h has bf16_256_ for this format */
     for (; l + 256 <= k; l += 256, block += WEIGHTS_IN(256)) {
         prefetch_ahead(block, WEIGHTS_IN(256), ahead);
         CONCAT(bf16_256_, WEIGHT)(block, row + l);
@@ -61,7 +61,7 @@ static void NAME(bf16_row_)(const void *w, int k, size_t ahead, uint16_t *row)
 }
 #endif
 
-/* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w: what dot_two_ is in body_matmul.h. */
+/* out[i] and out[i][far] = dot(x_i, w) for m rows of x and two rows of w: the dot_two_ of body_matmul.h. */
 static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, const uint8_t *w, size_t w_stride,
                                   size_t far_weights, int k, float *out, size_t out_stride, int far)
 {

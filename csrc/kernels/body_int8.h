@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* matmul in whole numbers, precision="fast": x rounded to bytes by 32 (quantize_rows), against one block format. Include
- * with the macros of body_blocks.h and
- *   HAS_MIN  whether the format has minima
- *   F16_FACTOR  whether a block begins with its scale as f16
- *   SUMS_IN_INT16      how many 2 * 127 * (the largest q) fit 16 bits; 0 if q has a sign
+/* Integer matmul of precision="fast": x rounded to int8 in blocks of 32 (quantize_rows), times one block format.
+ * Include with the macros of body_blocks.h and
+ *   HAS_MIN        whether the format has minima
+ *   F16_FACTOR     whether a block begins with its scale as f16
+ *   SUMS_IN_INT16  how many products of 2 * 127 * the largest q fit 16 bits; 0 if q is signed
  *
  *   sum_l x_l w_l = sum over groups of dx (scale * sum q_x q_w - min * sum q_x)
  *
- * The products of a group are exact (8 by 8 bits into 32), so what rounds is x, once, and one fma per group.
+ * The products of a group are exact (8 by 8 bits into 32). Rounding happens only in x, once, and in one fma per group.
  */
 
-/* ---- decode: a few rows of x, the weights straight from memory -------------------------------------------------- */
+/* ---- decode: a few rows of x, weights read in place -------------------------------------------------------------- */
 
-/* Scale and minimum of every GROUP of 256 inputs of a row. */
+/* Scale and minimum of each GROUP of 256 inputs of a row. */
 typedef struct {
     f32x8 scale[32 / GROUP], min[32 / GROUP];
 } NAME(factors_);
@@ -51,7 +51,7 @@ static INLINE NAME(factors_) NAME(read_factors_)(const uint8_t *w)
     return f;
 }
 
-/* Of what is read, the compiler drops all but this pair: whole numbers of 256 inputs are half of the registers. */
+/* The compiler drops everything read except this pair: the integers of 256 inputs would take half of the registers. */
 static INLINE void NAME(read_pair_)(const uint8_t *w, int pair, i8x32 q[2])
 {
     block_values v;
@@ -61,8 +61,9 @@ static INLINE void NAME(read_pair_)(const uint8_t *w, int pair, i8x32 q[2])
 }
 #endif
 
-/* q . x of each of 8 blocks: dot[0] of whole ones, or of their first halves and dot[1] of their last where each half has its
- * own scale. q and x by pairs of blocks: their first halves, their last ones. */
+/* Dot products q . x of 8 blocks. GROUP 32: dot[0] of whole blocks. GROUP 16, where each half has its own scale: dot[0]
+ * of the first halves, dot[1] of the last halves. q and x hold pairs of blocks: both first halves, then both last
+ * halves. */
 static INLINE void NAME(dot_blocks_)(const i8x32 q[4][2], const int8_t *x, i32x8 *dot)
 {
 #define FIRST(pair) q[pair][0], i8_load(x + (pair) * 64)
@@ -85,14 +86,15 @@ static INLINE void NAME(dot_blocks_)(const i8x32 q[4][2], const int8_t *x, i32x8
 #undef LAST
 }
 
-/* sum[i] += the products of 256 inputs of x_i, from `at` on, and w, lane by lane for 8 blocks; correction[i] += what the minima,
- * or q not being raised, make of them too much: (min or scale) . sums of x_i. Blocks from n_blocks on do not count. */
+/* sum[i] += products of w and 256 inputs of x_i from `at`, one lane per block of 32 (8 lanes). correction[i] += (min or
+ * scale) . sums of x_i, the correction for block minima or the zero point. Blocks from n_blocks on are ignored. */
 static INLINE void NAME(add_stretch_)(const int m, const int n_blocks, const g4_int8_rows *x, size_t at, size_t stride,
                                       const uint8_t *w, f32x8 *sum, f32x8 *correction)
 {
     NAME(factors_) f = NAME(read_factors_)(w);
     i8x32 q[4][2];
-    if (n_blocks < 8) { /* theirs are another row's, or none, and zero times infinity is no zero */
+    if (n_blocks <
+        8) { /* blocks past n_blocks are another row's, or none: their scale may be inf, and 0 × inf is NaN */
         f.scale[0] = f8_first(f.scale[0], n_blocks);
         f.min[0] = f8_first(f.min[0], n_blocks);
     }
@@ -117,8 +119,8 @@ static INLINE void NAME(add_stretch_)(const int m, const int n_blocks, const g4_
     }
 }
 
-/* The end of a row that is no whole number of stretches, where nothing follows that could be read with it: a copy, as dear
- * as two stretches. */
+/* The tail of a row whose length is no multiple of 256, where no readable memory follows. It is copied, which costs as
+ * much as two stretches of 256 inputs. */
 static NOINLINE void NAME(add_end_)(int m, int n_inputs, const g4_int8_rows *x, size_t at, size_t stride,
                                     const uint8_t *w, f32x8 *sum, f32x8 *correction)
 {
@@ -128,7 +130,7 @@ static NOINLINE void NAME(add_end_)(int m, int n_inputs, const g4_int8_rows *x, 
     NAME(add_stretch_)(m, n_inputs / 32, x, at, stride, end, sum, correction);
 }
 
-/* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w (body_matmul.h says why two). */
+/* out[i] and out[i][far] = dot(x_i, w) for m rows of x and two rows of w (body_matmul.h says why two). */
 static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const uint8_t *w, size_t far_bytes, int k,
                                     bool reads_on, float *out, size_t out_stride, int far)
 {
@@ -148,7 +150,7 @@ static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const ui
         if (reads_on)
             NAME(add_stretch_)(m, (k - l) / 32, x, (size_t)l, stride, end, sum[r], correction[r]);
         else {
-            f32x8 s[FEW_ROWS], b[FEW_ROWS]; /* copies, for what has an address stays out of the registers */
+            f32x8 s[FEW_ROWS], b[FEW_ROWS]; /* copies: arrays whose address is taken are not kept in registers */
             memcpy(s, sum[r], sizeof s);
             memcpy(b, correction[r], sizeof b);
             NAME(add_end_)(m, k - l, x, (size_t)l, stride, end, s, b);
@@ -178,11 +180,11 @@ static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size
     }
 }
 
-/* ---- prefill ------------------------------------------------------------------------------------------------------ */
+/* ---- prefill ----------------------------------------------------------------------------------------------------- */
 
-/* 8 rows of k <= INT8_K inputs into place in the panel. Where there are only n of them, n >= 1, the others are the first
- * again: nobody reads their products. The minimum of what is raised is what its raise makes too much, but the tile lowers
- * Q4_0 (ZERO_POINT 8) itself. */
+/* Packs 8 rows of k <= INT8_K inputs into the panel. If only n >= 1 rows exist, the first row fills the rest; those
+ * products are unused. For formats with a zero point, min holds zero point times scale; only for Q4_0 (ZERO_POINT 8)
+ * the tile subtracts the zero point itself. */
 #if BLOCK == 32
 static INLINE void NAME(pack_factors_)(const uint8_t *block, size_t row_bytes, int n, float scale[8], float min[8])
 {
@@ -261,7 +263,8 @@ static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights
             for (int l = 0; l < k; l += INT8_K) {
                 const int length = k - l < INT8_K ? k - l : INT8_K;
                 for (int half = 0; half < 2; half++) {
-                    const int row = half * 8 < block_n ? half * 8 : 0; /* of 8 rows and fewer, the same twice */
+                    const int row =
+                        half * 8 < block_n ? half * 8 : 0; /* with 8 rows or fewer, both halves pack the same rows */
                     NAME(int8_pack_)
                     ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + row) * w_stride + (size_t)l), w_stride,
                      block_n - row, length, &panels[half]);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* x as bytes: rounded by blocks of 32, and put where the products of precision="fast" read it (g4_int8_rows). Keys and
- * values in Q8_0 are rounded the same way. */
+/* x as int8: rounded in blocks of 32 and stored in the layout that the kernels of precision="fast" read (g4_int8_rows).
+ * Keys and values in Q8_0 are rounded the same way. */
 
-/* The largest lane; NaN is not seen. */
+/* The largest lane. A NaN may be lost. */
 static inline float x16_largest(f32x16 a)
 {
     float lanes[16];
@@ -13,7 +13,7 @@ static inline float x16_largest(f32x16 a)
     return lanes[0];
 }
 
-/* 16 values to the nearest whole numbers of -127..127, 0 where there is none; their sum. */
+/* Rounds 16 values to integers in -127..127, or to 0 if NaN or out of range. Returns the sum of the integers. */
 static inline int round_16(f32x16 x, int8_t *q)
 {
     float lanes[16];
@@ -28,12 +28,12 @@ static inline int round_16(f32x16 x, int8_t *q)
 
 typedef struct {
     int8_t q[32];
-    int sum[2]; /* of either half of q */
+    int sum[2]; /* of each half of q */
     float scale;
 } byte_block;
 
-/* 32 values share the scale max |x| / 127, q = x / scale to the nearest (ties to even). A NaN or an infinity makes its scale
- * NaN. */
+/* 32 values share the scale max |x| / 127; q = x / scale, rounded to nearest, ties to even. A NaN or an infinity makes
+ * the scale NaN. */
 static byte_block quantize_block(const float x[32])
 {
     byte_block block;
@@ -46,7 +46,7 @@ static byte_block quantize_block(const float x[32])
     return block;
 }
 
-/* Blocks of Q8_0: what quantize_block does, the scale rounded to f16. n is a multiple of 32. */
+/* Q8_0 blocks: quantize_block with the scale rounded to f16. n is a multiple of 32. */
 static void narrow_q8_0(void *out, const float *in, int n)
 {
     uint8_t *to = out;
@@ -58,7 +58,7 @@ static void narrow_q8_0(void *out, const float *in, int n)
     }
 }
 
-/* Block b of a row to its place. */
+/* Stores block b of a row in the layout of g4_int8_rows. */
 static void put_block(const byte_block *block, int row, int b, size_t stride, const g4_int8_rows *rows)
 {
     const int together = rows->by_fours ? 4 : 1, lane = row % together, sum = block->sum[0] + block->sum[1];
@@ -77,7 +77,7 @@ static void put_block(const byte_block *block, int row, int b, size_t stride, co
             memcpy(q + b / 8 * 256 + b % 4 * 64 + half * 32 + b / 4 % 2 * 16, block->q + half * 16, 16);
 }
 
-/* x [m, k] to bytes, as rows `first` and on. They are padded with blocks of zeros. */
+/* x [m, k] to int8, as rows from `first` on, padded with blocks of zeros. */
 static void quantize_rows(const float *x, size_t x_stride, int first, int m, int k, const g4_int8_rows *rows)
 {
     static const byte_block zeros;

@@ -1,19 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The tile of precision="fast": 4 rows of x against 16 weight rows, which a panel holds as whole numbers.
+/* The tile of precision="fast": 4 rows of x against 16 weight rows, held as integers in two panels of 8.
  *
- * One instruction multiplies 32 bytes and adds the products by pairs into 16 bits. Weights of up to 4 bits leave room to
- * add eight such results before the pairs must be widened to 32 bits, 5 bits four, 6 bits two: that is what makes this
- * three times as fast as float32 on AVX2 (measured: docs/benchmarks.md). Eight-bit weights need their sign moved to x first.
+ * One instruction multiplies 32 bytes and adds pairs of products into 16 bits. Weights of up to 4 bits allow adding
+ * eight such results before the pairs must be widened to 32 bits, 5 bits four, 6 bits two. That makes the tile three
+ * times as fast as float32 on AVX2 (measured: docs/benchmarks.md). For 8-bit weights the sign is moved to x first.
  */
 enum { INT8_M = 256, INT8_N = 16, INT8_K = 512 };
 
-/* 8 weight rows. Inputs lie by fours, so that one load meets 4 bytes of x repeated. */
+/* 8 weight rows. Each row has 4 consecutive inputs together, so that one load matches 4 broadcast bytes of x. */
 typedef struct {
     int8_t q[INT8_K / 4][8][4];
     float scale[INT8_K / 16][8], min[INT8_K / 16][8];
 } int8_panel;
 
-/* What matmul_int8_ keeps in the scratch it is lent. */
+/* The layout of the scratch of matmul_int8_. */
 typedef struct {
     _Alignas(64) int8_panel panels[2];
     float acc[INT8_M * INT8_N];
@@ -21,17 +21,17 @@ typedef struct {
 
 _Static_assert(sizeof(int8_scratch) == G4_INT8_SCRATCH * sizeof(float), "callers lend that much");
 
-/* Where four inputs lie in 4 rows of x (g4_int8_rows) from their group on. */
+/* The offset of four inputs of a row in x (g4_int8_rows, interleaved by 4 rows), from the start of their group. */
 static inline int place_in_x(int row, int four) { return four / 2 * 32 + row * 8 + four % 2 * 4; }
 
-#ifdef INT8_TILE /* a header of that instruction set has all of it … */
+#ifdef INT8_TILE /* a header of that instruction set has the whole tile … */
 #include INT8_TILE
 #else
-#ifdef GROUP_DOTS /* … or this part */
+#ifdef GROUP_DOTS /* … or only group_dots */
 #include GROUP_DOTS
 #else
-/* dot[i][half] = x_i . w over a group of inputs, for m rows of x and 2 x 8 of w; `four` counts the panel's inputs. start: of
- * each row two numbers that the pairs begin at, or NULL. */
+/* dot[i][half] = x_i . w over a group of inputs, for m rows of x and 2 x 8 rows of w. `four`: index of the group's
+ * first 4 inputs in the panel. start: two initial values for the pairs of each row, or NULL. */
 static INLINE void group_dots(const int m, const int group, const int fit, const int8_t *x, const int16_t (*start)[2],
                               const int8_panel *panels, int four, i32x8 dot[4][2])
 {
@@ -65,11 +65,11 @@ static INLINE void group_dots(const int m, const int group, const int fit, const
 }
 #endif
 
-/* acc[i][16] += x_i . w for m <= 4 rows of x over k inputs, k a multiple of 32. fit: see body_int8.h.
+/* acc[i][16] += x_i . w for m <= 4 rows of x over k inputs, k a multiple of 32. fit is SUMS_IN_INT16 of body_int8.h.
  *
- * lowered: q, which is raised by 8 (Q4_0), is lowered again by beginning at -8 times x's sums. That is cheaper than to take
- * it off in float32, as a minimum is, by 8 % of the time. A pair of lanes shares -8 sum x evenly: 16 times 0..15 times x_l
- * stays within 30,480 of 0 with that, whatever x. */
+ * lowered: q has a zero point of 8 (Q4_0), which the sums remove by starting at -8 sum x. That saves 8 % of the time
+ * compared with subtracting it in float32 like a minimum. The two 16-bit lanes of a pair start at -4 sum x each. With
+ * the lane's 16 products of 0..15 times x_l added, the value stays within 30,480 of 0 for any x. */
 static INLINE void int8_tile(const int m, const int group, const int fit, const bool lowered, const g4_int8_rows *x,
                              size_t row, int input, size_t x_inputs, const int8_panel *panels, int k, float *acc)
 {
@@ -96,7 +96,7 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
 }
 #endif
 
-/* One for each kind of format; not inlined into every format, which took the compiler minutes. */
+/* One function for each kind of format. Inlining it into every format took the compiler minutes. */
 #define INT8_TILES(name, group, fit, lowered)                                                                        \
     static void name(const g4_int8_rows *x, size_t row, int input, int m, size_t x_inputs, const int8_panel *panels, \
                      int k, float *acc)                                                                              \

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What this processor can do at most: the yardsticks of `gemma4 bench`, made of the instructions that the products use. */
+/* Peak rates of this processor: the yardsticks of `gemma4 bench`, made of the instructions that the matmul kernels
+ * use. */
 
-/* As many independent sums as the register tile has, so that every fma finds its operands ready. They come from the
- * caller, so that no compiler can tell them apart or fold them. */
+/* As many independent sums as the register tile has, so that no fma waits for its operands. The caller supplies the
+ * sums, so that no compiler can fold them. */
 static double spin_f32(float *sums, int n)
 {
     vec acc[TILE_M * TILE_N];
@@ -12,7 +13,7 @@ static double spin_f32(float *sums, int n)
     for (int t = 0; t < TILE_M * TILE_N; t++)
         acc[t] = vec_load(sums + t * VEC_LANES);
     for (int i = 0; i < n; i++)
-#pragma GCC unroll 24 /* or gcc keeps AVX-512's 24 sums in memory */
+#pragma GCC unroll 24 /* otherwise gcc keeps AVX-512's 24 sums in memory */
         for (int t = 0; t < TILE_M * TILE_N; t++)
             acc[t] = vec_fma(acc[t], factor, factor);
     for (int t = 0; t < TILE_M * TILE_N; t++)
@@ -20,9 +21,9 @@ static double spin_f32(float *sums, int n)
     return 2.0 * n * (TILE_M * TILE_N * VEC_LANES);
 }
 
-#ifndef OWN_SPIN_INT8 /* of the tile's header */
-/* Products of 4-bit weights with bytes: 8 x 2 of 15 * 127 fit 16 bits before they must be widened (body_int8_tile.h).
- * Every round reads other bytes of x, or a compiler would do one round only. */
+#ifndef OWN_SPIN_INT8 /* defined by the tile's header */
+/* int8 products with 4-bit weights: 8 x 2 of 15 * 127 fit 16 bits before they must be widened (body_int8_tile.h). Each
+ * round reads other bytes of x; otherwise a compiler could compute one round only. */
 static double spin_int8(const int8_t *x, int32_t *sums, int n)
 {
     enum { CHAINS = 4, FITS = 8 };
@@ -48,8 +49,9 @@ static double spin_int8(const int8_t *x, int32_t *sums, int n)
 }
 #endif
 
-/* Products of 16 bits summed by pairs into 32, 16 columns and 2 inputs an instruction or two, for as many rows as the
- * encoders' tile has (body_panel16.h). Every round has other columns, or a compiler would do one round only. */
+/* Products of 16 bits summed by pairs into 32 bits: 16 columns and 2 inputs in one or two instructions, with as many
+ * rows as the encoders' tile (body_panel16.h). Each round has other columns; otherwise a compiler could compute one
+ * round only. */
 static double spin_int16(const int16_t *x, int32_t *sums, int n)
 {
     enum { STEPS = 16 };
@@ -76,7 +78,7 @@ static float read_sum(const float *x, size_t n)
     float sum = 0;
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        prefetch_ahead(x + i, 256, AHEAD_BYTES); /* as decode does */
+        prefetch_ahead(x + i, 256, AHEAD_BYTES); /* same distance as decode */
         for (int c = 0; c < 4; c++)
             acc[c] = x16_add(acc[c], x16_load(x + i + 16 * (size_t)c));
     }

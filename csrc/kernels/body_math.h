@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* exp, tanh and gelu on f32x16 out of additions, multiplications, fma and divisions alone: all correctly rounded, so
- * every instruction set gets the same bits. Errors were measured over all finite inputs against float64 (see
- * tests/reference/test_kernels.py): exp and tanh within 2 ulp of the result; gelu too near zero, more (6 ulp at |x| = 3, 88
- * near -10, zero below) where its own value vanishes.
+/* exp, tanh and gelu on f32x16, built from additions, multiplications, fma and divisions only. All of these round
+ * correctly, so every instruction set gives the same bits. Errors were measured over all finite inputs against float64
+ * (see tests/reference/test_kernels.py): exp and tanh are within 2 ulp of the result. So is gelu near zero; its error
+ * grows (6 ulp at |x| = 3, 88 near -10, zero below) where its own value vanishes.
  */
 
-/* x = n ln 2 + r with |r| <= ln(2)/2: e^r, and n. Taylor to r^7 leaves 5e-9 relative. */
+/* Splits x = n ln 2 + r with |r| <= ln(2)/2; returns e^r, and n. Taylor to r^7 leaves 5e-9 relative. */
 static inline f32x16 x16_exp_rest(f32x16 x, f32x16 *n)
 {
     const f32x16 inverse_ln2 = x16_set1(0x1.715476p+0f);
@@ -31,14 +31,15 @@ static inline f32x16 x16_exp(f32x16 x)
     return x16_if_nan(x, x, p);
 }
 
-/* e^x of x <= 0, of a softmax: the same bits down to e^-87.6, then 0 (n = -127), for two thirds of the work. */
+/* e^x for x <= 0, in a softmax: the same bits as x16_exp down to e^-87.6, then 0 (n = -127), for two thirds of the
+ * work. */
 static inline f32x16 x16_exp_negative(f32x16 x)
 {
     f32x16 n, p = x16_exp_rest(x16_max(x, x16_set1(-88.0f)), &n);
     return x16_if_nan(x, x, x16_mul(p, x16_exp2_integral(n)));
 }
 
-/* tanh x. Below 0.625 an odd polynomial (minimax in the relative error, 4e-9), above 1 - 2 / (e^2x + 1). */
+/* tanh x: below 0.625 an odd polynomial (minimax in the relative error, 4e-9), above it 1 - 2 / (e^2x + 1). */
 static inline f32x16 x16_tanh(f32x16 x)
 {
     const f32x16 one = x16_set1(1.0f), two = x16_set1(2.0f);
@@ -63,7 +64,7 @@ static inline f32x16 x16_gelu(f32x16 x)
     return x16_div(x, x16_add(one, x16_exp(x16_mul(inner, minus_two_root))));
 }
 
-/* Fewer than 16 values, the rest zero. */
+/* Loads n < 16 values; the other lanes are zero. */
 static inline f32x16 x16_load_some(const float *p, int n)
 {
     float padded[16] = {0};

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* matmul for one weight type: include after
+/* matmul for one weight type. Include after
  *   WEIGHT           the suffix of the kernel: f32, f16, bf16, q4_0, …
- *   weight           the type of what lies in memory: elements, or the bytes of blocks
- *   WEIGHTS_IN(k)    how many of those k inputs take
+ *   weight           the type in memory: elements, or the bytes of blocks
+ *   WEIGHTS_IN(k)    how many `weight` k inputs take
  *   dot_two_ and pack_weights_ of that type (body_plain.h, body_blocks.h)
  *
- * matmul reads the file's own row-major rows: no second copy of the weights is kept. 32 weight rows x 512 inputs at a
- * time are widened into 64 KB of scratch for up to 72 rows of x, and the tiles of body_tile.h run over that.
+ * matmul reads the file's own row-major rows; no second copy of the weights is kept. It widens 32 weight rows x 512
+ * inputs at a time into 64 KB of scratch for up to 72 rows of x, and runs the tiles of body_tile.h over them.
  */
-/* A few rows of x, decode: the weights straight from memory, in two streams, j and far + j. Two streams far apart read
- * faster than one, or than neighbouring rows, where every row's end stops what the processor fetches ahead: bf16 rows of
- * 3 KB at 39 GB/s on two Zen 3 cores instead of 32 or 28. Of an odd number, the middle row is in both. */
+/* Decode, a few rows of x: reads the weights in place, in two streams, j and far + j. Two streams far apart read faster
+ * than one, or than neighbouring rows, where the hardware prefetcher stops at every row's end: bf16 rows of 3 KB at 39
+ * GB/s on two Zen 3 cores instead of 32 or 28. With an odd n, both streams compute the middle row. */
 static void NAME(matmul_few_)(const float *x, size_t x_stride, int m, const weight *w, size_t w_stride, int n, int k,
                               float *out, size_t out_stride)
 {

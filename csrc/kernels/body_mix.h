@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* weighted_sum for one type of cached rows: include after that type's widen_, with the same macros and
- *   ROW_BYTES(k)  how many bytes those k values take
- *   PLAIN_ROWS    if body_mix_rows.h has been included for the type
+/* weighted_sum for one type of cached rows. Include after that type's widen_, with the same macros and
+ *   ROW_BYTES(k)  how many bytes k values take
+ *   PLAIN_ROWS    defined if body_mix_rows.h has been included for the type
  */
 #ifndef MIX_BYTES
-#define MIX_BYTES 16384    /* of keys at a time, half of the first-level cache, while what follows them comes */
-#define MIX_WIDTH 256      /* columns that are widened at a time, so that sums are loaded and stored once for 16 keys */
-#define MIX_ROWS 8         /* of weights that are few */
-#define MIX_STRIDED_KEYS 8 /* keys at a time where rows may lie 4 KB apart: those share a set of the cache, of 8 ways */
+#define MIX_BYTES 16384    /* bytes of keys at a time: half of the first-level cache; the rest is for prefetching */
+#define MIX_WIDTH 256      /* columns widened at a time; sums are loaded and stored once per 16 keys */
+#define MIX_ROWS 8         /* up to this many rows of p use mix_few_ */
+#define MIX_STRIDED_KEYS 8 /* keys at a time where rows may lie 4 KB apart and share one set of the 8-way cache */
 #endif
 
 static INLINE prefetch_rows NAME(prefetch_keys_)(const char *first, size_t stride, int columns, int left, int most)
@@ -19,9 +19,9 @@ static INLINE prefetch_rows NAME(prefetch_keys_)(const char *first, size_t strid
 }
 
 #ifdef PLAIN_ROWS
-/* A few rows of weights, as a decoded token's heads meet the keys that they share: those are read where they lie. f16 out of
- * memory, one Zen 3 core, copied as below and so: 8 rows of 512 5.6 -> 7.4 GB/s, of 256 6.6 -> 7.8, 4 rows 7.6 -> 12.4;
- * 2 rows, the keys of 8 heads beside each other, 10.2 -> 12.7. */
+/* Few rows of p, as when the heads of one decoded token share keys: v is read in place. f16 from memory on one Zen 3
+ * core, widened copies (below) -> in place: 8 rows of 512 5.6 -> 7.4 GB/s, of 256 6.6 -> 7.8, 4 rows 7.6 -> 12.4; 2
+ * rows, keys of 8 heads side by side, 10.2 -> 12.7. */
 static void NAME(mix_few_)(const float *p, size_t p_stride, int m, const weight *v, size_t v_stride, int n_keys, int d,
                            float *acc, size_t acc_stride)
 {
@@ -38,7 +38,7 @@ static void NAME(mix_few_)(const float *p, size_t p_stride, int m, const weight 
 }
 #endif
 
-/* Otherwise the rows of a few keys at a time are widened for all rows of weights. */
+/* With more rows of p, a few keys at a time are widened for all of them. */
 static void NAME(weighted_sum_)(const float *p, size_t p_stride, int m, const void *values, size_t v_stride, int n_keys,
                                 int d, float *acc, size_t acc_stride)
 {

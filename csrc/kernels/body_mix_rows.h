@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Attention's weighted sums over rows of one plain type, where they lie: include after body_plain.h, with its macros. What
- * is read is asked for one block of keys ahead, a few lines for every 16 columns. */
+/* Attention's weighted sums over rows of one plain type, read in place. Include after body_plain.h, with its macros.
+ * Keys are prefetched one block ahead, a few cache lines for every 16 columns. */
 
-/* 16 columns of m <= 4 accumulators over the keys, in registers. */
+/* 16 columns of m <= 4 accumulators, kept in registers over all keys. */
 static INLINE void NAME(mix_columns_)(const int m, const float *p, size_t p_stride, const weight *v, size_t v_stride,
                                       int n_keys, float *acc, size_t acc_stride)
 {

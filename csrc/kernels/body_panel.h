@@ -1,13 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Matrix products by panels of 16 columns, for the encoders' many rows: each output is summed over the inputs in their
- * order, so no lanes have to be added up at the end, which at the head sizes of 64 and 72 would cost as much as the
- * products. */
+/* Matmul by panels of 16 columns, for the encoders' many rows. Each output sums its inputs in their order, so there are
+ * no lanes to add at the end. At head sizes of 64 and 72 that addition would cost as much as the products. */
 
-/* 6 rows x 16 columns: 12 accumulators, 2 of the panel and 1 of x fill the 16 registers of AVX2. */
+/* 6 rows x 16 columns: 12 accumulators, 2 registers of the panel and 1 of x, in the 16 registers of AVX2. */
 enum { PANEL_ROWS = 6 };
 
-/* m rows of x times the panel, to or added to out [m][16]. Unrolled: gcc otherwise keeps the sums in memory before and
- * after the products, a tenth of the time at 64 inputs. */
+/* m rows of x times the panel, stored in or added to out [m][16]. Unrolled: gcc otherwise keeps the sums in memory
+ * before and after the products, a tenth of the time at 64 inputs. */
 static INLINE void panel_rows(const int m, const float *x, size_t x_stride, const float *w, int k, float *out,
                               size_t out_stride, bool add_to)
 {
@@ -46,7 +45,7 @@ static void panel_whole(const float *x, size_t x_stride, int m, const float *w, 
         panel_rows(1, x + (size_t)i * x_stride, x_stride, w, k, out + (size_t)i * out_stride, out_stride, add_to);
 }
 
-/* Of the last panel fewer than 16 columns are there: rows wait in memory of their own. */
+/* The last panel has fewer than 16 columns: its rows pass through a padded copy. */
 static NOINLINE void panel_some(const float *x, size_t x_stride, int m, const float *w, int k, float *out,
                                 size_t out_stride, int n, bool add_to)
 {
@@ -84,7 +83,7 @@ static inline float4 load4(const float *p)
 
 static inline void store4(float *p, float4 v) { memcpy(p, &v, sizeof v); }
 
-/* 4 values of each of 4 rows to 4 rows of a panel. */
+/* Transposes 4 values of each of 4 rows into 4 rows of a panel. */
 static inline void transpose4(const float *const rows[4], int l, float *panel)
 {
     float4 a = load4(rows[0] + l), b = load4(rows[1] + l), c = load4(rows[2] + l), d = load4(rows[3] + l);

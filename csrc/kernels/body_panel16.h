@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Products of whole numbers by panels of 16 columns, for the encoders with precision="fast". Both sides have 12 bits, up to
- * 256 inputs of a row share a scale:
+/* Integer matmul by panels of 16 columns, for the encoders with precision="fast". Both sides have 12 bits; up to 256
+ * inputs of a row share a scale:
  *
  *   sum_l x_l w_l = sum over groups of dx dw sum q_x q_w       q in -2047..2047, so a group's sum fits 31 bits
  *
- * One instruction multiplies 16 bits and adds the products by pairs, twice as many as float32's fma. Bytes would need a
- * second instruction to widen their sums, so they are no faster at 8 bits on AVX2 (one Zen 3 core, multiply-adds/ns: 12
- * bits 83, 7 bits 115, 8 bits 61 as the text's Q8_0, float32 48), and with 7 bits an audio tower's output keeps a cosine of
- * 0.996 only.
+ * One instruction multiplies 16-bit integers and adds the products by pairs, twice as many as float32's fma. int8 would
+ * need a second instruction to widen its sums, so 8 bits are no faster on AVX2 (one Zen 3 core, multiply-adds/ns: 12
+ * bits 83, 7 bits 115, 8 bits 61 as the text's Q8_0, float32 48). With 7 bits an audio tower's output keeps a cosine of
+ * only 0.996.
  */
 #if defined PLAIN_C
 #include "kernels/int16_portable.h"
@@ -17,8 +17,8 @@
 #include "kernels/int16_x86.h"
 #endif
 
-/* A row's sums are one register on AVX-512, where two units of 5 cycles want ten of them in flight: one core of a Sapphire
- * Rapids, the other one busy, did 104 Gop/s with 4 rows, 143 with 8, 142 with 12. */
+/* A row's sums are one register on AVX-512, where two units with a latency of 5 cycles need ten sums in flight. One
+ * core of a Sapphire Rapids, the other one busy, did 104 Gop/s with 4 rows, 143 with 8, 142 with 12. */
 enum { ROWS16 = VEC_LANES == 16 ? 8 : 4, MOST16 = 2047 };
 
 /* sum[i] += x_i . w for m rows of x over k inputs. */
@@ -46,7 +46,8 @@ static INLINE void panel16_rows(const int m, const g4_rows16 *x, const g4_panel1
     }
 }
 
-/* Rows from `row` on, to or added to out [m][16]. Unrolled so that the sums stay in registers, as in body_panel.h. */
+/* Rows from `row` on, stored in or added to out [m][16]. Unrolled so that the sums stay in registers, as in
+ * body_panel.h. */
 static INLINE void panel16_block(const int m, const g4_rows16 *x, int row, const g4_panel16 *w, int k, float *out,
                                  size_t out_stride, bool add_to)
 {
@@ -78,7 +79,7 @@ static void panel16_whole(const g4_rows16 *x, int row, int m, const g4_panel16 *
         panel16_block(1, x, row + i, w, k, out + (size_t)i * out_stride, out_stride, add_to);
 }
 
-/* Of the last panel fewer than 16 columns are there: rows wait in memory of their own. */
+/* The last panel has fewer than 16 columns: its rows pass through a padded copy. */
 static NOINLINE void panel16_some(const g4_rows16 *x, int m, const g4_panel16 *w, int k, float *out, size_t out_stride,
                                   int n, bool add_to)
 {
@@ -102,8 +103,8 @@ static void matmul_panel16(const g4_rows16 *x, int m, const g4_panel16 *w, int k
         panel16_some(x, m, w, k, out, out_stride, n, add_to);
 }
 
-/* x * factor to the nearest multiples of max / 2047, n a multiple of 16. All are 0 if the inverse of that overflows (max
- * below 6e-36), or if max is none. */
+/* x * factor in units of max / 2047, rounded to the nearest integer; n is a multiple of 16. All are 0 if the inverse of
+ * the unit overflows (max below 6e-36), or if max is 0 or NaN. */
 static INLINE void round_to_int16(const float *x, int n, float factor, float max, int16_t *q)
 {
     const float inverse = (float)MOST16 / max;
@@ -116,9 +117,9 @@ static INLINE void round_to_int16(const float *x, int n, float factor, float max
         x16_store_i16(q + l, x16_mul(x16_mul(x16_load(x + l), f), i));
 }
 
-/* Up to 256 values, clamped to low..high, as whole numbers of -2047..2047 in q, which ends with zeros up to a multiple of
- * 16. Returns their scale: max |x| / 2047, or NaN if there is one, or an infinity. Below a largest of 6e-36, whose
- * inverse overflows, all are 0. */
+/* Rounds up to 256 values, clamped to low..high, to integers in -2047..2047. q ends with zeros up to a multiple of 16.
+ * Returns the scale max |x| / 2047; it is NaN if a value is NaN or infinite. All are 0 if the largest is below 6e-36,
+ * whose inverse overflows. */
 static INLINE float round_group16(const float *x, int n, float low, float high, int16_t q[G4_GROUP16])
 {
     const f32x16 least = x16_set1(low), most = x16_set1(high), zero = x16_set1(0);
@@ -146,7 +147,7 @@ static INLINE float round_group16(const float *x, int n, float low, float high, 
     return max / (float)MOST16 + nan;
 }
 
-/* x [m, k], clamped, to whole numbers. */
+/* x [m, k], clamped, to int16. */
 static void quantize_rows16(const float *x, size_t x_stride, int m, int k, float low, float high, const g4_rows16 *rows)
 {
     int16_t q[G4_GROUP16];
@@ -154,7 +155,7 @@ static void quantize_rows16(const float *x, size_t x_stride, int m, int k, float
         const g4_rows16 to = g4_rows16_from(rows, i);
         for (int l = 0; l < k; l += G4_GROUP16) {
             const int n = k - l < G4_GROUP16 ? k - l : G4_GROUP16;
-            int16_t *numbers = n % 16 ? q : to.q + l; /* which may end in the midst of 16 */
+            int16_t *numbers = n % 16 ? q : to.q + l; /* a row may end within a block of 16 */
             to.scale[l / G4_GROUP16] = round_group16(x + (size_t)i * x_stride + l, n, low, high, numbers);
             if (n % 16)
                 memcpy(to.q + l, q, (size_t)(g4_stride16(n)) * sizeof *q);
@@ -162,7 +163,7 @@ static void quantize_rows16(const float *x, size_t x_stride, int m, int k, float
     }
 }
 
-/* e^(x - max) in place of n <= 256 values, added to the 16 lanes of a sum; returns the largest. */
+/* Replaces n <= 256 values by e^(x - max), adds them to the 16 lanes of *sum, and returns the largest. */
 static INLINE float exp_group16(float *x, int n, f32x16 max, f32x16 *sum)
 {
     f32x16 largest = x16_set1(0);
@@ -181,8 +182,8 @@ static INLINE float exp_group16(float *x, int n, f32x16 max, f32x16 *sum)
     return x16_largest(largest);
 }
 
-/* Each row's softmax as whole numbers: what softmax and then quantize_rows16 give, to the bit, reading the row three times
- * instead of five. x is scratch afterwards. */
+/* Each row's softmax as int16. The bits are those of softmax followed by quantize_rows16, but the row is read three
+ * times instead of five. x is scratch afterwards. */
 static void softmax_rows16(float *x, size_t x_stride, int m, int n, const g4_rows16 *rows)
 {
     int16_t q[G4_GROUP16];

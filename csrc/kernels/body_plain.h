@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Reading rows of float32, f16 or bf16: include with
+/* Reads rows of float32, f16 or bf16. Include with
  *   WEIGHT        the suffix of x16_load_
  *   weight        the element type
  *   WEIGHT_TO_F32 its scalar conversion
@@ -13,7 +13,7 @@ static inline f32x16 NAME(load_some_)(const weight *w, int rest)
     return x16_load(padded);
 }
 
-/* out[i] and out[i][far] = dot(x_i, w) of m rows of x, for two rows of w: what dot_two_ is in body_matmul.h. */
+/* out[i] and out[i][far] = dot(x_i, w) for m rows of x and two rows of w: the dot_two_ of body_matmul.h. */
 static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, const weight *w, size_t w_stride,
                                   size_t far_weights, int k, float *out, size_t out_stride, int far)
 {
@@ -39,8 +39,9 @@ static INLINE void NAME(dot_two_)(const int m, const float *x, size_t x_stride, 
         }
 }
 
-/* out[i][j] = dot(x_i, w_j), the heads of a query against keys: 4 rows of x at most, 3 of w, whole blocks of 16 inputs.
- * Lower halves of the blocks first, where a register holds 8 lanes: 12 sums, 3 of w and 1 of x fill 16 registers. */
+/* out[i][j] = dot(x_i, w_j), the heads of a query against keys: at most 4 rows of x and 3 of w, k a multiple of 16.
+ * Where a register holds 8 lanes, the lower halves of the blocks come first: 12 sums, 3 of w and 1 of x fill 16
+ * registers. */
 static INLINE void NAME(dots_4_by_3_)(const int m, const int n, const float *x, size_t x_stride, const weight *w,
                                       size_t w_stride, int k, float *out, size_t out_stride)
 {
@@ -89,10 +90,10 @@ static INLINE void NAME(dots_by_3_)(const int n, const float *x, size_t x_stride
 #undef DOTS
 }
 
-/* Some rows of x, which the first-level cache keeps: those of w are read where they lie, for 4 of x at a time, the next
- * three coming meanwhile. That is how the heads of a token meet the keys they share (f16 from memory, one Zen 3 core: 8
- * heads of 512 at 8.8 GB/s, of 256 at 8.7; by the large tile 4.8 and 4.6). The next three are asked for in as many parts as
- * there are fours of x: 8 heads of 512 went from 5.6 to 7.7 GB/s in minutes when memory was slow. */
+/* A few rows of x, which stay in the first-level cache. Rows of w are read in place, three at a time for 4 rows of x,
+ * while the next three are prefetched. This serves the heads of a token that share keys (f16 from memory, one Zen 3
+ * core: 8 heads of 512 at 8.8 GB/s, of 256 at 8.7; with the large tile 4.8 and 4.6). The prefetch of the next three is
+ * split evenly over the groups of 4 rows of x: 8 heads of 512 went from 5.6 to 7.7 GB/s while memory was slow. */
 static void NAME(matmul_group_)(const float *x, size_t x_stride, int m, const weight *w, size_t w_stride, int n, int k,
                                 float *out, size_t out_stride)
 {
@@ -113,8 +114,7 @@ static void NAME(pack_weights_)(const weight *w, size_t w_stride, int n, int k, 
     const int n_blocks = (k + 15) / 16, n_whole = k / 16;
     const size_t half_stride = HALF_STRIDE(TILE_N, n_blocks);
     for (int j = 0; j < (n + TILE_N - 1) / TILE_N * TILE_N; j++) {
-        const weight *row =
-            w + (size_t)(j < n ? j : 0) * w_stride; /* rows that fill up a tile: any, nobody reads them */
+        const weight *row = w + (size_t)(j < n ? j : 0) * w_stride; /* fills up a tile, unused */
         for (int b = 0; b < n_blocks; b++) {
             f32x16 block =
                 b < n_whole ? CONCAT(x16_load_, WEIGHT)(row + b * 16) : NAME(load_some_)(row + b * 16, k - b * 16);

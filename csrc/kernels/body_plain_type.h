@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Every kernel of one plain type; see the headers for the macros it wants. */
+/* All kernels of one plain type; the included headers list the macros to define. */
 #define WEIGHTS_IN(k) (k)
 #define ROW_BYTES(k) ((k) * sizeof(weight))
 #include "kernels/body_plain.h"

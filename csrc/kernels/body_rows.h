@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Kernels on rows: norms, sums, activations, softmax, rotary embedding, conversions. */
+/* Row kernels: norms, sums, activations, softmax, rotary embedding, conversions. */
 
 static float sum_squares(const float *x, int n)
 {
@@ -16,7 +16,7 @@ static float sum_squares(const float *x, int n)
     return x16_sum(sum);
 }
 
-/* The loop that every lanewise kernel shares: `STEP(load, store)` written once, run on whole and on partial blocks. */
+/* The loop of all lanewise kernels: `STEP(load, store)` is written once and runs on whole and on partial blocks. */
 #define LANEWISE_KERNEL(n, STEP)         \
     do {                                 \
         int i = 0;                       \
@@ -208,7 +208,7 @@ static void widen_bf16(float *out, const void *in, int n)
         out[i] = g4_bf16_to_f32(x[i]);
 }
 
-/* A row to a cache's type; all to the nearest, ties to even. */
+/* Converts a row to a cache's type, rounding to nearest, ties to even. */
 static void narrow_f32(void *out, const float *in, int n) { memcpy(out, in, (size_t)n * sizeof *in); }
 
 static void narrow_bf16(void *out, const float *in, int n)

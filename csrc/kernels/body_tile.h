@@ -1,17 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The tile that prefill spends its time in: TILE_M x TILE_N dot products in registers, all operands float32.
+/* The tile that takes most of prefill's time: TILE_M x TILE_N dot products in registers, all operands float32.
  *
- * A dot product has 16 lanes. Where a register holds 8, a tile runs over the lower halves of the blocks of 16 inputs and
- * then over the upper ones: the same 16 lanes, a full-size tile. Between chunks of 512 inputs the lanes wait in memory,
- * so blocking never changes the order of additions.
+ * A dot product has 16 lanes. Where a register holds 8, a tile runs over the lower halves of the blocks of 16 inputs
+ * and then over the upper ones: the same 16 lanes, a full-size tile. Between chunks of 512 inputs the lanes are kept in
+ * memory, so blocking never changes the order of additions.
  *
- * Both operands are first copied into the order in which the tile reads them: rows of x often lie a multiple of 4 KB
- * apart (24 KB at F = 6144), where they would evict each other from the caches' few ways. The copies cost 3 % each.
- * Sizes: 72 rows of x (147 KB), 32 of w (64 KB) and their accumulators (147 KB) stay in the second-level cache.
+ * Both operands are first packed in the order in which the tile reads them. Rows of x often lie a multiple of 4 KB
+ * apart (24 KB at F = 6144), where they would evict each other from the caches' few ways. Packing costs 3 % for each
+ * operand. Sizes: 72 rows of x (147 KB), 32 of w (64 KB) and their accumulators (147 KB) stay in the second-level
+ * cache.
  */
 enum { N_HALVES = 16 / VEC_LANES, TILE_LANES = TILE_M * TILE_N * 16 };
 
-/* sum[half][i][j] += x_i * w_j over n_blocks of 16 inputs. x [half][block][TILE_M][VEC_LANES], w likewise with TILE_N. */
+/* sum[half][i][j] += x_i * w_j over n_blocks of 16 inputs. x [half][block][TILE_M][VEC_LANES], w with TILE_N. */
 static void tile(const float *x, const float *w, int n_blocks, float *acc, bool first)
 {
     for (int half = 0; half < N_HALVES; half++) {
@@ -37,13 +38,13 @@ static void tile(const float *x, const float *w, int n_blocks, float *acc, bool 
     }
 }
 
-/* Where block b of row r goes in a packed tile of tile_rows rows; its upper half lies half_stride further. */
+/* The address of block b of row r in packed tiles of tile_rows rows. Its upper half lies half_stride further. */
 #define PACKED(tiles, tile_rows, n_blocks, r, b)                                       \
     ((tiles) + (size_t)((r) / (tile_rows)) * (size_t)((tile_rows) * (n_blocks) * 16) + \
      (size_t)((b) * (tile_rows) + (r) % (tile_rows)) * VEC_LANES)
 #define HALF_STRIDE(tile_rows, n_blocks) ((size_t)((n_blocks) * (tile_rows)) * VEC_LANES)
 
-/* Rows of x, k inputs of each, the last block padded with zeros; rows that fill up the last tile are zero. */
+/* Packs m rows of x, k inputs each. The last block is padded with zeros; rows that fill up the last tile are zero. */
 static void pack_x(const float *x, size_t x_stride, int m, int k, float *packed)
 {
     const int n_blocks = (k + 15) / 16, n_whole = k / 16;
@@ -68,7 +69,7 @@ static void tile_block(const float *x, int m, const float *w, int n, int n_block
                  acc + (j * (BLOCK_M / TILE_M) + i) * TILE_LANES, first);
 }
 
-/* The sums of all lanes into out [m, n]. */
+/* Adds up all lanes into out [m, n]. */
 static void sum_block(const float *acc, int m, int n, float *out, size_t out_stride)
 {
     _Static_assert(TILE_N == 4, "x16_sum4 takes a tile's row");

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* group_dots of body_int8_tile.h with Armv8.6's matrix instruction: 2 rows of x and 2 of w, 8 inputs of each, to their 4
- * products, which is twice what a dot product instruction does. transpose_fours has put 8 inputs of 2 rows side by side. */
-/* For the products of a row of x with two of w, and of the next row of x. */
+/* group_dots of body_int8_tile.h with Armv8.6's matrix instruction: 2 rows of x times 2 of w, 8 inputs each, give 4
+ * sums. That is twice the work of a dot product instruction. transpose_fours puts 8 inputs of 2 rows side by side. */
+/* Start values for a row of x with two rows of w, then for the next row of x. */
 static inline int32x4_t start_of_rows(const int16_t a[2], const int16_t b[2])
 {
     return vcombine_s32(vdup_n_s32(a[0] + a[1]), vdup_n_s32(b[0] + b[1]));

@@ -1,16 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* GGUF's block formats. Each is read into the same three things: whole numbers q, and for every GROUP of them (16 or 32) a
- * scale and a minimum, value = scale * (q - ZERO_POINT) - min, where ZERO_POINT is what keeps the stored q >= 0. In float32 and in
- * this order that gives the bits of the gguf package's dequantiser (quants.py, which also is the reference for the
- * layouts); where a format has no minimum, x - 0 is x.
+/* GGUF's block formats. Each is read into integers q and, for every GROUP of them (16 or 32), a scale and a minimum:
+ * value = scale * (q - ZERO_POINT) - min. ZERO_POINT keeps the stored q >= 0. In float32 and in this order the bits
+ * equal those of the gguf package's dequantiser (quants.py, also the reference for the layouts). Where a format has no
+ * minimum, x - 0 is x.
  *
  * Format        value                           stored in a block
  * Q8_0          d q                             d:f16 q:i8[32]
  * Q4_0 Q5_0     d (q - 8), d (q - 16)           d:f16 (high bits:32) nibbles: values 0-15 low, 16-31 high
  * Q4_1 Q5_1     d q + m                         d:f16 m:f16 (high bits:32) nibbles
  * IQ4_NL MXFP4  d table[q]                      d:f16, or the exponent of d:u8; nibbles
- * Q4_K Q5_K     d sc q - dmin m                 d:f16 dmin:f16 (sc, m):6 bits each for 8 x 32 values, (high bits), nibbles
- * Q2_K          d sc q - dmin m                 (sc, m):4 bits each for 16 x 16 values, 2 bits, d:f16 dmin:f16
+ * Q4_K Q5_K     d sc q - dmin m                 d:f16 dmin:f16 (sc, m):6 bits for 8 x 32 values, (high bits), nibbles
+ * Q2_K          d sc q - dmin m                 (sc, m):4 bits for 16 x 16 values, 2 bits, d:f16 dmin:f16
  * Q3_K Q6_K     d sc (q - 4), d sc (q - 32)     high and low bits, sc for 16 x 16 values, d:f16
  * IQ4_XS        d sc table[q]                   d:f16 sc:6 bits for 8 x 32 values, nibbles
  */
@@ -19,22 +19,23 @@
 
 typedef struct {
     i8x32 q[8];
-    float scale[16], min[16]; /* one for each group */
+    float scale[16], min[16]; /* one per group */
 } block_values;
 
 static const int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-static const int8_t mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}; /* twice e2m1 */
+static const int8_t mxfp4_values[16] = {0, 1,  2,  3,  4,  6,  8,  12,
+                                        0, -1, -2, -3, -4, -6, -8, -12}; /* 2 x the e2m1 values */
 
 static inline i8x32 bytes_32(const uint8_t *p) { return i8_load((const int8_t *)p); }
 
-/* Of a block of 32. */
+/* For a block of 32. */
 static inline void set_scale(block_values *v, float scale, float min)
 {
     v->scale[0] = scale;
     v->min[0] = min;
 }
 
-/* Of a block of 256: d sc and dmin m, for 16 groups or for 8. */
+/* For a block of 256: d sc and dmin m, for 16 groups or for 8. */
 static inline void set_scales(block_values *v, float d, const int8_t sc[16], float dmin, const int8_t m[16])
 {
     x16_store(v->scale, x16_mul(x16_set1(d), x16_load_i8(sc)));
@@ -96,8 +97,8 @@ static inline void read_mxfp4(const uint8_t *b, block_values *v)
     set_scale(v, mxfp4_scale(b[0]), 0);
 }
 
-/* The whole numbers of two blocks of 32, the fourth after the other, as the decode kernel takes them: the first
- * halves of both, then the last halves. Nibbles come that way almost by themselves. */
+/* The integers of two blocks of 32, four blocks apart, in the order of the decode kernel: the first halves of both,
+ * then the last halves. Nibbles unpack into this order almost for free. */
 #define TWO_BLOCKS(b, block_bytes, at) i8_load_halves((b) + (at), (b) + 4 * (block_bytes) + (at))
 
 static inline void read_pair_of_q8_0(const uint8_t *b, i8x32 q[2])
@@ -152,7 +153,7 @@ static inline void read_pair_of_mxfp4(const uint8_t *b, i8x32 q[2])
     look_up_pair(mxfp4_values, q);
 }
 
-/* Each of the two runs of 32 bytes holds four times 32 values of 2 bits. */
+/* Each of the two runs of 32 bytes holds four sets of 32 values of 2 bits. */
 static inline void read_q2_k(const uint8_t *b, block_values *v)
 {
     int8_t sc[16], m[16];
@@ -182,9 +183,9 @@ static inline void read_q3_k(const uint8_t *b, block_values *v)
     }
 }
 
-/* The eight 6-bit scales and minima of Q4_K and Q5_K, four at a time: four whole ones each in bytes 0-3 and 4-7, whose
- * top bits complete the halves of bytes 8-11. They stay in registers: bytes stored by fours and loaded by eights make the
- * processor wait for the store. */
+/* The eight 6-bit scales and minima of Q4_K and Q5_K, four at a time. Bytes 0-3 hold four complete scales, bytes 4-7
+ * four complete minima; their top bits complete the nibbles of bytes 8-11. All stay in registers: storing 4 bytes at a
+ * time and loading 8 would stall on the store. */
 static inline void read_k_scales(const uint8_t *packed, float d, float dmin, block_values *v)
 {
     uint32_t word[3];
@@ -195,7 +196,7 @@ static inline void read_k_scales(const uint8_t *packed, float d, float dmin, blo
                  (uint64_t)last_minima << 32 | (word[1] & 0x3f3f3f3fu));
 }
 
-/* 32 bytes at a time hold the next 32 values in their low halves and the 32 after them in their high halves. */
+/* Each 32 bytes hold the next 32 values in their low nibbles and the 32 after them in their high nibbles. */
 static inline void read_q4_k(const uint8_t *b, block_values *v)
 {
     read_k_scales(b + 4, f16_at(b), f16_at(b + 2), v);
@@ -213,7 +214,8 @@ static inline void read_q5_k(const uint8_t *b, block_values *v)
     }
 }
 
-/* Each half: 64 bytes with the low halves of its first 64 values, then of the other 64; 32 bytes with 2 bits more. */
+/* Each half: 64 bytes with the low nibbles of its first 64 values, then of the other 64; 32 bytes with 2 more bits of
+ * each. */
 static inline void read_q6_k(const uint8_t *b, block_values *v)
 {
     set_scales(v, f16_at(b + 208), (const int8_t *)b + 192, 0, no_minima);
@@ -240,7 +242,7 @@ static inline void read_iq4_xs(const uint8_t *b, block_values *v)
 }
 
 #ifdef BF16_PRODUCTS
-/* 256 weights as bf16 (body_bf16.h): scales of eight blocks at once, weights of four bits by looking up. */
+/* 256 weights as bf16 (body_bf16.h): the scales of eight blocks at once, 4-bit weights by table lookup. */
 static INLINE void bf16_256_q8_0(const uint8_t *b, uint16_t *row)
 {
     float scale[8];

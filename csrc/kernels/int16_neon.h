@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The vocabulary of int16_portable.h on NEON, whose loads take pairs apart. */
+/* The operations of int16_portable.h on NEON, whose loads deinterleave pairs. */
 typedef struct {
     int32x4_t a, b, c, d;
 } i32x16;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The vocabulary of body_panel16.h in plain C: products of 16 bits, summed by pairs into 16 lanes of 32. */
+/* The operations of body_panel16.h in plain C: 16-bit products, summed by pairs into 16 lanes of 32 bits. */
 typedef struct {
     int32_t lane[16];
 } i32x16;
@@ -22,7 +22,7 @@ static inline f32x16 x16_from_i32(i32x16 a)
     return x16_load(lanes);
 }
 
-/* To the nearest, ties to even; of values that fit. */
+/* Rounds to nearest, ties to even; the values must fit int16. */
 static inline void x16_store_i16(int16_t *p, f32x16 a)
 {
     float lanes[16];

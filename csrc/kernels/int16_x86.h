@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The vocabulary of int16_portable.h on AVX2, and on AVX-512, whose one register holds all 16 lanes. */
+/* The operations of int16_portable.h on AVX2, and on AVX-512, where one register holds all 16 lanes. */
 static inline int32_t two_i16(const int16_t *p)
 {
     int32_t two;
@@ -7,7 +7,7 @@ static inline int32_t two_i16(const int16_t *p)
     return two;
 }
 
-#ifndef DPWSSD /* VNNI does both in one instruction */
+#ifndef DPWSSD /* with VNNI, one instruction does both */
 #define DPWSSD(sum, w, x) in_order(_mm256_add_epi32((sum), _mm256_madd_epi16((w), (x))))
 #define DPWSSD_512(sum, w, x) _mm512_add_epi32((sum), _mm512_madd_epi16((w), (x)))
 #endif

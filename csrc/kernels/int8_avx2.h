@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The vocabulary of int8_scalar.h on AVX2. */
+/* The operations of int8_scalar.h on AVX2. */
 typedef __m256i i8x32;
 typedef __m256i i16x16;
 typedef __m256i i32x8;
@@ -26,7 +26,7 @@ static inline i8x32 i8_nibbles(const uint8_t *p)
     __m128i bytes = _mm_loadu_si128((const __m128i *)p);
     return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
 }
-/* Shifts of 16 bits: what comes over from the neighbouring byte is masked off. */
+/* Shifts 16-bit words; the mask clears the bits from the neighbouring byte. */
 static inline i8x32 i8_bits(i8x32 a, int shift, int mask)
 {
     return _mm256_and_si256(_mm256_srli_epi16(a, shift), _mm256_set1_epi8((char)mask));
@@ -64,7 +64,7 @@ static inline i16x16 i16_set_pair(const int16_t p[2])
     return _mm256_set1_epi32(pair);
 }
 static inline i16x16 i16_zero(void) { return _mm256_setzero_si256(); }
-/* The empty asm keeps gcc from adding up in another order, for which it holds 64 products at once, in memory. */
+/* The empty asm stops gcc from reordering the additions, which would keep 64 products live at once, in memory. */
 static inline __m256i in_order(__m256i a)
 {
     __asm__("" : "+x"(a));
@@ -78,14 +78,14 @@ static inline i16x16 i16_add_pairs(i16x16 sum, i8x32 w, i8x32 x)
 static inline i32x8 i32_zero(void) { return _mm256_setzero_si256(); }
 static inline i32x8 i32_add(i32x8 a, i32x8 b) { return in_order(_mm256_add_epi32(a, b)); }
 static inline i32x8 i32_from_pairs(i16x16 a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
-/* The instruction wants one factor without sign: |w| takes it, and x gets w's. 2 * 128 * 127 fits 16 bits. */
+/* The instruction needs one unsigned factor: |w|; x takes the sign of w. 2 * 128 * 127 fits 16 bits. */
 static inline i32x8 i32_fours(i8x32 w, i8x32 x)
 {
     return i32_from_pairs(_mm256_maddubs_epi16(_mm256_sign_epi8(w, w), _mm256_sign_epi8(x, w)));
 }
 static inline i32x8 i32_add_fours(i32x8 sum, i8x32 w, i8x32 x) { return i32_add(sum, i32_fours(w, x)); }
 
-/* Of every 4 bytes of two registers, within 16 bytes: those with an even number, or an odd one. */
+/* The even, or the odd, 4-byte lanes of two registers, within each 16 bytes. */
 #define FOURS(a, b, which) _mm256_castps_si256(_mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), which))
 static inline i32x8 i32_neighbours(i32x8 a, i32x8 b) { return _mm256_add_epi32(FOURS(a, b, 0x88), FOURS(a, b, 0xdd)); }
 static inline i32x8 i32_sums_of_fours(i32x8 a, i32x8 b, i32x8 c, i32x8 d)
@@ -96,7 +96,7 @@ static inline i16x16 i16_halves(i16x16 a, i16x16 b)
 {
     return _mm256_add_epi16(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
-/* Added in 16 bits while they fit: a third fewer instructions than widening every register. */
+/* Added in 16 bits while the sums fit: a third fewer instructions than widening every register. */
 static inline i32x8 i32_sums_of_pairs(i16x16 a, i16x16 b, i16x16 c, i16x16 d, int fit)
 {
     const i16x16 ab = i16_halves(a, b), cd = i16_halves(c, d);
@@ -118,8 +118,8 @@ static inline __m128i two_f16(const uint8_t *p, size_t stride)
     memcpy(&b, p + stride, 2);
     return _mm_insert_epi16(_mm_cvtsi32_si128(a), b, 1);
 }
-/* Of eight blocks of 18 bytes: four loads instead of eight. In load i, those of blocks 2i and 2i + 1 lie in the low half of
- * one 4-byte lane of the first 16 bytes and in the high half of the same lane of the last. */
+/* The f16 of eight blocks of 18 bytes: four loads instead of eight. In load i, the f16 of block 2i lies in the low half
+ * of one 4-byte lane of the first 16 bytes; that of block 2i + 1 in the high half of the same lane of the last 16. */
 static inline f32x8 f8_from_f16_of_18(const uint8_t *p)
 {
     const __m256i words = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1, /* */
@@ -149,7 +149,7 @@ static inline f32x8 f8_first(f32x8 a, int n)
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
 }
-static inline f32x8 f8_in_order(f32x8 a) /* of four pairs of lanes: the first, third, second, fourth */
+static inline f32x8 f8_in_order(f32x8 a) /* from four pairs of lanes: the first, third, second, fourth */
 {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8));
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The vocabulary of int8_scalar.h on NEON. With the dotprod extension (Armv8.2) one instruction multiplies 16 bytes and adds
- * the products by fours into 32 bits: sums of pairs are then sums of fours, and never need widening. i8mm: dots_i8mm.h. */
+/* The operations of int8_scalar.h on NEON. With the dotprod extension (Armv8.2) one instruction multiplies 16 bytes and
+ * adds the products by fours into 32 bits: sums of pairs are then sums of fours and never need widening. i8mm:
+ * dots_i8mm.h. */
 typedef struct {
     int8x16_t lo, hi;
 } i8x32;
@@ -37,7 +38,7 @@ static inline i8x32 i8_nibbles(const uint8_t *p)
     const uint8x16_t bytes = vld1q_u8(p);
     return (i8x32){vreinterpretq_s8_u8(vandq_u8(bytes, vdupq_n_u8(15))), vreinterpretq_s8_u8(vshrq_n_u8(bytes, 4))};
 }
-/* By how much is known only once this is inlined; a shift by a register takes a negative number as one to the right. */
+/* The shift is constant only after inlining. Shifting by a register with a negative count shifts right. */
 static inline int8x16_t bits_16(int8x16_t a, int shift, int mask)
 {
     const uint8x16_t shifted = vshlq_u8(vreinterpretq_u8_s8(a), vdupq_n_s8((int8_t)shift));
@@ -202,7 +203,7 @@ static inline float f8_sum(f32x8 a)
 }
 
 #ifdef __ARM_FEATURE_MATMUL_INT8
-/* The matrix instruction's order instead (dots_i8mm.h): 8 bytes of rows 0 and 1, then of 2 and 3, … */
+/* The order of the matrix instruction (dots_i8mm.h): 8 bytes of rows 0 and 1, then of 2 and 3, … */
 static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to)
 {
     for (int r = 0; r < 8; r += 2)
@@ -214,7 +215,7 @@ static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to
         }
 }
 #else
-/* 4 groups of 4 bytes of each of 4 rows, `stride` apart, to the same 4 groups of 4 rows, 32 bytes apart. */
+/* Transposes 4 groups of 4 bytes of 4 rows, `stride` apart, into rows 32 bytes apart. */
 static inline void transpose_4_fours(const int8_t *from, size_t stride, int8_t *to)
 {
     int32x4_t row[4];

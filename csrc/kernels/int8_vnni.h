@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What VNNI does better of int8_avx2.h, included after it. One instruction, DPBUSD(sum, bytes without sign, bytes with one),
- * adds products up by fours into 32 bits: sums of pairs are then sums of fours, and never need widening. */
+/* The operations of int8_avx2.h that VNNI does better; included after it. One instruction, DPBUSD(sum, unsigned bytes,
+ * signed bytes), adds products by fours into 32 bits: sums of pairs are then sums of fours and never need widening. */
 static inline i32x8 vnni_add(i32x8 sum, i8x32 w, i8x32 x) { return DPBUSD(sum, w, x); }
 static inline i32x8 vnni_products(i8x32 w, i8x32 x) { return DPBUSD(i32_zero(), w, x); }
 static inline i32x8 vnni_add_signed(i32x8 sum, i8x32 w, i8x32 x)

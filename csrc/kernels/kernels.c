@@ -6,7 +6,7 @@
 extern const g4_kernels g4_kernels_scalar;
 #if defined(__x86_64__)
 extern const g4_kernels g4_kernels_avx2, g4_kernels_avx512;
-#ifdef G4_VNNI /* the compiler knows it */
+#ifdef G4_VNNI /* the compiler supports it */
 extern const g4_kernels g4_kernels_avx_vnni, g4_kernels_avx512_vnni;
 #endif
 #ifdef G4_TILES

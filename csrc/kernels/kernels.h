@@ -11,32 +11,33 @@
 #include "base/dtype.h"
 #include "base/status.h"
 
-/* Rows of x as bytes: 32 values share a scale. A row's k inputs are padded with zeros to its stride K. In one of two orders:
- *   a few rows, for decode, lie one after the other; of every 8 blocks of 32, block b lies with block b + 4: both first
- *   halves, then the last. Here R = 1, m is the number of rows, and E = K.
- *   more rows, for prefill, lie by fours (R = 4, m is rounded up to them), E = 8 inputs of each together: a tile reads them
- *   from the first byte to the last. */
+/* Rows of x as int8; 32 values share a scale. A row's k inputs are padded with zeros to its stride K. There are two
+ * layouts:
+ *   Few rows (decode) lie one after the other. In every 8 blocks of 32, block b is paired with block b + 4: both first
+ *   halves, then both last halves. Here R = 1, m is the number of rows, and E = K.
+ *   More rows (prefill) are interleaved by fours: R = 4, m is rounded up to a multiple of 4, and E = 8 inputs of each
+ *   row lie together. A tile reads them sequentially. */
 typedef struct {
     int8_t *q;    /* [m / R, K / E, R, E] */
     float *scale; /* [m / R, K / 32, R] */
     float *sum16,
         *sum32;       /* [m / R, K / 16, R], [m / R, K / 32, R] scale times the sum of q, for formats with a minimum */
-    int16_t *minus_4; /* [m / 4, K / 32, 4, 2] by fours only: -4 times the sum of q, twice, for Q4_0 */
+    int16_t *minus_4; /* [m / 4, K / 32, 4, 2] only if by_fours: -4 times the sum of q, twice, for Q4_0 */
     bool by_fours;
 } g4_int8_rows;
 
-enum { G4_INT8_FEW = 4 }; /* up to so many, putting the weights in place for the tile costs more than it saves */
+enum { G4_INT8_FEW = 4 }; /* up to this many rows, packing the weights for the tile costs more than it saves */
 
 /* The decode kernels take 256 inputs at a time. */
 static inline size_t g4_int8_stride(size_t k) { return (k + 255) / 256 * 256; }
 
-/* Bytes of q; there is a scale and a sum32 for every 32, a sum16 for every 16. */
+/* Bytes of q. There is a scale and a sum32 for every 32 bytes, a sum16 for every 16. */
 static inline size_t g4_int8_bytes(int m, size_t k)
 {
     return (size_t)(m > G4_INT8_FEW ? (m + 3) / 4 * 4 : m) * g4_int8_stride(k);
 }
 
-/* Both sides of the products of body_panel16.h: whole numbers of 12 bits; G4_GROUP16 inputs of a row share a scale. */
+/* Both operands of body_panel16.h: integers of 12 bits; G4_GROUP16 inputs of a row share a scale. */
 enum { G4_GROUP16 = 256 };
 
 /* A row's k inputs are padded with zeros to a multiple of 4. */
@@ -50,7 +51,7 @@ typedef struct {
     int stride;
 } g4_rows16;
 
-/* 16 rows of weights, over as many inputs. */
+/* 16 rows of weights, over the same inputs. */
 typedef struct {
     int16_t *q;   /* [stride / 2, 16, 2] */
     float *scale; /* [groups, 16] */
@@ -62,7 +63,7 @@ static inline g4_rows16 g4_rows16_from(const g4_rows16 *rows, int first)
                        rows->scale + (size_t)first * (size_t)g4_groups16(rows->stride), rows->stride};
 }
 
-/* Those of inputs from `at` on, where a group begins. */
+/* The rows from input `at` on, where a group begins. */
 static inline g4_rows16 g4_rows16_at(const g4_rows16 *rows, int at)
 {
     return (g4_rows16){rows->q + at, rows->scale + at / G4_GROUP16, rows->stride};
@@ -73,31 +74,31 @@ static inline g4_panel16 g4_panel16_at(const g4_panel16 *w, int at)
     return (g4_panel16){w->q + (size_t)at * 16, w->scale + (size_t)(at / G4_GROUP16) * 16};
 }
 
-/* Rows of x in bfloat16, in tiles of 16 by 32 inputs, padded with zeros (body_bf16.h). */
+/* Rows of x in bfloat16, in tiles of 16 rows by 32 inputs, padded with zeros (body_bf16.h). */
 enum { G4_TILE_ROWS = 16, G4_TILE_INPUTS = 32, G4_TILE = G4_TILE_ROWS * G4_TILE_INPUTS };
 
 typedef struct {
     uint16_t *data; /* [m / 16, tiles, 16 pairs, 16, 2] */
-    size_t stride;  /* from 16 rows to the next */
+    size_t stride;  /* elements from one 16 rows to the next */
 } g4_tiles;
 
 static inline int g4_tiles_of(int k) { return (k + G4_TILE_INPUTS - 1) / G4_TILE_INPUTS; }
 
-/* Those from a row on, a multiple of 16. */
+/* The tiles from a row on, a multiple of 16. */
 static inline g4_tiles g4_tiles_from(const g4_tiles *t, int row)
 {
     return (g4_tiles){t->data + (size_t)(row / G4_TILE_ROWS) * t->stride, t->stride};
 }
 
-/* The sums of m rows of x and n weights between two calls of matmul_tiles. */
+/* Floats for the sums of m rows of x and n weights between two calls of matmul_tiles. */
 static inline size_t g4_tile_sums(int m, int n)
 {
     enum { SIDE = 2 * G4_TILE_ROWS };
     return (size_t)((m + SIDE - 1) / SIDE) * (size_t)((n + SIDE - 1) / SIDE) * (size_t)(SIDE * SIDE);
 }
 
-/* Floats of scratch that a caller lends matmul_* (accumulators, 72 rows of x, 32 of weights) and matmul_int8_*: a kernel's
- * own frame is small, because the caller's thread may have 128 KiB of stack. */
+/* Floats of scratch that a caller passes to matmul_* (accumulators, 72 rows of x, 32 of weights) and to matmul_int8_*.
+ * A kernel's own frame is small, because the caller's thread may have 128 KiB of stack. */
 enum { G4_MATMUL_SCRATCH = 72 * 32 * 16 + (72 + 32) * 512, G4_INT8_SCRATCH = 7168 };
 
 #define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;
@@ -111,10 +112,10 @@ typedef struct {
 #undef G4_KERNEL
 } g4_kernels;
 
-/* The table of that instruction set, or NULL if this build or this processor lacks it. */
+/* The table of the instruction set, or NULL if this build or this processor lacks it. */
 const g4_kernels *g4_kernels_for(g4_isa isa);
 
-/* The best table, unless the environment's GEMMA4_ISA names a lower level. */
+/* Selects the best table, unless the environment's GEMMA4_ISA names a lower level. */
 g4_status g4_kernels_select(const g4_kernels **kernels, g4_error *err);
 
 static inline g4_matmul_f32_fn g4_matmul_for(const g4_kernels *kernels, g4_dtype dtype)
@@ -155,7 +156,7 @@ static inline g4_matmul_int8_q8_0_fn g4_matmul_int8_for(const g4_kernels *kernel
     }
 }
 
-/* NULL for the types that never become bf16, and without the instructions. */
+/* NULL for types that are never converted to bf16, and without bf16 instructions. */
 static inline g4_bf16_row_bf16_fn g4_bf16_row_for(const g4_kernels *kernels, g4_dtype dtype)
 {
     switch (dtype) {
@@ -168,7 +169,7 @@ static inline g4_bf16_row_bf16_fn g4_bf16_row_for(const g4_kernels *kernels, g4_
     }
 }
 
-/* Of the types that cached keys and values may have; others are NULL. */
+/* NULL for types that cached keys and values cannot have. */
 static inline g4_weighted_sum_f32_fn g4_weighted_sum_for(const g4_kernels *kernels, g4_dtype dtype)
 {
     switch (dtype) {

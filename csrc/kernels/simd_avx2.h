@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The vector vocabulary of simd_scalar.h on AVX2 + FMA + F16C. */
+/* The vector operations of simd_scalar.h on AVX2 + FMA + F16C. */
 #include <immintrin.h>
 
 #include "base/dtype.h"
 
 #define VEC_LANES 8
-/* A tile of 3 x 4 dot products: 12 accumulators + 3 x + 1 w fill the 16 registers, 7 loads feed 12 fma. */
+/* A tile of 3 x 4 dot products: 12 accumulators + 3 x + 1 w fill the 16 registers; 7 loads feed 12 fma. */
 #define TILE_M 3
 #define TILE_N 4
 
@@ -124,7 +124,7 @@ static inline void x16_store_halves(float *p, size_t half_stride, f32x16 a)
     _mm256_storeu_ps(p + half_stride, a.hi);
 }
 
-/* bits + 0x7fff + (bit 16 of bits), upper half; a NaN keeps its upper half with the quiet bit set. */
+/* bits + 0x7fff + (bit 16 of bits), upper half. A NaN keeps its upper half, with the quiet bit set. */
 static inline __m128i narrow_bf16_8(__m256 a)
 {
     __m256i bits = _mm256_castps_si256(a);

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The vector vocabulary of simd_scalar.h on AVX-512 F, BW, DQ, VL. */
+/* The vector operations of simd_scalar.h on AVX-512 F, BW, DQ, VL. */
 #include <immintrin.h>
 
 #include "base/dtype.h"
 
 #define VEC_LANES 16
-/* A tile of 6 x 4 dot products: 24 accumulators + 6 x + 1 w of the 32 registers, 10 loads feed 24 fma. */
+/* A tile of 6 x 4 dot products: 24 accumulators + 6 x + 1 w of the 32 registers; 10 loads feed 24 fma. */
 #define TILE_M 6
 #define TILE_N 4
 

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The vector vocabulary of simd_scalar.h on AArch64's NEON (Advanced SIMD), which every such processor has. */
+/* The vector operations of simd_scalar.h on AArch64's NEON (Advanced SIMD), which every AArch64 processor has. */
 #include <arm_neon.h>
 
 #include "base/dtype.h"
 
 #define VEC_LANES 4
-/* A tile of 6 x 4 dot products: 24 accumulators + 6 x + 1 w of the 32 registers, 10 loads feed 24 fma. */
+/* A tile of 6 x 4 dot products: 24 accumulators + 6 x + 1 w of the 32 registers; 10 loads feed 24 fma. */
 #define TILE_M 6
 #define TILE_N 4
 
@@ -53,7 +53,7 @@ static inline f32x16 x16_load_i8(const int8_t *p)
                 vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high)));
 }
 
-/* Lanes 0-3 at p, the next ones step, 2 step and 3 step further. */
+/* Stores lanes 0-3 at p and the next fours at p + step, p + 2 step and p + 3 step. */
 static inline void x16_store_halves(float *p, size_t step, f32x16 x)
 {
     vst1q_f32(p, x.a);
@@ -72,7 +72,7 @@ static inline f32x16 x16_fma(f32x16 x, f32x16 y, f32x16 z)
     return FOUR(vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b), vfmaq_f32(z.c, x.c, y.c), vfmaq_f32(z.d, x.d, y.d));
 }
 
-/* Not vmaxq and vminq: those give NaN where the two are not ordered, we want the second one. */
+/* Not vmaxq and vminq: for unordered operands they return NaN, but this must return the second operand. */
 static inline float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 static inline float32x4_t smaller(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 static inline f32x16 x16_max(f32x16 x, f32x16 y) { return EACH2(larger, x, y); }
@@ -133,7 +133,7 @@ static inline void x16_store_f16(uint16_t *p, f32x16 x)
     vst1q_u16(p + 8, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(x.c), x.d)));
 }
 
-/* bits + 0x7fff + (bit 16 of bits), upper half; a NaN keeps its upper half with the quiet bit set. */
+/* bits + 0x7fff + (bit 16 of bits), upper half. A NaN keeps its upper half, with the quiet bit set. */
 static inline uint16x4_t narrow_bf16_4(float32x4_t x)
 {
     const uint32x4_t bits = vreinterpretq_u32_f32(x), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

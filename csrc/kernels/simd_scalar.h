@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The vector vocabulary in plain C: the definition that the other simd_*.h agree with, bit for bit.
+/* The vector operations in plain C: the definition that the other simd_*.h match bit for bit.
  *
- * vec    VEC_LANES float32, what one register holds: tiles are built of it.
- * f32x16 16 float32, the unit that every stated order of additions is about.
+ * vec    VEC_LANES float32, one register: tiles are built of it.
+ * f32x16 16 float32, the unit of every stated order of additions.
  */
 #include <math.h>
 
@@ -37,13 +37,13 @@ static inline f32x16 x16_sub(f32x16 a, f32x16 b) { LANEWISE(a.lane[l] - b.lane[l
 static inline f32x16 x16_mul(f32x16 a, f32x16 b) { LANEWISE(a.lane[l] * b.lane[l]); }
 static inline f32x16 x16_div(f32x16 a, f32x16 b) { LANEWISE(a.lane[l] / b.lane[l]); }
 static inline f32x16 x16_fma(f32x16 a, f32x16 b, f32x16 c) { LANEWISE(fmaf(a.lane[l], b.lane[l], c.lane[l])); }
-/* The second operand if the two are not ordered, as the x86 instructions do. */
+/* Returns the second operand if the two are unordered, as the x86 instructions do. */
 static inline f32x16 x16_max(f32x16 a, f32x16 b) { LANEWISE(a.lane[l] > b.lane[l] ? a.lane[l] : b.lane[l]); }
 static inline f32x16 x16_min(f32x16 a, f32x16 b) { LANEWISE(a.lane[l] < b.lane[l] ? a.lane[l] : b.lane[l]); }
 static inline f32x16 x16_abs(f32x16 a) { LANEWISE(fabsf(a.lane[l])); }
 static inline f32x16 x16_round(f32x16 a) { LANEWISE(rintf(a.lane[l])); }
 static inline f32x16 x16_floor(f32x16 a) { LANEWISE(floorf(a.lane[l])); }
-/* a < b ? yes : no; `no` if not ordered. */
+/* a < b ? yes : no; `no` if unordered. */
 static inline f32x16 x16_if_less(f32x16 a, f32x16 b, f32x16 yes, f32x16 no)
 {
     LANEWISE(a.lane[l] < b.lane[l] ? yes.lane[l] : no.lane[l]);
@@ -73,7 +73,7 @@ static inline void x16_store_bf16(uint16_t *p, f32x16 a)
         p[l] = g4_f32_to_bf16(a.lane[l]);
 }
 
-/* The lanes by halving: l with l + 8, then l + 4, l + 2, l + 1. */
+/* Adds the lanes by halving: l with l + 8, then l + 4, l + 2, l + 1. */
 static inline float x16_sum(f32x16 a)
 {
     for (int half = 8; half; half /= 2)
@@ -82,7 +82,7 @@ static inline float x16_sum(f32x16 a)
     return a.lane[0];
 }
 
-/* Four such sums, of a tile's row: 4 vectors of VEC_LANES, their upper lanes half_stride further. */
+/* Four such sums, for a tile's row: 4 vectors of VEC_LANES, with their upper lanes half_stride further. */
 static inline void x16_sum4(const float *lanes, size_t half_stride, float *out)
 {
     (void)half_stride;
@@ -90,7 +90,7 @@ static inline void x16_sum4(const float *lanes, size_t half_stride, float *out)
         out[i] = x16_sum(x16_load(lanes + i * 16));
 }
 
-/* Lanes 0..VEC_LANES-1 at p, the upper ones half_stride further. */
+/* Stores lanes 0..VEC_LANES-1 at p, the upper lanes half_stride further. */
 static inline void x16_store_halves(float *p, size_t half_stride, f32x16 a)
 {
     (void)half_stride;

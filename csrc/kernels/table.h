@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Exports the kernels that this unit has compiled: the last include of every isa_*.c, after
+/* Exports the kernels compiled in this unit. The last include of every isa_*.c, after
  *   ISA_TABLE  the table's name
  *   ISA        its instruction set
  */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* int8_tile of body_int8_tile.h where one register has an input by four of 16 rows of w and one instruction, DPBUSD,
- * adds their products with 4 bytes of x to 16 sums. Even and odd steps are added up apart: with 4 rows of x that
- * makes the 8 sums in flight which two units of 5 cycles want. */
+/* int8_tile of body_int8_tile.h with one register for 4 inputs of each of 16 rows of w. One instruction, DPBUSD, adds
+ * their products with 4 bytes of x to 16 sums. Even and odd steps have separate sums: with 4 rows of x that makes the 8
+ * sums in flight that two units with a latency of 5 cycles need. */
 static INLINE __m512i panel_rows_16(const int8_panel *panels, int at)
 {
     return _mm512_inserti64x4(_mm512_castsi256_si512(i8_load(panels[0].q[at][0])), i8_load(panels[1].q[at][0]), 1);
@@ -12,7 +12,8 @@ static INLINE f32x16 factors_16(const float *low, const float *high)
     return x16_from_halves(f8_load(low), f8_load(high));
 }
 
-/* -8 sum x of what is lowered; of q with a sign, which DPBUSD wants raised by 128, -128 sum x; out of two times -4 sum x. */
+/* Start value of the sums, from the pair of -4 sum x. With a zero point of 8: -8 sum x (times = 1). With signed q,
+ * which DPBUSD needs offset by 128: -128 sum x (times = 16). */
 static INLINE __m512i start_at(const int16_t minus_4[2], int times)
 {
     int32_t pair;
@@ -62,7 +63,8 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
         x16_store(acc + i * INT8_N, total[i]);
 }
 
-/* That of body_limits.h, to the bit, in the tile's instruction: 16 sums in flight, where two units of 5 cycles want ten. */
+/* spin_int8 of body_limits.h, bit for bit, with the tile's instruction: 16 sums in flight, where two units with a
+ * latency of 5 cycles need ten. */
 #define OWN_SPIN_INT8
 static double spin_int8(const int8_t *x, int32_t *sums, int n)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The engine without Python: a small random model of every branch, and the invariances that must hold to the bit.
- * Run plain, under sanitizers and under valgrind (CONTRIBUTING.md). Exit status 0: all passed. */
+/* The engine without Python: a small random model of every branch, and the invariances that must hold bit for bit. Run
+ * plain, under sanitizers and under valgrind (CONTRIBUTING.md). Exit status 0: all passed. */
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -23,7 +23,7 @@ g4_sequence *new_sequence_of(const g4_model *model)
     return seq;
 }
 
-/* ---- steps ---------------------------------------------------------------------------------------------------------- */
+/* ---- steps ------------------------------------------------------------------------------------------------------- */
 
 enum { N_TOKENS = 37 };
 
@@ -66,7 +66,7 @@ static void test_chunks_and_threads(fixture *f, const float *expected)
     }
 }
 
-/* With OpenBLAS and without it. */
+/* With and without OpenBLAS. */
 static void test_fast(fixture *f, const float *expected)
 {
     static float logits[N_TOKENS * VOCAB];
@@ -107,7 +107,7 @@ static void test_token_by_token_fork_and_truncate(fixture *f, const float *expec
     g4_model_free(model);
 }
 
-/* After pruning, the rows that logits want lie far apart: what they see together is all positions, in sliding layers, too. */
+/* After pruning, the rows with logits lie far apart: together they attend to all positions, even in sliding layers. */
 static void test_far_apart_rows(fixture *f)
 {
     enum { N = 300, STEP = 11, N_ROWS = (N + STEP - 1) / STEP };
@@ -140,7 +140,7 @@ static void test_far_apart_rows(fixture *f)
     }
 }
 
-/* A sliding layer goes on from window - 1 keys, and from no fewer. */
+/* A sliding layer continues from window - 1 keys, and from no fewer. */
 static void test_import_of_too_few(fixture *f)
 {
     enum { WINDOW = 5, LENGTH = 20 };
@@ -236,7 +236,7 @@ static void test_errors(fixture *f)
     f->layers[1].n_kv_heads = 2;
 }
 
-/* ---- several threads, one model --------------------------------------------------------------------------------- */
+/* ---- several threads, one model ---------------------------------------------------------------------------------- */
 
 typedef struct {
     g4_model *model;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the parts of csrc_test share: counting checks, and a small random model of every branch. */
+/* Shared by the parts of csrc_test: check counting, and a small random model of every branch. */
 #ifndef GEMMA4_TESTS_CSRC_TEST_H
 #define GEMMA4_TESTS_CSRC_TEST_H
 
@@ -31,18 +31,18 @@ typedef struct {
     unsigned seed;
 } fixture;
 
-/* Sliding and global layers, shared keys, K = V, experts, per-layer embeddings: all in one. */
+/* Sliding and global layers, shared keys, K = V, experts and per-layer embeddings in one model. */
 void fixture_init(fixture *f);
 void fixture_free(fixture *f);
 
-/* The tensors that an encoder of this config calls for, found out by asking for it. */
+/* Makes the tensors of an encoder of this config, found by querying the engine. */
 void fixture_init_encoder(fixture *f, g4_model *model, const g4_encoder_config *config);
 
-/* Both end the program where the engine refuses. */
+/* Both exit the program if the engine refuses. */
 g4_model *new_model_with(fixture *f, g4_model_options options);
 g4_model *new_model(fixture *f, int n_threads);
 
-/* A small random encoder; it keeps its tensors until the next one is made. */
+/* A small random encoder. Its tensors live until the next one is made. */
 g4_encoder *new_encoder_of(g4_model *model, g4_encoder_kind kind);
 
 g4_sequence *new_sequence_of(const g4_model *model);

@@ -167,7 +167,7 @@ g4_model *new_model(fixture *f, int n_threads)
     return new_model_with(f, (g4_model_options){.n_threads = n_threads});
 }
 
-/* ---- encoders ------------------------------------------------------------------------------------------------------- */
+/* ---- encoders ---------------------------------------------------------------------------------------------------- */
 
 static const float encoder_inv_freq[] = {1, 0.3f};
 
@@ -203,7 +203,7 @@ static const g4_encoder_config encoder_configs[] = {
 
 g4_encoder *new_encoder_of(g4_model *model, g4_encoder_kind kind)
 {
-    static fixture f; /* whose tensors the encoder keeps on using */
+    static fixture f; /* the encoder keeps using its tensors */
     g4_encoder_config config = encoder_configs[kind];
     g4_encoder *encoder = NULL;
     g4_error err = {0};

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Hostile numbers for the engine's entries: configurations, shapes, dtypes, runs and taps, mostly sane, made of a string of
- * bytes. Nothing may crash, read outside what it was given or leave a sequence unusable; a refusal must say something.
+/* Hostile input for the engine's entry points: configurations, shapes, dtypes, runs and taps, mostly valid, derived
+ * from a string of bytes. Nothing may crash, read out of bounds or leave a sequence unusable; a refusal must have a
+ * message.
  *
  * With libFuzzer (cmake -DGEMMA4_FUZZ=ON, clang) `LLVMFuzzerTestOneInput` is the target. Without it, main() runs random
- * strings for a number of seconds: csrc_fuzz [seconds] [seed]. What the C interface leaves to its caller (tensors' bytes are
- * there, arrays have the sizes that are stated) is kept here, too.
+ * strings for a number of seconds: csrc_fuzz [seconds] [seed]. The caller's duties in the C interface (tensors' bytes
+ * exist, arrays have the stated sizes) are met here, too.
  */
 #include <limits.h>
 #include <math.h>
@@ -17,7 +18,7 @@
 
 enum { MAX_LAYERS = 4, MAX_TENSORS = 128, MAX_RUNS = 3, MAX_ROWS = 40, MAX_TAPS = 6, MAX_BYTES = 1 << 20 };
 
-static long n_models, n_steps; /* that were made, that ran: inputs that are all refused would test little */
+static long n_models, n_steps; /* models made and steps run: inputs that are all refused would test little */
 
 typedef struct {
     const uint8_t *at;
@@ -34,7 +35,7 @@ static int below(reader *r, int n)
     return next(r) % n;
 }
 
-/* `value` nearly always, else something that it should not be. */
+/* Returns `value` nearly always, otherwise an invalid number. */
 static int mostly(reader *r, int value)
 {
     static const int odd[] = {0, -1, 1, 2, 3, 7, 33, 255, 1 << 14, 1 << 20, 1 << 30, INT_MAX, INT_MIN, -255, 31, 64};
@@ -42,7 +43,7 @@ static int mostly(reader *r, int value)
     return byte < 250 ? value : odd[next(r) % 16];
 }
 
-/* ---- a model ---------------------------------------------------------------------------------------------------- */
+/* ---- a model ----------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     g4_config config;
@@ -97,13 +98,14 @@ static void make_config(reader *r, fixture *f)
                                          .k_eq_v = below(r, 4) == 0,
                                          .moe = c->n_experts > 0,
                                          .rope = mostly(r, 0)};
-    if (c->n_layers > 1 && below(r, 2)) { /* the last layer reads the first one's keys */
+    if (c->n_layers > 1 && below(r, 2)) { /* the last layer reads the keys of the first */
         f->layers[c->n_layers - 1] = f->layers[0];
         f->layers[c->n_layers - 1].kv_source = 0;
     }
 }
 
-/* In range, so that sizes can be multiplied; what is not would be refused before any tensor is looked at. */
+/* Clamps to a range in which sizes can be multiplied. Anything outside is refused before the engine looks at a
+ * tensor. */
 static int64_t fit(int size)
 {
     return size < 0 ? 1 : size > 4096 ? 4096 : size;
@@ -127,7 +129,7 @@ static void add_tensor(reader *r, fixture *f, const char *name, int n_dims, int6
     const size_t n_bytes = n / g4_block_size(t->dtype) * g4_block_bytes(t->dtype);
     uint8_t *data = malloc(n_bytes + 1);
     const uint8_t salt = (uint8_t)next(r);
-    for (size_t i = 0; i < n_bytes; i++) /* small numbers in every type: a low exponent in every other byte */
+    for (size_t i = 0; i < n_bytes; i++) /* small numbers in every type: every other byte has a low exponent */
         data[i] = (uint8_t)(i % 2 ? 0x2c + (salt + i / 2) % 5 : salt * 7 + i * 13);
     t->data = data;
     t->name = f->names[f->n_tensors];
@@ -189,7 +191,7 @@ static void make_tensors(reader *r, fixture *f)
         add_layer_tensors(r, f, i);
 }
 
-/* ---- a step --------------------------------------------------------------------------------------------------- */
+/* ---- a step ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     g4_run runs[MAX_RUNS];
@@ -215,7 +217,7 @@ static void make_run(reader *r, const g4_model *model, g4_sequence *seq, step *s
                           .n_logits = n_logits,
                           .logits = malloc(((size_t)n_logits * (size_t)c->d_vocab + 1) * sizeof(float)),
                           .ends = below(r, 2) ? s->ends[i] : NULL};
-    for (int j = n - 1, end = n; s->runs[i].ends && j >= 0; j--) { /* stretches of rows that see each other */
+    for (int j = n - 1, end = n; s->runs[i].ends && j >= 0; j--) { /* spans of rows that attend to each other */
         end = below(r, 3) ? end : j + 1;
         s->ends[i][j] = mostly(r, end);
     }
@@ -227,7 +229,7 @@ static g4_status leave_it(void *context, void *data, const int64_t *shape, int n
     return G4_OK;
 }
 
-/* Mostly one value for all of a tap's site, with sizes that a caller might get wrong. */
+/* Mostly one value for the whole site of a tap, with sizes that a caller might get wrong. */
 static void make_edit(reader *r, const int64_t *shape, int n_dims, g4_edit *edit)
 {
     static const float numbers[] = {0, 1, -2, 0.5f, INFINITY, NAN, 1e30f, 3};
@@ -242,7 +244,7 @@ static void make_edit(reader *r, const int64_t *shape, int n_dims, g4_edit *edit
     }
 }
 
-/* A tap of a site that may not exist; its array is as large as the site says. */
+/* A tap of a site that may not exist. Its array is as large as the site says. */
 static void make_tap(reader *r, const g4_model *model, step *s)
 {
     const g4_config *c = g4_model_config(model);
@@ -354,7 +356,7 @@ int main(int argc, char **argv)
             state = state * 6364136223846793005ull + 1442695040888963407ull;
             bytes[i] = (uint8_t)(state >> 56);
         }
-        /* most with hardly an odd number, so that models are made and steps run; those have theirs in the steps */
+        /* most inputs get few invalid numbers, so that models are made and steps run; steps keep theirs */
         for (int i = 0; n % 4 && i < SIZE / (int)(1 + n % 3); i++)
             bytes[i] = bytes[i] >= 250 ? (uint8_t)(bytes[i] - 100) : bytes[i];
         (void)LLVMFuzzerTestOneInput(bytes, SIZE);

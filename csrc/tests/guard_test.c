@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Maps of files that shrink while they are read: by one thread or many, by a step, and beside handlers of others. */
+/* Mapped files that shrink while they are read: by one thread or many, by a step, and beside foreign signal
+ * handlers. */
 #include <fcntl.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -24,7 +25,7 @@ typedef struct {
     unsigned char *data;
 } map;
 
-/* A file of ones, without a name. */
+/* An unnamed file of ones. */
 static map new_map(void)
 {
     char name[] = "/tmp/guard_test_XXXXXX";
@@ -52,7 +53,7 @@ static void shrink(const map *m, size_t n_pages)
         exit(1);
 }
 
-/* TSan takes the mapping of zeros for a write. */
+/* TSan reports the mapping of zeros as a write. */
 __attribute__((no_sanitize("thread"))) static size_t sum(const map *m)
 {
     size_t total = 0;
@@ -67,9 +68,9 @@ static void test_lost_pages_are_zeros(void)
     g4_guard *guard = g4_guard_new(m.data, m.n_bytes);
     CHECK(sum(&m) == m.n_bytes && !g4_guard_is_torn(guard));
     shrink(&m, 3);
-    CHECK(!g4_guard_is_torn(guard)); /* nobody has read what is gone */
+    CHECK(!g4_guard_is_torn(guard)); /* nobody has read the lost pages */
     CHECK(sum(&m) == 3 * m.page && g4_guard_is_torn(guard));
-    shrink(&m, N_PAGES); /* longer again: the range stays torn */
+    shrink(&m, N_PAGES); /* longer again, but the range stays torn */
     CHECK(sum(&m) == 3 * m.page && g4_guard_is_torn(guard));
     g4_guard_free(guard);
     free_map(&m);
@@ -95,7 +96,7 @@ static void test_sets(void)
     g4_guards_release(&one);
     g4_guard_free(guards[1]);
     map c = new_map();
-    g4_guard *again = g4_guard_new(c.data, c.n_bytes); /* in the place of the one that is gone, and whole */
+    g4_guard *again = g4_guard_new(c.data, c.n_bytes); /* reuses the freed guard, and is not torn */
     CHECK(again == guards[1] && !g4_guard_is_torn(again));
     g4_guard_free(again);
     g4_guard_free(guards[0]);
@@ -128,7 +129,7 @@ static void test_many_threads(void)
     }
 }
 
-/* ---- handlers of others ----------------------------------------------------------------------------------------------- */
+/* ---- foreign handlers -------------------------------------------------------------------------------------------- */
 
 static sigjmp_buf escape;
 static volatile sig_atomic_t n_caught;
@@ -146,7 +147,7 @@ static void count_it(int number)
     n_caught++;
 }
 
-/* Reads a lost page that nobody guards, and says whether catch_it saw it. */
+/* Reads a lost page that has no guard. Returns whether catch_it saw the fault. */
 static bool foreign_fault_is_caught(void)
 {
     map m = new_map();
@@ -162,9 +163,9 @@ static void test_handlers_of_others(void)
 {
     map m = new_map();
     signal(SIGBUS, catch_it);
-    g4_guard *guard = g4_guard_new(m.data, m.n_bytes); /* takes the handler's place */
+    g4_guard *guard = g4_guard_new(m.data, m.n_bytes); /* installs the engine's handler over it */
     CHECK(foreign_fault_is_caught());
-    signal(SIGBUS, catch_it); /* theirs over ours, until the guard is armed again */
+    signal(SIGBUS, catch_it); /* the foreign handler replaces the engine's until the guard is armed again */
     g4_guard_arm();
     shrink(&m, 4);
     CHECK(sum(&m) == 4 * m.page && g4_guard_is_torn(guard));
@@ -174,7 +175,7 @@ static void test_handlers_of_others(void)
     signal(SIGBUS, count_it);
     g4_guard_arm();
     int before = n_caught;
-    raise(SIGBUS); /* sent, not met: theirs */
+    raise(SIGBUS); /* sent, not a fault: goes to the foreign handler */
     CHECK(n_caught == before + 1);
     g4_guard_free(guard);
     free_map(&m);
@@ -182,14 +183,14 @@ static void test_handlers_of_others(void)
 
 static struct sigaction before_theirs;
 
-/* As Python's faulthandler does: reports (not here), puts back what was there before it, and sends the signal again. */
+/* Like Python's faulthandler: reports (not here), restores the previous handler, and sends the signal again. */
 static void hand_back(int number)
 {
     sigaction(number, &before_theirs, NULL);
     raise(number);
 }
 
-/* The status of a child that meets a foreign fault, beside a handler that was installed over ours. */
+/* The exit status of a child that has a foreign fault while a handler is installed over the engine's. */
 static int status_of_child(void (*handler)(int))
 {
     fflush(stdout);
@@ -204,7 +205,7 @@ static int status_of_child(void (*handler)(int))
         g4_guard_arm();
         shrink(&other, 0);
         sum(&other);
-        _exit(0); /* cannot be reached */
+        _exit(0); /* unreachable */
     }
     int status = 0;
     waitpid(child, &status, 0);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Every kernel of every instruction set that runs here against the scalar one, to the bit, and a product's rows against
- * the same rows alone. tests/reference/test_kernels.py does this and compares with float64, too; this is for where no
- * Python is: cross-compiled programs under an emulator.
+/* Every kernel of every instruction set that runs here against the scalar one, bit for bit, and a matmul's rows against
+ * the same rows alone. tests/reference/test_kernels.py does this and also compares with float64. This program serves
+ * where there is no Python: cross-compiled, under an emulator.
  *
  *   kernels_test [ISA…]   exit status 0: all passed, and those instruction sets were among the tested ones
  *   kernels_test --time   no test: the time of each kernel on each level, next to the scalar one's */
@@ -42,7 +42,7 @@ void *allocate(size_t n_bytes)
     return data;
 }
 
-/* ---- values ------------------------------------------------------------------------------------------------------- */
+/* ---- values ------------------------------------------------------------------------------------------------------ */
 
 static uint32_t random_bits(void)
 {
@@ -79,7 +79,7 @@ const int factors_of[G4_N_DTYPES][2] = {
     [G4_Q6_K] = {208, 208}, [G4_Q4_K] = {0, 2}, [G4_Q5_K] = {0, 2},
 };
 
-/* Random bytes make every whole number; the factors are about 0.01, or infinities would hide all else. */
+/* Random bytes cover all integers. The factors are about 0.01; otherwise infinities would hide everything else. */
 static void random_block(g4_dtype dtype, uint8_t *block)
 {
     const size_t size = g4_block_bytes(dtype);
@@ -110,7 +110,7 @@ void *random_weights(g4_dtype dtype, int kind, size_t n)
     return weights;
 }
 
-/* ---- rows ----------------------------------------------------------------------------------------------------------- */
+/* ---- rows -------------------------------------------------------------------------------------------------------- */
 
 const char *const row_names[N_ROW_KERNELS] = {
     "sum_squares", "scale_mul",  "scale_mul with a gain",  "add",     "mul",     "axpy",    "gelu", "glu",
@@ -153,7 +153,7 @@ static void check_row(int kernel, int kind, int n)
     free(x), free(y), free(z), free(wanted), free(got);
 }
 
-/* Over the whole range of exp and tanh: every 4099th float there is. */
+/* Covers the whole range of exp and tanh: every 4099th float. */
 static void check_every_size(int kernel)
 {
     enum { N = 1 << 10 };
@@ -181,7 +181,7 @@ static void test_rows(void)
     check_every_size(SOFTCAP);
 }
 
-/* ---- conversions, and the yardsticks --------------------------------------------------------------------------------- */
+/* ---- conversions and yardsticks ---------------------------------------------------------------------------------- */
 
 static void check_widen(g4_dtype dtype, const void *in, int n)
 {
@@ -194,7 +194,7 @@ static void check_widen(g4_dtype dtype, const void *in, int n)
     free(wanted), free(got);
 }
 
-/* Which NaN the scale of a block with a NaN is may differ. */
+/* The NaN payload in the scale of a block with a NaN may differ. */
 static bool same_narrowed(g4_dtype dtype, const uint8_t *got, const uint8_t *wanted, size_t n_bytes)
 {
     const size_t block = g4_block_bytes(dtype);
@@ -253,7 +253,7 @@ static void test_yardsticks(void)
         check(tables[t]->spin_int8(x, &got, 40) == n_operations && got == wanted, tables[t], "spin_int8", "", 0, 0, 40);
         check(tables[t]->spin_f32(sums, 40) > 0 && sums[0] > 0.99f && sums[0] <= 1, tables[t], "spin_f32", "", 0, 0,
               40);
-        static uint16_t tiles[16 * G4_TILE]; /* all sums 0, and as many products as there are */
+        static uint16_t tiles[16 * G4_TILE]; /* all sums are 0; the operation count matches */
         float products[4 * 256];
         if (tables[t]->spin_bf16)
             check(tables[t]->spin_bf16(tiles, products, 3) == 3 * 2.0 * 16 * 32 * 32 * 32 && products[1023] == 0,

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The part of kernels_test about ops/attention/attention.h: whatever the instruction set, exact or fast, z is what float64 makes of the
- * same queries, keys and values, as near as the rounding allows; in one go or in three steps, with one thread or three, it
- * has the same bits. */
+/* The part of kernels_test about ops/attention/attention.h. On every instruction set, exact or fast, z equals float64's
+ * result for the same queries, keys and values within the rounding. At once or in three steps, with one thread or
+ * three, it has the same bits. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,12 +9,12 @@
 #include "ops/attention/attention.h"
 #include "tests/kernels_test.h"
 
-/* A prompt's rows at positions [begin, begin + n_rows) in a ring of slots. */
+/* Rows of a prompt at positions [begin, begin + n_rows) in a ring of slots. */
 typedef struct {
     int n_rows, begin, n_heads, n_kv_heads, head_dim, window, n_slots;
-    int ends;      /* 0: none; n: every row of a block of n sees to the block's end; -n: each row sees n others ahead */
-    bool joined;   /* keys follow from values, but for the pairs that RoPE turns */
-    float softcap; /* of the scores; 0: none */
+    int ends;      /* 0: none; n: rows of a block of n attend up to the block's end; -n: each row attends to n ahead */
+    bool joined;   /* keys derive from values, except the pairs that RoPE rotates */
+    float softcap; /* softcap of the scores; 0: none */
 } shape;
 
 static const shape shapes[] = {{40, 0, 4, 1, 64, 0, 64, 0, false, 0},      {33, 70, 2, 2, 32, 0, 128, 0, false, 0},
@@ -88,7 +88,7 @@ static float *read_head(const g4_attention *a, bool values, int kv_head)
     return rows;
 }
 
-/* How far z may be from float64's: float32's rounding, or that of bf16. A score that is wrong by d makes a weight wrong by
+/* Allowed error of z against float64: float32's rounding, or bf16's. A score that is wrong by d makes a weight wrong by
  * the factor e^d; each of the h products of a score is wrong by 2^-8 at most. */
 static bool row_is_near(const g4_attention *a, int row, int head, const float *keys, const float *values, bool bf16)
 {
@@ -146,7 +146,7 @@ static void exec_free(g4_exec *exec)
     g4_arena_free(exec->arena);
 }
 
-/* z of the run, in a new array: at once, or in steps. */
+/* z of the run in a new array: computed at once, or in steps. */
 static float *attend(const g4_kernels *t, test_run *run, bool fast, bool steps, int n_threads, double *bf16_work)
 {
     g4_error err;
@@ -188,8 +188,8 @@ static void check_attention(const g4_kernels *t, const shape *s, g4_dtype dtype,
     run_free(&run);
 }
 
-/* A value that is not finite reaches the queries that see it and no other, and those that do not see it get the bits of
- * float32: such a run is not rounded. */
+/* A non-finite value reaches only the queries that attend to it. All other queries get the bits of float32: such a run
+ * is not rounded. */
 static void check_infinite_value(const g4_kernels *t, bool steps)
 {
     test_run run = run_new(&shapes[0], G4_F32);
@@ -207,7 +207,8 @@ static void check_infinite_value(const g4_kernels *t, bool steps)
     run_free(&run);
 }
 
-/* An edited pattern may look ahead; rows without any weight are zero; a position that the ring has lost is an error. */
+/* An edited pattern may look ahead. Rows without any weight are zero. A position overwritten in the ring is an
+ * error. */
 static void check_edited_pattern(const g4_kernels *t)
 {
     test_run run = run_new(&shapes[2], G4_BF16);

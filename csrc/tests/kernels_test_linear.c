@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The part of kernels_test about ops/linear.h: whichever method an instruction set, a type and a number of rows lead to,
- * the products are those of x and the weights, as near as that method's rounding allows, whatever the threads. */
+/* The part of kernels_test about ops/linear.h. Whichever method an instruction set, a type and a number of rows select,
+ * the output equals the matmul of x and the weights within that method's rounding, with any number of threads. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,7 +11,7 @@
 
 enum { K = 768, N_JOBS = 4, MOST_ROWS = 70 };
 
-/* Two maps of one x, one of another with few rows, and one of none (an expert that nobody was sent to). */
+/* Two linear layers of one x, one of another x with few rows, and one without rows (an expert with no tokens). */
 typedef struct {
     g4_linear_job jobs[N_JOBS];
     float *x[2], *out[N_JOBS];
@@ -43,8 +43,8 @@ static void jobs_free(map_jobs *t)
         free(t->w[j]), free(t->out[j]);
 }
 
-/* How far a sum may be from the products in float64: float32's roundings; in `fast` x as bytes (half of 1 / 127 of the
- * largest, which is 1 here), or x and weights as bf16 (2^-9 of each product, twice). */
+/* Allowed error of a sum against float64: float32's rounding; in `fast` x as int8 (half of 1 / 127 of the largest,
+ * which is 1 here), or x and weights as bf16 (2^-9 of each product, twice). */
 static bool is_near(const g4_linear_job *job, const float *w, int row, int column, bool fast)
 {
     const float *x = job->x + (size_t)row * job->x_stride;

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The part of kernels_test about products: matmul, in float32 and in whole numbers, attention's sums, panels. */
+/* The part of kernels_test about matmul, in float32 and in integers, attention's sums and panels. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "tests/kernels_test.h"
 
-/* ---- products ------------------------------------------------------------------------------------------------------- */
+/* ---- matmul ------------------------------------------------------------------------------------------------------ */
 
 static _Alignas(64) float matmul_scratch[G4_MATMUL_SCRATCH], int8_scratch[G4_INT8_SCRATCH];
 
@@ -45,7 +45,7 @@ static g4_int8_rows check_quantize(const float *x, int m, int k)
     const g4_int8_rows wanted = int8_rows_new(m, k), got = int8_rows_new(m, k);
     scalar->quantize_rows(x, (size_t)k, 0, m, k, &wanted);
     for (int t = 0; t < n_tables; t++) {
-        for (int i = 0; i < m; i += 3) /* slices as threads take them */
+        for (int i = 0; i < m; i += 3) /* slices as workers take them */
             tables[t]->quantize_rows(x + (size_t)i * (size_t)k, (size_t)k, i, m - i < 3 ? m - i : 3, k, &got);
         check(memcmp(got.q, wanted.q, n) == 0 && same(got.scale, wanted.scale, n / 32) &&
                   same(got.sum16, wanted.sum16, n / 16) && same(got.sum32, wanted.sum32, n / 32),
@@ -70,7 +70,7 @@ static void check_matmul_int8(g4_dtype dtype, int kind, int m, int n, int k)
     int8_rows_free(rows);
 }
 
-/* The largest products of one sign: nothing may saturate, for a few rows or the tile. */
+/* The largest products of one sign: nothing may saturate, neither with few rows nor in the tile. */
 static void check_int8_at_the_ends(g4_dtype dtype, uint8_t fill, float x_value, int m)
 {
     enum { N = 20, K = 512, END_ROWS = 6 };
@@ -110,7 +110,7 @@ void test_products(void)
             check_matmul(dtype, s, block_sizes[s][0], block_sizes[s][1], block_sizes[s][2]);
         for (int s = 0; g4_is_quantised(dtype) && s < 8; s++)
             check_matmul_int8(dtype, s % N_KINDS, int8_sizes[s][0], int8_sizes[s][1], int8_sizes[s][2]);
-        for (int m = 1; g4_block_size(dtype) == 32 && m < 40; m += 19) /* a last stretch of less than 256 */
+        for (int m = 1; g4_block_size(dtype) == 32 && m < 40; m += 19) /* a tail of less than 256 inputs */
             check_matmul_int8(dtype, NORMAL, m, 17, 352);
         static const uint8_t fills[] = {0x00, 0xff, 0x0f, 0xf0, 0x80, 0x7f};
         for (int f = 0; g4_is_quantised(dtype) && f < 6; f++)
@@ -121,7 +121,7 @@ void test_products(void)
     }
 }
 
-/* ---- attention's sums, panels --------------------------------------------------------------------------------------- */
+/* ---- attention's sums and panels --------------------------------------------------------------------------------- */
 
 static void check_weighted_sum(g4_dtype dtype, int kind, int m, int n_keys, int d)
 {
@@ -158,7 +158,7 @@ static void check_panel(int kind, int m, int n, int k, bool add)
     free(w), free(x), free(panel), free(other), free(start), free(wanted), free(got);
 }
 
-/* Products of whole numbers, both sides rounded by the table itself. */
+/* Integer matmul; the table itself rounds both sides. */
 static void panel16_of(const g4_kernels *table, const float *x, const float *w, int m, int n, int k, float *out)
 {
     const g4_rows16 rows = {allocate((size_t)(m * g4_stride16(k)) * 2), allocate((size_t)(m * g4_groups16(k)) * 4),
@@ -187,7 +187,7 @@ static void check_panel16(int kind, int m, int n, int k)
     free(w), free(x), free(wanted), free(got);
 }
 
-/* The bits of scalar's softmax, rounded afterwards. */
+/* The bits of scalar's softmax followed by rounding. */
 static void check_softmax16(int kind, int n)
 {
     const size_t stride = (size_t)g4_stride16(n), groups = (size_t)g4_groups16(n);
@@ -206,9 +206,9 @@ static void check_softmax16(int kind, int n)
     free(x), free(pattern), free(wanted.q), free(wanted.scale), free(got.q), free(got.scale);
 }
 
-/* ---- tiles of bfloat16 --------------------------------------------------------------------------------------------- */
+/* ---- tiles of bfloat16 ------------------------------------------------------------------------------------------- */
 
-/* As the instructions round: subnormal numbers are zero. */
+/* Rounds like the instructions: subnormal numbers become zero. */
 static uint16_t rounded(float x)
 {
     return g4_f32_to_bf16(fabsf(x) < 0x1p-126f ? copysignf(0, x) : x);
@@ -219,7 +219,7 @@ static bool same_bf16(uint16_t a, uint16_t b)
     return a == b || (isnan(g4_bf16_to_f32(a)) && isnan(g4_bf16_to_f32(b)));
 }
 
-/* By pairs of inputs; what is not a row or an input is zero. */
+/* Checks tiles by pairs of inputs; everything outside the rows and inputs is zero. */
 static bool rounds_to_tiles(const float *rows, int n, int k, const uint16_t *tiles)
 {
     bool good = true;
@@ -238,7 +238,7 @@ static g4_tiles tiles_new(int n, int k)
     return (g4_tiles){allocate((size_t)((n + G4_TILE_ROWS - 1) / G4_TILE_ROWS) * stride * 2), stride};
 }
 
-/* Of the products of rounded numbers: k roundings to float32 of partial sums no larger than `size`. */
+/* Allowed error of products of rounded numbers: k roundings to float32 of partial sums no larger than `size`. */
 static bool near_products(const float *x, const float *w, int k, float got)
 {
     double exact = 0, size = 0;
@@ -252,7 +252,7 @@ static bool near_products(const float *x, const float *w, int k, float got)
     return fabs(exact - got) <= size * (k + 3) * 0x1p-24 + (k + 3) * 0x1p-126;
 }
 
-/* The kernels' own bf16 of w, which keeps subnormal numbers, in rows up to a whole tile, `stride` apart. */
+/* The kernels' own bf16 of w, which keeps subnormal numbers, in rows padded to a whole tile, `stride` apart. */
 static uint16_t *narrow_rows(const g4_kernels *t, const float *w, int n, int k, size_t stride)
 {
     uint16_t *row = allocate((size_t)k * 2);
@@ -265,7 +265,7 @@ static uint16_t *narrow_rows(const g4_kernels *t, const float *w, int n, int k, 
     return rows;
 }
 
-/* In one go, or in two, the second of which begins at the sums of the first. */
+/* In one call, or in two, where the second begins at the sums of the first. */
 static void check_tiles(const g4_kernels *t, int kind, int m, int n, int k, bool twice)
 {
     const size_t out_stride = (size_t)n + 3, n_out = (size_t)m * out_stride;
@@ -298,7 +298,7 @@ static void check_tiles(const g4_kernels *t, int kind, int m, int n, int k, bool
     free(w), free(x), free(start), free(got), free(sums), free(xs.data), free(ws);
 }
 
-/* Values [n_keys, d] as tiles; whether all are small enough to be rounded. */
+/* Values [n_keys, d] as tiles. *small: whether all are small enough to be rounded. */
 static g4_tiles tiles_of_rows(const g4_kernels *t, const float *v, int n_keys, int d, bool *small)
 {
     const g4_tiles tiles = tiles_new(d, n_keys);
@@ -311,7 +311,7 @@ static g4_tiles tiles_of_rows(const g4_kernels *t, const float *v, int n_keys, i
     return tiles;
 }
 
-/* Patterns [m, n_keys] times values [n_keys, d], as attention mixes them. */
+/* Patterns [m, n_keys] times values [n_keys, d], as in attention. */
 static void check_by_tiles(const g4_kernels *t, int kind, int m, int n_keys, int d)
 {
     const size_t n_rows = (size_t)(m + 15) / 16 * 16, out_stride = (size_t)d + 16, n_out = n_rows * out_stride;
@@ -335,7 +335,7 @@ static void check_by_tiles(const g4_kernels *t, int kind, int m, int n_keys, int
     free(p), free(v), free(columns), free(got), free(start), free(w), free(values.data);
 }
 
-/* One number that has no bf16 near it, wherever it lies. */
+/* One number that bf16 cannot approximate, at any position. */
 static void check_large_values(const g4_kernels *t)
 {
     static const float large[] = {INFINITY, -INFINITY, NAN, 0x1p127f, -3e38f};
@@ -354,7 +354,7 @@ static void check_large_values(const g4_kernels *t)
     free(v);
 }
 
-/* A row of weights is what widening makes of it, rounded; plain bf16 is itself. */
+/* A row of weights equals the widened row, rounded; plain bf16 is unchanged. */
 static void check_bf16_row(g4_dtype dtype, int kind, int k)
 {
     const int padded = g4_tiles_of(k) * G4_TILE_INPUTS;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* kernels_test --time: each kernel on every level that runs here, next to the scalar one and to the level before. A report
- * to read before and after a change, on a quiet machine; nothing in it can fail. Sizes are those of one task of a model,
- * which lie in the second-level cache. */
+/* kernels_test --time: each kernel on every level that runs here, next to the scalar one and to the level before. The
+ * report is for reading before and after a change, on a quiet machine; it cannot fail. Sizes are those of one task of a
+ * model, which lie in the second-level cache. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,10 +11,10 @@
 
 enum { N = 32, K = 1536, MOST_ROWS = 32, N_KEYS = 256, HEAD = 256, REPEATS = 5 };
 
-/* What a timed kernel computes on. */
+/* The operands of a timed kernel. */
 typedef struct {
     g4_dtype dtype;
-    int m, row; /* rows of x; a row kernel's number */
+    int m, row; /* rows of x; index of a row kernel */
     float *x, *y, *z, *out, *panel;
     void *w;
     g4_int8_rows bytes;
@@ -135,7 +135,7 @@ static double now(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Seconds of one call: the best of some loops, each of at least 0.2 ms. */
+/* Seconds of one call: the best of several loops, each of at least 0.2 ms. */
 static double seconds(timed run, const g4_kernels *t, const operands *o)
 {
     double best = 1e9;
@@ -154,7 +154,7 @@ static double seconds(timed run, const g4_kernels *t, const operands *o)
     return best;
 }
 
-/* One line; `has` is the table slot that tells whether a level has the kernel (NULL: all have). */
+/* Prints one line. `has` tells whether a level's table has the kernel (NULL: all have it). */
 static void report(const char *name, timed run, const operands *o, bool (*has)(const g4_kernels *t))
 {
     double first = 0, before = 0;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The engine without memory: every allocation of every entry fails once. Each time the entry says G4_ENOMEM, leaks nothing,
- * and what the caller had still works. The linker sends the engine's calls of malloc and its kin here (--wrap). */
+/* Out-of-memory tests: every allocation of every entry point fails once. Each time the entry returns G4_ENOMEM and
+ * leaks nothing, and the caller's objects still work. The linker redirects the engine's malloc, calloc etc. here
+ * (--wrap). */
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,14 +12,14 @@
 #include "ops/linear.h"
 #include "tests/csrc_test.h"
 
-#if !defined G4_WRAP_MALLOC || defined __SANITIZE_THREAD__ /* no --wrap; hours of threads that start */
+#if !defined G4_WRAP_MALLOC || defined __SANITIZE_THREAD__ /* no --wrap; hours of thread starts under TSan */
 void test_memory(void)
 {
     printf("allocations that fail: skipped\n");
 }
 #else
 
-/* ---- allocations that fail ------------------------------------------------------------------------------------------ */
+/* ---- allocations that fail --------------------------------------------------------------------------------------- */
 
 void *__real_malloc(size_t n_bytes);
 void *__real_calloc(size_t n, size_t size);
@@ -38,7 +39,7 @@ int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, v
 
 typedef enum { NOTHING, MEMORY, THREAD } failure;
 
-static atomic_long n_live, countdown = -1; /* allocations that are not freed; those before the one that fails */
+static atomic_long n_live, countdown = -1; /* allocations not yet freed; allocations before the one that fails */
 static failure failed;
 
 static bool fails(failure what)
@@ -76,7 +77,8 @@ void __wrap_free(void *data)
     __real_free(data);
 }
 
-/* Scratch between fences, none of it used twice, to see what writes past its end: an arena is one piece to sanitizers. */
+/* Puts scratch between fences and never reuses it, to detect writes past its end. To sanitizers an arena is one
+ * block. */
 enum { FENCE = 1 << 16, MAX_FENCES = 4096 };
 
 static bool watching;
@@ -105,7 +107,7 @@ static int n_broken_fences(void)
     return n;
 }
 
-/* Most of these need no memory of the system's; each fails as if it did. */
+/* Most of these need no memory from the system; each fails as if it did. */
 void *__wrap_g4_arena_alloc(g4_arena *arena, size_t n_bytes)
 {
     if (fails(MEMORY))
@@ -124,7 +126,7 @@ int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes, v
     return fails(THREAD) ? 1 : __real_pthread_create(thread, attributes, start, argument);
 }
 
-/* ---- trying each ----------------------------------------------------------------------------------------------------- */
+/* ---- each allocation in turn ------------------------------------------------------------------------------------- */
 
 enum { N_TOKENS = 37, N_BEFORE = 20, MAX_TAPS = 1024 };
 
@@ -136,7 +138,7 @@ typedef struct {
     float logits[N_TOKENS * VOCAB], expected[N_TOKENS * VOCAB];
     g4_tap taps[MAX_TAPS];
     int n_taps;
-    float *dest; /* where all taps copy to */
+    float *dest; /* destination of all taps */
     const g4_encoder_config *encoder_config;
     g4_encoder *encoder;
     g4_medium medium;
@@ -146,8 +148,8 @@ typedef struct {
 
 typedef g4_status (*attempt_fn)(scene *s, g4_error *err);
 
-/* Attempt after attempt, each with another allocation that fails, until one needs no more of them. A thread that does not
- * start is no error. */
+/* Repeats the attempt, with the next allocation failing each time, until an attempt needs no more allocations. A thread
+ * that does not start is no error. */
 static void each_allocation(const char *name, scene *s, attempt_fn attempt, bool (*intact)(scene *s))
 {
     for (long n = 0;; n++) {
@@ -199,7 +201,7 @@ static g4_sequence *filled_sequence(scene *s, int n)
     return seq;
 }
 
-/* ---- models, sequences and steps ------------------------------------------------------------------------------------ */
+/* ---- models, sequences and steps --------------------------------------------------------------------------------- */
 
 static g4_status live(scene *s, g4_error *err)
 {
@@ -229,7 +231,7 @@ static g4_status prefill(scene *s, g4_error *err)
     return G4_OK;
 }
 
-/* Chunks that were done stay, whole ones only; the rest follows, as if nothing had been. */
+/* Finished chunks stay, complete ones only. The rest continues as if nothing had failed. */
 static g4_status go_on(scene *s, g4_error *err)
 {
     const int done = g4_sequence_length(s->seq) % N_TOKENS;
@@ -271,7 +273,7 @@ static g4_status two_sequences(scene *s, g4_error *err)
     return status;
 }
 
-/* The fork writes where both read; its origin stays as it is. */
+/* The fork writes where both read; its origin does not change. */
 static g4_status fork_and_write(scene *s, g4_error *err)
 {
     g4_sequence *fork = NULL;
@@ -287,7 +289,7 @@ static bool length_is_unchanged(scene *s)
     return g4_sequence_length(s->seq) == N_BEFORE;
 }
 
-/* ---- sites ------------------------------------------------------------------------------------------------------------ */
+/* ---- sites ------------------------------------------------------------------------------------------------------- */
 
 static g4_status touch(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err)
 {
@@ -295,10 +297,10 @@ static g4_status touch(void *context, void *data, const int64_t *shape, int n_di
     return G4_OK;
 }
 
-/* Keys that do not derive from their values any more, so that whole ones must be kept. */
+/* Keys no longer derive from their values, so complete keys must be kept. */
 static g4_status change_first(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err)
 {
-    const int last_pair = (int)shape[n_dims - 1] / 2 - 1; /* which RoPE leaves alone */
+    const int last_pair = (int)shape[n_dims - 1] / 2 - 1; /* which RoPE does not rotate */
     ((float *)data)[last_pair] += 1;
     return touch(context, data, shape, n_dims, err);
 }
@@ -311,7 +313,7 @@ static int64_t volume(const int64_t *shape, int n_dims)
     return n;
 }
 
-/* A tap on every site, all of which copy to one place, or change nothing. */
+/* A tap on every site. All copy to one place, or change nothing. */
 static void tap_all(scene *s, bool edits)
 {
     int64_t most = 0, shape[G4_MAX_DIMS];
@@ -354,7 +356,7 @@ static g4_status edit_keys(scene *s, g4_error *err)
     return forward(s, s->seq, 0, N_TOKENS, 16, err);
 }
 
-/* ---- saving and restoring -------------------------------------------------------------------------------------------- */
+/* ---- saving and restoring ---------------------------------------------------------------------------------------- */
 
 typedef struct {
     float *k, *v;
@@ -408,7 +410,7 @@ static void test_saving(scene *s)
     each_allocation("restore", s, restore, NULL);
     free_layers();
     g4_sequence_free(s->seq);
-    const int global = 2; /* of the fixture: its values are its keys */
+    const int global = 2; /* in the fixture; its values are its keys */
     s->taps[0] = (g4_tap){.kind = G4_TAP_CALL, .site = G4_SITE_ROT_K, .layer = global, .call = change_first};
     s->n_taps = 1;
     s->seq = new_sequence(s);
@@ -441,7 +443,7 @@ static void test_steps(scene *s)
     test_saving(s);
 }
 
-/* ---- operations on other types than the fixture's --------------------------------------------------------------------- */
+/* ---- operations on types that the fixture lacks ------------------------------------------------------------------ */
 
 static g4_exec exec_of(const scene *s, const g4_kernels *kernels, g4_error *err)
 {
@@ -515,7 +517,7 @@ static void test_operations(scene *s)
     }
 }
 
-/* ---- encoders ---------------------------------------------------------------------------------------------------------- */
+/* ---- encoders ---------------------------------------------------------------------------------------------------- */
 
 static g4_status new_encoder(scene *s, g4_error *err)
 {
@@ -611,7 +613,7 @@ static void test_encoders(scene *s)
         test_encoder(s, &configs[i]);
 }
 
-/* Rows that want logits lie far apart after pruning: their scores need room for all positions, in sliding layers, too. */
+/* Rows with logits lie far apart after pruning: their scores need room for all positions, even in sliding layers. */
 static void test_far_apart_rows(scene *s)
 {
     enum { N = 300, STEP = 11, N_ROWS = (N + STEP - 1) / STEP };
@@ -619,7 +621,7 @@ static void test_far_apart_rows(scene *s)
     static float logits[N_ROWS * VOCAB];
     const g4_step_options options = {.stop_at_layer = -1};
     g4_error err = {0};
-    g4_model *model = new_model(s->f, 1); /* a fence follows the one worker's scratch */
+    g4_model *model = new_model(s->f, 1); /* a fence follows the scratch of the only worker */
     g4_run run = {.seq = new_sequence_of(model), .n_rows = N, .tokens = ids, .logits_rows = rows, .n_logits = N_ROWS};
     run.logits = logits;
     for (int i = 0; i < N_ROWS; i++)
@@ -633,14 +635,13 @@ static void test_far_apart_rows(scene *s)
     g4_model_free(model);
 }
 
-/* ---- all ----------------------------------------------------------------------------------------------------------------- */
+/* ---- all --------------------------------------------------------------------------------------------------------- */
 
 void test_memory(void)
 {
     static scene s;
     static fixture f;
-    if (getenv(
-            "GEMMA4_ISA")) { /* which changes arithmetic: another emulated level would take minutes to say the same */
+    if (getenv("GEMMA4_ISA")) { /* changes only arithmetic: minutes for the same result */
         printf("allocations that fail: skipped\n");
         return;
     }
@@ -660,7 +661,7 @@ void test_memory(void)
         test_steps(&s);
         test_encoders(&s);
         test_far_apart_rows(&s);
-        s.seq = filled_sequence(&s, N_TOKENS); /* the model is as good as new */
+        s.seq = filled_sequence(&s, N_TOKENS); /* the model still works */
         CHECK(same_logits(&s, 0, N_TOKENS));
         g4_sequence_free(s.seq);
         g4_model_free(s.model);

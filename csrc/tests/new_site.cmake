@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# An engine with sites that were added by the steps of docs/internals.md ("To add a site"), for new_site_test.c: a row of
-# sites.inc and an announcement each, some of which say the wrong thing.
+# An engine with sites added by the steps of docs/internals.md ("To add a site"), for new_site_test.c. Each site is a
+# row of sites.inc and an announcement; some of them are wrong.
 set(NEW_SITE ${CMAKE_BINARY_DIR}/new_site)
 set(NEW_SITE_FROM csrc/gemma4.h csrc/model/sites.inc csrc/model/text/text.c)
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${NEW_SITE_FROM})
@@ -9,7 +9,7 @@ foreach(file ${NEW_SITE_FROM})
   configure_file(${file} ${NEW_SITE}/${name} COPYONLY)
 endforeach()
 
-function(add_after file line text) # fails where the line is no longer there
+function(add_after file line text) # fails if the line no longer exists
   file(READ ${NEW_SITE}/${file} old)
   string(REPLACE "${line}" "${line}${text}" new "${old}")
   if(new STREQUAL old)

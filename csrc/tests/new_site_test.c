@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Sites added by the documented steps (new_site.cmake): one that is honest about pruning is complete and costs what its row
- * says; one whose row says the wrong side of pruning fails the pass that looks at it. Exit status 0: all passed. */
+/* Sites added by the documented steps (new_site.cmake). One declares pruning correctly: it is complete and costs what
+ * its row says. One declares the wrong side of pruning: it fails the pass that reads it. Exit status 0: all passed. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,7 +12,7 @@ atomic_int n_checks, n_failed;
 
 static int32_t tokens[N_TOKENS];
 
-/* Rows that pass o_proj in all layers, of a prompt whose last row alone has logits. */
+/* Rows that pass o_proj in all layers, for a prompt with logits of its last row only. */
 static double rows_computed(g4_model *model, const g4_tap *taps, int n_taps, g4_status *status, g4_error *err)
 {
     static float logits[VOCAB];
@@ -37,7 +37,7 @@ static double rows_for(g4_model *model, const g4_tap *tap)
     return rows;
 }
 
-/* A capture of all rows holds what the site beside it holds. */
+/* A capture of all rows holds the same as the site `beside`. */
 static void check_complete(g4_model *model, g4_site site, g4_site beside)
 {
     static float got[N_TOKENS * D], expected[N_TOKENS * D];
@@ -78,7 +78,7 @@ static void check_lie(g4_model *model, g4_site site, const char *said)
     rows_computed(model, &tap, 1, &status, &err);
     CHECK(status == G4_ESTATE && strstr(err.message, g4_site_row_of(site)->name + strlen("blocks.{}.")) &&
           strstr(err.message, said));
-    tap.layer = 1; /* nothing is pruned there */
+    tap.layer = 1; /* this layer prunes nothing */
     rows_for(model, &tap);
 }
 

@@ -15,8 +15,8 @@ static void count_task(void *context, int task, int worker)
     atomic_fetch_add(&((atomic_int *)context)[task], 1);
 }
 
-/* A pool freed in the moment after its run, while its threads are still on their way to sleep, or have not even seen
- * that there was a run. Every task of every run is done once; TSan reads the rest. */
+/* A pool freed right after its run, while its threads are still going to sleep or have not yet seen the run. Every task
+ * of every run is done once; TSan checks the rest. */
 static void test_pool_freed_after_run(void)
 {
     for (int n_threads = 1; n_threads <= 5; n_threads++) {
@@ -34,12 +34,12 @@ static void test_pool_freed_after_run(void)
     }
 }
 
-#ifndef __SANITIZE_THREAD__ /* which starts no threads in a fork's child */
+#ifndef __SANITIZE_THREAD__ /* TSan starts no threads in a forked child */
 enum { N_CALLERS = 4 };
 
 typedef struct {
     g4_pool *pool;
-    atomic_int *n_ready; /* all of them begin together */
+    atomic_int *n_ready; /* all threads begin together */
     atomic_int done[N_TASKS];
 } caller;
 
@@ -83,7 +83,7 @@ static void test_pool_after_fork(void)
         const pid_t child = fork();
         int status = -1;
         if (child == 0) {
-            alarm(20); /* a child that hangs has failed */
+            alarm(20); /* a child that hangs counts as failed */
             _exit(run_in_child(pool) ? 0 : 1);
         }
         CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Taps: every kind of edit against a plain computation, which a G4_TAP_CALL carries out element by element on whole runs.
- * The engine must give the same bits in chunks, with pruned rows and in sequences that go on, and refuse what is no edit. */
+/* Taps: every kind of edit against a plain computation, which a G4_TAP_CALL does element by element on whole runs. The
+ * engine must give the same bits in chunks, with pruned rows and in continued sequences, and refuse invalid edits. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,16 +15,16 @@ enum { N_EDITS = 5, N_VARIANTS = 4 * N_EDITS };
 static int32_t tokens[N_TOKENS], all_rows[N_TOKENS];
 static float values[N_VALUES];
 
-/* ---- the plain computation ------------------------------------------------------------------------------------------ */
+/* ---- the plain computation --------------------------------------------------------------------------------------- */
 
 typedef struct {
     const g4_tap *tap;
-    bool (*sees)(const void *context, int row, int key); /* of scores and patterns */
+    bool (*sees)(const void *context, int row, int key); /* for scores and patterns */
     const void *context;
     int n_calls;
 } plain;
 
-/* The value of the element at idx, or NULL where the edit leaves it alone. */
+/* The new value of the element at idx, or NULL if the edit does not change it. */
 static const float *value_of(const plain *p, const int64_t *idx, int n_dims)
 {
     static const float none = 0;
@@ -51,7 +51,7 @@ static const float *value_of(const plain *p, const int64_t *idx, int n_dims)
     return e->values ? &e->values[at] : &none;
 }
 
-/* The vector along the last axis through idx. */
+/* The plain edit of the vector along the last axis through idx. */
 static void plain_vector(const plain *p, float *x, int64_t *idx, const int64_t *shape, int n_dims)
 {
     const g4_edit *e = &p->tap->edit;
@@ -97,12 +97,12 @@ static g4_status plain_edit(void *context, void *data, const int64_t *shape, int
     return G4_OK;
 }
 
-/* ---- edits to try --------------------------------------------------------------------------------------------------- */
+/* ---- edits to try ------------------------------------------------------------------------------------------------ */
 
 static int32_t chosen[1 << 10];
 
-/* One of N_VARIANTS edits of a site: of each kind; all rows with one vector along the last axis, or every third row with
- * values of its own; of all of the other axes, or an inner part. */
+/* One of N_VARIANTS edits of a site. All kinds; all rows with one vector along the last axis, or every third row with
+ * its own values; the whole of the other axes, or an inner part. */
 static g4_tap make_tap(g4_site site, int layer, int variant, const int64_t *shape, int n_dims)
 {
     const bool by_row = variant / N_EDITS % 2, inside = variant / N_EDITS / 2;
@@ -136,7 +136,7 @@ static g4_tap make_tap(g4_site site, int layer, int variant, const int64_t *shap
     return tap;
 }
 
-/* ---- the text model ------------------------------------------------------------------------------------------------- */
+/* ---- the text model ---------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const g4_config *config;
@@ -150,7 +150,7 @@ static bool sees_position(const void *context, int row, int key)
     return key <= position && (!window || position - key < window);
 }
 
-/* The prompt's tokens from `prefix` on, after those before it. n_logits: of the last rows. */
+/* Runs the prompt's tokens from `prefix` on, after the tokens before it. Logits are of the last n_logits rows. */
 static g4_status run_text(g4_model *model, int prefix, const g4_tap *taps, int n_taps, int chunk, int n_logits,
                           float *logits, g4_error *err)
 {
@@ -177,7 +177,7 @@ static bool same(const float *a, const float *b, size_t n)
     return memcmp(a, b, n * sizeof *a) == 0;
 }
 
-/* Whether the edit changed the logits; they are the same in chunks, and where only the last row is kept. */
+/* Whether the edit changed the logits. They must be the same in chunks, and with only the last row kept. */
 static bool check_text_edit(g4_model *model, g4_tap tap, int prefix, const float *unedited)
 {
     static float expected[N_TOKENS * VOCAB], got[N_TOKENS * VOCAB];
@@ -194,7 +194,8 @@ static bool check_text_edit(g4_model *model, g4_tap tap, int prefix, const float
     return !same(expected, unedited, (size_t)n * VOCAB);
 }
 
-/* Layers 1 and 4 slide over 5 positions, 2 and 5 are global; 3 is the last that computes keys, where rows are pruned. */
+/* Layers 1 and 4 slide over 5 positions; 2 and 5 are global. 3 is the last layer that computes keys, and it prunes
+ * rows. */
 static void test_text_edits(g4_model *model)
 {
     static const struct {
@@ -215,7 +216,8 @@ static void test_text_edits(g4_model *model)
         for (size_t s = 0; s < sizeof sites / sizeof *sites; s++) {
             const int n_dims = g4_site_shape(g4_model_config(model), sites[s].site, sites[s].layer, N_TOKENS - prefix,
                                              N_TOKENS, shape);
-            int n_changed = 0; /* not all: values may lie between the clamp's bounds, a pattern of one key stays 1 */
+            int n_changed =
+                0; /* not all change: values may lie between the clamp's bounds, and a pattern of one key stays 1 */
             for (int i = 0; i < N_VARIANTS; i++)
                 n_changed +=
                     check_text_edit(model, make_tap(sites[s].site, sites[s].layer, i, shape, n_dims), prefix, unedited);
@@ -224,7 +226,7 @@ static void test_text_edits(g4_model *model)
     }
 }
 
-/* Copies between edits of one site show each what the ones before it made. */
+/* Copies between edits of one site each show the result of the edits before them. */
 static void test_order(g4_model *model)
 {
     static float before[N_TOKENS * D], added[N_TOKENS * D], scaled[N_TOKENS * D], logits[VOCAB];
@@ -244,7 +246,7 @@ static void test_order(g4_model *model)
     CHECK(right);
 }
 
-/* What one run copied is set in another of the same length: from there on both are equal. */
+/* A copy from one run is set in another run of the same length; from there on both are equal. */
 static void test_patch_from_a_copy(g4_model *model)
 {
     static float kept[4 * D], clean[N_TOKENS * VOCAB], patched[N_TOKENS * VOCAB], stream[N_TOKENS * D];
@@ -264,7 +266,7 @@ static void test_patch_from_a_copy(g4_model *model)
     CHECK(same(stream + at * D, kept, 4 * D));
 }
 
-/* Edits neither keep rows that no output needs nor chunks together, as calls do. */
+/* Unlike calls, edits neither keep rows that no output needs nor hold chunks together. */
 static void test_cost_of_edits(g4_model *model)
 {
     static float logits[VOCAB];
@@ -290,7 +292,7 @@ static void test_cost_of_edits(g4_model *model)
     CHECK(cost[2].work > cost[0].work && cost[2].calls < cost[0].calls);
 }
 
-/* ---- refusals ------------------------------------------------------------------------------------------------------- */
+/* ---- refusals ---------------------------------------------------------------------------------------------------- */
 
 static bool refused(g4_model *model, const g4_tap *tap, const char *reason)
 {
@@ -361,7 +363,7 @@ static void test_refusals(g4_model *model)
     CHECK(refused(model, &tap, "has none"));
 }
 
-/* ---- encoders ------------------------------------------------------------------------------------------------------- */
+/* ---- encoders ---------------------------------------------------------------------------------------------------- */
 
 enum { N_MEDIA = 2, ROWS_OF_IMAGE = 16, FRAMES = 21, MOST_SOFT = FRAMES };
 
@@ -404,7 +406,7 @@ static bool sees_band(const void *context, int row, int key)
     return key == row || (row - key < c->context_left - 1 && key - row < c->context_right);
 }
 
-/* Whether the edit changed the soft tokens of its medium; those of the other are as they were. */
+/* Whether the edit changed the soft tokens of its medium. Those of the other medium must not change. */
 static bool check_encoder_edit(const g4_encoder *encoder, g4_tap tap, const media_set *unedited)
 {
     static media_set expected, got;
@@ -423,7 +425,7 @@ static bool check_encoder_edit(const g4_encoder *encoder, g4_tap tap, const medi
     return !same(expected.soft[tap.run], unedited->soft[tap.run], n);
 }
 
-/* Every site that the encoder has, now on one medium, now on the other. */
+/* Every site of the encoder, on one medium and then on the other. */
 static void test_encoder_edits(g4_model *model, g4_encoder_kind kind)
 {
     static media_set unedited;
@@ -448,7 +450,7 @@ static void test_encoder_edits(g4_model *model, g4_encoder_kind kind)
     g4_encoder_free(encoder);
 }
 
-/* Chosen rows of a copy, in another order. */
+/* Selected rows of a copy, in another order. */
 static void test_encoder_copies(g4_model *model)
 {
     static media_set m;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* For tests alone (GEMMA4_SIMDE): found before the compiler's own header, it makes the intrinsics of AVX-512 and of VNNI out
- * of AVX2's, so that those kernels run on processors without them. Most come from SIMDe; what its 0.7.4 lacks is here. */
+/* For tests only (GEMMA4_SIMDE). Found before the compiler's own header, it implements the intrinsics of AVX-512 and
+ * VNNI with AVX2's, so that those kernels run on processors without them. Most come from SIMDe; the rest, which its
+ * 0.7.4 lacks, is here. */
 #ifndef GEMMA4_TESTS_IMMINTRIN_H
 #define GEMMA4_TESTS_IMMINTRIN_H
 #include_next <immintrin.h>
@@ -72,7 +73,7 @@ static inline __m512i g4_cvtepu16_epi32(__m256i a)
                    _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1)));
 }
 
-/* The low 16 bits of each. */
+/* Keeps the low 16 bits of each element. */
 static inline __m256i g4_cvtepi32_epi16(__m512i a)
 {
     const __m256i low = _mm256_set1_epi32(0xffff), lo = g4_split(a).lo, hi = g4_split(a).hi;
@@ -92,7 +93,7 @@ static inline __m512 g4_cvtph_ps(__m256i a)
 #define _mm512_cvtepi32_epi16 g4_cvtepi32_epi16
 #define _mm512_cvtph_ps g4_cvtph_ps
 #define _mm512_extractf32x8_ps g4_half
-#undef _mm512_roundscale_ps /* SIMDe's takes an argument of two flags, `a | b`, apart */
+#undef _mm512_roundscale_ps /* SIMDe's splits an argument of two flags, `a | b` */
 #define _mm512_roundscale_ps(a, rounding) \
     g4_join_ps(_mm256_round_ps(g4_half(a, 0), (rounding)), _mm256_round_ps(g4_half(a, 1), (rounding)))
 #define _mm512_cvtps_ph(a, rounding) \
@@ -106,7 +107,7 @@ static inline __m512 g4_cvtph_ps(__m256i a)
 #define _mm256_dpbusd_epi32 simde_mm256_dpbusd_epi32
 #define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
 
-/* ---- bfloat16 and tiles ---------------------------------------------------------------------------------------------- */
+/* ---- bfloat16 and tiles ------------------------------------------------------------------------------------------ */
 
 static inline float g4_no_subnormal(float x)
 {
@@ -182,7 +183,7 @@ static inline void g4_mask_storeu_ps(float *p, __mmask16 mask, __m512 a)
             p[i] = values[i];
 }
 
-/* 8 tiles of each thread. One that was not configured has no rows, so that nothing comes of it. */
+/* 8 tiles per thread. An unconfigured tile has no rows, so it has no effect. */
 typedef struct {
     uint8_t tile[8][16][64];
     int rows[8], row_bytes[8];
@@ -223,7 +224,7 @@ static inline void g4_tile_stored(int t, void *p, size_t stride)
         memcpy((char *)p + (size_t)r * stride, g4_tile_registers.tile[t][r], (size_t)g4_tile_registers.row_bytes[t]);
 }
 
-/* Even and odd inputs are summed apart, and then added to what there was. */
+/* Even and odd inputs are summed separately, then added to the previous sum. */
 static inline void g4_tile_dpbf16ps(int to, int a, int b)
 {
     g4_tile_state *s = &g4_tile_registers;
