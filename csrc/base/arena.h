@@ -16,6 +16,6 @@ void g4_arena_free(g4_arena *arena);
 void *g4_arena_alloc(g4_arena *arena, size_t n_bytes); /* 64-byte aligned, not zeroed; NULL: out of memory */
 g4_arena_mark g4_arena_save(const g4_arena *arena);
 void g4_arena_restore(g4_arena *arena, g4_arena_mark mark);
-void g4_arena_trim(g4_arena *arena, size_t keep_bytes); /* give back what an unusually large step needed */
+void g4_arena_trim(g4_arena *arena, size_t keep_bytes); /* rewinds, and frees blocks beyond keep_bytes */
 
 #endif

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Reference-counted bytes, 64-byte aligned. Whoever wants to write asks first whether the buffer is its own. */
+/* Reference-counted bytes, 64-byte aligned. Writers first check g4_buffer_is_unique. */
 #ifndef GEMMA4_BASE_BUFFER_H
 #define GEMMA4_BASE_BUFFER_H
 

@@ -37,7 +37,7 @@ g4_isa g4_isa_parse(const char *name)
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-/* XCR0: which register files the operating system saves on a context switch. */
+/* XCR0: the register files that the operating system saves on a context switch. */
 static unsigned long long enabled_state(void)
 {
     unsigned eax, edx;
@@ -45,7 +45,7 @@ static unsigned long long enabled_state(void)
     return ((unsigned long long)edx << 32) | eax;
 }
 
-/* Tiles are 8 KB more to save of a thread: Linux (5.16 and later) has a process ask for them. */
+/* AMX tiles add 8 KB to a thread's saved state. Linux (5.16 and later) requires a process to request them. */
 static bool tiles_permitted(void)
 {
 #if defined(__linux__)
@@ -72,7 +72,7 @@ bool g4_cpu_has(g4_isa isa)
     unsigned eax, ebx, ecx, edx, more_eax, unused;
     if (isa == G4_ISA_SCALAR)
         return true;
-#ifdef G4_EMULATED_AVX512 /* tests alone: those units are compiled to instructions of AVX2 (GEMMA4_SIMDE) */
+#ifdef G4_EMULATED_AVX512 /* tests only: these levels are compiled to AVX2 instructions (GEMMA4_SIMDE) */
     if (isa > G4_ISA_AVX2 && isa <= G4_ISA_AMX)
         return g4_cpu_has(G4_ISA_AVX2);
 #endif

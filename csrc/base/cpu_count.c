@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* How many threads to start by default: physical cores of the affinity mask, at most the cgroups' CPU quota. */
+/* Default number of threads: physical cores of the affinity mask, at most the cgroups' CPU quota. */
 #include <limits.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -19,7 +19,7 @@ static FILE *open_under(const char *root, const char *path)
     return n > 0 && (size_t)n < sizeof name ? fopen(name, "r") : NULL;
 }
 
-/* ---- cores ---------------------------------------------------------------------------------------------------------- */
+/* ---- cores ------------------------------------------------------------------------------------------------------- */
 
 static bool is_allowed(const int *cpus, int n, long cpu)
 {
@@ -29,7 +29,7 @@ static bool is_allowed(const int *cpus, int n, long cpu)
     return i < n;
 }
 
-/* Whether `siblings`, a list like "0,4" or "0-1", names an allowed CPU before `cpu`: then that one counts for the core. */
+/* Whether `siblings`, a list like "0,4" or "0-1", names an allowed CPU before `cpu`. That CPU then counts for the core. */
 static bool has_earlier_sibling(const char *siblings, const int *cpus, int n, int cpu)
 {
     for (char *end; *siblings; siblings = end) {
@@ -62,13 +62,13 @@ int g4_cpu_cores(const char *root, const int *cpus, int n)
     return n_cores;
 }
 
-/* ---- quota ---------------------------------------------------------------------------------------------------------- */
+/* ---- quota ------------------------------------------------------------------------------------------------------- */
 
-/* A cgroup hierarchy with CPU limits: version 2's only one, or that of version 1's controller "cpu". */
+/* A cgroup hierarchy with CPU limits: the only one of version 2, or that of version 1's controller "cpu". */
 typedef struct {
     bool v2;
-    char mount[PATH_MAX]; /* where it is mounted … */
-    char root[PATH_MAX];  /* … and which of its groups that is */
+    char mount[PATH_MAX]; /* mount point */
+    char root[PATH_MAX];  /* path of the cgroup mounted there */
 } hierarchy;
 
 static bool has_item(const char *list, const char *item)
@@ -92,7 +92,7 @@ static void unescape(char *text)
     *to = '\0';
 }
 
-/* A line of mountinfo: id, parent, device, root, mount point, options, optional fields, "-", type, source, options. */
+/* Line of mountinfo: id, parent, device, root, mount point, options, optional fields, "-", type, source, options. */
 static bool parse_mount(char *line, hierarchy *h)
 {
     char *fields[5], *rest = line, *tail = strstr(line, " - ");
@@ -129,7 +129,7 @@ static bool find_mount(const char *root, hierarchy *h)
     return found;
 }
 
-/* A number from a file of one group; -1 for "max", for anything that is none, and where there is no file. */
+/* Reads a number from a file of one cgroup. -1: "max", not a number, or no such file. */
 static long long read_number(const char *group, const char *name, long long *second)
 {
     long long first = -1;
@@ -142,7 +142,7 @@ static long long read_number(const char *group, const char *name, long long *sec
     return first;
 }
 
-/* CPUs' worth of time that one group grants, rounded up; 0: it sets no limit. */
+/* CPU time that one cgroup grants, in CPUs, rounded up; 0: no limit. */
 static long long quota_of(const char *group, bool v2)
 {
     long long period = -1, quota;
@@ -160,7 +160,7 @@ static long long tighter(long long a, long long b)
     return !a || (b && b < a) ? b : a;
 }
 
-/* The tightest limit of the group at `path` and of those above it, as far as they can be seen from here. */
+/* The tightest limit of the cgroup at `path` and of its ancestors that are visible in the mount. */
 static long long quota_in(const char *root, const hierarchy *h, const char *path)
 {
     char group[PATH_MAX];
@@ -178,7 +178,7 @@ static long long quota_in(const char *root, const hierarchy *h, const char *path
     return least;
 }
 
-/* A line of /proc/self/cgroup: id, controllers, path, with colons between. Version 2 is "0::path". */
+/* Line of /proc/self/cgroup: "id:controllers:path". Version 2 is "0::path". */
 static long long quota_of_line(const char *root, char *line)
 {
     hierarchy h = {0};
@@ -206,12 +206,12 @@ int g4_cpu_quota(const char *root)
     return least < INT_MAX ? (int)least : INT_MAX;
 }
 
-/* ---- both ----------------------------------------------------------------------------------------------------------- */
+/* ---- both -------------------------------------------------------------------------------------------------------- */
 
-/* The CPUs of the affinity mask, for the caller to free; NULL where the system does not say. */
+/* The CPUs of the affinity mask; the caller frees the array. NULL: unknown. */
 static int *allowed_cpus(int *n)
 {
-    for (int size = CPU_SETSIZE; size <= 64 * CPU_SETSIZE; size *= 2) { /* the kernel's mask may be the larger */
+    for (int size = CPU_SETSIZE; size <= 64 * CPU_SETSIZE; size *= 2) { /* the kernel's mask may be larger */
         cpu_set_t *set = CPU_ALLOC((size_t)size);
         const size_t n_bytes = CPU_ALLOC_SIZE((size_t)size);
         const bool fits = set && sched_getaffinity(0, n_bytes, set) == 0;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Element types of weights and caches, and their scalar conversions: the reference that every kernel agrees with.
+/* Element types of weights and caches, and their scalar conversions: the reference for every kernel.
  *
- * The quantised types are GGUF's, under its names: a row is a whole number of blocks, each with its own scales. Their
- * layouts are in kernels/formats.h. */
+ * The quantised types are GGUF's, under its names. A row's length is a multiple of the block size; each block has its
+ * own scales. Layouts: kernels/formats.h. */
 #ifndef GEMMA4_BASE_DTYPE_H
 #define GEMMA4_BASE_DTYPE_H
 
@@ -42,26 +42,26 @@ static inline bool g4_is_quantised(g4_dtype dtype)
     return dtype > G4_BF16;
 }
 
-/* Values that share a block, 1 for the plain types, and its bytes. */
+/* Values in a block (1 for the plain types), and bytes of a block. */
 size_t g4_block_size(g4_dtype dtype);
 size_t g4_block_bytes(g4_dtype dtype);
 
-/* Bytes of n values, a whole number of blocks. */
+/* Bytes of n values; n is a multiple of the block size. */
 static inline size_t g4_dtype_bytes(g4_dtype dtype, size_t n)
 {
     return n / g4_block_size(dtype) * g4_block_bytes(dtype);
 }
 
-/* What an address of such data must be a multiple of: blocks are packed, and read byte by byte. */
+/* Required alignment of data. Quantised blocks are packed, and read byte by byte. */
 static inline size_t g4_dtype_alignment(g4_dtype dtype)
 {
     return dtype == G4_F32 ? 4 : g4_is_quantised(dtype) ? 1 : 2;
 }
 
-/* The names that safetensors and GGUF use. */
+/* Names as in safetensors and GGUF. */
 const char *g4_dtype_name(g4_dtype dtype);
 
-/* G4_N_DTYPES if there is none of that name. */
+/* G4_N_DTYPES if no type has that name. */
 g4_dtype g4_dtype_parse(const char *name);
 
 static inline float g4_f32_from_bits(uint32_t bits)
@@ -83,7 +83,7 @@ static inline float g4_bf16_to_f32(uint16_t x)
     return g4_f32_from_bits((uint32_t)x << 16);
 }
 
-/* Round to nearest even; a NaN stays a (quiet) NaN. */
+/* Rounds to nearest even; a NaN stays a (quiet) NaN. */
 static inline uint16_t g4_f32_to_bf16(float x)
 {
     uint32_t bits = g4_f32_bits(x);
@@ -94,7 +94,7 @@ static inline uint16_t g4_f32_to_bf16(float x)
 
 float g4_f16_to_f32(uint16_t x);
 
-/* Round to nearest even; what is too large becomes infinite, a NaN stays a (quiet) NaN. */
+/* Rounds to nearest even; overflow becomes infinity, a NaN stays a (quiet) NaN. */
 uint16_t g4_f32_to_f16(float x);
 
 #endif

@@ -9,7 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-/* A link of a list that only grows: the handler walks it without a lock. Links of freed guards are used again. */
+/* Node of a list that only grows: the handler walks it without a lock. Nodes of freed guards are reused. */
 struct g4_guard {
     atomic_bool taken;
     atomic_bool torn;
@@ -19,8 +19,8 @@ struct g4_guard {
 
 static _Atomic(g4_guard *) guards;
 static struct sigaction previous;
-static atomic_bool stepped_aside; /* the previous handler has had its turn since the last g4_guard_arm */
-static uintptr_t page_size;       /* asked for before the handler can run: sysconf is not for handlers */
+static atomic_bool stepped_aside; /* the previous handler was restored since the last g4_guard_arm */
+static uintptr_t page_size;       /* set before the handler can run: handlers must not call sysconf */
 
 static g4_guard *find(uintptr_t at)
 {
@@ -30,19 +30,19 @@ static g4_guard *find(uintptr_t at)
     return NULL;
 }
 
-/* ---- the handler ------------------------------------------------------------------------------------------------------ */
+/* ---- the handler ------------------------------------------------------------------------------------------------- */
 
-/* Zeros from the page at `at` to the end of the range: what lies behind a page that is gone is gone, too. One mapping for
- * all of it, so that a large file does not use up the process's mappings. mmap is a plain system call here. */
+/* Maps zeros from the page at `at` to the end of the range: if a page is gone, all pages after it are gone, too. One
+ * mapping covers them, so a large file does not use up the process's mappings. mmap is a plain system call here. */
 static bool patch(g4_guard *guard, uintptr_t at)
 {
     const uintptr_t page = at / page_size * page_size, end = atomic_load(&guard->end);
-    atomic_store(&guard->torn, true); /* before anybody can read a zero */
+    atomic_store(&guard->torn, true); /* before any thread can read a zero */
     return mmap((void *)page, end - page, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED;
 }
 
-/* Lets the previous handler have the signal: with it in place the instruction faults again, or the signal is sent again.
- * Back here a second time, that handler has passed it on, and the system's own action is next. */
+/* Restores the previous handler: the instruction then faults again, or the signal is raised again. A second call means
+ * that the previous handler passed the signal on. The system's default action follows. */
 static void step_aside(int number, bool sent)
 {
     struct sigaction standard = {.sa_handler = SIG_DFL};
@@ -55,7 +55,7 @@ static void step_aside(int number, bool sent)
 static void on_sigbus(int number, siginfo_t *info, void *context)
 {
     const int saved = errno;
-    const bool sent = info->si_code <= 0; /* by kill() and its like: there is no address */
+    const bool sent = info->si_code <= 0; /* by kill() or similar: no fault address */
     g4_guard *guard = sent ? NULL : find((uintptr_t)info->si_addr);
     (void)context;
     if (!guard || !patch(guard, (uintptr_t)info->si_addr))
@@ -76,7 +76,7 @@ void g4_guard_arm(void)
     sigaction(SIGBUS, &ours, NULL);
 }
 
-/* ---- guards ----------------------------------------------------------------------------------------------------------- */
+/* ---- guards ------------------------------------------------------------------------------------------------------ */
 
 static g4_guard *take(void)
 {

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Maps of files that may shrink. A file that gets shorter takes the pages beyond its new end away from every map of it,
- * and reading one raises SIGBUS. Reads of a guarded range find zeros there instead, and the range is torn from then on:
- * whoever has read it asks g4_guards_check before anything is made of the numbers.
+/* Mappings of files that may shrink. When a file shrinks, every mapping of it loses the pages beyond its new end.
+ * Reading such a page raises SIGBUS. In a guarded range the handler maps zeros there instead and marks the range as
+ * torn. Readers call g4_guards_check before they use the numbers.
  *
- * The signal's handler is the process's: faults elsewhere, and signals that somebody sends, go to the handler that was
- * there before. Guards may be made, checked and freed by any thread.
+ * The signal handler belongs to the process: faults elsewhere, and signals that are sent, go to the previous handler.
+ * Any thread may make, check and free guards.
  */
 #ifndef GEMMA4_BASE_GUARD_H
 #define GEMMA4_BASE_GUARD_H
@@ -20,10 +20,10 @@ g4_guard *g4_guard_new(const void *map, size_t n_bytes); /* NULL: out of memory 
 void g4_guard_free(g4_guard *guard);                     /* before the range is unmapped; NULL is fine */
 bool g4_guard_is_torn(const g4_guard *guard);
 
-/* Puts the handler in place again if another was installed over it. One system call; call it before reading. */
+/* Reinstalls the handler if another one replaced it. Costs one system call. Call it before reading. */
 void g4_guard_arm(void);
 
-/* The guards of what a model was made of. */
+/* The guards of a model's tensors. */
 typedef struct {
     const g4_guard **items;
     size_t n;

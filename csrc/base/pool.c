@@ -8,12 +8,12 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-/* A worker that runs out of work spins this many times (about 20 microseconds) before it sleeps: the gap between two
- * operations of one step is shorter, the gap between two steps is longer, and an idle pool costs nothing. */
+/* An idle worker spins this many times (about 20 microseconds) before it sleeps. The gap between two operations of one
+ * step is shorter, the gap between two steps is longer. An idle pool costs nothing. */
 enum { SPINS = 2000 };
 
-/* Of each thread we start, whatever the system's default is (128 KiB with musl, `ulimit -s` with glibc, which takes
- * thread-local storage out of it). Frames are checked against a limit by the compiler (CMakeLists.txt). */
+/* Stack of each started thread, independent of the system's default (128 KiB with musl, `ulimit -s` with glibc). glibc
+ * takes thread-local storage out of it. The compiler checks frames against a limit (CMakeLists.txt). */
 enum { STACK_BYTES = 1 << 20 };
 
 typedef struct {
@@ -22,25 +22,25 @@ typedef struct {
     int worker;
 } member;
 
-/* The run in progress and the next task to take, in one word, so that a member that wakes late claims a task of the run
- * that is on, or none: run (16 bits) · number of tasks (24) · next task (24). */
+/* The current run and its next task in one word, so that a worker that wakes late claims a task of the current run or
+ * none. Fields: run (16 bits) · number of tasks (24) · next task (24). */
 enum { TASK_BITS = 24, MAX_TASKS = 1 << 23 };
 static const uint64_t TASK_MASK = ((uint64_t)1 << TASK_BITS) - 1;
 
 struct g4_pool {
     int n_threads;
-    /* The process that started the threads (a fork's child has none), or minus the one that is starting them. */
+    /* The process that started the threads; negative while it is starting them. A fork's child has no threads. */
     _Atomic(pid_t) owner;
     member *members;
 
     pthread_mutex_t run_lock; /* one run at a time */
-    pthread_mutex_t lock;     /* guards sleeping */
+    pthread_mutex_t lock;     /* guards sleep and wake-up */
     pthread_cond_t wake;
-    atomic_uint generation; /* a new value wakes the members */
-    atomic_bool stopping;   /* read without the lock by a member that has just seen the last run's generation */
+    atomic_uint generation; /* a new value wakes the workers */
+    atomic_bool stopping;   /* a worker that has just seen the last run's generation reads it without the lock */
 
     _Atomic(uint64_t) ticket;
-    atomic_int n_unfinished; /* tasks of this run; fn and context stay as they are until it is 0 */
+    atomic_int n_unfinished; /* tasks of this run; fn and context do not change until it is 0 */
     g4_task_fn fn;
     void *context;
     atomic_bool cancelled;
@@ -69,8 +69,8 @@ static unsigned await_run(g4_pool *pool, unsigned seen)
     return generation;
 }
 
-/* Claims a task and does it (or, in a cancelled run, drops it). False: none is left. The run waits for tasks, not for
- * members: one that the system keeps off its CPU holds nobody up. */
+/* Claims a task and runs it (in a cancelled run: drops it). False: none is left. The run waits for tasks, not for
+ * workers: a worker that the system keeps off its CPU without a task delays nothing. */
 static bool do_task(g4_pool *pool, int worker)
 {
     uint64_t ticket = atomic_fetch_add_explicit(&pool->ticket, 1, memory_order_acquire);
@@ -116,7 +116,7 @@ static bool start_thread(member *self)
     return started;
 }
 
-/* Starts the threads; if the system gives fewer than asked for, the pool is that much smaller. */
+/* Starts the threads. If the system grants fewer than requested, the pool is smaller. */
 static void start_threads(g4_pool *pool)
 {
     pthread_mutex_init(&pool->run_lock, NULL);
@@ -133,8 +133,8 @@ static void start_threads(g4_pool *pool)
     }
 }
 
-/* Starts the threads where this process has none yet: in a new pool, and in a fork's child, by the first of the child's
- * threads to come here; others wait for it. */
+/* Starts the threads if this process has none yet: in a new pool, and in a fork's child. The child's first thread to
+ * arrive starts them; its other threads wait. */
 static void ensure_started(g4_pool *pool)
 {
     const pid_t self = getpid();
@@ -212,7 +212,7 @@ static g4_status run_locked(g4_pool *pool, int n_tasks, g4_task_fn fn, void *con
     return atomic_load_explicit(&pool->cancelled, memory_order_relaxed) ? G4_ECANCELLED : G4_OK;
 }
 
-/* Without the other threads: for one task, or for tasks too small to wake anybody. */
+/* On the caller's thread only: for one task, or for tasks too small to wake workers. */
 static g4_status run_alone(int n_tasks, g4_task_fn fn, void *context, g4_poll_fn poll, void *poll_context)
 {
     for (int task = 0; task < n_tasks; task++) {

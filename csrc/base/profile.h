@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Where a step's time goes: a row of totals for each operation. The caller owns it and hands it to the step. */
+/* A step's time by operation: one row of totals each. The caller owns the profile and passes it to the step. */
 #ifndef GEMMA4_BASE_PROFILE_H
 #define GEMMA4_BASE_PROFILE_H
 
@@ -51,8 +51,8 @@ typedef enum {
 typedef struct {
     double calls, seconds;
     double work;      /* float32 arithmetic: a multiply-add counts as two, anything else as one */
-    double int8_work; /* the same of products of whole numbers */
-    double bf16_work; /* and of products of bfloat16 */
+    double int8_work; /* the same for integer matmuls */
+    double bf16_work; /* and for bf16 matmuls */
     double bytes;     /* weights, cached keys and values, and arrays of rows, each read or written once */
 } g4_op_total;
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* How a call says that it failed: a status, and a message with what was found and what was expected. */
+/* Result of a call: a status and, on failure, a message with what was found and what was expected. */
 #ifndef GEMMA4_BASE_STATUS_H
 #define GEMMA4_BASE_STATUS_H
 
@@ -22,7 +22,7 @@ typedef struct {
 /* Fills *err and returns status, so that a check reads `return g4_fail(err, G4_EVALUE, "...", ...)`. */
 g4_status g4_fail(g4_error *err, g4_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
-/* "out of memory", with how much was asked for. */
+/* "out of memory", with the number of bytes requested. */
 g4_status g4_fail_nomem(g4_error *err, unsigned long long n_bytes);
 
 #define G4_TRY(call)                    \

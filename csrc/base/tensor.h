@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A view of a matrix of weights or of cached rows: no ownership, no strides beyond the row's.
+/* A non-owning view of a matrix of weights or of cached rows. Only rows have a stride.
  *
- * Letters for sizes, here and in comments everywhere:
+ * Letters for sizes, here and in all comments:
  *   T rows (positions) of a step    S key positions     D d_model     V vocabulary    L layers
  *   H query heads   K key/value heads   h head size     F mlp width   P per-layer-embedding width
  *   E experts       k experts per token  M expert width
@@ -15,10 +15,10 @@
 typedef struct {
     const void *data;
     g4_dtype dtype;
-    size_t n_rows;     /* outputs of a linear map */
-    size_t n_cols;     /* inputs of a linear map */
-    size_t row_stride; /* in elements, a whole number of blocks if quantised */
-    g4_op op;          /* what reading it counts as in a profile */
+    size_t n_rows;     /* outputs of a linear layer */
+    size_t n_cols;     /* inputs of a linear layer */
+    size_t row_stride; /* in elements; a multiple of the block size if quantised */
+    g4_op op;          /* the operation that reading it counts as in a profile */
 } g4_matrix;
 
 static inline const void *g4_matrix_row(const g4_matrix *w, size_t row)
@@ -26,7 +26,7 @@ static inline const void *g4_matrix_row(const g4_matrix *w, size_t row)
     return (const char *)w->data + row * g4_dtype_bytes(w->dtype, w->row_stride);
 }
 
-/* The columns [first, first + n) of w; whole blocks if it is quantised. */
+/* The columns [first, first + n) of w; first and n are multiples of the block size if quantised. */
 static inline g4_matrix g4_matrix_cols(const g4_matrix *w, size_t first, size_t n)
 {
     g4_matrix cols = *w;

@@ -9,8 +9,8 @@
 #include "base/pool.h"
 #include "kernels/kernels.h"
 
-/* Tasks are shared out as threads come for them, so one that the system holds up does not hold up the measurement: a spin
- * of 30 microseconds on AVX2, a slice of 1 MiB. */
+/* Tasks are shared out as threads come for them, so one that the system holds up does not hold up the measurement: a
+ * spin of 30 microseconds on AVX2, a slice of 1 MiB. */
 enum { SPIN_ROUNDS = 1 << 14, SPINS_PER_THREAD = 256, READ_SLICE = 1 << 18, MAX_SUMS = 24 * 16 };
 enum { TILE_ROUNDS = 64, TILE_VALUES = 16 * G4_TILE }; /* a round is half a million multiply-adds */
 

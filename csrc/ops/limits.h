@@ -9,8 +9,8 @@
 
 typedef enum { G4_SPIN_F32, G4_SPIN_INT8, G4_SPIN_INT16, G4_SPIN_BF16 } g4_spin;
 
-/* Operations per second (a multiply-add counts as two) of a loop in registers, on all threads; of bf16, which tiles in the
- * first-level cache feed, 0 where the processor has no instructions for it. */
+/* Operations per second (a multiply-add counts as two) of a loop in registers, on all threads; of bf16, which tiles in
+ * the first-level cache feed, 0 where the processor has no instructions for it. */
 g4_status g4_arithmetic_rate(g4_spin kind, int n_threads, double *per_second, g4_error *err);
 
 /* Bytes per second of reading the n floats at x once with all threads, and their sum. */

@@ -50,12 +50,12 @@ typedef enum {
 
 /* Many rows in `fast`, where the order of additions is free.
  *
- * Plain weights: OpenBLAS packs what we have just widened once more. Measured on AVX2 alone: bf16 maps of E2B at 512 rows,
- * 158 to 177 GFLOP/s by panels, 117 to 143 by sgemm, on two Zen 3 cores. With wider registers OpenBLAS has tiles for them;
- * the panels have not. Instructions for bf16 do twice as much, AMX another 16 times: there the quantised types, too, which
- * AVX-512 BF16 multiplies at half the rate of bytes with VNNI. On two Sapphire Rapids cores AMX is the faster from the first
- * row that does not stream: 5 rows of Q4_0, Q4_K and Q8_0 in 19 ms where bytes took 22, 23 and 25, 10 rows of bf16 in 27
- * instead of 62 (20 maps of 6144 x 1536, medians of 9 turns). */
+ * Plain weights: OpenBLAS packs what we have just widened once more. Measured on AVX2 alone: bf16 maps of E2B at 512
+ * rows, 158 to 177 GFLOP/s by panels, 117 to 143 by sgemm, on two Zen 3 cores. With wider registers OpenBLAS has tiles
+ * for them; the panels have not. Instructions for bf16 do twice as much, AMX another 16 times: there the quantised
+ * types, too, which AVX-512 BF16 multiplies at half the rate of bytes with VNNI. On two Sapphire Rapids cores AMX is
+ * the faster from the first row that does not stream: 5 rows of Q4_0, Q4_K and Q8_0 in 19 ms where bytes took 22, 23
+ * and 25, 10 rows of bf16 in 27 instead of 62 (20 maps of 6144 x 1536, medians of 9 turns). */
 static method method_of(const g4_exec *exec, const g4_linear_job *job)
 {
     const g4_kernels *kernels = exec->kernels;
@@ -134,7 +134,7 @@ static void run_task(void *context, int task, int worker)
     run_panel(t, j, first, n, worker);
 }
 
-/* ---- x as bytes: once for all jobs that share it (q, k, v; gate, up) ------------------------------------------------- */
+/* ---- x as bytes: once for all jobs that share it (q, k, v; gate, up) --------------------------------------------- */
 
 typedef struct {
     const g4_inputs *inputs;

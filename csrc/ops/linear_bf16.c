@@ -24,7 +24,7 @@ typedef struct {
     float *sums;           /* one [TASK_ROWS, TASK_COLUMNS] for each worker */
 } tile_task;
 
-/* ---- x, once for all jobs that share it ---------------------------------------------------------------------------- */
+/* ---- x, once for all jobs that share it -------------------------------------------------------------------------- */
 
 typedef struct {
     const g4_inputs *inputs;
@@ -71,7 +71,7 @@ static g4_status pack_inputs(g4_exec *exec, const g4_linear_job *jobs, int n_job
     return g4_exec_rows(exec, inputs->first[inputs->n], max_k * G4_TILE_ROWS, pack_slice, &t);
 }
 
-/* ---- products ------------------------------------------------------------------------------------------------------- */
+/* ---- products ---------------------------------------------------------------------------------------------------- */
 
 static int n_column_groups(const g4_linear_job *job)
 {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Linear maps in bfloat16 for processors that have instructions for it (kernels/body_bf16.h): in `fast`, prompts of bf16
- * weights, and with AMX of quantised ones. */
+/* Linear maps in bfloat16 for processors that have instructions for it (kernels/body_bf16.h): in `fast`, prompts of
+ * bf16 weights, and with AMX of quantised ones. */
 #ifndef GEMMA4_OPS_LINEAR_BF16_H
 #define GEMMA4_OPS_LINEAR_BF16_H
 

@@ -12,8 +12,9 @@ enum {
     MOST_K = 1152,     /* at once: four panels (288 KB) … */
     BLOCK_ROWS = 24    /* … and so many rows of x (108 KB) stay in the second-level cache (512 KB) */
 };
-/* Long runs of inputs are what counts, since sums leave the registers between them: one Zen 3 core did 1.73 fma/cycle (of
- * 2) with blocks of 256 inputs, which a first-level cache holds, and 192 rows, 1.84 with 512 and 48, 1.89 with these. */
+/* Long runs of inputs are what counts, since sums leave the registers between them: one Zen 3 core did 1.73 fma/cycle
+ * (of 2) with blocks of 256 inputs, which a first-level cache holds, and 192 rows, 1.84 with 512 and 48, 1.89 with
+ * these. */
 
 typedef struct {
     const g4_exec *exec;

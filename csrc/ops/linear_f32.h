@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Linear maps of hundreds or thousands of rows at once, by panels of 16 outputs: the encoders', and on AVX2 the text model's
- * prompts with plain weights in `fast` (ops/linear.c). Each output is one sum over the inputs in their order, so it depends
- * on nothing but its row and its weights. */
+/* Linear maps of hundreds or thousands of rows at once, by panels of 16 outputs: the encoders', and on AVX2 the text
+ * model's prompts with plain weights in `fast` (ops/linear.c). Each output is one sum over the inputs in their order,
+ * so it depends on nothing but its row and its weights. */
 #ifndef GEMMA4_OPS_LINEAR_F32_H
 #define GEMMA4_OPS_LINEAR_F32_H
 

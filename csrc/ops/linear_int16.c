@@ -36,7 +36,7 @@ static size_t n_scales(const g4_matrix16 *w)
     return (size_t)n_panels(w) * PANEL * (size_t)g4_groups16(w->n_cols);
 }
 
-/* ---- the copy of the weights ------------------------------------------------------------------------------------------ */
+/* ---- the copy of the weights ------------------------------------------------------------------------------------- */
 
 typedef struct {
     const g4_exec *exec;
@@ -95,7 +95,7 @@ size_t g4_matrix16_bytes(const g4_matrix16 *w)
     return n_numbers(w) * sizeof *w->q + n_scales(w) * sizeof *w->scale;
 }
 
-/* ---- x as whole numbers: once for all maps that clamp it alike ---------------------------------------------------------------- */
+/* ---- x as whole numbers: once for all maps that clamp it alike --------------------------------------------------- */
 
 typedef struct {
     const float *x;
@@ -131,7 +131,7 @@ static g4_status quantize(g4_exec *exec, const float *x, int m, const g4_job16 *
     return G4_OK;
 }
 
-/* ---- the products ------------------------------------------------------------------------------------------------------- */
+/* ---- the products ------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     const g4_exec *exec;

@@ -39,8 +39,8 @@ g4_status g4_rope_table(g4_exec *exec, const int32_t *positions, int n_rows, con
 g4_status g4_rope_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads,
                        int half);
 
-/* Rotates by two positions: the first half of every head by axis 0, the second by axis 1, each as pairs (i, i + quarter)
- * of its own. cosine, sine [n_rows, 2, quarter]. */
+/* Rotates by two positions: the first half of every head by axis 0, the second by axis 1, each as pairs (i, i +
+ * quarter) of its own. cosine, sine [n_rows, 2, quarter]. */
 g4_status g4_rope_axes_rows(g4_exec *exec, float *x, const float *cosine, const float *sine, int n_rows, int n_heads,
                             int quarter);
 

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Causal attention of one run's queries over its cached keys, sliding window or not, grouped heads.
  *
- * bf16 prompts use tiles.h, all else rows.h. In rows.h each query depends only on its own keys, in position order from the
- * first one it sees: chunking, other runs of the step, the cache's capacity and the number of threads change no bit.
+ * bf16 prompts use tiles.h, all else rows.h. In rows.h each query depends only on its own keys, in position order from
+ * the first one it sees: chunking, other runs of the step, the cache's capacity and the number of threads change no
+ * bit.
  */
 #ifndef GEMMA4_OPS_ATTENTION_ATTENTION_H
 #define GEMMA4_OPS_ATTENTION_ATTENTION_H

@@ -79,7 +79,7 @@ g4_status g4_attend_band(g4_exec *exec, const g4_band_attention *run)
     return run_rows(exec, run, NULL, attend_rows);
 }
 
-/* ---- in steps -------------------------------------------------------------------------------------------------------- */
+/* ---- in steps ---------------------------------------------------------------------------------------------------- */
 
 static float *array_row(const task *t, int head, int row)
 {

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Attention of every frame to a band of frames around it, with a learned vector for each distance. A row's numbers depend
- * on its own recording only. Ref: transformers models/gemma4 Gemma4AudioAttention, whose chunks cover the same band. */
+/* Attention of every frame to a band of frames around it, with a learned vector for each distance. A row's numbers
+ * depend on its own recording only. Ref: transformers models/gemma4 Gemma4AudioAttention, whose chunks cover the same
+ * band. */
 #ifndef GEMMA4_OPS_ATTENTION_BAND_H
 #define GEMMA4_OPS_ATTENTION_BAND_H
 

@@ -15,8 +15,8 @@ enum {
 
 _Static_assert(BLOCK_KEYS % G4_GROUP16 == 0, "a block of keys is whole groups");
 
-/* Keys and values as panels, kv head after kv head: keys [T / 16][h][16], values [h / 16][T][16], both padded. Fast, they
- * and the queries (head after head) are whole numbers of 12 bits instead; values are transposed for that. */
+/* Keys and values as panels, kv head after kv head: keys [T / 16][h][16], values [h / 16][T][16], both padded. Fast,
+ * they and the queries (head after head) are whole numbers of 12 bits instead; values are transposed for that. */
 typedef struct {
     const g4_full_attention *run;
     bool fast;
@@ -170,7 +170,7 @@ static g4_status pack_all(g4_exec *exec, plan *plans, int n_plans)
     return g4_exec_rows(exec, n_heads, most, pack_heads, &t);
 }
 
-/* ---- a block of queries of one head ---------------------------------------------------------------------------------- */
+/* ---- a block of queries of one head ------------------------------------------------------------------------------ */
 
 static int kv_head(const g4_full_attention *run, int head)
 {
@@ -231,7 +231,7 @@ static void mix_block16(const g4_kernels *kernels, const plan *p, int head, int 
     }
 }
 
-/* ---- tasks ----------------------------------------------------------------------------------------------------------- */
+/* ---- tasks ------------------------------------------------------------------------------------------------------- */
 
 enum { SCORE = 1, PATTERN = 2, MIX = 4 };
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Attention without a mask, of every row of an image to every other. Scores exist for a block of queries of one head at
- * a time, never for all. A row's numbers depend on its own image only. A fast exec rounds queries, keys, patterns and values
- * to 12 bits (kernels/body_panel16.h). */
+ * a time, never for all. A row's numbers depend on its own image only. A fast exec rounds queries, keys, patterns and
+ * values to 12 bits (kernels/body_panel16.h). */
 #ifndef GEMMA4_OPS_ATTENTION_FULL_H
 #define GEMMA4_OPS_ATTENTION_FULL_H
 

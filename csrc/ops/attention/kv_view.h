@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Cached keys and values as attention reads them.
  *
- * Where values are the normed projection of the keys (attention_k_eq_v), a key is RoPE(gain * v). RoPE rotates few of its
- * pairs (64 of 256 in the released models). The others equal gain * v to the bit and are not stored a second time.
+ * Where values are the normed projection of the keys (attention_k_eq_v), a key is RoPE(gain * v). RoPE rotates few of
+ * its pairs (64 of 256 in the released models). The others equal gain * v to the bit and are not stored a second time.
  */
 #ifndef GEMMA4_OPS_ATTENTION_KV_VIEW_H
 #define GEMMA4_OPS_ATTENTION_KV_VIEW_H

@@ -152,8 +152,8 @@ static void mix_query(const g4_kernels *kernels, const query_block *b, int query
                  sum + (size_t)query * group_width(b->a));
 }
 
-/* sum [n * group, h] = the share of positions [first, end) of one key block. Those that all queries see are read once for
- * all of them; the others must not be touched with a weight of zero: zero times infinity is no zero. */
+/* sum [n * group, h] = the share of positions [first, end) of one key block. Those that all queries see are read once
+ * for all of them; the others must not be touched with a weight of zero: zero times infinity is no zero. */
 static void mix_block(const g4_kernels *kernels, const query_block *b, int first, int end, float *sum)
 {
     int common = max(first, g4_first_key(b->a, b->first_row + b->n - 1));

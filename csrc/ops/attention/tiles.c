@@ -17,8 +17,8 @@ enum {
 
 enum { SCORE = 1, PATTERN = 2, MIX = 4 };
 
-/* What a worker needs for a block of queries. Rows are an odd number of cache lines apart, so that 16 of them are in as many
- * sets. */
+/* What a worker needs for a block of queries. Rows are an odd number of cache lines apart, so that 16 of them are in as
+ * many sets. */
 typedef struct {
     uint16_t *q;       /* [rows, h] */
     float *scores;     /* [rows, span] */
@@ -75,7 +75,7 @@ bool g4_wants_tiles(const g4_exec *exec, const g4_attention *a)
            a->head_dim % G4_TILE_INPUTS == 0 && a->head_dim <= MAX_HEAD && tiles_of_head(a) <= MAX_TILES_OF_HEAD;
 }
 
-/* ---- keys and values, once for all queries --------------------------------------------------------------------------- */
+/* ---- keys and values, once for all queries ----------------------------------------------------------------------- */
 
 static g4_tiles keys_of(const tile_run *t, int kv_head)
 {
@@ -119,7 +119,7 @@ static void pack_unit(void *context, int task, int worker)
         atomic_store(&t->too_large, true);
 }
 
-/* ---- a block of queries ------------------------------------------------------------------------------------------------ */
+/* ---- a block of queries ------------------------------------------------------------------------------------------ */
 
 /* n queries from first_row on, with the heads that share kv_head, and the positions [first, end) that any of them gives
  * weight, whole units. */
@@ -256,7 +256,7 @@ static void run_block(void *context, int task, int worker)
         mix(t, &b, s);
 }
 
-/* ---- a run ------------------------------------------------------------------------------------------------------------ */
+/* ---- a run ------------------------------------------------------------------------------------------------------- */
 
 /* Positions that a block's queries see together, at most. */
 static int most_positions(const tile_run *t, int queries)

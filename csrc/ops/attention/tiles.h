@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Attention of prompts in bfloat16 for processors that have instructions for it (kernels/body_bf16.h): queries, keys, patterns
- * and values are rounded, scores, softmax and sums are float32. That is what the reference implementation rounds when a
- * model runs in bf16, and less: there scores are, too.
+/* Attention of prompts in bfloat16 for processors that have instructions for it (kernels/body_bf16.h): queries, keys,
+ * patterns and values are rounded, scores, softmax and sums are float32. That is what the reference implementation
+ * rounds when a model runs in bf16, and less: there scores are, too.
  *
- * A query's numbers depend on its own keys only, as in ops/attention/attention.h, once it goes this way; whether it does depends on
- * how many rows its run has.
+ * A query's numbers depend on its own keys only, as in ops/attention/attention.h, once it goes this way; whether it
+ * does depends on how many rows its run has.
  */
 #ifndef GEMMA4_OPS_ATTENTION_TILES_H
 #define GEMMA4_OPS_ATTENTION_TILES_H
@@ -19,8 +19,8 @@ bool g4_wants_tiles(const g4_exec *exec, const g4_attention *run);
  * finite: a position that is masked has the weight zero here, and zero times infinity is no zero. */
 g4_status g4_tiles_attend(g4_exec *exec, const g4_attention *run, bool *done);
 
-/* g4_attention_scores and g4_attention_mix, with the same bits. *forgotten: a position that got weight but is not in the
- * cache, or left as it is. */
+/* g4_attention_scores and g4_attention_mix, with the same bits. *forgotten: a position that got weight but is not in
+ * the cache, or left as it is. */
 g4_status g4_tiles_scores(g4_exec *exec, const g4_attention *run, float *scores, bool *done);
 g4_status g4_tiles_mix(g4_exec *exec, const g4_attention *run, const float *pattern, int *forgotten, bool *done);
 
