@@ -29,7 +29,7 @@ static bool is_allowed(const int *cpus, int n, long cpu)
     return i < n;
 }
 
-/* Whether `siblings`, a list like "0,4" or "0-1", names an allowed CPU before `cpu`. That CPU then counts for the core. */
+/* Whether `siblings`, a list like "0,4" or "0-1", names an allowed CPU before `cpu`, which then counts for the core. */
 static bool has_earlier_sibling(const char *siblings, const int *cpus, int n, int cpu)
 {
     for (char *end; *siblings; siblings = end) {

@@ -6,7 +6,7 @@
 #define CONCAT(a, b) CONCAT_(a, b)
 #define BLAS(name) CONCAT(G4_BLAS_PREFIX, name)
 
-/* The three functions we use, declared here: the system's cblas.h and the wheel's name them differently. */
+/* Declared here, because the system's cblas.h and the wheel's name these functions differently. */
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 extern void BLAS(cblas_sgemm)(int order, int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a,
                               int lda, const float *b, int ldb, float beta, float *c, int ldc);

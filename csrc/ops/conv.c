@@ -6,7 +6,7 @@
 #include "ops/linear_f32.h"
 #include "ops/profile.h"
 
-enum { PATCH_FLOATS = 4 << 20 }; /* patches laid out at once: 16 MB, where all of 30 s would take 110 MB */
+enum { PATCH_FLOATS = 4 << 20 }; /* im2col patches held at once: 16 MB; all of 30 s would take 110 MB */
 
 typedef struct {
     const float *x;
@@ -15,7 +15,7 @@ typedef struct {
     int first; /* output row of the first patch */
 } patch_task;
 
-/* The patches of output rows [first, end) of the slice, one below the other. */
+/* im2col: copies the patches of output rows [first, end) of the slice, one row [3 * 3 * channels] for each output. */
 static void copy_patches(const g4_exec *exec, void *context, int first, int end)
 {
     const patch_task *t = context;

@@ -5,10 +5,10 @@
 
 enum { POLL_MS = 20 };
 
-/* Handing work to another thread and waiting for it takes some 5 microseconds, in which one core does this much. */
+/* Multiply-adds that one core does in about 5 microseconds, the time to hand work to another thread and wait for it. */
 static const double SMALL_WORK = 1 << 17;
 
-/* A row operation costs about as much per element as so many multiply-adds. */
+/* Approximate cost of a row operation per element, in multiply-adds. */
 enum { WORK_PER_ELEMENT = 8 };
 
 static double now_ms(void)

@@ -9,8 +9,8 @@
 #include "base/pool.h"
 #include "kernels/kernels.h"
 
-/* Tasks are shared out as threads come for them, so one that the system holds up does not hold up the measurement: a
- * spin of 30 microseconds on AVX2, a slice of 1 MiB. */
+/* Threads claim tasks dynamically, so a delayed thread does not delay the measurement. A task is a spin of 30
+ * microseconds on AVX2, or a slice of 1 MiB. */
 enum { SPIN_ROUNDS = 1 << 14, SPINS_PER_THREAD = 256, READ_SLICE = 1 << 18, MAX_SUMS = 24 * 16 };
 enum { TILE_ROUNDS = 64, TILE_VALUES = 16 * G4_TILE }; /* a round is half a million multiply-adds */
 
@@ -19,7 +19,7 @@ typedef struct {
     g4_spin kind;
     const float *x;
     size_t n;
-    const uint16_t *tiles; /* [TILE_VALUES] for products of bf16 */
+    const uint16_t *tiles; /* [TILE_VALUES] for bf16 matmuls */
     double *results;       /* [tasks] operations done, or the sum of a slice */
 } limit_task;
 
@@ -60,8 +60,8 @@ static void read_slice(void *context, int task, int worker)
     t->results[task] = (double)t->kernels->read_sum(t->x + first, left < READ_SLICE ? left : READ_SLICE);
 }
 
-/* Seconds for the tasks and the sum of their results. A pool for this one measurement: its threads have been woken by a
- * round that does not count. */
+/* Seconds for the tasks, and the sum of their results. Uses a pool of its own, whose threads are woken by a first round
+ * that is not counted. */
 static g4_status measure(limit_task *t, int n_threads, int n_tasks, g4_task_fn fn, double *seconds, double *total,
                          g4_error *err)
 {
@@ -90,7 +90,7 @@ static g4_status check_threads(int *n_threads, g4_error *err)
     return G4_OK;
 }
 
-/* Ones in bf16 for every task to read, for the caller to free. */
+/* Ones in bf16, read by every task. The caller frees the array. */
 static uint16_t *ones_in_tiles(void)
 {
     uint16_t *tiles = malloc(TILE_VALUES * sizeof *tiles);

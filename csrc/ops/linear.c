@@ -9,12 +9,12 @@
 
 enum {
     PANEL = 32,             /* weight rows per task: the kernels' block */
-    STREAM_ROWS = 4,        /* up to so many rows of x the weights are streamed: memory is what limits */
-    MIN_STREAM = 64 << 10,  /* bytes of weights per task then: long runs, because each start is slow, */
-    MAX_STREAM = 512 << 10, /* yet several for each thread */
+    STREAM_ROWS = 4,        /* up to this many rows of x, weights are streamed: memory is the limit */
+    MIN_STREAM = 64 << 10,  /* bytes of weights per streaming task: many, because each start is slow, */
+    MAX_STREAM = 512 << 10, /* but several tasks per thread */
     STREAM_TASKS = 4,
-    MATRIX_ROWS = 48,           /* below this neither panels nor sgemm earn the widening of the weights */
-    TILE_ROWS = 32,             /* nor do tiles of AVX-512 BF16; those of AMX do at once */
+    MATRIX_ROWS = 48,           /* with fewer rows, widening the weights for panels or sgemm does not pay off */
+    TILE_ROWS = 32,             /* the same for AVX-512 BF16 tiles; AMX tiles pay off from STREAM_ROWS + 1 on */
     BLAS_PANEL_FLOATS = 1 << 17 /* a widened panel stays in the second-level cache */
 };
 
@@ -25,8 +25,8 @@ typedef struct {
     int n_jobs;
     float *scratch; /* [workers, scratch_floats] */
     size_t scratch_floats;
-    const g4_inputs *inputs; /* of the jobs that want x as bytes … */
-    const g4_int8_rows *xs;  /* … which it is here */
+    const g4_inputs *inputs; /* x of the int8 jobs … */
+    const g4_int8_rows *xs;  /* … as int8 */
 } linear_task;
 
 static bool uses_int8(const g4_exec *exec, const g4_linear_job *job)
@@ -40,22 +40,24 @@ static int blas_panel_rows(const g4_linear_job *job)
     return rows < PANEL ? PANEL : rows > 4 * PANEL ? 4 * PANEL : rows;
 }
 
-/* How a job's products are made. */
+/* How a job is computed. */
 typedef enum {
-    BY_ROWS,   /* the kernels' own blocks: all of `exact`, a few rows, and quantised weights with x as bytes */
+    BY_ROWS,   /* the kernels' own blocks: all of `exact`, a few rows, and quantised weights with int8 x */
     BY_BLAS,   /* OpenBLAS */
-    BY_PANELS, /* the encoders' panels: ops/linear_f32.h */
-    BY_TILES   /* bfloat16: ops/linear_bf16.h */
+    BY_PANELS, /* float32 panels: ops/linear_f32.h */
+    BY_TILES   /* bf16 tiles: ops/linear_bf16.h */
 } method;
 
-/* Many rows in `fast`, where the order of additions is free.
+/* All methods but BY_ROWS are for many rows in `fast`, where the order of additions is free.
  *
- * Plain weights: OpenBLAS packs what we have just widened once more. Measured on AVX2 alone: bf16 maps of E2B at 512
- * rows, 158 to 177 GFLOP/s by panels, 117 to 143 by sgemm, on two Zen 3 cores. With wider registers OpenBLAS has tiles
- * for them; the panels have not. Instructions for bf16 do twice as much, AMX another 16 times: there the quantised
- * types, too, which AVX-512 BF16 multiplies at half the rate of bytes with VNNI. On two Sapphire Rapids cores AMX is
- * the faster from the first row that does not stream: 5 rows of Q4_0, Q4_K and Q8_0 in 19 ms where bytes took 22, 23
- * and 25, 10 rows of bf16 in 27 instead of 62 (20 maps of 6144 x 1536, medians of 9 turns). */
+ * Plain weights on AVX2: panels, because OpenBLAS packs the widened weights once more. bf16 linear layers of E2B at 512
+ * rows reach 158 to 177 GFLOP/s by panels and 117 to 143 by sgemm (two Zen 3 cores). With wider registers: OpenBLAS,
+ * whose kernels use them; the panels' kernels do not.
+ *
+ * bf16 instructions do twice as much, AMX another 16 times. AMX also takes the quantised types; AVX-512 BF16 multiplies
+ * them at half the rate of int8 with VNNI. On two Sapphire Rapids cores AMX is faster as soon as weights are not
+ * streamed: 5 rows of Q4_0, Q4_K and Q8_0 take 19 ms, with int8 22, 23 and 25 ms. 10 rows of bf16 take 27 ms instead of
+ * 62 (20 layers of 6144 x 1536, medians of 9 rounds). */
 static method method_of(const g4_exec *exec, const g4_linear_job *job)
 {
     const g4_kernels *kernels = exec->kernels;
@@ -77,7 +79,7 @@ static bool uses_blas(const g4_exec *exec, const g4_linear_job *job)
     return method_of(exec, job) == BY_BLAS;
 }
 
-/* Floats that a worker needs for a job. */
+/* Floats of scratch per worker for a job. */
 static size_t scratch_of(const g4_exec *exec, const g4_linear_job *job)
 {
     if (uses_blas(exec, job))
@@ -134,11 +136,11 @@ static void run_task(void *context, int task, int worker)
     run_panel(t, j, first, n, worker);
 }
 
-/* ---- x as bytes: once for all jobs that share it (q, k, v; gate, up) --------------------------------------------- */
+/* ---- x as int8: once for all jobs that share it (q, k, v; gate, up) ---------------------------------------------- */
 
 typedef struct {
     const g4_inputs *inputs;
-    const g4_int8_rows *xs; /* one for each of them */
+    const g4_int8_rows *xs; /* one for each distinct x */
 } quantize_task;
 
 static void quantize_slice(const g4_exec *exec, void *context, int first, int end)
@@ -226,7 +228,7 @@ static g4_status row_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     return status;
 }
 
-/* Jobs of several methods, whose weights have several types or whose rows (experts') are few and many, take rounds. */
+/* Runs one round per method. Methods differ if weights have several types, or if experts have few and many rows. */
 g4_status g4_linear_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
 {
     static g4_status (*const rounds[])(g4_exec *, const g4_linear_job *, int) = {

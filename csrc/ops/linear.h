@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Linear maps out = x * w^T. Several at once share one parallel region (q, k, v; gate, up; all experts of a layer). */
+/* Linear layers out = x * w^T. Several jobs share one parallel region (q, k, v; gate, up; all experts of a layer). */
 #ifndef GEMMA4_OPS_LINEAR_H
 #define GEMMA4_OPS_LINEAR_H
 
@@ -16,7 +16,7 @@ typedef struct {
 
 g4_status g4_linear_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs);
 
-/* One map between dense arrays. */
+/* One linear layer between dense arrays. */
 g4_status g4_linear(g4_exec *exec, const float *x, int m, const g4_matrix *w, float *out);
 
 #endif

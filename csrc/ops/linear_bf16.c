@@ -5,12 +5,12 @@
 #include "ops/profile.h"
 
 enum {
-    TASK_COLUMNS = 128, /* weights that are put in place at a time … */
-    BLOCK_K = 1536, /* … over so many inputs: 384 KB, which stay in the second-level cache while the rows of x pass */
-    STRIDE = BLOCK_K + G4_TILE_INPUTS, /* an odd number of cache lines: 16 rows of a tile are in as many sets */
-    BYTES_AHEAD = 2048,
+    TASK_COLUMNS = 128, /* weight rows converted at a time … */
+    BLOCK_K = 1536,     /* … over this many inputs: 384 KB, which stay in the second-level cache for all rows of x */
+    STRIDE = BLOCK_K + G4_TILE_INPUTS, /* an odd number of cache lines: 16 rows of a tile fall into 16 sets */
+    BYTES_AHEAD = 2048,                /* prefetch distance in the weights */
     TASK_ROWS = 512,
-    LEAST_ROWS = 128, /* of one task: to put the weights in place again costs as much as products with some 100 rows */
+    LEAST_ROWS = 128, /* per task: converting the weights again costs as much as a matmul with about 100 rows */
     TILE_PAIR = 2 * G4_TILE_ROWS
 };
 
@@ -18,7 +18,7 @@ typedef struct {
     const g4_exec *exec;
     const g4_linear_job *jobs;
     const g4_inputs *inputs;
-    const g4_tiles *xs;    /* one for each of inputs */
+    const g4_tiles *xs;    /* one for each distinct x */
     const int *first_task; /* [n_jobs + 1] */
     uint16_t *weights;     /* one [TASK_COLUMNS, STRIDE] for each worker */
     float *sums;           /* one [TASK_ROWS, TASK_COLUMNS] for each worker */
@@ -71,14 +71,14 @@ static g4_status pack_inputs(g4_exec *exec, const g4_linear_job *jobs, int n_job
     return g4_exec_rows(exec, inputs->first[inputs->n], max_k * G4_TILE_ROWS, pack_slice, &t);
 }
 
-/* ---- products ---------------------------------------------------------------------------------------------------- */
+/* ---- matmul ------------------------------------------------------------------------------------------------------ */
 
 static int n_column_groups(const g4_linear_job *job)
 {
     return ((int)job->w.n_rows + TASK_COLUMNS - 1) / TASK_COLUMNS;
 }
 
-/* All rows, unless that were too few tasks for the threads. */
+/* Up to TASK_ROWS rows; fewer if the threads need more tasks. */
 static int rows_of_task(const g4_exec *exec, const g4_linear_job *job)
 {
     const int wanted = 4 * g4_pool_size(exec->pool) / n_column_groups(job) + 1;
@@ -88,8 +88,8 @@ static int rows_of_task(const g4_exec *exec, const g4_linear_job *job)
     return rows < LEAST_ROWS ? LEAST_ROWS : rows;
 }
 
-/* Weight rows [first, first + n), inputs [at, at + k) as bf16; at is a multiple of BLOCK_K, where blocks of quantised
- * weights begin. Rows that fill up the last tile are left as they are: nobody reads their sums. */
+/* Converts weight rows [first, first + n), inputs [at, at + k) to bf16. `at` is a multiple of BLOCK_K, where blocks of
+ * quantised weights begin. Rows that pad the last tile are not set, and their sums are never read. */
 static void narrow_weights(const g4_kernels *kernels, const g4_matrix *w, int first, int n, int at, int k,
                            uint16_t *rows)
 {

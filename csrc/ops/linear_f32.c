@@ -5,25 +5,24 @@
 
 enum {
     PANEL = 16,
-    TASK_COLUMNS = 64, /* of one task: x is read once for four panels */
-    TASK_ROWS = 2304,  /* of one task: packing 64 columns costs some 1 % of the products with so many … */
-    LEAST_ROWS = 96,   /* … and 20 % with so few, which only keeps more threads busy */
-    KERNEL_ROWS = 6,   /* that a kernel takes at once: fewer cost as much */
-    MOST_K = 1152,     /* at once: four panels (288 KB) … */
-    BLOCK_ROWS = 24    /* … and so many rows of x (108 KB) stay in the second-level cache (512 KB) */
+    TASK_COLUMNS = 64, /* per task: x is read once for four panels */
+    TASK_ROWS = 2304,  /* per task: packing 64 columns costs about 1 % of the matmul with this many … */
+    LEAST_ROWS = 96,   /* … and 20 % with this few, used only to keep more threads busy */
+    KERNEL_ROWS = 6,   /* rows that the kernel computes at once: fewer cost as much */
+    MOST_K = 1152,     /* inputs at once: four panels (288 KB) … */
+    BLOCK_ROWS = 24    /* … and this many rows of x (108 KB) stay in the second-level cache (512 KB) */
 };
-/* Long runs of inputs are what counts, since sums leave the registers between them: one Zen 3 core did 1.73 fma/cycle
- * (of 2) with blocks of 256 inputs, which a first-level cache holds, and 192 rows, 1.84 with 512 and 48, 1.89 with
- * these. */
+/* Long blocks of inputs matter, because sums leave the registers between blocks. One Zen 3 core did 1.73 fma/cycle (of
+ * 2) with blocks of 256 inputs, which fit a first-level cache, and 192 rows; 1.84 with 512 and 48; 1.89 with these. */
 
 typedef struct {
     const g4_exec *exec;
     const g4_linear_job *jobs;
     const int *first_task; /* [n_jobs + 1] */
-    float *scratch;        /* one for each worker */
+    float *scratch;        /* [workers, SCRATCH] */
 } panel_task;
 
-/* Floats of a worker's scratch: the packed columns, and 16 widened rows. */
+/* Floats of scratch per worker: the packed columns, and 16 widened rows. */
 enum { SCRATCH = (TASK_COLUMNS + PANEL) * MOST_K };
 
 static int n_column_groups(const g4_linear_job *job)
@@ -31,10 +30,10 @@ static int n_column_groups(const g4_linear_job *job)
     return ((int)job->w.n_rows + TASK_COLUMNS - 1) / TASK_COLUMNS;
 }
 
-/* Few columns and many rows (convolutions) are shared out by rows. */
+/* With few columns and many rows (convolutions), tasks split the rows. */
 static int rows_of_task(const g4_exec *exec, const g4_linear_job *job)
 {
-    const int wanted = 4 * g4_pool_size(exec->pool) / n_column_groups(job) + 1; /* groups for this job alone */
+    const int wanted = 4 * g4_pool_size(exec->pool) / n_column_groups(job) + 1; /* row groups if this job ran alone */
     int rows = (job->m + wanted - 1) / wanted;
     if (g4_pool_size(exec->pool) == 1 || rows > TASK_ROWS)
         rows = TASK_ROWS;
@@ -44,7 +43,7 @@ static int rows_of_task(const g4_exec *exec, const g4_linear_job *job)
     return (rows + KERNEL_ROWS - 1) / KERNEL_ROWS * KERNEL_ROWS;
 }
 
-/* Blocks of about the same length; they begin where blocks of quantised weights do. */
+/* Inputs per block: blocks have about the same length and begin at block boundaries of quantised weights. */
 static int inputs_of_block(int k, int unit)
 {
     const int n_blocks = (k + MOST_K - 1) / MOST_K, most = MOST_K / unit * unit;
@@ -52,7 +51,7 @@ static int inputs_of_block(int k, int unit)
     return length < most ? length : most;
 }
 
-/* Weight rows [first, first + n), inputs [at, at + k) as panels. */
+/* Packs weight rows [first, first + n), inputs [at, at + k) into panels. */
 static void pack(const g4_kernels *kernels, const g4_matrix *w, int first, int n, int at, int k, float *panels,
                  float *widened)
 {

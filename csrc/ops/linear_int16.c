@@ -5,14 +5,9 @@
 
 #include "ops/profile.h"
 
-enum {
-    PANEL = 16,
-    TASK_BYTES = 64 << 10, /* of x in a task … */
-    MIN_ROWS = 24,
-    MAX_ROWS = 256,
-    TASK_COLUMNS = 128, /* … which stay in the second-level cache with so many columns, 196 KB at 768 inputs: the … */
-    BLOCK_K = 6 * G4_GROUP16 /* … next task has the same. Long blocks: see ops/linear_f32.c */
-};
+/* A task is TASK_BYTES of x by TASK_COLUMNS columns. Both stay in the second-level cache (columns: 196 KB at 768
+ * inputs). The next task has the same columns. Long blocks of inputs: see ops/linear_f32.c. */
+enum { PANEL = 16, TASK_BYTES = 64 << 10, MIN_ROWS = 24, MAX_ROWS = 256, TASK_COLUMNS = 128, BLOCK_K = 6 * G4_GROUP16 };
 
 static int n_panels(const g4_matrix16 *w)
 {
@@ -25,7 +20,7 @@ static g4_panel16 panel_of(const g4_matrix16 *w, int index)
     return (g4_panel16){w->q + at * (size_t)g4_stride16(w->n_cols), w->scale + at * (size_t)g4_groups16(w->n_cols)};
 }
 
-/* Numbers of whole panels, and scales. */
+/* Integers and scales of w, padded to whole panels. */
 static size_t n_numbers(const g4_matrix16 *w)
 {
     return (size_t)n_panels(w) * PANEL * (size_t)g4_stride16(w->n_cols);
@@ -36,7 +31,7 @@ static size_t n_scales(const g4_matrix16 *w)
     return (size_t)n_panels(w) * PANEL * (size_t)g4_groups16(w->n_cols);
 }
 
-/* ---- the copy of the weights ------------------------------------------------------------------------------------- */
+/* ---- packed weights ---------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const g4_exec *exec;
@@ -95,7 +90,7 @@ size_t g4_matrix16_bytes(const g4_matrix16 *w)
     return n_numbers(w) * sizeof *w->q + n_scales(w) * sizeof *w->scale;
 }
 
-/* ---- x as whole numbers: once for all maps that clamp it alike --------------------------------------------------- */
+/* ---- x as integers: once for all layers with the same clamp ------------------------------------------------------ */
 
 typedef struct {
     const float *x;
@@ -131,14 +126,14 @@ static g4_status quantize(g4_exec *exec, const float *x, int m, const g4_job16 *
     return G4_OK;
 }
 
-/* ---- the products ------------------------------------------------------------------------------------------------ */
+/* ---- matmul ------------------------------------------------------------------------------------------------------ */
 
 typedef struct {
     const g4_exec *exec;
     const g4_job16 *jobs;
     const g4_rows16 *xs;
     const int *first_task; /* [n_jobs + 1] */
-    int m, rows;           /* all, and those of a task */
+    int m, rows;           /* all rows, and rows per task */
 } product_task;
 
 static int n_column_groups(const g4_matrix16 *w)

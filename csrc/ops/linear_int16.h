@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Linear maps of the encoders with precision="fast": as ops/linear_f32.h, but in products of whole numbers
+/* Linear layers of the encoders with precision="fast": as ops/linear_f32.h, but with integer matmuls
  * (kernels/body_panel16.h). The weights are copied once, when an encoder is bound, into the layout that the kernel
  * reads: 2 bytes each. */
 #ifndef GEMMA4_OPS_LINEAR_INT16_H
@@ -14,18 +14,18 @@ typedef struct {
     g4_op op;
 } g4_matrix16;
 
-/* Rounds w, of any type, to 12 bits, in memory of `arena`. */
+/* Rounds w, of any type, to 12 bits. Allocates in `arena`. */
 g4_status g4_matrix16_new(g4_exec *exec, g4_arena *arena, const g4_matrix *w, const g4_matrix16 **result);
 size_t g4_matrix16_bytes(const g4_matrix16 *w);
 
-/* out [m, w.n_rows] = clamp(w clamp(x)); bounds of ± infinity change nothing. */
+/* out [m, w.n_rows] = clamp(clamp(x) * w^T); infinite bounds change nothing. */
 typedef struct {
     const g4_matrix16 *w;
     float input_min, input_max, output_min, output_max;
     float *out;
 } g4_job16;
 
-/* Maps of the same x [m, n_cols] in one parallel region. Each output depends on nothing but its row and its weights. */
+/* Linear layers of one x [m, n_cols] in one parallel region. Each output depends only on its row and its weights. */
 g4_status g4_jobs16(g4_exec *exec, const float *x, int m, const g4_job16 *jobs, int n_jobs);
 
 #endif

@@ -42,7 +42,7 @@ void g4_moe_group(const int32_t *ids, const int *rows, int n_rows, int k, int n_
     for (int i = 0; i < n_rows; i++)
         for (int pair = rows[i] * k; pair < (rows[i] + 1) * k; pair++)
             order[first[ids[pair]]++] = pair;
-    /* each first[e] now stands at its end, which is where the next one begins */
+    /* first[e] is now the end of expert e, which is the start of expert e + 1 */
     for (int e = n_experts; e > 0; e--)
         first[e] = first[e - 1];
     first[0] = 0;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Dispatch of a mixture of experts: which experts a row goes to, and which rows an expert gets. */
+/* Mixture of experts: the experts of each row, and the rows of each expert. */
 #ifndef GEMMA4_OPS_MOE_H
 #define GEMMA4_OPS_MOE_H
 
@@ -11,7 +11,7 @@ void g4_moe_route(const float *probs, int n_rows, int n_experts, int k, const fl
                   float *weights);
 
 /* Sorts the (row, slot) pairs of the n_rows rows by expert: order[i] = row * k + slot, expert e owns
- * order[first[e]..first[e+1]). first has n_experts + 1 entries. Stable: each expert sees its rows in the order given. */
+ * order[first[e]..first[e+1]). first: [n_experts + 1]. Stable: each expert sees its rows in the order given. */
 void g4_moe_group(const int32_t *ids, const int *rows, int n_rows, int k, int n_experts, int32_t *order,
                   int32_t *first);
 

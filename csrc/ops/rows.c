@@ -5,7 +5,7 @@
 
 #include "ops/profile.h"
 
-/* The operands of any of these; each uses what it needs. */
+/* Operands of the row operations; each operation uses some of them. */
 typedef struct {
     float *out;
     const float *a, *b, *scale;
@@ -17,7 +17,7 @@ typedef struct {
 
 #define ROW(pointer, i) ((pointer) + (size_t)(i) * (size_t)o->n)
 
-/* g4_exec_rows with its time noted. Per value of a row: operations, and arrays of float32 read or written. */
+/* Cost per value of a row: arithmetic operations, and float32 arrays read or written. */
 typedef struct {
     g4_op op;
     int work, arrays;
@@ -25,6 +25,7 @@ typedef struct {
 
 enum { EXP_WORK = 30, TANH_WORK = 50 }; /* operations of x16_exp and x16_tanh */
 
+/* g4_exec_rows, recorded in the profile. */
 static g4_status run_rows(g4_exec *exec, row_cost cost, int n_rows, size_t n, g4_rows_fn fn, void *context)
 {
     const double start = g4_profile_start(exec), n_values = (double)n_rows * (double)n;
@@ -126,7 +127,7 @@ g4_status g4_gelu_rows(g4_exec *exec, const float *x, int n_rows, int n, float *
     return run_rows(exec, (row_cost){G4_OP_GELU, EXP_WORK + 8, 2}, n_rows, (size_t)n, gelu_rows, &o);
 }
 
-/* While what the one has made is in the first-level cache. */
+/* Blocks of AT_ONCE values: mul reads the output of gelu from the first-level cache. */
 static void gelu_mul_rows(const g4_exec *exec, void *context, int first, int end)
 {
     enum { AT_ONCE = 2048 };
@@ -147,7 +148,7 @@ g4_status g4_gelu_mul_rows(g4_exec *exec, const float *gate, const float *up, in
 
 static void glu_rows(const g4_exec *exec, void *context, int first, int end)
 {
-    const operands *o = context; /* b = gate; n_heads = the stride of both */
+    const operands *o = context; /* a = x, b = gate; n_heads = the stride of both */
     for (int i = first; i < end; i++)
         exec->kernels->glu(ROW(o->out, i), o->a + (size_t)i * (size_t)o->n_heads, o->b + (size_t)i * (size_t)o->n_heads,
                            o->n);
@@ -162,7 +163,7 @@ g4_status g4_glu_rows(g4_exec *exec, const float *x, const float *gate, size_t s
 typedef struct {
     float *out;
     const float *x, *gain, *bias;
-    float low, high; /* of clamp; low is the eps of layer_norm */
+    float low, high; /* bounds of clamp; low is eps of layer_norm */
     int n;
 } row_operands;
 
@@ -209,7 +210,7 @@ g4_status g4_softmax_rows(g4_exec *exec, float *x, int n_rows, int n)
     return run_rows(exec, (row_cost){G4_OP_SOFTMAX, EXP_WORK + 4, 2}, n_rows, (size_t)n, softmax_rows, &o);
 }
 
-/* One row of logits is large (262,144 values): share out slices of rows, not rows. */
+/* One row of logits is large (262,144 values), so tasks are slices of rows. */
 typedef struct {
     float *x;
     float cap;
@@ -283,8 +284,7 @@ g4_status g4_rope_table(g4_exec *exec, const int32_t *positions, int n_rows, con
                         float *cosine, float *sine)
 {
     rope_table_operands o = {positions, inv_freq, cosine, sine, half};
-    const row_cost cost = {G4_OP_ROPE_TABLE, 2,
-                           0}; /* an angle's sine and cosine count 32 values as work to share out */
+    const row_cost cost = {G4_OP_ROPE_TABLE, 2, 0}; /* sine and cosine of an angle count as the work of 32 values */
     return run_rows(exec, cost, n_rows, (size_t)half * 32, rope_table_rows, &o);
 }
 
