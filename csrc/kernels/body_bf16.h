@@ -60,7 +60,7 @@ static INLINE __m512i tile_row(const float *row, int n)
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, row + 16), _mm512_maskz_loadu_ps(low, row));
 }
 
-/* 2 x 16 weights as bf16: each 16 times their scale, minus their minimum unless min is NULL. */
+/* 2 x 16 weights as bf16: each half times its scale, minus its minimum unless min is NULL. */
 static INLINE void bf16_part(__m128i low, __m128i high, const float scale[2], const float *min, uint16_t *out)
 {
     __m512 half[2] = {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high))};

@@ -93,8 +93,7 @@ static INLINE void NAME(add_stretch_)(const int m, const int n_blocks, const g4_
 {
     NAME(factors_) f = NAME(read_factors_)(w);
     i8x32 q[4][2];
-    if (n_blocks <
-        8) { /* blocks past n_blocks are another row's, or none: their scale may be inf, and 0 × inf is NaN */
+    if (n_blocks < 8) { /* the others belong to another row, or to none, and 0 × inf is NaN */
         f.scale[0] = f8_first(f.scale[0], n_blocks);
         f.min[0] = f8_first(f.min[0], n_blocks);
     }
@@ -263,8 +262,7 @@ static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights
             for (int l = 0; l < k; l += INT8_K) {
                 const int length = k - l < INT8_K ? k - l : INT8_K;
                 for (int half = 0; half < 2; half++) {
-                    const int row =
-                        half * 8 < block_n ? half * 8 : 0; /* with 8 rows or fewer, both halves pack the same rows */
+                    const int row = half * 8 < block_n ? half * 8 : 0; /* up to 8 rows: both halves are the same */
                     NAME(int8_pack_)
                     ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + row) * w_stride + (size_t)l), w_stride,
                      block_n - row, length, &panels[half]);

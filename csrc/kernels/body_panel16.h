@@ -18,7 +18,7 @@
 #endif
 
 /* A row's sums are one register on AVX-512, where two units with a latency of 5 cycles need ten sums in flight. One
- * core of a Sapphire Rapids, the other one busy, did 104 Gop/s with 4 rows, 143 with 8, 142 with 12. */
+ * core of a Sapphire Rapids, the other core busy, did 104 Gop/s with 4 rows, 143 with 8, 142 with 12. */
 enum { ROWS16 = VEC_LANES == 16 ? 8 : 4, MOST16 = 2047 };
 
 /* sum[i] += x_i . w for m rows of x over k inputs. */

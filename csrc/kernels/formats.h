@@ -23,8 +23,7 @@ typedef struct {
 } block_values;
 
 static const int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-static const int8_t mxfp4_values[16] = {0, 1,  2,  3,  4,  6,  8,  12,
-                                        0, -1, -2, -3, -4, -6, -8, -12}; /* 2 x the e2m1 values */
+static const int8_t mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}; /* 2 x e2m1 */
 
 static inline i8x32 bytes_32(const uint8_t *p) { return i8_load((const int8_t *)p); }
 

@@ -215,7 +215,7 @@ static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to
         }
 }
 #else
-/* Transposes 4 groups of 4 bytes of 4 rows, `stride` apart, into rows 32 bytes apart. */
+/* Transposes 4 groups of 4 bytes in each of 4 rows, `stride` apart, into 4 groups of 4 rows, 32 bytes apart. */
 static inline void transpose_4_fours(const int8_t *from, size_t stride, int8_t *to)
 {
     int32x4_t row[4];

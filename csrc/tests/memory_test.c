@@ -641,7 +641,7 @@ void test_memory(void)
 {
     static scene s;
     static fixture f;
-    if (getenv("GEMMA4_ISA")) { /* changes only arithmetic: minutes for the same result */
+    if (getenv("GEMMA4_ISA")) { /* changes only arithmetic; emulated levels take minutes */
         printf("allocations that fail: skipped\n");
         return;
     }

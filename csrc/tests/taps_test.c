@@ -216,8 +216,7 @@ static void test_text_edits(g4_model *model)
         for (size_t s = 0; s < sizeof sites / sizeof *sites; s++) {
             const int n_dims = g4_site_shape(g4_model_config(model), sites[s].site, sites[s].layer, N_TOKENS - prefix,
                                              N_TOKENS, shape);
-            int n_changed =
-                0; /* not all change: values may lie between the clamp's bounds, and a pattern of one key stays 1 */
+            int n_changed = 0; /* not all: values may lie within the clamp's bounds; a pattern of one key stays 1 */
             for (int i = 0; i < N_VARIANTS; i++)
                 n_changed +=
                     check_text_edit(model, make_tap(sites[s].site, sites[s].layer, i, shape, n_dims), prefix, unedited);
