@@ -9,24 +9,24 @@ PY_DIRS = gemma4 tests tools benchmarks
 .DEFAULT_GOAL := help
 .PHONY: help dev test lint format notebooks bench wheel ci clean neon simde $(PRESETS)
 
-help: ## this list
+help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  make release | debug | clang | asan | ubsan | tsan     csrc/ without Python, and its C test programs"
+	@echo "  make release | debug | clang | asan | ubsan | tsan     build csrc/ without Python, run its C tests"
 
-dev: ## editable install with the test and lint tools (rebuild: run it again)
+dev: ## editable install with test and lint tools (to rebuild, run it again)
 	$(PYTHON) -m pip install -e ".[test,dev,plot]"
 
-test: ## every test (make test ARGS="-k sampling -x")
+test: ## run all tests (make test ARGS="-k sampling -x")
 	$(PYTHON) -P -m pytest $(ARGS)
 
-lint: ## ruff, pyright, clang-format, layers: changes nothing
+lint: ## check with ruff, pyright, clang-format and check_layers.py; changes nothing
 	$(PYTHON) -m ruff check $(PY_DIRS)
 	$(PYTHON) -m ruff format --check $(PY_DIRS)
 	$(PYTHON) -m pyright --pythonpath "$$(command -v $(PYTHON))"
 	$(C_FILES) | xargs -0 clang-format --dry-run --Werror
 	$(PYTHON) tools/check_layers.py
 
-format: ## let ruff and clang-format rewrite the sources
+format: ## format the sources with ruff and clang-format
 	$(PYTHON) -m ruff check --fix $(PY_DIRS)
 	$(PYTHON) -m ruff format $(PY_DIRS)
 	$(C_FILES) | xargs -0 clang-format -i
@@ -36,7 +36,7 @@ $(PRESETS):
 	cmake --build --preset $@ --parallel
 	ctest --preset $@
 
-neon: ## csrc/ for 64-bit Arm, its tests under qemu-user (with and without the extensions)
+neon: ## build csrc/ for 64-bit Arm and test it under qemu-user, with and without the extensions
 	@command -v aarch64-linux-gnu-gcc >/dev/null || { echo "skipped: no aarch64 compiler"; exit 0; }; \
 	command -v qemu-aarch64 >/dev/null || { echo "skipped: no qemu-aarch64"; exit 0; }; \
 	set -e; cmake --preset aarch64; cmake --build --preset aarch64 --parallel; \
@@ -45,15 +45,15 @@ neon: ## csrc/ for 64-bit Arm, its tests under qemu-user (with and without the e
 	$(QEMU) -cpu neoverse-n1 build/aarch64/kernels_test neon neon_dotprod; \
 	$(QEMU) -cpu cortex-a57 build/aarch64/kernels_test neon
 
-simde: ## AVX-512 and VNNI kernels on a processor with AVX2 alone, out of its instructions
+simde: ## test the AVX-512 and VNNI kernels on a processor with AVX2 only (SIMDe emulation)
 	@test -e /usr/include/simde/x86/avx512.h || { echo "skipped: no SIMDe (libsimde-dev)"; exit 0; }; \
 	grep -qw avx2 /proc/cpuinfo || { echo "skipped: no AVX2"; exit 0; }; \
 	set -e; cmake --preset simde; cmake --build --preset simde --parallel; \
 	for isa in avx_vnni avx512 avx512_vnni avx512_bf16 amx; do GEMMA4_ISA=$$isa build/simde/csrc_test; done; \
 	build/simde/kernels_test avx2 avx_vnni avx512 avx512_vnni avx512_bf16 amx
 
-# OpenBLAS stays a dependency (scipy-openblas32): 25 MB that other packages share and that pip updates by itself.
-wheel: ## one wheel for this machine type and every Python from 3.11 on, in dist/ (Linux: manylinux)
+# OpenBLAS stays a dependency (scipy-openblas32): 25 MB that other packages share and that pip updates separately.
+wheel: ## build one wheel for this machine type and Python 3.11 or later, in dist/ (Linux: manylinux)
 	rm -rf build/wheel dist
 	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	@if [ "$$(uname)" = Linux ]; then set -e; \
@@ -65,10 +65,10 @@ wheel: ## one wheel for this machine type and every Python from 3.11 on, in dist
 notebooks: ## execute every notebook in place
 	$(PYTHON) -m jupyter execute --inplace notebooks/*.ipynb
 
-bench: ## speed and memory against the peers (make bench ARGS="--model DIR --transformers")
+bench: ## compare speed and memory with other engines (make bench ARGS="--model DIR --transformers")
 	$(PYTHON) benchmarks/run.py $(ARGS)
 
-ci: ## what continuous integration runs, from nothing
+ci: ## run continuous integration, from nothing
 	.ci/run
 
 clean: ## remove build products

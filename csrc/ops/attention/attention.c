@@ -30,7 +30,7 @@ void g4_profile_end_attention(g4_exec *exec, double start, const g4_attention *r
     g4_profile_end(exec, op, start, work[0], bytes);
 }
 
-/* Prompts one after the other, the others together. */
+/* Runs that use tiles are computed one by one, all other runs together. */
 static g4_status attend(g4_exec *exec, const g4_attention *runs, int n_runs)
 {
     g4_attention *others;

@@ -6,7 +6,7 @@
 
 #include "ops/profile.h"
 
-enum { MAX_BAND = 256 }; /* keys of a row; the models have 12 */
+enum { MAX_BAND = 256 }; /* keys per row; the models have 12 */
 
 typedef struct {
     const g4_band_attention *run;
@@ -23,13 +23,13 @@ static const float *head_row(const g4_band_attention *a, const float *x, int row
     return x + (size_t)row * row_width(a) + (size_t)head * (size_t)a->head_dim;
 }
 
-/* Capped scores of keys [first, end) of one row and head. */
+/* Capped scores of one row and head, for the keys of the row's band. */
 static void score_row(const g4_kernels *kernels, const g4_band_attention *a, int row, int head, float *scores)
 {
     const int first = g4_band_first_key(a, row), n = g4_band_end_key(a, row) - first;
     const float *q = head_row(a, a->q, row, head);
     float by_distance[MAX_BAND];
-    /* key j has the distance number past - (row - j) */
+    /* key j has distance vector past - (row - j) */
     const int at = a->past - (row - first), n_near = a->n_distances - at < n ? a->n_distances - at : n;
     kernels->matmul_f32(q, 0, 1, head_row(a, a->k, first, head), row_width(a), n, a->head_dim, scores, 0, NULL);
     if (n_near > 0) {
@@ -79,7 +79,7 @@ g4_status g4_attend_band(g4_exec *exec, const g4_band_attention *run)
     return run_rows(exec, run, NULL, attend_rows);
 }
 
-/* ---- in steps ---------------------------------------------------------------------------------------------------- */
+/* ---- in three steps ---------------------------------------------------------------------------------------------- */
 
 static float *array_row(const task *t, int head, int row)
 {
@@ -98,7 +98,7 @@ static void score_rows(const g4_exec *exec, void *context, int first, int end)
         }
 }
 
-/* Softmax from the first to the last key that is not masked: the same sums as over the band alone. */
+/* Softmax from the first to the last unmasked key: the same sums as over the band alone. */
 static void pattern_rows(const g4_exec *exec, void *context, int first, int end)
 {
     const task *t = context;

@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Attention of every frame to a band of frames around it, with a learned vector for each distance. A row's numbers
- * depend on its own recording only. Ref: transformers models/gemma4 Gemma4AudioAttention, whose chunks cover the same
- * band. */
+/* Attention of every frame to a band of frames around it, with a learned vector for each distance. Each row depends
+ * only on its own recording. Ref: transformers models/gemma4 Gemma4AudioAttention, whose chunks cover the same band. */
 #ifndef GEMMA4_OPS_ATTENTION_BAND_H
 #define GEMMA4_OPS_ATTENTION_BAND_H
 
@@ -9,10 +8,10 @@
 
 typedef struct {
     const float *q, *k, *v; /* [T, H, h], scaled */
-    const float *distances; /* [n_distances, H, h]: number i is added to a key `past - i` frames back */
+    const float *distances; /* [n_distances, H, h]: vector i is added to a key `past - i` frames back */
     float *z;               /* [T, H, h] */
     int n_rows, n_heads, head_dim, n_distances;
-    int past, future; /* row t sees the keys t - past < j < t + future, itself included */
+    int past, future; /* row t sees keys t - past < j < t + future, and its own */
     float cap;        /* scores are cap * tanh(x / cap) */
 } g4_band_attention;
 
@@ -30,8 +29,8 @@ static inline int g4_band_end_key(const g4_band_attention *a, int row)
 
 g4_status g4_attend_band(g4_exec *exec, const g4_band_attention *run);
 
-/* The same in three steps over a whole array [H, T, T]. Untouched it gives the same values as g4_attend_band. */
-g4_status g4_band_scores(g4_exec *exec, const g4_band_attention *run, float *scores);  /* outside the band -infinity */
+/* The same in three steps over a whole array [H, T, T]. Unchanged, it gives the same values as g4_attend_band. */
+g4_status g4_band_scores(g4_exec *exec, const g4_band_attention *run, float *scores);  /* -infinity outside the band */
 g4_status g4_band_pattern(g4_exec *exec, const g4_band_attention *run, float *scores); /* softmax in place */
 g4_status g4_band_mix(g4_exec *exec, const g4_band_attention *run, const float *pattern);
 

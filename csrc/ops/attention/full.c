@@ -7,23 +7,23 @@
 
 enum {
     PANEL = 16,
-    BLOCK_KEYS = 256,          /* of the mix: 16 KB of values stay in the first-level cache for a block of queries */
-    MAX_QUERIES = 96,          /* of a task … */
-    SCORES_FLOATS = 96 << 10,  /* … and fewer where their scores would leave the second-level cache (384 KB) … */
-    SCORES_FLOATS16 = 64 << 10 /* … with the whole numbers that they become */
+    BLOCK_KEYS = 256,          /* keys per mix block: 16 KB of values stay in the first-level cache for all queries */
+    MAX_QUERIES = 96,          /* queries per task … */
+    SCORES_FLOATS = 96 << 10,  /* … and fewer if their scores would exceed the second-level cache (384 KB) … */
+    SCORES_FLOATS16 = 64 << 10 /* … or, in `fast`, the scores with their int16 copies */
 };
 
 _Static_assert(BLOCK_KEYS % G4_GROUP16 == 0, "a block of keys is whole groups");
 
-/* Keys and values as panels, kv head after kv head: keys [T / 16][h][16], values [h / 16][T][16], both padded. Fast,
- * they and the queries (head after head) are whole numbers of 12 bits instead; values are transposed for that. */
+/* Keys and values in panels, kv head after kv head: keys [T / 16][h][16], values [h / 16][T][16], both padded. In
+ * `fast`, keys, values and queries (head after head) are 12-bit integers instead, and values are transposed first. */
 typedef struct {
     const g4_full_attention *run;
     bool fast;
-    float *k, *v; /* v fast: [K, h, T] */
+    float *k, *v; /* v in `fast`: transposed values [K, h, T] */
     g4_panel16 k16, v16;
     g4_rows16 q16;
-    size_t k_floats, v_floats; /* of one kv head */
+    size_t k_floats, v_floats; /* per kv head */
     int queries, n_blocks;
     int first_task;
 } plan;
@@ -137,7 +137,7 @@ static size_t q_offset(const g4_full_attention *run, int row, int head)
     return ((size_t)row * (size_t)run->n_heads + (size_t)head) * (size_t)run->head_dim;
 }
 
-/* Item i of all plans: a head of queries, and a kv head while there are some. */
+/* Item i, counted over all plans: one head of queries, and the kv head of the same number if there is one. */
 static void pack_heads(const g4_exec *exec, void *context, int first, int end)
 {
     const pack_task *t = context;
@@ -235,18 +235,18 @@ static void mix_block16(const g4_kernels *kernels, const plan *p, int head, int 
 
 enum { SCORE = 1, PATTERN = 2, MIX = 4 };
 
-/* A task is a block of queries of one head; what it does of the three steps. */
+/* A task is a block of queries of one head. steps: the steps that it runs. */
 typedef struct {
     const g4_exec *exec;
     const plan *plans;
     int n_plans, steps;
-    float *array;   /* [H, T, T] of the only plan; NULL: each worker has scores of its own */
+    float *array;   /* [H, T, T] of the only plan; NULL: scores are in the worker's scratch */
     float *scratch; /* [workers, scratch_stride] */
     size_t scratch_stride;
-    g4_rows16 *weights; /* [workers] fast: patterns as whole numbers */
+    g4_rows16 *weights; /* [workers] in `fast`: patterns as integers */
 } attend_task;
 
-/* A block's scores to whole numbers; the pattern in float32 between is left out unless somebody looks at it. */
+/* A block's pattern as integers. With PATTERN, softmax writes the integers directly: no float32 pattern is stored. */
 static g4_rows16 weights16(const attend_task *t, float *scores, int n_rows, int n, int worker)
 {
     g4_rows16 weights = t->weights[worker];
@@ -329,7 +329,7 @@ static g4_status attend(g4_exec *exec, const g4_full_attention *runs, int n_runs
         G4_TRY(pack_all(exec, plans, n_runs));
     G4_TRY(alloc_scratch(exec, &t));
     g4_status status = g4_exec_run(exec, n_tasks, work, run_attend_task, &t);
-    if (steps & MIX) { /* of steps one by one the last is noted for all */
+    if (steps & MIX) { /* steps run one by one: the last records the work of all */
         g4_profile_end(exec, G4_OP_ATTEND_GLOBAL, start, exec->fast ? 0 : 2 * work, 0);
         if (exec->profile && exec->fast)
             exec->profile->ops[G4_OP_ATTEND_GLOBAL].int8_work += 2 * work;

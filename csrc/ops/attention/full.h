@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Attention without a mask, of every row of an image to every other. Scores exist for a block of queries of one head at
- * a time, never for all. A row's numbers depend on its own image only. A fast exec rounds queries, keys, patterns and
- * values to 12 bits (kernels/body_panel16.h). */
+/* Unmasked attention among all rows of an image. Scores are kept for a block of queries of one head at a time, never
+ * for all. Each row depends only on its own image. A fast exec rounds queries, keys, patterns and values to 12 bits
+ * (kernels/body_panel16.h). */
 #ifndef GEMMA4_OPS_ATTENTION_FULL_H
 #define GEMMA4_OPS_ATTENTION_FULL_H
 
@@ -16,7 +16,7 @@ typedef struct {
 
 g4_status g4_attend_full(g4_exec *exec, const g4_full_attention *runs, int n_runs);
 
-/* The same in three steps over a whole array [H, T, T]. Untouched it gives the same bits as g4_attend_full. */
+/* The same in three steps over a whole array [H, T, T]. Unchanged, it gives the same bits as g4_attend_full. */
 g4_status g4_full_scores(g4_exec *exec, const g4_full_attention *run, float *scores);
 g4_status g4_full_pattern(g4_exec *exec, const g4_full_attention *run, float *scores); /* softmax in place */
 g4_status g4_full_mix(g4_exec *exec, const g4_full_attention *run, const float *pattern);

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "ops/attention/kv_view.h"
 
-/* How a view's heads are read: bytes, and functions for its type. */
+/* Reading a view's heads. In bytes: a head of k, a head of v, half a head, the first elements of its rotated pairs. */
 typedef struct {
-    size_t k_head, v_head, half,
-        rotated; /* of one head, of half of a whole one, of the first elements of its rotated pairs */
+    size_t k_head, v_head, half, rotated;
     g4_widen_f32_fn widen;
     g4_mul_fn mul;
 } reading;
 
-/* Rotated pairs from k, the others from v: the first elements of all pairs, then the second ones. */
+/* Rotated pairs come from k, the other pairs are gain * v. A key holds the first elements of all pairs, then the
+ * second. */
 static void join_key(const g4_kv_view *kv, const reading *r, const char *k, const char *v, int half, float *key)
 {
     const int rotated = kv->n_rotated, rest = half - rotated;

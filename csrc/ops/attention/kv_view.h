@@ -2,7 +2,8 @@
 /* Cached keys and values as attention reads them.
  *
  * Where values are the normed projection of the keys (attention_k_eq_v), a key is RoPE(gain * v). RoPE rotates few of
- * its pairs (64 of 256 in the released models). The others equal gain * v to the bit and are not stored a second time.
+ * its pairs (64 of 256 in the released models). The other pairs equal gain * v to the bit and are not stored a second
+ * time.
  */
 #ifndef GEMMA4_OPS_ATTENTION_KV_VIEW_H
 #define GEMMA4_OPS_ATTENTION_KV_VIEW_H
@@ -13,9 +14,9 @@
 typedef struct {
     const void *k, *v;
     g4_dtype dtype;
-    size_t stride; /* K * h: elements from slot to slot of v, and of keys that are whole */
+    size_t stride; /* K * h: elements from slot to slot of v, and of k if keys are stored whole */
     int n_slots, first;
-    const float *gain; /* [h] key = gain * v where not rotated; NULL: keys are whole */
+    const float *gain; /* [h] key = gain * v where not rotated; NULL: keys are stored whole */
     int n_rotated;     /* with a gain, k holds 2 n_rotated values of each head: pairs (i, i + h / 2), i < n_rotated */
 } g4_kv_view;
 

@@ -6,10 +6,10 @@
 #include <string.h>
 
 enum {
-    BLOCK_ROWS = 48,      /* queries x heads of a task: enough that each key is loaded for many of them */
-    MAX_SCORES = 1 << 20, /* scores a task may hold (4 MB), unless one query's heads need more */
-    KEY_TILE = 1 << 14,   /* float32 values of keys that are put together at a time: 32 keys of the largest heads */
-    KEY_BLOCK = 256,      /* positions [256 i, 256 (i + 1)) are mixed first, then the blocks are added up in order */
+    BLOCK_ROWS = 48,      /* queries x heads per task: each loaded key serves many of them */
+    MAX_SCORES = 1 << 20, /* scores per task (4 MB), unless one query's heads need more */
+    KEY_TILE = 1 << 14,   /* float32 values of keys assembled at a time: 32 keys of the largest heads */
+    KEY_BLOCK = 256,      /* positions [256 i, 256 (i + 1)) are mixed first, then blocks are added in order */
 };
 
 static int min(int a, int b)
@@ -29,16 +29,16 @@ static const void *kv_row(const g4_attention *a, const void *base, int position,
            g4_dtype_bytes(a->kv.dtype, slot * a->kv.stride + (size_t)kv_head * (size_t)a->head_dim);
 }
 
-/* Positions [first, first + n) that lie in consecutive slots, n <= end - first. */
+/* The largest n <= end - first for which positions [first, first + n) lie in consecutive slots. */
 static int contiguous(const g4_attention *a, int first, int end)
 {
     return min(end - first, a->kv.n_slots - first % a->kv.n_slots);
 }
 
-/* What score_keys needs: room for matmul, and for keys where they are not stored whole. */
+/* Floats of scratch for score_keys: for matmul, and for keys that are not stored whole. */
 enum { SCORE_SCRATCH = G4_MATMUL_SCRATCH + KEY_TILE };
 
-/* The same as below where keys are not stored whole. */
+/* score_keys for keys that are not stored whole. */
 static void score_joined_keys(const g4_kernels *kernels, const g4_attention *a, int kv_head, const float *q, int n,
                               int first, int end, float *scores, size_t stride, float *scratch)
 {
@@ -87,7 +87,7 @@ static int block_end(int position, int end)
 /* ---- fused ---------------------------------------------------------------------------------------------------- */
 
 /* n queries from first_row on, with the heads that share kv_head. Their scores [n * group, stride] begin at position
- * `first`, which is the first that any of them sees. */
+ * `first`, the first that any of these queries sees. */
 typedef struct {
     const g4_attention *a;
     int first_row, n, kv_head, first, end;
@@ -109,7 +109,7 @@ static float *scores_of(const query_block *b, int query, int position)
     return b->scores + (size_t)query * (size_t)g4_head_group(b->a) * b->stride + (position - b->first);
 }
 
-/* Queries and outputs of one kv head's group lie beside each other in a row. */
+/* Queries and outputs of one kv head's group are adjacent in a row. */
 static size_t row_offset(const query_block *b, int query)
 {
     const g4_attention *a = b->a;
@@ -122,7 +122,7 @@ static size_t group_width(const g4_attention *a)
     return (size_t)g4_head_group(a) * (size_t)a->head_dim;
 }
 
-/* scratch: SCORE_SCRATCH, and the queries. */
+/* scratch: SCORE_SCRATCH floats, then the queries [n * group, h]. */
 static void score_block(const g4_kernels *kernels, const query_block *b, int first, int end, float *scratch)
 {
     float *q = scratch + SCORE_SCRATCH;
@@ -132,7 +132,7 @@ static void score_block(const g4_kernels *kernels, const query_block *b, int fir
                scratch);
 }
 
-/* h: of the heads that share the keys. */
+/* h: index among the heads that share kv_head. */
 static void softmax_head(const g4_kernels *kernels, const query_block *b, int query, int h)
 {
     const int row = b->first_row + query, first = g4_first_key(b->a, row), n = g4_end_key(b->a, row) - first;
@@ -141,7 +141,7 @@ static void softmax_head(const g4_kernels *kernels, const query_block *b, int qu
     kernels->softmax(scores, n);
 }
 
-/* What one query sees of positions [first, end). */
+/* Mixes the positions in [first, end) that one query sees. */
 static void mix_query(const g4_kernels *kernels, const query_block *b, int query, int first, int end, float *sum)
 {
     const int row = b->first_row + query;
@@ -152,8 +152,9 @@ static void mix_query(const g4_kernels *kernels, const query_block *b, int query
                  sum + (size_t)query * group_width(b->a));
 }
 
-/* sum [n * group, h] = the share of positions [first, end) of one key block. Those that all queries see are read once
- * for all of them; the others must not be touched with a weight of zero: zero times infinity is no zero. */
+/* sum [n * group, h] = contribution of positions [first, end), which lie in one key block. Positions that all queries
+ * see are read once for all queries. Positions that a query does not see are skipped, not weighted with 0: 0 × inf is
+ * NaN. */
 static void mix_block(const g4_kernels *kernels, const query_block *b, int first, int end, float *sum)
 {
     int common = max(first, g4_first_key(b->a, b->first_row + b->n - 1));
@@ -197,13 +198,13 @@ static void attend_block(const g4_kernels *kernels, const query_block *b, float 
     }
 }
 
-/* How one run is cut into tasks: blocks of queries x kv heads, or, if those are too few to keep the threads busy (one
- * sequence being decoded), all its queries x kv heads x blocks of keys. */
+/* Split of one run into tasks: blocks of queries x kv heads. If that gives too few tasks for the threads (decoding one
+ * sequence), all its queries x kv heads x blocks of keys. */
 typedef struct {
     int queries, n_blocks;
-    int max_span; /* keys that a block's queries see together, at most */
+    int max_span; /* maximum number of keys that a block's queries see together */
     int first_task;
-    query_block *whole; /* [K] */
+    query_block *whole; /* [K] blocks of all queries */
     float *sums;        /* [K, key blocks, n_rows * group, h] */
     int n_key_blocks;
 } plan;
@@ -217,7 +218,7 @@ typedef struct {
     size_t scratch_stride, max_scores, max_queries;
 } attend_task;
 
-/* Keys that one query sees, at most. */
+/* Maximum number of keys that one query sees. */
 static int most_keys(const g4_attention *a)
 {
     int most = a->window ? min(a->window, a->n_keys) : a->n_keys;
@@ -235,13 +236,13 @@ static plan make_plan(const g4_attention *a)
         p.queries /= 2;
     p.n_blocks = (a->n_rows + p.queries - 1) / p.queries;
     p.max_span = min(span + p.queries, a->n_keys);
-    /* rows wanted may lie far apart after pruning: then a block spans what its positions say */
+    /* after pruning, rows may lie far apart, so a block may span all keys */
     if (a->n_rows && a->positions[a->n_rows - 1] - a->positions[0] >= a->n_rows)
         p.max_span = a->n_keys;
     return p;
 }
 
-/* The run that a task belongs to; *task becomes its number within it. */
+/* The run that a task belongs to. *task becomes the task's number within the run. */
 static int run_of_task(const attend_task *t, int *task)
 {
     int r = 0;
@@ -257,7 +258,7 @@ static void run_attend_task(void *context, int task, int worker)
     const int r = run_of_task(t, &task);
     const g4_attention *a = &t->runs[r];
     const plan *p = &t->plans[r];
-    /* the last block sees the most keys: start with it, so that the threads finish together */
+    /* the last block sees the most keys: it goes first, so that the threads finish together */
     const int first_row = (p->n_blocks - 1 - task / a->n_kv_heads) * p->queries;
     float *scratch = t->scratch + (size_t)worker * t->scratch_stride, *sum = scratch + SCORE_SCRATCH + t->max_queries;
     const query_block b = block_of_queries(a, first_row, min(p->queries, a->n_rows - first_row), task % a->n_kv_heads,
@@ -265,7 +266,7 @@ static void run_attend_task(void *context, int task, int worker)
     attend_block(t->exec->kernels, &b, scratch, sum);
 }
 
-/* Of each worker: SCORE_SCRATCH, queries, their sums of one key block, and by queries their scores. */
+/* Per worker: SCORE_SCRATCH, queries, their sums over one key block, and (attend_by_queries only) their scores. */
 static g4_status allocate_scratch(g4_exec *exec, attend_task *t)
 {
     t->scratch_stride = SCORE_SCRATCH + (2 * t->max_queries + t->max_scores + 15) / 16 * 16;
@@ -286,9 +287,9 @@ static g4_status attend_by_queries(g4_exec *exec, attend_task *t, int n_tasks, d
     return g4_exec_run(exec, n_tasks, work, run_attend_task, t);
 }
 
-/* ---- by keys: the same sums, and so the same bits ---- */
+/* ---- by keys: the same sums, so the same bits ---- */
 
-/* Key block i of all that the run's queries see. */
+/* Bounds of key block i among the keys that the run's queries see. */
 static void key_block(const query_block *b, int i, int *first, int *end)
 {
     *first = i ? (b->first / KEY_BLOCK + i) * KEY_BLOCK : b->first;
@@ -321,7 +322,7 @@ static void run_mix_task(void *context, int task, int worker)
     mix_block(t->exec->kernels, b, first, end, sum_of(p, b, task % p->n_key_blocks));
 }
 
-/* Tasks of one query and head each, numbered through all runs. */
+/* A task of one query and one head. Tasks are numbered over all runs. */
 typedef struct {
     const plan *p;
     const query_block *b;
@@ -420,9 +421,9 @@ typedef struct {
     const g4_exec *exec;
     const g4_attention *a;
     float *array;         /* [H, T, n_keys] */
-    float *sums;          /* [T, H, h] of one key block */
+    float *sums;          /* [T, H, h] over one key block */
     float *scratch;       /* [workers, SCORE_SCRATCH] */
-    atomic_int forgotten; /* a position that got weight but is not in the cache, or -1 */
+    atomic_int forgotten; /* a position that has weight but was evicted from the cache, or -1 */
 } steps;
 
 static void run_score_row(void *context, int row_number, int worker)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Attention of one run, as all methods read it (ops/attention/attention.h chooses one). */
+/* Operands of one run's attention, for all methods (ops/attention/attention.h selects one). */
 #ifndef GEMMA4_OPS_ATTENTION_RUN_H
 #define GEMMA4_OPS_ATTENTION_RUN_H
 
@@ -9,13 +9,13 @@ typedef struct {
     const float *q;           /* [T, H, h], rotated */
     float *z;                 /* [T, H, h] */
     const int32_t *positions; /* [T], ascending */
-    const int32_t *ends;      /* [T], ascending: row i sees positions before ends[i]; NULL: up to its own */
+    const int32_t *ends;      /* [T], ascending: row i sees positions before ends[i]; NULL: up to its own position */
     int n_rows, n_heads, n_kv_heads, head_dim;
-    int n_deciding; /* the number of rows that chooses between tiles and rows; n_rows, or fewer */
-    int window;     /* keys up to its own that a query sees, itself included; 0: all */
+    int n_deciding; /* number of rows that selects tiles.h or rows.h: at most n_rows */
+    int window;     /* keys that a query sees up to and including its own; 0: all */
     float softcap;  /* scores are cap * tanh(q . k / cap); 0: q . k */
     int n_keys;     /* positions in the cache, the run's own included */
-    bool bf16;      /* a fast exec may round q, keys, values and patterns to it */
+    bool bf16;      /* a fast exec may round q, keys, values and patterns to bf16 */
     g4_kv_view kv;
 } g4_attention;
 
@@ -37,14 +37,14 @@ static inline int g4_end_key(const g4_attention *a, int row)
     return a->ends ? a->ends[row] : a->positions[row] + 1;
 }
 
-/* The softcap of n scores that one row sees. */
+/* Applies the softcap to n scores of one row. */
 static inline void g4_cap_scores(const g4_kernels *kernels, const g4_attention *a, float *scores, int n)
 {
     if (a->softcap != 0)
         kernels->softcap(scores, a->softcap, n);
 }
 
-/* The shortest range of a row outside which every value is `blank`; the whole row if it is all blank. */
+/* The shortest range [*first, *end) of a row outside which every value is `blank`; the whole row if all are blank. */
 void g4_occupied(const float *row, int n, float blank, int *first, int *end);
 
 /* Row (head, query) of a whole array [H, T, n_keys]. */

@@ -6,19 +6,19 @@
 #include <string.h>
 
 enum {
-    LEAST_QUERIES = 32,          /* of a run: fewer do not earn that all its keys and values are put in place */
+    LEAST_QUERIES = 32,          /* per run: with fewer, packing all its keys and values does not pay off */
     MAX_HEAD = 512,              /* head size */
-    UNIT = G4_TILE_INPUTS,       /* positions that are put in place at a time, from multiples of it on */
-    BLOCK_ROWS = 128,            /* queries x heads of a task: 8 rows of tiles for each tile of keys */
-    MAX_SCORES = 1 << 21,        /* of a task: 8 MB, and half of it as bf16 */
-    MAX_TILES_OF_HEAD = 1 << 27, /* numbers of one kv head's keys and values: 256 MB, 131,072 positions of 512 */
-    TILES_AT_ONCE = 1 << 24      /* those of several heads, if they fit */
+    UNIT = G4_TILE_INPUTS,       /* positions packed at a time, from multiples of UNIT on */
+    BLOCK_ROWS = 128,            /* queries x heads per task: 8 rows of tiles for each tile of keys */
+    MAX_SCORES = 1 << 21,        /* per task: 8 MB, and half of that as bf16 */
+    MAX_TILES_OF_HEAD = 1 << 27, /* elements of one kv head's keys and values: 256 MB, 131,072 positions of 512 */
+    TILES_AT_ONCE = 1 << 24      /* elements of several kv heads, if they fit */
 };
 
 enum { SCORE = 1, PATTERN = 2, MIX = 4 };
 
-/* What a worker needs for a block of queries. Rows are an odd number of cache lines apart, so that 16 of them are in as
- * many sets. */
+/* A worker's scratch for a block of queries. Row strides are an odd number of cache lines, so 16 rows fall into 16
+ * cache sets. */
 typedef struct {
     uint16_t *q;       /* [rows, h] */
     float *scores;     /* [rows, span] */
@@ -31,15 +31,15 @@ typedef struct {
     const g4_exec *exec;
     const g4_attention *a;
     int steps;
-    float *array;            /* [H, T, n_keys] if the steps are taken one by one */
-    int first, n_units;      /* positions in tiles: from `first` on */
-    int first_head, n_heads; /* the kv heads that are */
+    float *array;            /* [H, T, n_keys] if the steps run one by one */
+    int first, n_units;      /* the tiles hold n_units * UNIT positions from `first` on */
+    int first_head, n_heads; /* … of these kv heads */
     uint16_t *keys;          /* [n_heads, 2 n_units, h / 32] tiles */
     uint16_t *values;        /* [n_heads, h / 16, n_units] tiles */
-    int queries, n_blocks;   /* a task is so many queries and one kv head */
+    int queries, n_blocks;   /* a task is up to `queries` queries of one kv head */
     size_t q_stride, score_stride, pattern_stride, sum_stride;
     block_scratch *scratch; /* [workers] */
-    atomic_bool too_large;  /* there is a value that a weight of zero does not make vanish */
+    atomic_bool too_large;  /* some value is 2^127 or more in magnitude, or NaN: 0 × inf is NaN */
     atomic_int forgotten;
 } tile_run;
 
@@ -63,7 +63,7 @@ static int first_unit(int position)
     return position / UNIT * UNIT;
 }
 
-/* Numbers of one head's keys and values. */
+/* Elements of one kv head's keys and values in tiles. */
 static size_t tiles_of_head(const g4_attention *a)
 {
     return 2 * (size_t)(whole_units(a->n_keys) - first_unit(a->kv.first)) * (size_t)a->head_dim;
@@ -89,7 +89,7 @@ static g4_tiles values_of(const tile_run *t, int kv_head)
     return (g4_tiles){t->values + (size_t)(kv_head - t->first_head) * of_head, (size_t)t->n_units * G4_TILE};
 }
 
-/* float32 [UNIT, h], zeros where no position is cached. */
+/* float32 [UNIT, h]; zeros for positions that are not cached. */
 static void read_unit(const tile_run *t, const g4_kv_view *kv, int kv_head, int position, float *rows)
 {
     const size_t h = (size_t)t->a->head_dim;
@@ -121,8 +121,8 @@ static void pack_unit(void *context, int task, int worker)
 
 /* ---- a block of queries ------------------------------------------------------------------------------------------ */
 
-/* n queries from first_row on, with the heads that share kv_head, and the positions [first, end) that any of them gives
- * weight, whole units. */
+/* n queries from first_row on, with the heads that share kv_head. [first, end): the positions that any of these queries
+ * gives weight, in whole units. */
 typedef struct {
     int first_row, n, kv_head, first, end;
 } query_block;
@@ -177,7 +177,7 @@ static void show_scores(const tile_run *t, const query_block *b, const block_scr
     }
 }
 
-/* pattern_r = weights of positions [from, to), zeros in the rest of the block's. */
+/* pattern_r = weights of positions [from, to), zeros for the block's other positions. */
 static void set_pattern(const tile_run *t, const query_block *b, const block_scratch *s, int r, const float *weights,
                         int from, int to)
 {
@@ -230,7 +230,7 @@ static void mix(const tile_run *t, const query_block *b, const block_scratch *s)
 
 static query_block block_of_task(const tile_run *t, int task)
 {
-    /* the last block sees the most keys: start with it, so that the threads finish together */
+    /* the last block sees the most keys: it goes first, so that the threads finish together */
     const int row = (t->n_blocks - 1 - task / t->n_heads) * t->queries;
     query_block b = {.first_row = row, .n = min(t->queries, t->a->n_rows - row)};
     b.kv_head = t->first_head + task % t->n_heads;
@@ -258,7 +258,7 @@ static void run_block(void *context, int task, int worker)
 
 /* ---- a run ------------------------------------------------------------------------------------------------------- */
 
-/* Positions that a block's queries see together, at most. */
+/* Maximum number of positions that a block's queries see together, in whole units. */
 static int most_positions(const tile_run *t, int queries)
 {
     int most = 0;
@@ -271,7 +271,7 @@ static int most_positions(const tile_run *t, int queries)
     return most;
 }
 
-/* From row to row, so that they are an odd number of cache lines apart. */
+/* Row stride in elements for rows of n: an odd number of cache lines. */
 static size_t odd_lines(int n, size_t element_size)
 {
     const size_t in_line = 64 / element_size;
@@ -306,7 +306,7 @@ static g4_status plan_blocks(g4_exec *exec, tile_run *t)
 static g4_status run_heads(g4_exec *exec, tile_run *t)
 {
     const int n_units = t->n_heads * t->n_units;
-    const double pack_work = 16.0 * n_units * UNIT * t->a->head_dim; /* two arrays, 8 multiply-adds' time an element */
+    const double pack_work = 16.0 * n_units * UNIT * t->a->head_dim; /* 2 arrays, an element costs 8 multiply-adds */
     double work = 0;
     for (int row = 0; row < t->a->n_rows; row++)
         work += g4_end_key(t->a, row) - g4_first_key(t->a, row);
