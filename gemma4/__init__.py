@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 4 on CPUs: run it, and see everything that happens inside.
+"""Gemma 4 on CPUs: run it, and read or edit every activation.
 
 import gemma4
 model = gemma4.load("tiny-e")
@@ -23,7 +23,7 @@ from gemma4.model import Model, load
 from gemma4.quantization import quantize
 from gemma4.sequence import Sequence
 
-if not TYPE_CHECKING:  # modules by the names that they had before; each is imported where it is first used
+if not TYPE_CHECKING:  # modules under their old names; each is imported at first use
     _BEFORE = ("chat", "decode", "generate", "sampling", "textflow", "tokenizer", "turn")
     __getattr__ = moved(__name__, {name: f"{__name__}.{name}:" for name in _BEFORE})
 

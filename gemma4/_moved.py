@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that modules had before, looked up where they are now: what was imported from there goes on working."""
+"""Old names of modules' contents, resolved where they live now, so that old imports keep working."""
 
 from __future__ import annotations
 

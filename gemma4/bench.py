@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a model runs here, and how near that is to what the machine can do: `gemma4 bench MODEL`."""
+"""Measure how fast a model runs on this machine, and how near that is to the machine's limits: `gemma4 bench MODEL`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ I32 = NDArray[np.int32]
 @dataclass(frozen=True)
 class Speed:
     """One phase: prefill, decode, or the encoding of a picture, a recording or a video. seconds: of each timed call ·
-    tokens: a call's, soft ones of media · profile: of calls that were run for it, not among the timed ones."""
+    tokens: of one call, for media soft tokens · profile: of separate calls, not among the timed ones."""
 
     tokens: int
     seconds: tuple[float, ...]
@@ -58,8 +58,8 @@ class Benchmark:
     load_s           seconds of `gemma4.load`
     prefill, decode  a prompt with the logits of its last position; one token after that prompt
     peak_bytes       peak resident memory of the process up to the end of decoding, mapped weights included
-    weights          bytes of the files' maps that are resident then, and how many of these lie in huge pages
-    limits           of this machine, with as many threads, measured right after
+        weights          bytes of the mapped files that are resident then, and how many of these lie in huge pages
+        limits           of this machine, with the same number of threads, measured right after
     media            "image PATH" and so on: from decoded pixels or samples to soft tokens
     inputs           the model's files
     """
@@ -79,7 +79,7 @@ class Benchmark:
 
     @property
     def phases(self) -> dict[str, Speed]:
-        """All that was timed: "prefill", "decode", and the media."""
+        """Everything that was timed: "prefill", "decode", and the media."""
         return {"prefill": self.prefill, "decode": self.decode, **self.media}
 
     def __str__(self) -> str:
@@ -127,7 +127,7 @@ class Benchmark:
 
 
 def machine_text(limits: Limits) -> str:
-    """The limits in words."""
+    """The limits as text."""
     return (
         f"reads {limits.read_bytes / 1e9:.1f} GB/s, computes {limits.f32_work / 1e9:.0f} GFLOP/s in float32, "
         f"{limits.int8_work / 1e9:.0f} Gop/s in bytes, {limits.int16_work / 1e9:.0f} in 16 bits"

@@ -40,8 +40,8 @@ class Core:
     """A loaded model as data. Immutable weights: threads may share it.
 
     checkpoint     the opened files
-    engine         the C engine's model; engine_config: what it was made of
-    kv_dtype       how new sequences keep keys and values
+    engine         the C engine's model; engine_config: the configuration it was built from
+    kv_dtype       type in which new sequences keep keys and values
     sites          every site of the text model by name, in forward order (docs/sites.md)
     nan_log        sites where edits produced NaN
     """
@@ -72,7 +72,7 @@ class Core:
         self._attaching = threading.Lock()
 
     def attached(self, kind: type[T]) -> T:
-        """The one `kind()` of this model, made at first use: what others keep with it, as encoders that are bound."""
+        """The model's single `kind()` object, made at first use: state kept with it, such as bound encoders."""
         with self._attaching:
             if kind not in self._attached:
                 self._attached[kind] = kind()
@@ -105,7 +105,7 @@ class Core:
 
     @property
     def n_token_ids(self) -> int:
-        """Ids below this may be fed in: every embedding table has a row for them."""
+        """Upper bound of input ids (exclusive): every embedding table has a row for smaller ids."""
         config = self.engine_config
         return min(config["d_vocab"], config["d_vocab_ple"]) if config["d_ple"] else config["d_vocab"]
 
@@ -114,7 +114,7 @@ class Core:
         return f"<gemma4.Model {self.checkpoint.path.name}: {self.n_layers} layers, {how}>"
 
     def close(self) -> None:
-        """Let go of the files; any later run raises StateError. Arrays handed out before stay valid."""
+        """Release the files; any later run raises StateError. Arrays handed out before stay valid."""
         self.checkpoint.close()
 
     def __enter__(self) -> Self:
@@ -128,7 +128,7 @@ class Core:
         return self._rows(name, slice(None))
 
     def gain(self, norm: str) -> F32:
-        """What a norm multiplies by, float32: `norm` as in "layers.0.input_layernorm" or "norm" (the last one).
+        """The factor of a norm, float32: `norm` as in "layers.0.input_layernorm" or "norm" (the last one).
 
         The weight itself, or 1 + weight in models that store it so (Gemma 2 and 3 from Hugging Face).
         """
@@ -168,7 +168,7 @@ class Core:
     def fingerprint(self) -> str:
         """16 hex digits that tell models apart: configuration, tensor shapes, and a sample of every tensor's bytes.
 
-        Taken when the first sequence is made: one that lives can be saved, whatever becomes of the files.
+        Taken when the first sequence is made, so that a live sequence can be saved whatever becomes of the files.
         """
         with self.checkpoint.reading():
             return self._fingerprint()
@@ -218,12 +218,12 @@ class Core:
 
     @property
     def modalities(self) -> Modalities:
-        """What the checkpoint has encoders for."""
+        """The modalities that the checkpoint has encoders for."""
         return Modalities.of(self.checkpoint.encoders, self.checkpoint.encoder_advice)
 
     @cached_property
     def image_tokens(self) -> int:
-        """How many soft tokens a picture takes at most where nobody says: 280, or what processor_config.json says."""
+        """Default limit of soft tokens per picture: the value in processor_config.json, else 280."""
         processor: object = self.checkpoint.processor_config.get("image_processor")
         found = (
             cast("Mapping[str, object]", processor).get("max_soft_tokens") if isinstance(processor, Mapping) else None

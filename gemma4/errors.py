@@ -3,15 +3,15 @@
 
 
 class Gemma4Error(Exception):
-    """Base of every exception that is ours."""
+    """Base of every exception of this package."""
 
 
 class FormatError(Gemma4Error, ValueError):
-    """A file or checkpoint is not what it says it is: truncated, wrong shape or dtype, missing tensor."""
+    """A damaged or mislabelled file or checkpoint: truncated, wrong shape or dtype, missing tensor."""
 
 
 class StateError(Gemma4Error, RuntimeError):
-    """An object is not in a state to do this: closed, in use by another thread, already forgotten positions."""
+    """An object's state does not allow this: closed, in use by another thread, positions already evicted."""
 
 
 class CapacityError(Gemma4Error, ValueError):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of strangers, read within bounds, and every file that the package writes.
+"""Bounded reading of untrusted files, and all files that the package writes.
 
-An output appears under its name when it is whole: it is written to a temporary of a unique name beside the target,
-synced, and renamed. Whatever ends the work before that removes the temporary, and nothing else.
+An output appears under its name only when complete: it is written to a temporary of a unique name beside the target,
+synced, and renamed. If the work ends before that, the temporary is removed, and nothing else.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _partials: set[str] = set()  # temporaries of this process
 
 
 def open_regular(path: StrPath) -> int:
-    """A descriptor to read a regular file with. Raises FormatError for pipes and devices, which could block for ever
-    (the system is not asked to wait for a pipe's other end), and what `os.open` raises."""
+    """A descriptor to read a regular file with. Raises FormatError for pipes and devices, which could block
+    indefinitely (opening does not wait for a pipe's other end), and what `os.open` raises."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
     fd = os.open(path, flags)
     if stat.S_ISREG(os.fstat(fd).st_mode):
@@ -51,7 +51,7 @@ def read_limited(path: StrPath, limit: int) -> bytes:
 
 
 def check_no_pointer(start: bytes, path: StrPath) -> None:
-    """Raise FormatError if a file begins as what Git LFS leaves in place of one that was not fetched."""
+    """Raise FormatError if a file begins like a Git LFS pointer, which stands in for a file that was not fetched."""
     if start.startswith(b"version https://git-lfs"):
         raise FormatError(
             f"{os.fspath(path)} is a Git LFS pointer, not the file itself: fetch it (git lfs pull) or download it"
@@ -65,7 +65,7 @@ def check_output(path: StrPath, *, force: bool, inputs: Iterable[StrPath] = (), 
     """Raise unless a file may be written there: IsADirectoryError, FileNotFoundError (its folder), ValueError (no
     regular file, or one of `inputs` under any name), FileExistsError (there is one, and `force` is not given).
 
-    devices: pipes and devices such as /dev/stdout will do, too.
+    devices: also accept pipes and devices such as /dev/stdout.
     """
     target = Path(path)
     if devices and _is_device(target):
@@ -86,7 +86,7 @@ def check_output(path: StrPath, *, force: bool, inputs: Iterable[StrPath] = (), 
 
 @contextlib.contextmanager
 def new_file(path: StrPath, *, force: bool, inputs: Iterable[StrPath] = (), n_bytes: int = 0) -> Iterator[IO[bytes]]:
-    """`with new_file(path, force=False) as file:` a binary file that gets its name once the block has ended well.
+    """`with new_file(path, force=False) as file:` a binary file that gets its name when the block ends without error.
 
     force: replace a file that exists, and keep its permissions. inputs: files that are never replaced. n_bytes: room
     that the disk must have. Raises what `check_output` raises, FileExistsError (a file appeared there meanwhile),
@@ -106,7 +106,7 @@ def new_file(path: StrPath, *, force: bool, inputs: Iterable[StrPath] = (), n_by
                 os.fsync(file.fileno())
             _publish(own, target, force)
         except OSError as error:
-            if error.filename is None and error.errno is not None:  # from write(): does not say which file
+            if error.filename is None and error.errno is not None:  # from write(): does not name the file
                 raise OSError(error.errno, error.strerror, str(target)) from error
             raise
         finally:
@@ -125,7 +125,7 @@ def write_file(path: StrPath, data: bytes, *, force: bool, inputs: Iterable[StrP
 
 
 def free_name(path: StrPath) -> Path:
-    """`path`, or the first of "name-2.ext", "name-3.ext", … that does not exist: for names that nobody chose."""
+    """`path`, or the first of "name-2.ext", "name-3.ext", … that does not exist: for default names."""
     target = Path(path)
     name, number = target, 1
     while os.path.lexists(name):
@@ -145,7 +145,7 @@ def _same_file(a: Path, b: StrPath) -> bool:
 
 
 def _create(target: Path, own: set[str]) -> IO[bytes]:
-    """The temporary, whose name is in `own` and `_partials` before it exists: no moment is without an owner."""
+    """The temporary; its name is in `own` and `_partials` before it exists, so it always has an owner."""
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
     while True:
         partial = str(target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.partial"))
@@ -153,7 +153,7 @@ def _create(target: Path, own: set[str]) -> IO[bytes]:
         _partials.add(partial)
         try:
             file = open(partial, "xb")  # noqa: SIM115  the caller closes it
-        except FileExistsError:  # another's
+        except FileExistsError:  # another process's
             own.discard(partial)
             _partials.discard(partial)
             continue
@@ -168,7 +168,7 @@ def _publish(own: set[str], target: Path, force: bool) -> None:
         os.replace(partial, target)
     else:
         _link(partial, target)
-    with contextlib.suppress(OSError):  # the name is safe once its folder is; some systems cannot sync folders
+    with contextlib.suppress(OSError):  # syncing the folder makes the name durable; some systems cannot
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -177,7 +177,7 @@ def _publish(own: set[str], target: Path, force: bool) -> None:
 
 
 def _link(partial: str, target: Path) -> None:
-    """Give the file its name unless there is one by now: at once where the file system has links."""
+    """Rename atomically unless the name exists by now: with a hard link where the file system has links."""
     taken = FileExistsError(errno.EEXIST, "appeared while its replacement was written", str(target))
     try:
         os.link(partial, target)
@@ -197,8 +197,8 @@ def _remove(partial: str) -> None:
 
 @contextlib.contextmanager
 def _signals_kept_out() -> Iterator[None]:
-    """In the main thread: after one KeyboardInterrupt no other until the block is left, and a signal that would end the
-    process at once removes its temporaries first. Handlers that somebody else installed stay."""
+    """In the main thread: after one KeyboardInterrupt suppress others until the block is left, and remove temporaries
+    before a signal that would end the process at once. Handlers installed by other code stay."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is loaded and what it costs: the printable answer of `Model.info()`."""
+"""Description and cost of a loaded model: the printable answer of `Model.info()`."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def peak_bytes() -> int:
 
 
 def mapped_bytes(paths: Iterable[Path]) -> tuple[int, int]:
-    """(resident, in huge pages): bytes of this process's maps of those files; (0, 0) where the system does not say."""
+    """(resident, in huge pages): bytes of this process's mappings of those files; (0, 0) if unknown."""
     wanted, found, counts = {str(path.resolve()) for path in paths}, {"Rss:": 0, "FilePmdMapped:": 0}, False
     try:
         with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:

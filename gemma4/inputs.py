@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a user may pass as a prompt, checked and made token ids and soft tokens."""
+"""Prompts of every kind, checked and converted to token ids and soft tokens."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def as_tokenized(model: Core, prompt: Single, *, bos: bool = True) -> TokenizedP
 
 
 def as_ids(model: Core, prompt: TextOrIds, *, bos: bool = True) -> NDArray[np.int32]:
-    """One prompt as int32 [T]. Raises ValueError (empty, id out of range), TypeError (not whole numbers)."""
+    """One prompt as int32 [T]. Raises ValueError (empty, id out of range), TypeError (not integers)."""
     ids = model.to_tokens(prompt, bos=bos) if isinstance(prompt, str) else np.asarray(prompt)
     if ids.ndim != 1:
         raise ValueError(f"token ids must be one row [pos], got shape {ids.shape}")
@@ -71,8 +71,8 @@ def as_ids(model: Core, prompt: TextOrIds, *, bos: bool = True) -> NDArray[np.in
 def opened_prompts(
     model: Core, ids: TokensLike, sequence: Sequence | Seq[Sequence] | None, taps: EncoderTaps
 ) -> Iterator[list[Prompt]]:
-    """The prompts of one step; media are encoded with taps. Fresh sequences, just large enough, where none are given:
-    they are closed at the end.
+    """The prompts of one step; media are encoded with taps. Where no sequences are given, fresh ones of just the
+    needed size are used and closed at the end.
     """
     many = is_batch(ids)
     prompts: list[Any] = list(ids) if many else [ids]  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ def _given_sequences(
 
 
 def check_fits(n_tokens: int, capacity: int, of: str = "the model's context") -> None:
-    """Raises CapacityError if a prompt is longer than that, before anything is computed."""
+    """Raise CapacityError before anything is computed if a prompt is longer than that."""
     if n_tokens > capacity:
         raise CapacityError(f"the prompt has {n_tokens} tokens; {of} is {capacity}. Shorten the prompt.")
 
@@ -121,7 +121,7 @@ def tokenize_prompt(
     think: bool | None = None,
     image_tokens: int | None = None,
 ) -> TokenizedPrompt:
-    """Any kind of prompt: text, ids, chat messages, whose images, sounds and videos are read here.
+    """A prompt of any kind: text, ids, or chat messages, whose images, sounds and videos are read here.
 
     Raises ValueError for an empty one, StateError for messages without a chat template, NotImplementedError for media
     that the model has no encoder for, FormatError for damaged media.

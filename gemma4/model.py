@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model as a researcher sees it: tokens in, logits and every intermediate out."""
+"""The model for users: tokens in, logits and every intermediate out."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def load(
     """Open a checkpoint: a shipped model's name ("tiny-e", "tiny-moe"), a Hugging Face directory, or a .gguf file (any
     part of a split one; tokenizer and chat template come from its metadata).
 
-    The files are mapped, not read: this takes a moment for any size. mmproj: the file that holds a .gguf model's image
-    and audio encoders; None: the only mmproj*.gguf beside it, if there is one that fits. threads: 0 = the physical
-    cores this process may use, at most its CPU quota. precision: "exact" (the same bits for any thread count, batch and
-    chunking), "fast" (whatever is quickest), or None: "fast" if a weight is quantised, else "exact". kv_dtype: how new
-    sequences keep keys and values: "f32", "f16", "bf16" or "q8_0" (heads of a multiple of 32); None: "f16" when fast,
+    The files are mapped, not read, so loading is fast for any size. mmproj: the file with a .gguf model's image and
+    audio encoders; None: the only mmproj*.gguf beside it, if there is one that fits. threads: 0 = the physical cores
+    this process may use, at most its CPU quota. precision: "exact" (the same bits for any thread count, batch and
+    chunking), "fast" (the fastest method), or None: "fast" if a weight is quantised, else "exact". kv_dtype: type of
+    new sequences' keys and values: "f32", "f16", "bf16" or "q8_0" (heads of a multiple of 32); None: "f16" when fast,
     else "f32". progress(files done, files in all, file name) is called while the files of a checkpoint in parts are
     opened.
 
@@ -86,7 +86,7 @@ class Model(Core):
         return encoder_of(self, "audio")
 
     def encode_image(self, image: ImageLike, image_tokens: int | None = None) -> F32:
-        """Soft tokens of one picture, float32 [n, d_model], n <= image_tokens: what enters the text model.
+        """Soft tokens of one picture, float32 [n, d_model], n <= image_tokens: the input of the text model.
 
         image_tokens: None = `Model.image_tokens`. `gemma4.media.image.preprocess` says what an image may be and what is
         raised; besides, NotImplementedError if the model has no vision encoder. `model.vision.run_with_cache` shows
@@ -300,7 +300,7 @@ class Model(Core):
         Hooks of outer blocks act first; captured values are those after all edits.
         """
         hooks = list(hooks)
-        bind_hooks(self.sites, hooks_of(hooks))  # a wrong name is an error here, not at the first forward pass
+        bind_hooks(self.sites, hooks_of(hooks))  # raises here for a wrong name, not at the first forward pass
         EncoderTaps.of(self, hooks)
         return activated(self, hooks)
 
@@ -324,7 +324,7 @@ class Model(Core):
         capture: list[Site] | None = None,
         pos: Positions = "all",
     ) -> list[Output]:
-        """One step of all prompts, each of which wants the same."""
+        """One step of all prompts, with the same outputs for each."""
         hooks = bind_hooks(self.sites, hooks_of(active_hooks(self)), stop_at_layer=stop_at_layer)
         taps = EncoderTaps.of(self, active_hooks(self), names)
         with opened_prompts(self, ids, sequence, taps) as prompts:
@@ -348,10 +348,10 @@ class Model(Core):
         prompt: text (continued as it is, BOS added once); token ids, int [pos]; chat messages (dicts with "role" and
             "content", put through the checkpoint's own template; content may hold images, sound and video, see
             docs/media.md); what `to_prompt` made of them; or a list of any of those, decoded together in one step a
-            token. What one of them gets does not depend on the others.
+            token. A prompt's result does not depend on the others.
 
-        What may be said by name (what is left out, or None, comes from the checkpoint's generation_config, else from
-        the defaults in brackets):
+        Options are given by name (omitted ones, or None, come from the checkpoint's generation_config, else from the
+        defaults in brackets):
 
         max_tokens      most tokens to generate [256]
         temperature     divides the logits before a token is drawn; 0 = greedy: the likeliest one [1, or 0 if the
@@ -364,8 +364,8 @@ class Model(Core):
         logit_bias      {token id: number added to its logit}; -inf bans it
         seed            int: the same draws each time; each prompt of a list has its own [None = unpredictable]
         processors      functions (ids int32 [pos], logits float32 [d_vocab]) -> logits, or None after an edit in place
-        logprobs        int: result.logprobs holds each token's log-probability (nats) and so many likeliest others
-        stop            text, or several, that end the answer and are no part of it
+        logprobs        int: result.logprobs holds each token's log-probability (nats) and that many alternatives
+        stop            text, or several, that end the answer and are not part of it
         stop_ids        token ids that end it [the checkpoint's, and for messages the end of the template's turn]
         hooks           pairs (site, fn(array, site)) that read or edit activations; see `hooks`
         capture         sites to keep in result.cache: a name, glob, list of them, or predicate, as for `run_with_cache`
@@ -387,6 +387,6 @@ class Model(Core):
             for piece in model.stream("Once upon a time", max_tokens=40):
                 print(piece, end="", flush=True)
 
-        Prompt, options and errors as for `generate`; what is wrong with them is said here, not at the first piece.
+        Prompt, options and errors as for `generate`; errors are raised here, not at the first piece.
         """
         return stream(self, prompt, **options)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of a .npz file that comes from strangers, each checked by name, size, type and byte order before it is read.
+"""Arrays of an untrusted .npz file, each checked by name, size, type and byte order before it is read.
 
-Only what `np.savez` writes is read: a ZIP file without a comment, whose entries are stored as they are. So nothing can
-unpack to more than the file has, and an entry that nobody asks for costs nothing.
+Only the format of `np.savez` is read: a ZIP file without a comment, whose entries are stored uncompressed. So nothing
+can unpack to more than the file's size, and unread entries cost nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_DIRECTORY = 1 << 20  # bytes of the list of entries: a sequence of 1,000 la
 _END = struct.Struct("<4s4H2IH")  # a ZIP file's end: signature, disks, entries, size and place of their list, comment
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
-# whatever the standard library's reader raises for a damaged file
+# the exceptions of the standard library's reader for a damaged file
 _DAMAGED = (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError, MemoryError,
             SyntaxError, OverflowError, struct.error)  # fmt: skip
 
@@ -100,7 +100,7 @@ class NpzFile:
 
 
 def _read_header(entry: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether it lies in columns, type."""
+    """Shape, whether the order is Fortran's, type."""
     if np.lib.format.read_magic(entry) != (1, 0):
         raise FormatError("an array of another version than 1.0")
     return np.lib.format.read_array_header_1_0(entry)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a forward pass goes, operation by operation.
+"""Time of a forward pass, operation by operation.
 
     with model.profile() as profile:
         model.forward(ids)
     print(profile)
 
-The engine notes the time, the arithmetic and the bytes of every operation it runs for this model while the block is
-open; what is left of a step (bookkeeping, storing keys and values, captures and hooks) is the row "other", so the
-seconds add up to those spent in the engine. Images and sound that are encoded meanwhile have rows of their own.
+The engine records the time, the arithmetic and the bytes of every operation it runs for this model while the block is
+open. The rest of a step (bookkeeping, storing keys and values, captures and hooks) is the row "other", so the seconds
+add up to those spent in the engine. Images and sound encoded meanwhile have their own rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gemma4 import _engine
 
 F64: TypeAlias = NDArray[np.float64]
 
-# Operations on rows of activations, which seldom leave the caches: their bytes are no traffic of the memory.
+# Operations on rows of activations, which seldom leave the caches: their bytes do not count as memory traffic.
 ROW_OPS = frozenset(
     {"rope table", "norm", "rope", "add", "gelu", "glu", "multiply", "clamp", "router softmax", "scale", "softcap"}
 )
@@ -36,13 +36,13 @@ Part: TypeAlias = Literal["text", "vision", "audio"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a machine can do at most with some number of threads.
+    """Upper limits of a machine for some number of threads.
 
     read_bytes       bytes per second from memory
     f32_work         float32 operations per second; a multiply-add counts as two
-    int8_work        the same of products of 4-bit or 8-bit weights with bytes: the text model's, with precision="fast"
-    int16_work       the same of products of 16 bits: the encoders'
-    bf16_work        the same of products of bfloat16, 0 if the processor has no instructions for them
+    int8_work        the same for 4-bit or 8-bit weights times bytes: the text model's, with precision="fast"
+    int16_work       the same for 16-bit products: the encoders'
+    bf16_work        the same for bfloat16 products, 0 if the processor has no instructions for them
     """
 
     read_bytes: float
@@ -55,9 +55,9 @@ class Limits:
 class OpTotal(NamedTuple):
     """All calls of one operation.
 
-    work, int8_work, bf16_work: float32 arithmetic, products of whole numbers (precision="fast": bytes with quantised
-    weights, 16 bits in encoders), and of bfloat16; a multiply-add counts as two. bytes: weights, cached keys and
-    values, and rows of activations, each once per call. part: of the model that ran it, the text model or an encoder.
+    work, int8_work, bf16_work: arithmetic in float32, in integers (precision="fast": bytes with quantised weights,
+    16 bits in encoders), and in bfloat16; a multiply-add counts as two. bytes: weights, cached keys and
+    values, and rows of activations, each once per call. part: the part of the model that ran it, text or an encoder.
     """
 
     name: str
@@ -71,11 +71,11 @@ class OpTotal(NamedTuple):
 
     @property
     def streamed(self) -> float:
-        """Bytes of weights, table rows, keys and values: what comes from memory, not from a cache."""
+        """Bytes of weights, table rows, keys and values: traffic from memory, not from a cache."""
         return 0.0 if self.name in ROW_OPS else self.bytes
 
     def least_seconds(self, limits: Limits) -> float:
-        """The time it would take at the machine's limit, of arithmetic or of reading, whichever is longer."""
+        """The time at the machine's limit of arithmetic or of reading, whichever is longer."""
         return max(self.arithmetic_seconds(limits), self.streamed / limits.read_bytes)
 
     def arithmetic_seconds(self, limits: Limits) -> float:
@@ -93,7 +93,7 @@ class Profile:
 
     @property
     def parts(self) -> list[Part]:
-        """Those that ran."""
+        """The parts that ran."""
         return [part for part, array in self.arrays.items() if array[:, 0].any()]
 
     @property
@@ -103,7 +103,7 @@ class Profile:
         return [op for part in self.arrays for op in self.ops_of(part)]
 
     def ops_of(self, part: Part) -> list[OpTotal]:
-        """Those of the text model ("text"), or of an encoder."""
+        """The operations of the text model ("text"), or of an encoder."""
         totals = [
             OpTotal(name, int(row[0]), *(float(x) for x in row[1:]), part=part)
             for name, row in zip(_engine.profile_ops(), self.arrays[part], strict=True)
@@ -117,8 +117,8 @@ class Profile:
         return _sum(self.ops)
 
     def table(self, limits: Limits | None = None, title: str | None = None) -> Table:
-        """A row for each operation: calls and milliseconds in a step, share of the time, giga-operations and gigabytes
-        per second and, given the machine's limits, how near that comes to the nearer of them."""
+        """A row for each operation: calls and milliseconds per step, share of the time, giga-operations and gigabytes
+        per second and, given the machine's limits, the share reached of the tighter limit."""
         heads = ["", "calls", "ms", "share", "Gop/s", "GB/s", *(["of limit"] if limits else [])]
         grid = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
         for i, head in enumerate(heads):
@@ -190,7 +190,7 @@ def profiling(model: object) -> Iterator[Profile]:
 
 @contextmanager
 def step_array(model: object, part: Part = "text") -> Iterator[F64 | None]:
-    """Where the engine's step is to add its times; None if nobody asked. Nested blocks all get them."""
+    """The array to which the engine's step adds its times; None without an open block. Nested blocks all get them."""
     profiles = [profile for owner, profile in _ACTIVE.get() if owner is model]
     if not profiles:
         yield None

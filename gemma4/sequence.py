@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A timeline: the tokens a model has read and the keys and values it keeps of them."""
+"""A cached sequence: the tokens a model has read, with their keys and values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Sequence:
         self._model = model
         self._engine = engine
         self._tokens: list[int] = list(tokens)
-        self._keys: list[int] = list(keys)  # token ids, or for soft tokens what they are made of (TokenizedPrompt.keys)
+        self._keys: list[int] = list(keys)  # token ids; for soft tokens numbers from the content (TokenizedPrompt.keys)
 
     @property
     def length(self) -> int:
@@ -69,7 +69,7 @@ class Sequence:
 
     @property
     def min_truncate(self) -> int:
-        """The smallest length > 0 that `truncate` can go back to: sliding layers forget what left their window."""
+        """The smallest length > 0 that `truncate` can go back to: sliding layers evict keys that left their window."""
         return self._engine.min_truncate
 
     @property
@@ -88,7 +88,7 @@ class Sequence:
         return Sequence(self._model, self._engine.fork(), self._tokens, self._keys)
 
     def truncate(self, length: int) -> None:
-        """Forget positions >= length; 0 empties. Raises StateError below `min_truncate`, ValueError above `length`."""
+        """Drop positions >= length; 0 empties. Raises StateError below `min_truncate`, ValueError above `length`."""
         self._engine.truncate(length)
         del self._tokens[length:], self._keys[length:]
 
@@ -96,7 +96,7 @@ class Sequence:
         """Keep the longest common prefix with `keys`, short of the last; returns how many positions were kept.
 
         keys: int [T], token ids, or `TokenizedPrompt.keys()` where there are media: an image is kept whole or not.
-        The last is always left to be run, because its logits are wanted. Where sliding layers have forgotten too
+        The last position is always left to be run, because its logits are needed. If sliding layers have evicted too
         much to go back that far, everything is dropped.
         """
         keys = keys.astype(np.int64)
@@ -108,7 +108,7 @@ class Sequence:
         return self.length
 
     def rewind(self, length: int) -> None:
-        """Forget positions >= length, and all of them where sliding layers have forgotten too much to stop there."""
+        """Drop positions >= length, or all of them if sliding layers have evicted too much to stop there."""
         self.truncate(length if length >= self.min_truncate else 0)
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class Sequence:
         return Path(path)
 
     def _record(self, ids: NDArray[np.int32], keys: NDArray[np.int64] | None, before: int) -> None:
-        """Note which of `ids` the engine took in since the cache held `before` positions. keys None: the ids."""
+        """Note which of `ids` the engine has processed since the cache held `before` positions. keys None: the ids."""
         taken = self._engine.length - before
         self._tokens.extend(ids[:taken].tolist())
         self._keys.extend((ids if keys is None else keys)[:taken].tolist())
@@ -163,7 +163,7 @@ class Sequence:
 
 def new_sequence(model: Core, *, capacity: int = 0, kv_dtype: KVDtype | None = None) -> Sequence:
     """See `Model.new_sequence`."""
-    _ = model.fingerprint  # a file that is cut short later could no longer give it
+    _ = model.fingerprint  # a file truncated later could no longer give it
     return Sequence(model, model.engine.new_sequence(kv_dtype=kv_dtype or model.kv_dtype, capacity=capacity))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One forward pass over a batch: what the user asked for, in; the engine's runs and taps; arrays, out."""
+"""One forward pass over a batch: from prompts to the engine's runs and taps, and to output arrays."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Positions: TypeAlias = Rows | None
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """New tokens for one sequence, and what is wanted of them. Prompts of one step may want different things."""
+    """New tokens for one sequence, and the outputs it needs. Prompts of one step may need different outputs."""
 
     sequence: Sequence
     ids: I32  # int32 [T], T >= 1
@@ -44,7 +44,7 @@ class Prompt:
 
 
 class Output(NamedTuple):
-    """What one prompt of a batch gave."""
+    """The outputs of one prompt of a batch."""
 
     logits: F32 | None  # float32 [n, d_vocab]
     cache: ActivationCache | None
@@ -69,7 +69,7 @@ def select_positions(spec: Positions, length: int, what: str = "pos") -> I32:
 
 
 def _ascending(rows: I32) -> tuple[I32, NDArray[np.intp] | None]:
-    """Sorted rows without repetition, as the engine wants them, and how to get back what was asked (None: as it is)."""
+    """Sorted rows without repetition, as the engine needs them, and indices to restore the given order (or None)."""
     if len(rows) < 2 or (rows[1:] > rows[:-1]).all():
         return rows, None
     return np.unique(rows, return_inverse=True)
@@ -89,7 +89,7 @@ class _Plan:
         self.arrays = self._allocate(prompt.capture or ())
 
     def _allocate(self, sites: Iterable[Site]) -> dict[str, NDArray[Any]]:
-        # zeros, not empty: the engine leaves rows that it never reaches alone (and zero pages are free)
+        # zeros, not empty: the engine leaves rows that it never reaches unchanged (and zero pages are free)
         rows, keys = len(self.kept), self.before + len(self.prompt.ids)
         return {site.name: np.zeros(site.shape(rows, keys), dtype=site.dtype) for site in sites}
 
@@ -133,7 +133,7 @@ class _Plan:
 
 
 def run_step(model: Core, prompts: Seq[Prompt], *, stop_at_layer: int | None = None) -> list[Output]:
-    """Run every prompt in one engine step; sequences grow by their ids. What each gets is what it would get alone.
+    """Run every prompt in one engine step; sequences grow by their ids. Each output equals that of the prompt alone.
 
     stop_at_layer: run blocks 0..n-1 only, of all prompts; no sequence grows.
     Raises CapacityError (numbers in the message) before anything is computed, and what the engine raises.
@@ -146,7 +146,7 @@ def run_step(model: Core, prompts: Seq[Prompt], *, stop_at_layer: int | None = N
     try:
         with step_array(model) as profile:
             model.engine.step([plan.run() for plan in plans], taps, stop_at_layer=stop, profile=profile)
-    except StateError:  # closed, or another thread's: not ours to touch
+    except StateError:  # closed, or in use by another thread
         raise
     except BaseException:
         _record(plans)  # Ctrl-C keeps whole chunks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers in units that people read."""
+"""Numbers in readable units."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def count(number: int) -> str:
 
 
 def size(n_bytes: int) -> str:
-    """Bytes in a unit that people read: 1536 -> "1.5 KiB"."""
+    """Bytes in a readable unit: 1536 -> "1.5 KiB"."""
     value = float(n_bytes)
     for unit in ("B", "KiB", "MiB"):
         if value < 1024:

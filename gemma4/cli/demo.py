@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`gemma4 demo`: a few seconds from a prompt to a look inside."""
+"""`gemma4 demo`: from a prompt to its activations in a few seconds."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def run_demo(
     max_tokens: int = 64,
     force: bool = False,
 ) -> None:
-    """Stream a continuation, then show what happened inside and save a heat map.
+    """Stream a continuation, then print activations per layer and save a heat map.
 
-    output: None = gemma4-demo.png, or a name of its kind that is free. force: replace a file that was named.
+    output: None = gemma4-demo.png, or the next free name of that kind. force: replace an existing named file.
     """
     console.print(
         f"[bold]{escape(model.checkpoint.path.name)}[/]  {count(model.checkpoint.n_parameters)} parameters "
@@ -76,7 +76,7 @@ def _stream(model: Model, prompt: str, console: Console, max_tokens: int) -> Gen
 
 
 def show_speed(result: Generation, console: Console) -> None:
-    """One line: how fast, how much memory."""
+    """One line: speed and memory."""
     timings = result.timings
     console.print(
         f"prompt {result.prompt_tokens} tokens at {timings.prefill_rate:,.0f} tokens/s, "
@@ -131,13 +131,13 @@ def _words(lens: LogitLens, row: int) -> list[Text]:
 
 
 def _plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) -> bytes | None:
-    """The heat map in the format that the name asks for; None where matplotlib is missing."""
+    """The heat map in the format of the file name; None where matplotlib is missing."""
     from gemma4.interp import plots
 
     image = io.BytesIO()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # the font lacks some of the world's scripts
+            warnings.filterwarnings("ignore", message="Glyph")  # the font lacks some scripts
             plots.overview(lens, tokens).savefig(image, format=output.suffix[1:] or "png", dpi=130)
     except ImportError as error:
         console.print(styled(f"no heat map: {error}", console, "yellow"))
@@ -148,7 +148,7 @@ def _plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) ->
 def _save(picture: bytes, output: Path | None, force: bool, model: Model, console: Console) -> None:
     target = output or Path(DEFAULT_OUTPUT)
     target = target if target.suffix else target.with_suffix(".png")
-    if not os.access(target.parent, os.W_OK):  # a read-only place to start in is no reason to fail
+    if not os.access(target.parent, os.W_OK):  # a read-only working folder is no reason to fail
         target = Path(tempfile.gettempdir()) / target.name
     target = target if output else free_name(target)
     write_file(target, picture, force=force, inputs=model.checkpoint.inputs)

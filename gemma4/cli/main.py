@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from gemma4.quantization import QuantizationResult
 
 EXIT_FAULT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
-_PROGRESS_AFTER_S = 0.3  # a quick load says nothing
-_ERRORS = (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError)  # what a user can do something about
+_PROGRESS_AFTER_S = 0.3  # a quick load prints nothing
+_ERRORS = (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError)  # errors that a user can fix
 _HELP = (
     "/reset forgets the conversation, /info shows the model, /image FILE (/audio, /video) goes with the next message, "
     "/exit (or Ctrl-D) leaves, Ctrl-C stops an answer"
@@ -40,8 +40,8 @@ _HELP = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns 0; 2 with one line on stderr for an error (--debug: the traceback, too), as argparse does
-    for wrong usage; 130 after Ctrl-C; 1 for a fault of the program's own, or if nobody reads the output any more."""
+    """Entry point. Returns 0; 2 with one line on stderr for an error (--debug: the traceback, too), like argparse for
+    wrong usage; 130 after Ctrl-C; 1 for an internal fault, or if the reader of the output has closed it."""
     with streams():
         args = _parser().parse_args(argv)
         try:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Ended(BaseException):
-    """SIGTERM or SIGHUP: partial files go, the terminal is restored, and then the signal does what it does."""
+    """SIGTERM or SIGHUP: remove partial files, restore the terminal, then let the signal take its effect."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -77,7 +77,7 @@ class _Ended(BaseException):
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """In here SIGTERM and SIGHUP unwind as an exception does, before they end the process."""
+    """Inside the block SIGTERM and SIGHUP unwind like an exception before they end the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -106,7 +106,7 @@ def _one_line(error: BaseException) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Writes what was typed as everything else is written."""
+    """Escapes the user's arguments in messages like all other output."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if message:
@@ -219,7 +219,7 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(args: argparse.Namespace) -> Model:
-    """Load with a line of progress on stderr where it takes time and somebody watches."""
+    """Load, with a line of progress on stderr if it takes time and stderr is a terminal."""
     from gemma4.model import load  # late: `gemma4 --help` needs no engine
 
     start = time.perf_counter()
@@ -324,7 +324,7 @@ def _override(text: str) -> tuple[str, str]:
 
 
 def _report_text(name: str | None) -> str | None:
-    """Before the work begins, so that a wrong name costs nothing. "" = the built-in conversation."""
+    """Read before the work begins, so that a wrong name fails early. "" = the built-in conversation."""
     if not name:
         return name
     text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
@@ -394,7 +394,7 @@ def _answer(
     args: argparse.Namespace,
     out: Console,
 ) -> bool:
-    """One turn; on an error or Ctrl-C the conversation goes on with what was said so far. False after an error."""
+    """One turn; after an error or Ctrl-C the conversation continues with the output so far. False after an error."""
     from gemma4.errors import CapacityError
 
     asked = [*messages, {"role": "user", "content": content}]
@@ -404,7 +404,7 @@ def _answer(
     except CapacityError as error:
         say(f"error: {_one_line(error)} /reset starts afresh.")
         return False
-    except (ValueError, NotImplementedError) as error:  # a template that refuses the message, say
+    except (ValueError, NotImplementedError) as error:  # for example a template that refuses the message
         say(f"error: {_one_line(error)}")
         return False
     try:

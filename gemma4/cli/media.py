@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the `gemma4` command that see and hear: attachments of a chat, detect, transcribe."""
+"""The `gemma4` commands with media: attachments of a chat, detect, transcribe."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def add_transcribe(parser: argparse.ArgumentParser) -> None:
 
 
 def attachments(model: Model, args: argparse.Namespace) -> list[Medium]:
-    """What the options name, read and checked."""
+    """The media that the options name, read and checked."""
     return [attachment(model, part["type"], part[part["type"]], args.image_tokens) for part in parts(args)]
 
 
 def parts(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What the options name, as parts of a message: pictures and videos before sound."""
+    """The media that the options name, as parts of a message: pictures and videos before sound."""
     return [_part(kind, path) for kind in ("image", "video", "audio") for path in getattr(args, kind)]
 
 
@@ -79,7 +79,7 @@ def attachment(model: Model, kind: Kind, path: str, image_tokens: int | None) ->
 
 
 def attach_line(model: Model, line: str, args: argparse.Namespace, say: Callable[[str], None]) -> list[Medium]:
-    """The file that "/image FILE" names; what is wrong with it is said, and the conversation goes on."""
+    """The file that "/image FILE" names; an error is printed, and the conversation goes on."""
     kind, _, path = line[1:].partition(" ")
     try:
         return [attachment(model, kind, path.strip(), args.image_tokens)]  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def run_detect(model: Model, args: argparse.Namespace, say: Callable[[str], None
 
 
 def _save(picture: Any, output: Path, force: bool, inputs: Iterable[Path]) -> None:
-    """The answer is printed already: a picture that cannot be written loses nothing but itself."""
+    """Save the drawn answer. The text is printed already, so a failure loses only the picture."""
     png = io.BytesIO()
     picture.save(png, "PNG")
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command writes, and where to.
+"""Output of the command: to stdout, stderr or a terminal.
 
-Model output, file names, templates and tensor names come from strangers, and a terminal obeys control characters. So
-on a terminal they are shown ("\\x1b"), never sent; a pipe or a file gets the text as it is. What a stream's encoding
-cannot say is written as an escape, too, instead of ending the work.
+Model output, file names, templates and tensor names are untrusted, and terminals execute control characters. So on a
+terminal they are escaped ("\\x1b"), never sent; a pipe or a file gets the raw text. Characters that a stream's
+encoding lacks are written as escapes, too, instead of ending the work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rich.measure import Measurement
 from rich.segment import Segment
 from rich.text import Text
 
-# C0 without newline and tab, DEL, C1; what turns the direction of writing; lone surrogates
+# C0 without newline and tab, DEL, C1; characters that change the direction of writing; lone surrogates
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -39,7 +39,7 @@ def emit(text: str, end: str = "\n", stream: TextIO | None = None) -> None:
 
 
 def typed(text: str) -> str:
-    """An argument that is text, not a path: UTF-8 also where the locale says that there are only ASCII characters."""
+    """A text argument (not a path): UTF-8 also in an ASCII-only locale."""
     try:
         return os.fsencode(text).decode("utf-8") if _SURROGATE.search(text) else text
     except UnicodeError:
@@ -47,18 +47,18 @@ def typed(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line for the person who runs the command, on stderr."""
+    """Print a line for the user on stderr."""
     emit(f"gemma4: {text}", stream=sys.stderr)
 
 
 def status(text: str) -> None:
-    """A line on stderr that the next one replaces, "" to take it away; only for a terminal."""
+    """Print a line on stderr that the next one replaces, "" to remove it; only on a terminal."""
     if sys.stderr.isatty():
         print("\r\x1b[K" + shown(text), end="", file=sys.stderr, flush=True)
 
 
 def console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
-    """Styled output. Piped, it is a log: wide enough that tables do not wrap."""
+    """Styled output. When piped it is wide enough that tables do not wrap."""
     stream = sys.stderr if stderr else sys.stdout
     made = Console(file=stream, width=None if stream.isatty() else 120, highlight=False, soft_wrap=soft_wrap)
     if made.is_terminal:
@@ -67,7 +67,7 @@ def console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
 
 
 def styled(text: str, console: Console, style: str = "") -> Text:
-    """Text for a console of `console()`, whatever is in it."""
+    """Text for a console of `console()`, with control characters escaped."""
     return Text(shown(text) if console.is_terminal else text, style=style)
 
 
@@ -77,7 +77,7 @@ class _ShowControls(RenderHook):
 
 
 class _Shown:
-    """A renderable, its text as `shown` has it; the console's own control codes pass."""
+    """A renderable whose text is escaped as by `shown`; the console's own control codes pass."""
 
     def __init__(self, renderable: RenderableType) -> None:
         self._renderable = renderable
@@ -99,7 +99,7 @@ def streams() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     for stream in _text_streams(sys.stdin):
         if stream.encoding.lower().replace("-", "") in ("ascii", "usascii", "ansi_x3.41968", "646"):
-            stream.reconfigure(encoding="utf-8")  # a terminal sends it whatever the locale says
+            stream.reconfigure(encoding="utf-8")  # a terminal sends UTF-8 whatever the locale is
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: say(f"warning: {' '.join(str(message).split())}")
@@ -111,4 +111,4 @@ def streams() -> Iterator[None]:
 
 
 def _text_streams(*streams: object) -> list[TextIOWrapper]:
-    return [stream for stream in streams if isinstance(stream, TextIOWrapper)]  # not those that a test put there
+    return [stream for stream in streams if isinstance(stream, TextIOWrapper)]  # not streams replaced by a test

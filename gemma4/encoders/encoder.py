@@ -2,7 +2,7 @@
 """A model's image and audio encoders: from patches or spectrogram frames to soft tokens, with every intermediate.
 
 An encoder is bound at its first use, so that a model used for text alone pays nothing for it. With precision="fast" the
-weights of its layers are then copied as 12-bit whole numbers (2 bytes each: `Encoder.engine.copied_bytes`), which takes
+weights of its layers are then copied as 12-bit integers (2 bytes each: `Encoder.engine.copied_bytes`), which takes
 about a second for the largest, and the file's pages leave memory.
 """
 
@@ -84,7 +84,7 @@ class Encoder:
         return self.run(inputs, self.hooks(), self.sites.select(names))
 
     def hooks(self) -> SiteHooks:
-        """Those of every open `model.hooks` block that name sites of this encoder."""
+        """The hooks of every open `model.hooks` block that name sites of this encoder."""
         return bind_hooks(self.sites, hooks_of(active_hooks(self._model), f"{self.modality}."))
 
     def _checked(self, medium: Any, index: int) -> tuple[F32, I32 | None]:
@@ -124,7 +124,7 @@ class Encoder:
         sequence: int = 0,
         first: int = 0,
     ) -> tuple[list[F32], list[dict[str, F32]]]:
-        """`encode` with these hooks alone; sequence and the number of the first medium are for the hooks to know.
+        """`encode` with only these hooks; sequence and the number of the first medium are passed to the hooks.
 
         inputs: (rows, positions; None for audio), float32 and int32, checked already.
         """
@@ -148,14 +148,14 @@ class Encoder:
         return np.empty(tuple(sizes[dim] if isinstance(dim, str) else dim for dim in site.dims), np.float32)
 
     def _sizes(self, n_rows: int) -> dict[str, int]:
-        """What the letters of a site's dims stand for, for a medium of so many input rows."""
+        """Sizes for the letters of a site's dims, for a medium of n_rows input rows."""
         n_soft = self.engine.soft_tokens(n_rows)
         inside = n_soft if self.config.kind == "audio_tower" else n_rows
         return {"T": inside, "S": inside, "N": n_soft, "U": (n_rows + 1) // 2}
 
 
 class _Bound(dict[Modality, Encoder]):
-    """Those of one model."""
+    """The bound encoders of one model."""
 
 
 def encoder_of(model: Core, modality: Modality) -> Encoder:

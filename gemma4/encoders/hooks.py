@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run does inside the encoders while they read its pictures, sounds and videos: edit, and keep."""
+"""Hooks and captures of a run inside the encoders of its pictures, sounds and videos."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from gemma4.media.prompt import TokenizedPrompt
 
 @dataclass(frozen=True, slots=True)
 class EncoderTaps:
-    """Hooks of one call, and the names of the sites that it keeps; those of the text model among them do nothing here.
+    """Hooks of one call, and the names of the sites that it keeps; names of the text model are ignored here.
 
-    Media that are edited or watched are encoded anew. What edits made of them goes into no cache.
+    Media with hooks or captures are encoded anew. Edited results enter no cache.
     """
 
     hooks: tuple[Hook, ...] = ()
@@ -36,7 +36,7 @@ class EncoderTaps:
     @classmethod
     def of(cls, model: Core, hooks: Iterable[Hook] = (), names: Names = ()) -> EncoderTaps:
         """Raises SiteError and NotImplementedError for names that the model's encoders lack, now and not at the first
-        picture. Predicates are asked when there is one.
+        picture. Predicates are called when there is one.
         """
         hooks = tuple(hooks)
         for modality in MODALITIES:
@@ -51,9 +51,9 @@ class EncoderTaps:
     def encode(
         self, model: Core, medium: Medium, *, sequence: int, first: int
     ) -> tuple[NDArray[np.float32], list[dict[str, NDArray[np.float32]]]]:
-        """Soft tokens float32 [n_runs * run_length, d_model], and what was kept of each run ([] if nothing was asked).
+        """Soft tokens float32 [n_runs * run_length, d_model], and the captures of each run ([] if none were requested).
 
-        sequence, first: for hooks to know, the prompt's index in the batch and the medium's first run in the prompt.
+        sequence, first: passed to hooks, the prompt's index in the batch and the medium's first run in the prompt.
         """
         hooks, sites = self._bound(model, medium.kind)
         if not hooks and not sites:
@@ -62,7 +62,7 @@ class EncoderTaps:
         return made, caches if sites else []
 
     def soft_rows(self, model: Core, prompt: TokenizedPrompt, start: int = 0, sequence: int = 0) -> SoftRows | None:
-        """Of positions start.. ; media there are encoded, or taken from the model's cache. None if all are tokens.
+        """The soft rows of positions from start on; None if all are tokens. Media are encoded, or come from the cache.
 
         sequence: the prompt's index in the batch, for hooks.
         """
@@ -73,7 +73,7 @@ class EncoderTaps:
         caches: list[EncoderCache] = []
         ids = prompt.ids[start:].copy()
         both_ways = np.zeros(len(ids), np.bool_)
-        # calloc: pages of text positions, which nobody reads, are never touched
+        # calloc: pages of text positions are never read, so they are never touched
         embeddings = np.zeros((len(ids), model.engine_config["d_model"]), np.float32)
         for i, run in runs:
             frame = run.first // run.medium.run_length
@@ -91,8 +91,8 @@ class EncoderTaps:
         return SoftRows(ids, embeddings, prompt.keys()[start:], ends, tuple(caches))
 
     def apart(self, model: Core, prompt: TokenizedPrompt) -> TokenizedPrompt:
-        """The prompt, its media like no other's where hooks may edit them: a cached sequence must neither take them
-        for what it holds nor be taken for the unedited ones later.
+        """The prompt with unique keys for media that hooks may edit: a cached sequence must not match them with its
+        contents, nor match them later with the unedited media.
         """
         kinds: set[Kind] = {run.medium.kind for run in prompt.runs}
         edited = {kind for kind in kinds if self._bound(model, kind)[0]}
@@ -106,7 +106,7 @@ class EncoderTaps:
     def _bound(self, model: Core, kind: Kind) -> tuple[SiteHooks, list[Site]]:
         modality: Modality = "audio" if kind == "audio" else "vision"
         hooks, names = hooks_of(self.hooks, f"{modality}."), names_of(self.names, f"{modality}.")
-        if not hooks and not names:  # an encoder that nobody watches need not be bound
+        if not hooks and not names:  # an encoder without hooks and captures need not be bound
             return [], []
         encoder = encoder_of(model, modality)
         return bind_hooks(encoder.sites, hooks), encoder.sites.select(names)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From media to soft tokens, kept by content: a question that follows does not encode the picture again."""
+"""From media to soft tokens, cached by content: a follow-up question does not encode the picture again."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from gemma4.media.medium import Kind, Medium
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
 
-# What stands for a position's token in the engine's run: it takes an embedding. The engine does not tell kinds apart.
+# Token id in the engine's run of a position that takes an embedding. The engine does not distinguish kinds of media.
 SOFT_ID: dict[Kind, int] = {"audio": -1, "image": -2, "video": -3}
 BOTH_WAYS: tuple[Kind, ...] = ("image", "video")  # their soft tokens see each other, in models that do so
 MAX_BYTES = 256 << 20  # a picture of 280 soft tokens is 1.7 MB for E2B, a video of 32 frames 48 MB for 31B
 
 
 class SoftRows(NamedTuple):
-    """The soft tokens among T positions, as a step takes them."""
+    """The soft tokens among T positions, in the form a step takes."""
 
     ids: NDArray[np.int32]  # int32 [T]: the token's id, or below 0 where the position is an embedding (SOFT_ID)
     embeddings: NDArray[np.float32]  # float32 [T, d_model]; rows of tokens are not read
-    keys: NDArray[np.int64]  # int64 [T]: what the cache tells positions apart by: token ids, or content
-    ends: NDArray[np.int32] | None = None  # int32 [T]: up to where each sees (images: to their end); None: to itself
-    caches: tuple[EncoderCache, ...] = ()  # what was captured inside the encoders
+    keys: NDArray[np.int64]  # int64 [T]: the cache's keys of positions: token ids, or numbers from the content
+    ends: NDArray[np.int32] | None = None  # int32 [T]: end of what each sees (images: the image's end); None: itself
+    caches: tuple[EncoderCache, ...] = ()  # captures inside the encoders
 
 
 def stretch_ends(inside: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """int32 [T]: where the stretch of True ends (exclusive) that a position lies in; behind itself for a False one."""
+    """int32 [T]: end (exclusive) of the stretch of True that contains a position; the position + 1 for False."""
     stops = np.flatnonzero(~np.append(inside[:-1] & inside[1:], False)) + 1
     return stops[np.searchsorted(stops, np.arange(len(inside)), side="right")].astype(np.int32)
 
@@ -59,7 +59,7 @@ class EncodedMedia:
         return sum(array.nbytes for array in self._kept.values())
 
     def get(self, model: Core, medium: Medium) -> NDArray[np.float32]:
-        """float32 [n_runs * run_length, d_model], read-only: from here, or else from the model's encoder, unedited."""
+        """float32 [n_runs * run_length, d_model], read-only: cached, or else from the model's encoder, unedited."""
         with self._lock:
             found = self._kept.get(medium.digest)
             if found is not None:
@@ -80,7 +80,7 @@ class EncodedMedia:
 def encode(
     model: Core, medium: Medium, hooks: SiteHooks | None = None, capture: Iterable[Site] = (), **place: int
 ) -> tuple[NDArray[np.float32], list[dict[str, NDArray[np.float32]]]]:
-    """Soft tokens float32 [n_runs * run_length, d_model], read-only, and what was captured of each run.
+    """Soft tokens float32 [n_runs * run_length, d_model], read-only, and the captures of each run.
 
     hooks, capture, place: as `Encoder.run` takes them. Raises as the model's encoder does.
     """
@@ -125,7 +125,7 @@ def encode_audio(model: Core, audio: sounds.AudioLike, rate: int | None = None) 
 
 
 def inputs_of(encoder: Encoder, medium: Medium) -> list[tuple[F32, I32 | None]]:
-    """What the encoder reads of a part of a message: a picture, a recording, or every frame of a video."""
+    """The encoder's input for a part of a message: a picture, a recording, or every frame of a video."""
     if medium.kind == "audio":
         raw = encoder.config.kind == "audio_embedder"
         return [(sounds.raw_frames(medium.content) if raw else sounds.log_mel(medium.content), None)]
