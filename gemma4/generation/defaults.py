@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint says about how to generate with it. Editors and converters leave all kinds of things there.
+"""A checkpoint's defaults for generation, read leniently: editors and converters leave all kinds of values there.
 
-A value that means something is used in whatever type it was written; of any other a warning tells, once, and the
-plain default takes its place.
+A valid value is used in whatever type it was written; an invalid one causes one warning, and the plain default is
+used.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# name -> lowest, highest. Those of generation_config.json, and the options of the same names.
+# name -> lowest, highest: keys of generation_config.json, and the options of the same names.
 NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0.0, 1e4), "top_p": (0.0, 1.0), "min_p": (0.0, 1.0), "repetition_penalty": (1e-3, 1e3),
     "presence_penalty": (-1e3, 1e3), "frequency_penalty": (-1e3, 1e3),
 }  # fmt: skip
 MAX_TOP_K = 1 << 31
 _IN_FILES = ("temperature", "top_p", "min_p", "repetition_penalty")
-_UNSET_IDS = (-1, (1 << 32) - 1)  # what converters write where there is no such token
-# Beside what the template itself ends turns with: here the model waits for the result of a call.
+_UNSET_IDS = (-1, (1 << 32) - 1)  # written by converters where there is no such token
+# Besides the tokens with which the template ends turns: here the model waits for the result of a call.
 _WAITS = "<|tool_response>"
 
 
 def read_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(sampling parameters, and "stop_ids" if there are any; what could not be used) of a generation_config.json.
+    """(sampling parameters, with "stop_ids" if there are any; unusable entries) of a generation_config.json.
 
     As in transformers, do_sample absent or false means greedy. `suppress_tokens` become biases of -inf.
     """
@@ -68,11 +68,11 @@ def warn_of(bad: Iterable[str]) -> None:
 
 
 class Defaults:
-    """Those of one model: `model.attached(Defaults).of(model)`. Read, and warned of, once.
+    """The defaults of one model: `model.attached(Defaults).of(model)`. Read and warned about once.
 
-    sampling        parameters of the checkpoint, those of ids that the model does not have left out
+    sampling        parameters of the checkpoint, without ids outside the model's vocabulary
     stop_ids        end a continuation: generation_config's eos_token_id, else the configuration's
-    turn_stop_ids   end a turn of a chat: these, and what the chat template writes after a model's turn
+    turn_stop_ids   end a turn of a chat: these, and the tokens that the chat template writes after a model's turn
     """
 
     def __init__(self) -> None:
@@ -99,15 +99,15 @@ class Defaults:
 
 
 def turn_ends(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Control tokens that a template writes right after what the model said, and the one for waiting for a tool.
+    """Control tokens that a template writes right after the model's text, and the one for waiting for a tool.
 
-    Some merged checkpoints name <eos> alone; without these the model would go on with turns of the user's.
+    Some merged checkpoints list only <eos>; without these ids the model would continue with the user's turns.
     """
     said = "0f3a9c"
     asked = [{"role": "user", "content": "7e"}, {"role": "assistant", "content": said}]
     try:
         after = template.render(asked, add_generation_prompt=False).rpartition(said)[2]
-    except ValueError:  # a template that insists on more than a question and an answer
+    except ValueError:  # a template that needs more than a question and an answer
         after = ""
     ids = tokenizer.encode(after.lstrip(), bos=False)[:1].tolist() if after.strip() else []
     if _WAITS in template.source:
@@ -135,7 +135,7 @@ def _as_boolean(value: Any) -> bool:
 
 def _top_k(value: Any) -> int:
     k = _as_integer(value)
-    return 0 if k == -1 else checks.integer("top_k", k, 0, MAX_TOP_K)  # -1 is a usual way to say "all"
+    return 0 if k == -1 else checks.integer("top_k", k, 0, MAX_TOP_K)  # -1 often means "all"
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:

@@ -31,7 +31,7 @@ I32: TypeAlias = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds and rates, sampling included. The first token comes out of the prefill; decoding makes the others."""
+    """Seconds and rates, sampling included. The prefill gives the first token, decoding the others."""
 
     prefill_tokens: int  # prompt tokens that were run (a reused prefix is not)
     prefill_s: float
@@ -51,7 +51,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What came of one prompt.
+    """The result of one prompt.
 
     text:           the continuation; for messages, the answer without thinking and tool calls
     tokens:         int32 [n], every sampled id, the stop id included
@@ -83,7 +83,7 @@ class Generation:
 
 @dataclass(slots=True, eq=False)
 class Continuation:
-    """A prompt on its way: what it wants of each step, and what came of it so far. Made by `Batch.join`.
+    """A prompt in progress: its outputs per step, and its results so far. Made by `Batch.join`.
 
     finish: "" while it runs, then as `Generation.finish_reason`. pieces: the text that is certain.
     """
@@ -117,15 +117,16 @@ class Continuation:
         return self.buffer[: self.n_ids]
 
     def propose(self, ids: NDArray[np.integer] | Seq[int]) -> None:
-        """Guess the tokens to come: the next step runs them, too, and keeps as many as sampling chooses anyway.
+        """Guess the next tokens: the next step runs them, too, and keeps those that sampling confirms.
 
-        What is generated does not depend on the guesses; right ones save steps. ids: int [n]. No guess is run where
-        activations are captured or edited, nor in the step of a prompt with media. Raises ValueError (out of range).
+        The generated text does not depend on the guesses; correct guesses save steps. ids: int [n]. No guess is run
+        where activations are captured or edited, nor in the step of a prompt with media. Raises ValueError (out of
+        range).
         """
         self.guesses = as_ids(self.model, ids) if len(ids) else np.empty(0, np.int32)
 
     def pending(self) -> Prompt:
-        """What the cache does not hold yet: the prompt, whose media are encoded here, later one token; and guesses."""
+        """Input not yet in the cache: the prompt (media are encoded here), later one token; and guesses."""
         self._forget_guesses()
         start = self.sequence.length
         soft = self.taps.soft_rows(self.model, self.prompt, start, self.number) if start < self.n_prompt else None
@@ -138,7 +139,7 @@ class Continuation:
         return Prompt(self.sequence, self.buffer[start:stop], self.number, soft, rows, self.capture, hooks=self.hooks)
 
     def accept(self, output: Output) -> None:
-        """Sample from a step's logits: a token, and after each guess that was right another."""
+        """Sample from a step's logits: one token, and one more after each correct guess."""
         if output.cache is not None:
             self.caches.append(output.cache)
         assert output.logits is not None
@@ -154,14 +155,14 @@ class Continuation:
         self._forget_guesses()
 
     def spend(self, seconds: float) -> None:
-        """Note how long a step and its sampling took: the first is the prompt's."""
+        """Record the time of a step and its sampling: the first is the prompt's."""
         if self.prefill_s:
             self.decode_s += seconds
         else:
             self.prefill_s = seconds
 
     def _forget_guesses(self) -> None:
-        """Cut the cache back to the tokens that were sampled, but for the last: its logits are still to come."""
+        """Truncate the cache to the sampled tokens without the last, whose logits are still to come."""
         if self.sequence.length >= self.n_ids:
             self.sequence.rewind(self.n_ids - 1)
 
@@ -176,7 +177,7 @@ class Continuation:
         return pieces
 
     def _released(self, pieces: list[Piece], last: bool) -> list[Piece]:
-        """Pieces with what a stop string takes away removed; held-back text comes with the last one."""
+        """Pieces without text removed by a stop string; held-back text is released with the last one."""
         out: list[Piece] = []
         for piece in pieces:
             if piece.channel != "text":
@@ -214,10 +215,10 @@ class Continuation:
 class Batch:
     """Prompts that are continued together, one engine step at a time for all of them.
 
-    Between any two steps prompts may join, each with options of its own, and leave. What one of them gets depends on
-    none of the others. One thread at a time may use a batch.
+    Between any two steps prompts may join, each with its own options, and leave. A prompt's result does not depend on
+    the others. One thread at a time may use a batch.
 
-    running: those that have not finished
+    running: the prompts that have not finished
     """
 
     def __init__(self, model: Core) -> None:
@@ -226,9 +227,9 @@ class Batch:
         self._n_joined = 0
 
     def join(self, prompt: PromptLike, options: Options | None = None, *, number: int | None = None) -> Continuation:
-        """Take a prompt in: the next step runs it. Hooks of open `model.hooks` blocks stay with it, options' follow.
+        """Add a prompt, which the next step runs. Hooks of open `model.hooks` blocks stay with it, then the options'.
 
-        number: which of the seed's streams of random numbers is drawn from; None = one more than the last one's.
+        number: the seed's stream of random numbers to use; None = the last one's number + 1.
         Raises as `Model.generate`, before anything is computed.
         """
         options = options or Options()
@@ -241,17 +242,17 @@ class Batch:
         return joined
 
     def leave(self, continuation: Continuation) -> None:
-        """Stop one of them, as "cancelled" if it has not finished; what it was given by `sequence=` stays open."""
+        """Stop a prompt, as "cancelled" if it has not finished; a sequence given by `sequence=` stays open."""
         continuation.finish = continuation.finish or "cancelled"
         self.running = [one for one in self.running if one is not continuation]
         if continuation.owns_sequence:
             continuation.sequence.close()
 
     def step(self) -> None:
-        """Run what all of `running` have pending, and sample. Those that finish leave.
+        """Run the pending input of all `running` prompts, and sample. Finished prompts leave.
 
-        Raises what the engine and hooks raise: then nobody has got a token, and another step goes on. One whose own
-        sampling fails (a processor of its, logits that are NaN) leaves first, and the others have got theirs.
+        Raises what the engine and hooks raise; no prompt has then got a token, and another step can continue. If one
+        prompt's sampling fails (its processor, NaN logits), it leaves first, and the others keep their tokens.
         """
         failed: list[BaseException] = []
         start, ran = time.perf_counter(), self.running
@@ -271,7 +272,7 @@ class Batch:
             raise failed[0]
 
     def close(self) -> None:
-        """Let all of them leave. Safe at any time, also twice."""
+        """Let all prompts leave. Safe at any time, also twice."""
         for one in self.running:
             self.leave(one)
 

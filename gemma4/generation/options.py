@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How to generate: what a caller may say, and what holds where nothing is said."""
+"""Options of generation, and their defaults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gemma4.sequence import Sequence
 
 
 class GenerateOptions(TypedDict, total=False):
-    """What `Model.generate` and `Model.stream` take by name, described there; None is the same as leaving it out."""
+    """Options of `Model.generate` and `Model.stream`, documented there; None is the same as omitting one."""
 
     max_tokens: int | None
     temperature: float | None
@@ -48,7 +48,7 @@ class GenerateOptions(TypedDict, total=False):
     show_thinking: bool | None
 
 
-# What other libraries call them
+# Names in other libraries
 _ELSEWHERE = {
     "max_tokens": "max_new_tokens max_length max_output_tokens max_completion_tokens n_predict num_predict max_gen_len",
     "temperature": "do_sample temp greedy",
@@ -71,7 +71,7 @@ _OURS = {theirs: ours for ours, names in _ELSEWHERE.items() for theirs in names.
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to generate: the options of `Model.generate`, where they are described, checked.
+    """The options of `Model.generate`, where they are documented, checked.
 
     None for a sampling value means the checkpoint's generation_config, else the plain default.
     """
@@ -106,15 +106,15 @@ class Options:
 
     @classmethod
     def of(cls, given: GenerateOptions) -> Options:
-        """Of keyword arguments. Raises TypeError for a name that is no option, with those that it may mean."""
+        """From keyword arguments. Raises TypeError for an unknown option, with the likely intended ones."""
         known = tuple(field.name for field in fields(cls))
         unknown = [name for name in given if name not in known]
         if unknown:
             raise TypeError("; ".join(_what_is(name, known) for name in unknown))
-        return cls(**given)  # type: ignore[arg-type]  # None, too: __post_init__ takes it for the default
+        return cls(**given)  # also for None, which __post_init__ replaces by the default
 
     def sampling(self, model: Core) -> SamplingParams:
-        """The checkpoint's defaults with what was given here on top."""
+        """The checkpoint's defaults, overridden by these options."""
         given = {name: getattr(self, name) for name in _SAMPLING}
         defaults = model.attached(Defaults).of(model).sampling
         params = SamplingParams.with_defaults(defaults or {}, **given)
@@ -124,7 +124,7 @@ class Options:
         return params
 
     def stops(self, model: Core, turn: bool) -> StopCriteria:
-        """turn: the model's turn of a chat, not the continuation of a text."""
+        """turn: a model's turn of a chat, not a text continuation."""
         ids = cast("tuple[int, ...] | None", self.stop_ids)  # once checked
         if ids is None:
             defaults = model.attached(Defaults).of(model)
@@ -133,7 +133,7 @@ class Options:
 
 
 def _what_is(name: str, known: Seq[str]) -> str:
-    """A sentence on an option that does not exist: what it is called here, if anything is like it."""
+    """A sentence on an unknown option: its name here, if a similar one exists."""
     near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.7)
     meant = [_OURS[name]] if name in _OURS else near
     return f"{name}: did you mean {' or '.join(meant)}?" if meant else f"{name}: no such option; {', '.join(known)} are"
@@ -178,7 +178,7 @@ def _image_tokens(name: str, value: Any) -> int:
     return budget
 
 
-# Those that Options has under the same name are checked by SamplingParams.
+# SamplingParams checks the options that Options has under the same name.
 _SAMPLING = tuple(field.name for field in fields(SamplingParams))
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_tokens": _max_tokens, "stop": checks.strings, "stop_ids": checks.token_ids, "hooks": _hooks,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From sampled ids to pieces of text: whole characters, and for chat turns which channel they belong to."""
+"""From sampled ids to pieces of text: whole characters, and in chat turns their channel."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ContinuationText:
         return _pieces(_decoded(self._stream, token)) if self._stream else []
 
     def end(self, token: int) -> list[Piece]:
-        """What is left when generation stops at `token`, which is not shown."""
+        """The remaining text when generation stops at `token`, which is not shown."""
         return self.flush()
 
     def flush(self) -> list[Piece]:
@@ -57,11 +57,11 @@ class ContinuationText:
 
 
 class TurnText:
-    """A model turn: the answer as pieces of text, thinking only if it is to be shown, tool calls never.
+    """A model turn: the answer as pieces of text, thinking only if requested, tool calls never.
 
-    Channels are told apart by the ids of their markers, so text that merely looks like one stays text. Text that may
-    turn out to be a call whose opening marker is missing is held back until that is certain. prompt: int32 [pos]; some
-    templates end inside an open thinking channel, and what follows belongs to it.
+    Channels are distinguished by the ids of their markers, so text that only looks like a marker stays text. Text that
+    may be a call without its opening marker is held back until that is certain. prompt: int32 [pos]; some
+    templates end inside an open thinking channel, to which the following text belongs.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class TurnText:
         self._closes = {_id(tokenizer, _THINK[1]), self._call_end}
         self._began_thinking = _is_open(prompt, _id(tokenizer, _THINK[0]), _id(tokenizer, _THINK[1]))
         self._channel = "thinking" if self._began_thinking else "text"
-        self._label: str | None = None  # a channel's name line ("thought\n") as far as it has come
+        self._label: str | None = None  # start of a channel's name line ("thought\n"), as far as received
         self._held: str | None = ""  # text since the last marker while it may be a call; None once it cannot be
         self._stream = tokenizer.decode_stream(skip_special=True)
         self._markers = [text for text in MARKERS if _id(tokenizer, text) in tokenizer.special_ids]
         self._whole = tokenizer.decode_stream()
-        self._turn: list[tuple[bool, str]] = []  # whether it is a control token, and its text: for `parsed`
+        self._turn: list[tuple[bool, str]] = []  # (is a control token, text) for `parsed`
 
     def push(self, token: int) -> list[Piece]:
         self._turn.append((token in self._special, _decoded(self._whole, token)))
@@ -95,7 +95,7 @@ class TurnText:
         return pieces
 
     def end(self, token: int) -> list[Piece]:
-        """What is left when generation stops at `token`, which is not shown; a marker may tell that a call is whole."""
+        """The remaining text when generation stops at `token`, which is not shown; a marker may complete a call."""
         if token in self._special:
             self._turn.append((True, _decoded(self._whole, token)))
         return self.flush()

@@ -2,7 +2,7 @@
 """From logits to the next token, in NumPy, and when to stop.
 
 Order, as transformers' `generate` has it: logit bias, repetition penalty, presence and frequency penalties, processors,
-temperature, top-k, top-p, min-p, draw. Ties at the top-k border are all kept, as there.
+temperature, top-k, top-p, min-p, draw. Ties at the top-k border are all kept, as in transformers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Processor = Callable[[I32, F32], "ArrayLike | None"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Every field is neutral by default; raises ValueError when out of range.
+    """Parameters of sampling. Every field is neutral by default; raises ValueError when out of range.
 
     temperature          0 = greedy (the largest logit, the lowest id among equals), otherwise logits are divided by it
     top_k                keep the k largest; 0 = all
@@ -70,8 +70,8 @@ class SamplingParams:
         """A checkpoint's generation_config.json with `overrides` (those that are not None) on top.
 
         As in transformers, do_sample absent or false means greedy, unless a temperature is given in `overrides`.
-        `suppress_tokens` become -inf biases. Warns of values in the file that mean nothing, and does not use them.
-        Raises ValueError (in overrides), TypeError (an override that is no field).
+        `suppress_tokens` become -inf biases. Warns of invalid values in the file, and does not use them.
+        Raises ValueError (in overrides), TypeError (an override that is not a field).
         """
         defaults, bad = read_defaults(config)
         warn_of(bad)
@@ -110,12 +110,12 @@ class Sampler:
         """The next token after `ids` (int32 [pos], of which the first `n_prompt` are the prompt).
 
         logits: float32 [vocab], not changed. Raises ValueError if they hold NaN or +inf or allow no token, or if a
-        processor returns something else than logits.
+        processor returns anything but logits.
         """
         logits = _as_logits(logits)
         p = self.params
         scores = _apply_processors(_edit(p, logits, ids, n_prompt), ids, p.processors)
-        greedy = np.float32(p.temperature) == 0  # also of what is too small for float32: the limit is the argmax
+        greedy = np.float32(p.temperature) == 0  # also for values too small for float32: the limit is the argmax
         token = int(scores.argmax()) if greedy else self._draw(scores)
         if p.logprobs is None:
             return Sample(token)
@@ -241,8 +241,8 @@ _SUM_BLOCK = 512
 def _index_of_sum(weights: F32, wanted: float, beyond: bool) -> int:
     """The first index up to which `weights` sum to at least `wanted` (beyond: to more), in float64.
 
-    Never one of weight 0; if rounding leaves all of them short of `wanted`, the last that weighs anything. Whole blocks
-    are summed first: running sums of 262,144 weights are 2 MB that have to be written, ten times as slow.
+    Never an index of weight 0; if rounding leaves all sums short of `wanted`, the last positive weight. Whole blocks
+    are summed first: running sums of 262,144 weights are 2 MB to write, ten times as slow.
     """
     n_whole = weights.size // _SUM_BLOCK * _SUM_BLOCK
     blocks = weights[:n_whole].reshape(-1, _SUM_BLOCK).sum(axis=1, dtype=np.float64)
@@ -254,7 +254,7 @@ def _index_of_sum(weights: F32, wanted: float, beyond: bool) -> int:
 
 
 def _first_reaching(sums: NDArray[np.float64], wanted: float, beyond: bool) -> int:
-    """A weight of 0 moves no sum, so that it is never the first to reach anything above 0."""
+    """A weight of 0 does not change the sum, so it is never the first to reach a value above 0."""
     at = int(np.searchsorted(sums, wanted, side="right" if beyond else "left"))
     return min(at, int(np.searchsorted(sums, sums[-1])))
 
@@ -276,7 +276,7 @@ class StopCriteria:
         return token in self.stop_ids
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that can be shown, the stop string that was reached or None). After a stop, nothing more comes out."""
+        """(text that can be shown, the stop string that was reached or None). No text follows a stop."""
         if self.stopped is not None:
             return "", self.stopped
         text = self._held + text
@@ -290,7 +290,7 @@ class StopCriteria:
         return text[: len(text) - keep], None
 
     def flush(self) -> str:
-        """What was held back, at the end of the generation."""
+        """The held-back text, at the end of the generation."""
         held, self._held = self._held, ""
         return held
 

@@ -79,14 +79,14 @@ class TextStream(Iterator[Piece]):
                 self._step()
 
     def _step(self) -> None:
-        """The next pieces into `_ready`. Raises StopIteration at the end, or where somebody closed the stream."""
+        """Put the next pieces into `_ready`. Raises StopIteration at the end, or if the stream was closed."""
         if self._reader == threading.get_ident():
             raise StateError("the stream is read while it computes a step: by a hook or a processor of its own")
         one = self._continuation
         with self._stepping:
             self._reader = threading.get_ident()
             try:
-                if not self._closing and not self._ready:  # another reader's step may have brought some
+                if not self._closing and not self._ready:  # another reader's step may have added some
                     n_known = len(one.pieces)
                     self._batch.step()
                     self._ready += one.pieces[n_known:]

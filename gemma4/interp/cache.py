@@ -37,7 +37,7 @@ class Stack(NamedTuple):
 
 
 class CapturedArrays(Mapping[str, F32]):
-    """Site name -> float32 array (int32 for expert ids), in forward order. Heirs say what a name not there means."""
+    """Site name -> float32 array (int32 for expert ids), in forward order. Subclasses explain missing names."""
 
     def __init__(self, arrays: dict[str, F32]) -> None:
         self._arrays = arrays
@@ -75,7 +75,7 @@ class EncoderCache(CapturedArrays):
 
 
 class Detached:
-    """What a cache knows of its model after it was pickled: sites and layer scalars, no weights."""
+    """A pickled cache's description of its model: sites and layer scalars, no weights."""
 
     def __init__(self, sites: SiteTable, n_layers: int, scalars: list[float]) -> None:
         self.sites, self.n_layers, self._scalars = sites, n_layers, scalars
@@ -116,7 +116,7 @@ class ActivationCache(CapturedArrays):
         self.positions = positions
         self.media = media
 
-    # Pickles hold the arrays, not the model and its file map; copies in one process share the model.
+    # Pickles hold the arrays, not the model and its file mapping; copies in one process share the model.
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_model": Detached.of(self._model)}
@@ -133,7 +133,7 @@ class ActivationCache(CapturedArrays):
         return copy
 
     def attach(self, model: Core) -> None:
-        """Give a cache that was unpickled its model back, for what needs weights (`logit_attrs`, `per_head=True`).
+        """Attach a model to an unpickled cache, for methods that need weights (`logit_attrs`, `per_head=True`).
 
         Raises ValueError for a model with other sites.
         """
@@ -195,7 +195,7 @@ class ActivationCache(CapturedArrays):
         return np.stack(found)
 
     def accumulated_resid(self, layer: int | None = None, *, incl_mid: bool = False) -> Stack:
-        """The residual stream as it enters each block 0..layer, as it was there (scalars not carried forward).
+        """The residual stream at the input of each block 0..layer (scalars not carried forward).
 
         layer: the last one whose input is included; None = all blocks and the final residual stream.
         incl_mid: also after each attention. Needs hook_resid_pre (and hook_resid_mid, and the last hook_resid_post).
@@ -212,7 +212,7 @@ class ActivationCache(CapturedArrays):
         return Stack(np.stack(values), labels)
 
     def decompose_resid(self, layer: int | None = None, *, per_head: bool = False) -> Stack:
-        """What each component contributes to the residual stream entering block `layer` (None: to the final one).
+        """Contribution of each component to the residual stream entering block `layer` (None: to the final one).
 
         The values sum over their first axis to hook_resid_pre of that block, up to rounding. per_head splits each
         attention into its heads, the norm after it frozen (needs attn.hook_result and ln1_post.hook_scale).
@@ -287,7 +287,7 @@ class ActivationCache(CapturedArrays):
 
 
 def join_caches(caches: Sequence[ActivationCache]) -> ActivationCache:
-    """One cache out of those of consecutive steps of one sequence (prompt, then token by token).
+    """Join the caches of consecutive steps of one sequence (prompt, then token by token) into one.
 
     Axis T is concatenated. Where there is a key axis S, earlier steps saw fewer keys: their missing columns are 0 (-inf
     in attn.hook_attn_scores), as for keys in the future; keys and values in use (no axis T) are the last step's.

@@ -32,7 +32,7 @@ class NaNWarning(RuntimeWarning):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HookPoint:
-    """Where and when a hook is called.
+    """Place and time of a hook's call.
 
     name:       the site, e.g. "blocks.3.hook_mlp_out"
     layer:      its block, None for a site of the whole model
@@ -55,7 +55,7 @@ class HookPoint:
 
 
 class NaNLog:
-    """Remembers where edits produced NaN, so that each site is reported once."""
+    """The sites where edits produced NaN, so that each is reported once."""
 
     def __init__(self) -> None:
         self.sites: list[str] = []
@@ -95,7 +95,7 @@ def _checked_pair(hook: Any) -> Hook:
 def hooks_of(hooks: Iterable[Hook], prefix: str = "") -> list[Hook]:
     """The hooks whose names begin with an encoder's prefix ("vision.", "audio."), or ("") those of the text model.
 
-    Predicates are asked about every name of both.
+    Predicates are called with every name of both.
     """
     chosen: list[Hook] = []
     for hook in hooks:
@@ -111,7 +111,7 @@ def make_edit(site: Site, fns: Sequence[HookFn], point: HookPoint, log: NaNLog) 
     """One callable for the engine that applies `fns` in turn, checks what they return and notes NaN."""
 
     def edit(array: Array) -> Array:
-        already = has_nan(array)  # made further up: not this edit's doing
+        already = has_nan(array)  # present before this edit
         for fn in fns:
             before = _face(array)
             result = fn(array, point)
@@ -126,7 +126,7 @@ def make_edit(site: Site, fns: Sequence[HookFn], point: HookPoint, log: NaNLog) 
 
 
 def _face(array: Array) -> tuple[Any, ...]:
-    """What a hook may not change of its array, in the order of `_FACE`."""
+    """The properties of its array that a hook may not change, in the order of `_FACE`."""
     address, read_only = array.__array_interface__["data"]
     return array.shape, array.dtype, array.strides, address, read_only
 
@@ -135,7 +135,7 @@ _FACE = ("shape", "dtype", "strides", "memory", "writeable flag")
 
 
 def _check_face(array: Array, before: tuple[Any, ...], site: Site) -> None:
-    """The engine and the next hook rely on the array being what it was but for its numbers."""
+    """The engine and the next hook rely on the array being unchanged except for its numbers."""
     after = _face(array)
     if after == before:
         return
@@ -157,7 +157,7 @@ def _checked_result(result: Any, given: Array, site: Site) -> Array:
         )
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
         raise TypeError(f"the hook on {site.name} returned dtype {array.dtype}, expected {given.dtype}")
-    # a copy: the engine must not write on into an array that the hook's author may keep
+    # a copy: the engine must not write to an array that the hook may keep
     return np.array(array, dtype=given.dtype, order="C")
 
 

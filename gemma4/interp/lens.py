@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The logit lens: what the model would say if a layer's residual stream went straight to its output head.
+"""The logit lens: next-token predictions from each layer's residual stream through the model's output head.
 
 nostalgebraist, "interpreting GPT: the logit lens" (2020). Final norm, head and softcap are the model's own. Computed in
 NumPy in blocks of the vocabulary, so that neither a float32 head nor all logits of all layers are ever in memory.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gemma4.model import Model
 
 F32 = NDArray[np.float32]
-_BLOCK_ROWS = 8192  # of the head, converted to float32 at a time: 50 MB for d_model 1536
+_BLOCK_ROWS = 8192  # rows of the head converted to float32 at a time: 50 MB for d_model 1536
 
 LENS_SITES = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"]
 
@@ -58,7 +58,7 @@ def logit_lens(
     """Apply the logit lens to every layer.
 
     source: a cache that holds `LENS_SITES`, or a prompt to run. target: a token (id, or text that is one token) whose
-    probability is wanted too. pos: for a prompt, the positions to keep (None = all).
+    probability is also computed. pos: for a prompt, the positions to keep (None = all).
     """
     cache = source if isinstance(source, ActivationCache) else _run(model, source, pos)
     resid = cache.accumulated_resid().values  # [n, pos, d_model]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of soft tokens over what they stand for: a picture, the frames of a video, a recording's spectrogram.
+"""Plots of numbers per soft token over a picture, the frames of a video, or a recording's spectrogram.
 
-Any number per soft token will do: how much an answer attends to it, a feature's activation, a norm. Use them as
+Any number per soft token can be plotted: attention from an answer, a feature's activation, a norm. Call them as
 `gemma4.interp.plots.picture`, `.frames` and `.spectrogram`.
 """
 
@@ -46,7 +46,7 @@ def picture(
     titles: Sequence[str] | None = None,
     limits: Limits = (None, None),
 ) -> Figure:
-    """The picture, and beside it one panel for each row of values, drawn over it.
+    """Plot the picture, and beside it one panel for each row of values, drawn over it.
 
     values: numbers [n] or [panels, n] (heads, layers, features); n soft tokens (`pattern[:, -1, run.start:run.stop]`),
         or n patches, nine to a soft token, as the sites before the pooling have them; row after row of the picture.
@@ -167,7 +167,7 @@ class _Colours(NamedTuple):
         return cls("coolwarm" if low < 0 < high else "inferno", low, high if high > low else low + 1.0)
 
     def options(self, *, over: bool) -> dict[str, Any]:
-        """For imshow; over: something below is to be seen through it."""
+        """Options of imshow; over: draw translucent."""
         shade: dict[str, Any] = {"cmap": self.cmap, "vmin": self.low, "vmax": self.high, "alpha": 0.6 if over else 1.0}
         return shade | {"aspect": "auto", "interpolation": "nearest"}
 

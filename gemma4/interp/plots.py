@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of what was captured. They need matplotlib: pip install "gemma4[plot]". Every function returns the Figure.
+"""Plots of captures. They need matplotlib: pip install "gemma4[plot]". Every function returns the Figure.
 
-Those over pictures, videos and sound are in gemma4/interp/media_plots.py; this module has them, too.
+Plots over pictures, videos and sound are in gemma4/interp/media_plots.py and are also available here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def residual_norms(lens: LogitLens, tokens: Sequence[str], ax: Axes | None = None) -> Figure:
-    """Heat map of the residual stream's length, layer by position."""
+    """Heat map of the residual stream's norm, layer by position."""
     return _heat(lens.norms, lens.labels, tokens, "residual stream, |x|", ax, color="viridis")
 
 
@@ -59,7 +59,7 @@ def attention_pattern(
 
 
 def overview(lens: LogitLens, tokens: Sequence[str]) -> Figure:
-    """Logit lens and residual norms below each other."""
+    """Logit lens above residual norms."""
     width, height = max(7.0, 0.75 * len(tokens) + 2), 0.3 * len(lens.labels) + 1.6
     figure, axes = pyplot().subplots(2, 1, figsize=(width, 2 * height))
     lens_heatmap(lens, tokens, axes[0])

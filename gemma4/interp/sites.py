@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of activation sites: which exist, their shapes, how to select them, what to say when one does not exist.
+"""Names of activation sites: which exist, their shapes, selection, and errors for unknown names.
 
 Names are TransformerLens's where it has one (docs/sites.md is the full table). Accepted besides: the names of
 TransformerLens's bridge ("blocks.3.ln2.hook_in") and Hugging Face module paths ("model.layers.3.output").
@@ -19,7 +19,7 @@ import numpy as np
 from gemma4.errors import SiteError
 
 Names: TypeAlias = str | Iterable[str] | Callable[[str], object] | None
-# What the engine says of a site: `SiteRow` of _engine.pyi
+# The engine's facts on a site: `SiteRow` of _engine.pyi
 SiteRow: TypeAlias = tuple[str, int, int, tuple[str | int, ...], str, str, bool, bool]
 
 ENCODER_PREFIXES = ("vision.", "audio.")  # of sites of the encoders
@@ -95,14 +95,14 @@ _HF_MODEL = {
 
 
 def reusable(names: Names) -> Names:
-    """The same, to be gone through more than once."""
+    """The same names, safe to iterate more than once."""
     return names if names is None or isinstance(names, str) or callable(names) else list(names)
 
 
 def names_of(names: Names, prefix: str = "") -> Names:
-    """Those of `names` that begin with an encoder's prefix ("vision.", "audio."), or ("") that do not.
+    """The `names` that begin with an encoder's prefix ("vision.", "audio."), or for "" those that do not.
 
-    A predicate is asked about every name of text model and encoders; None, the usual choice, has none of an encoder.
+    Predicates are called with every name of text model and encoders; None, the default, selects no encoder site.
     """
     if names is None:
         return [] if prefix else None
@@ -125,7 +125,7 @@ class Site:
     dims      "T" (positions), "S" (key positions), an encoder's "N" (soft tokens) and "U", or a size
     dtype     float32, int32 for ids
     keys      what "S" means: "cached" (keys or values in use, by position), "scores" or "pattern"; "" without "S"
-    pruned    whether, in the last layer that computes keys, only positions that some output needs pass it
+    pruned    whether, in the last layer that computes keys, only positions needed by some output pass it
     writable  whether a change has an effect
     """
 
@@ -179,11 +179,11 @@ class SiteTable(Mapping[str, Site]):
         return self._sites[canonical]
 
     def select(self, names: Names = None, *, stop_at_layer: int | None = None) -> list[Site]:
-        """The sites that `names` means, in forward order.
+        """The selected sites, in forward order.
 
         names: None (all but the few that grow with T*S or d_vocab), a name or glob ("*" is really all), several of
         them, or a predicate on the name. A name that matches nothing raises SiteError.
-        stop_at_layer: only what is reached when blocks 0..n-1 run; naming one beyond that raises SiteError.
+        stop_at_layer: only sites reached when blocks 0..n-1 run; naming a later one raises SiteError.
         """
         reached = self._reached(stop_at_layer)
         if names is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading checkpoints: files in, named and checked views out. Nothing here computes."""
+"""Reading checkpoints: from files to named, checked views. Nothing here computes."""
 
 import os
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are slow to make, kept in the user's cache directory. Whatever goes wrong, they are made again.
+"""Files that are slow to make, kept in the user's cache directory. After any failure they are made again.
 
 GEMMA4_CACHE=0 turns it off, GEMMA4_CACHE=DIR puts it elsewhere. Nothing is ever removed; deleting all of it is safe.
 """
@@ -20,7 +20,7 @@ _OFF = ("0", "off", "no", "false")
 
 
 def directory() -> Path | None:
-    """Where cached files go on this system; None if there is no such place, or the cache is turned off."""
+    """Folder of cached files on this system; None if there is none, or the cache is turned off."""
     named = os.environ.get("GEMMA4_CACHE", "")
     if named.lower() in _OFF:
         return None
@@ -39,7 +39,7 @@ def directory() -> Path | None:
 
 
 def read(name: str) -> str | None:
-    """The text that `write` kept under that name; None if there is none, or it is another text than was written."""
+    """The text that `write` kept under that name; None if it is missing or was changed."""
     folder = directory()
     if folder is None:
         return None
@@ -52,8 +52,8 @@ def read(name: str) -> str | None:
 
 
 def write(name: str, text: str) -> None:
-    """Keep `text`, a JSON object, under that name, all of it or nothing, with its digest in front. A place that cannot
-    be written to is no error."""
+    """Keep `text`, a JSON object, under that name atomically, with its digest in front. Failure to write is not
+    an error."""
     folder = directory()
     if folder is None:
         return
@@ -63,7 +63,7 @@ def write(name: str, text: str) -> None:
 
 
 def _seal(text: str) -> str:
-    """An object's opening, and a member that tells whether the rest is whole."""
+    """An object's opening, and a member with which a truncated rest is detected."""
     return f'{{"sha256":"{hashlib.sha256(text.encode()).hexdigest()}",'
 
 

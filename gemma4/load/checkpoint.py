@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kind of checkpoint offers, whichever files it is made of."""
+"""The interface of every kind of checkpoint."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]  # files opened, files in all, name of the file
 EngineTensor = tuple[str, tuple[int, ...], Any, int]  # dtype, shape, buffer, byte offset
 
-_RANDOM_FROM = 64 << 20  # bytes: a per-layer table below this may as well stay in memory
+_RANDOM_FROM = 64 << 20  # bytes: smaller per-layer tables may stay in memory
 
 
 class Checkpoint(ABC):
-    """An opened checkpoint. Made by `open_checkpoint`; a context manager; `close()` lets go of the files.
+    """An opened checkpoint. Made by `open_checkpoint`; a context manager; `close()` releases the files.
 
     path              the directory or file it was opened from
     config            TextConfig of the text decoder; `engine_config` is its form for `_engine.Model`
@@ -44,8 +44,8 @@ class Checkpoint(ABC):
     generation_config defaults for generating, under transformers' names; {} if the checkpoint has none
     processor_config  how images and sounds are prepared, as transformers stores it; {} if the checkpoint does not say
     tokenizer_path    the file that holds the tokenizer, None if there is none
-    notes             what a user should know about how the weights were read, a line each
-    encoder_advice    what to do where an image or audio encoder is missing, for messages; "" if there is nothing to do
+    notes             remarks for the user on how the weights were read, a line each
+    encoder_advice    advice for messages on a missing image or audio encoder; "" if there is none
     """
 
     path: Path
@@ -69,8 +69,8 @@ class Checkpoint(ABC):
         made: Mapping[str, EngineTensor] = MappingProxyType({}),
         made_from: Collection[str] = (),
     ) -> None:
-        """source: engine name -> stored name of every tensor that the engine needs · made: those that are not stored as
-        the engine wants them · made_from: the stored names that they were made of."""
+        """source: engine name -> stored name of every tensor that the engine needs · made: tensors converted from
+        another form · made_from: the stored names that they were made of."""
         self.path, self.config = path, config
         self._files = tuple(files)
         self._closed = False
@@ -99,7 +99,7 @@ class Checkpoint(ABC):
         return info.dtype, info.shape, copy, 0
 
     def _keep_on_disk(self, table: str | None) -> bool:
-        """Whether the per-layer table is so large that its rows should be read one by one, and stay on disk else."""
+        """Whether the per-layer table is so large that its rows should be read one by one and else stay on disk."""
         if table is None:
             return False
         info = self._owner[table].tensors[table]
@@ -122,7 +122,7 @@ class Checkpoint(ABC):
         return {}
 
     def encoder_tensors(self, modality: Modality) -> dict[str, EngineTensor]:
-        """What `_engine.Encoder` needs, of an encoder in `encoders`. Raises StateError if the files do not hold it."""
+        """The arguments of `_engine.Encoder`, for one of `encoders`. Raises StateError if the files do not hold it."""
         raise StateError(f"{self.path} holds no {modality} encoder")
 
     @property
@@ -161,7 +161,7 @@ class Checkpoint(ABC):
     def check(self) -> None:
         """Raise FormatError if a weight file shrank or changed since it was opened, StateError if closed.
 
-        Call it before the engine reads the weights; see `reading` for everybody else.
+        Call it before the engine reads the weights; other readers use `reading`.
         """
         if self._closed:
             raise StateError(f"the checkpoint {self.path} is closed; open it again")
@@ -170,8 +170,8 @@ class Checkpoint(ABC):
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """`with checkpoint.reading():` around whatever reads the weights: `check` before and after, so that numbers of
-        a file that changed meanwhile go nowhere. A closed checkpoint's files are not looked at: its arrays stay valid.
+        """`with checkpoint.reading():` around code that reads the weights: `check` before and after, so that values of
+        a changed file are never used. Files of a closed checkpoint are not checked: its arrays stay valid.
         """
         if not self._closed:
             self.check()
@@ -180,7 +180,7 @@ class Checkpoint(ABC):
             self.check()
 
     def close(self) -> None:
-        """Let go of the files. Arrays and engine models made from them stay valid until they go."""
+        """Release the files. Arrays and engine models made from them stay valid while they exist."""
         self._closed = True
         for file in self._files:
             file.close()
@@ -196,13 +196,13 @@ class Checkpoint(ABC):
 
 
 def _is_aligned(info: TensorInfo) -> bool:
-    """Whether the engine can read a tensor where it lies; maps begin with a page."""
+    """Whether the engine can read a tensor in place; mappings begin at a page."""
     return info.offset % alignment(info.dtype) == 0
 
 
 class TensorMap(Mapping[str, "NDArray[Any]"]):
-    """Stored name -> read-only array over the mapped file, made on access, when the file is checked. Numbers that are
-    read off an array after its file shrank are zeros: `Checkpoint.check` tells."""
+    """Stored name -> read-only array over the mapped file, made on access, when the file is checked. Values read
+    from an array after its file shrank are zeros: `Checkpoint.check` detects it."""
 
     def __init__(self, owner: Mapping[str, MappedFile]) -> None:
         self._owner = owner
@@ -229,7 +229,7 @@ def no_double_tensors(files: Sequence[MappedFile]) -> None:
 
 
 def check_shape(file: MappedFile, name: str, shape: tuple[int, ...]) -> None:
-    """Raise FormatError if a stored tensor has not the shape that the configuration asks for."""
+    """Raise FormatError if a stored tensor does not have the shape of the configuration."""
     found = file.tensors[name].shape
     if found != shape:
         raise FormatError(f"{file.path.name}: {name} has shape {list(found)}, the config asks for {list(shape)}")

@@ -7,9 +7,9 @@ code is the value plus 2^(num_bits-1). `X.weight_scale` has a factor for each gr
 compressed-tensors package, 0.20, compressors/pack_quantized; quantization/quant_config.py for `quantization_config`.
 
 The engine computes with GGUF's blocks, so matrices are repacked when the checkpoint is opened: to Q4_0 or Q8_0 where
-(scales fit float16, groups are whole blocks) the same numbers come out to the bit, else to float32. Either way a
-weight is the exact product of code and scale; transformers rounds that product to the scale's type, which for bfloat16
-is coarser.
+the same values result to the bit (scales fit float16, groups are a multiple of the block size), else to float32.
+Either way a weight is the exact product of code and scale; transformers rounds that product to the scale's type, which
+for bfloat16 is coarser.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class CompressedConfig:
         }
 
     def scheme_of(self, module: str) -> Scheme:
-        """The scheme of a module by its full name: one that names it, one whose "re:" pattern does, else one for all
-        linear maps. Raises FormatError if there is none."""
+        """The scheme of a module by its full name: one that names it, else one whose "re:" pattern matches, else one
+        for all linear layers. Raises FormatError if there is none."""
         for matches in (_is_named, self._is_matched, _is_class):
             for scheme in self.schemes:
                 if any(matches(target, module) for target in scheme.targets):
@@ -190,13 +190,13 @@ def _reorder_nibbles(codes: Array) -> Array:
     return out.reshape(*first.shape[:2], BLOCK // 2)
 
 
-# "….experts.3.gate_proj", of which the engine wants all in one
+# "….experts.3.gate_proj"; the engine needs all experts in one tensor
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.(gate_proj|up_proj|down_proj)")
 _FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 
 
 def _parts(full: str, shape: tuple[int, ...]) -> list[tuple[str, int, int]]:
-    """(module, rows, columns) of the packed matrices that lie below one another in `full`."""
+    """(module, rows, columns) of the packed matrices whose rows are concatenated in `full`."""
     if len(shape) == 2:
         return [(full.removesuffix(".weight"), *shape)]
     base, _, fused = full.rpartition(".")
@@ -214,13 +214,13 @@ class Packed:
         self.nbytes = 0
 
     def names(self) -> set[str]:
-        """The names that the packed matrices have when they are not packed."""
+        """The names that the packed matrices have when unpacked."""
         modules = [name.removesuffix("." + PACKED) for name in self.stored if name.endswith("." + PACKED)]
         experts = [match for match in map(_EXPERT.fullmatch, modules) if match]
         return {f"{module}.weight" for module in modules} | {f"{m[1]}.{_FUSED[m[2]]}" for m in experts}
 
     def tensor(self, full: str, shape: tuple[int, ...]) -> EngineTensor:
-        """The matrix `full` ("….weight", or "….experts.gate_up_proj" and "….experts.down_proj" of all experts' maps)
+        """The matrix `full` ("….weight", or "….experts.gate_up_proj" and "….experts.down_proj" of all experts)
         for the engine. Raises FormatError if its parts do not fit `shape`."""
         parts = [self._read(*part) for part in _parts(full, shape)]
         blocks = [found for found in (part.blocks() for part in parts) if found]
@@ -272,7 +272,7 @@ class Packed:
         return array
 
     def note(self) -> str:
-        """What was done, for `Model.info()`."""
+        """A summary for `Model.info()`."""
         size = f"{self.nbytes / 2**20:.1f} MiB of memory"
         schemes = "; ".join(dict.fromkeys(map(str, self.config.schemes)))
         widened = self.counts.get("F32", 0)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gemma4._engine import Config, LayerConfig
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-WHOLE_STRETCH = 1 << 30  # of a layer's `ahead`: however far a stretch goes that sees both ways
+WHOLE_STRETCH = 1 << 30  # a layer's `ahead` without limit: to the end of a bidirectional stretch
 
 # Where Gemma4UnifiedTextConfig's defaults differ. It has no per-layer embeddings and no experts at all.
 _TEXT_DEFAULTS: dict[str, Any] = {"context": 131_072, "window": 512, "bidirectional": None, "d_ple": 256}
@@ -45,16 +45,16 @@ _SCALE_DTYPES: dict[str, Any] = {"F16": np.float16, "BF16": ml_dtypes.bfloat16} 
 
 @dataclass(frozen=True)
 class _Family:
-    """Models before Gemma 4: what their classes fix, and the defaults of absent keys."""
+    """Models before Gemma 4: constants of their classes, and the defaults of absent keys."""
 
-    period: int  # one layer in so many is global
+    period: int  # one layer in every `period` is global
     d_vocab: int
     context: int
     logit_softcap: float | None
-    attention_softcap: float | None  # None: the class has no such key, or reads it and never uses it
+    attention_softcap: float | None  # None: the class has no such key, or ignores it
     head_norms: bool  # of queries and keys
     post_norms: bool
-    rope_by_type: bool  # each layer type has a rope of its own
+    rope_by_type: bool  # each layer type has its own rope
 
 
 _GEMMA2 = _Family(2, 256_000, 8192, 30.0, 50.0, head_norms=False, post_norms=True, rope_by_type=False)
@@ -119,7 +119,7 @@ class TextConfig:
     head_dim: tuple[int, ...]
     n_kv_heads: tuple[int, ...]
     d_mlp: tuple[int, ...]
-    kv_source: tuple[int, ...]  # the layer whose keys and values are attended to
+    kv_source: tuple[int, ...]  # the layer whose keys and values are read
     k_eq_v: tuple[bool, ...]
     rope: Mapping[str, Rope]  # by layer type
     bidirectional: str | None  # None | "vision": image positions see each other in sliding layers
@@ -127,10 +127,10 @@ class TextConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     bidirectional_global: bool = False  # … and, if so, in global layers
-    attention_scale: float = 1.0  # factor of the products of queries and keys
-    attention_softcap: float = 0.0  # of those scores; 0: none
-    head_norms: tuple[str, ...] = ("q", "k", "v")  # which of them are normed
-    post_norms: bool = True  # what attention and MLP add to the residual stream is normed before
+    attention_scale: float = 1.0  # factor of query-key dot products
+    attention_softcap: float = 0.0  # of the scaled scores; 0: none
+    head_norms: tuple[str, ...] = ("q", "k", "v")  # which of them have a norm
+    post_norms: bool = True  # whether outputs of attention and MLP pass a norm before the residual add
     layer_scalar: bool = True
     unit_gains: bool = False  # norms are stored as w and multiply by 1 + w
 
@@ -144,7 +144,7 @@ class TextConfig:
         return next((i for i, source in enumerate(self.kv_source) if source != i), self.n_layers)
 
     def table_scale(self, width: int, dtype: str) -> float:
-        """sqrt(width), rounded to the embedding table's dtype as the reference does.
+        """sqrt(width), rounded to the embedding table's dtype as in the reference.
 
         A quantised table unpacks to float32, and llama.cpp multiplies it by a float32 square root.
         """
@@ -203,7 +203,7 @@ def parse_config(raw: Any) -> TextConfig:
     """The text decoder of a parsed config.json.
 
     Raises FormatError (a value is missing, of the wrong type or out of range: the message names it and its range) and
-    NotImplementedError (an architecture or option this engine does not have: the message names it).
+    NotImplementedError (an architecture or option that this engine lacks: the message names it).
     """
     if not isinstance(raw, dict):
         raise FormatError(f"config.json: expected a JSON object, found {type(raw).__name__}")
@@ -235,7 +235,7 @@ def _text_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
     _refuse_options(f, defaults)
     n_layers = f.integer("num_hidden_layers", 30, 1, MAX_LAYERS)
     n_heads = f.integer("num_attention_heads", 8, 1, MAX_HEADS)
-    types = (*_layer_types(f, n_layers, 6)[:-1], FULL)  # as the reference class, which forces the last to be global
+    types = (*_layer_types(f, n_layers, 6)[:-1], FULL)  # the reference class forces the last layer to be global
     head_dim, n_kv_heads = _attention_shapes(f, types, n_heads)
     sources = kv_sources(f, "num_kv_shared_layers", types)
     softcap = f.optional_number("final_logit_softcapping", None, 1e-6, 1e6)
@@ -327,7 +327,7 @@ def _earlier_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
 
 
 def _period(f: Fields, family: _Family) -> int:
-    """Older configs name it instead of layer_types."""
+    """Older configs have this key instead of layer_types."""
     if not family.rope_by_type:
         return family.period
     inner = f.integer("_sliding_window_pattern", family.period, 1, MAX_LAYERS)
@@ -335,7 +335,7 @@ def _period(f: Fields, family: _Family) -> int:
 
 
 def _refuse_blocks(f: Fields) -> None:
-    """Options of a block that the reference classes have and this engine does not."""
+    """Refuse options of a block that the reference classes have and this engine lacks."""
     if f.boolean("attention_bias", False):
         raise NotImplementedError("attention_bias = true: no Gemma release has biases in attention, nor this engine")
     activation = f.get("hidden_activation", "gelu_pytorch_tanh")
@@ -440,7 +440,7 @@ def kv_sources(f: Fields, name: str, types: tuple[str, ...]) -> tuple[int, ...]:
 
 def _mlp_widths(f: Fields, sources: tuple[int, ...]) -> tuple[int, ...]:
     width = f.integer("intermediate_size", 9216, 1, MAX_MLP)
-    wide = 2 if f.boolean("use_double_wide_mlp", False) else 1  # only layers that share keys and values are wide
+    wide = 2 if f.boolean("use_double_wide_mlp", False) else 1  # only layers that share keys and values are double-wide
     return tuple(width * (wide if source != i else 1) for i, source in enumerate(sources))
 
 

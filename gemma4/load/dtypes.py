@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How weights are stored: in blocks of consecutive elements of a row. A plain type is a block of one element.
+"""Storage of weights in blocks of consecutive elements of a row. A plain type is a block of one element.
 
 Ref: ggml's block structures (ggml-common.h) and the gguf package's GGML_QUANT_SIZES.
 """
@@ -23,7 +23,7 @@ class BlockType(NamedTuple):
     nbytes: int
 
 
-# What the engine computes with, under the names that its tensor entries carry.
+# Types that the engine computes with, under the names of its tensor entries.
 ENGINE_DTYPES: dict[str, BlockType] = {
     "F32": BlockType(1, 4),
     "F16": BlockType(1, 2),
@@ -55,12 +55,12 @@ def is_quantised(dtype: str) -> bool:
 
 
 def alignment(dtype: str) -> int:
-    """Bytes that the address of a tensor must be a multiple of for the engine to read it where it lies."""
+    """Alignment in bytes that the engine needs to read a tensor in place."""
     return PLAIN[dtype].itemsize if dtype in PLAIN else 4
 
 
 def row_bytes(dtype: str, width: int) -> int:
-    """Bytes of a row of `width` elements. Raises FormatError if they are not whole blocks."""
+    """Bytes of a row of `width` elements. Raises FormatError if width is not a multiple of the block size."""
     block = ENGINE_DTYPES[dtype]
     if width % block.elements:
         raise FormatError(f"a row of {width} elements is not a whole number of {dtype} blocks of {block.elements}")
@@ -68,7 +68,7 @@ def row_bytes(dtype: str, width: int) -> int:
 
 
 def stored_rows(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> NDArray[Any]:
-    """The tensor as it lies in `buffer`: plain types with their NumPy dtype and shape, quantised ones as uint8
+    """The tensor as stored in `buffer`: plain types with their NumPy dtype and shape, quantised ones as uint8
     [..., bytes per row]. Read-only views if the buffer is."""
     plain = PLAIN.get(dtype)
     if plain is not None:

@@ -28,7 +28,7 @@ _MAX_WIDTH, _MAX_POSITIONS = 1 << 16, 1 << 20
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """One encoder of a checkpoint. All sizes are checked; those that its kind does not have are 0.
+    """One encoder of a checkpoint. All sizes are checked; sizes that its kind lacks are 0.
 
     kind    "vision_tower" | "audio_tower", or "vision_embedder" | "audio_embedder" (unified: no tower)
     d_in    values of an input row: a patch's pixels, a frame's mel bins or samples
@@ -46,7 +46,7 @@ class EncoderConfig:
     n_kv_heads: int = 0
     head_dim: int = 0
     d_mlp: int = 0
-    clipped: bool = False  # linear maps have bounds for what goes in and comes out
+    clipped: bool = False  # linear layers clip their inputs and outputs
     n_positions: int = 0  # rows of each axis' position table
     patch_size: int = 0  # pixels
     pool: int = 0  # patches that a soft token averages (or covers) along each axis
@@ -76,7 +76,7 @@ class EncoderConfig:
         return np.float32(1.0) / power
 
     def engine(self, on_disk: bool = False) -> _engine.EncoderConfig:
-        """The engine's form (gemma4/_engine.pyi). on_disk: the maps of its layers are file mappings."""
+        """The engine's form (gemma4/_engine.pyi). on_disk: the layers' linear weights are file mappings."""
         return {
             "kind": self.kind,
             "d_in": self.d_in,
@@ -111,7 +111,7 @@ def parse_encoders(raw: dict[str, Any], text: TextConfig) -> dict[Modality, Enco
 
     Raises FormatError and NotImplementedError as `parse_config` does.
     """
-    if text.model_type in EARLIER:  # Gemma 3's image encoder is another
+    if text.model_type in EARLIER:  # Gemma 3's image encoder is a different one
         return {}
     unified = text.model_type.startswith("gemma4_unified")
     kinds: dict[Modality, Kind] = {
@@ -229,7 +229,7 @@ def _audio_tower(f: Fields, d_out: int) -> EncoderConfig:
     first, second = (Fields({"c": c}, f"{f.where}.channels[{i}]") for i, c in enumerate(channels))
     if d_model % n_heads or d_model % 2:
         f.fail("hidden_size", d_model, f"an even multiple of {n_heads} heads")
-    # The reference's projection takes channels / 4 bins, which there are if the bins are as many as the channels.
+    # The reference's projection takes channels / 4 bins; they exist if there are as many bins as channels.
     d_in = first.integer("c", None, 4, 4096)
     if d_in % 4:
         f.fail("subsampling_conv_channels[0]", d_in, "a multiple of 4")

@@ -38,7 +38,7 @@ class Fields:
         return None if self._raw.get(name, default) is None else self.integer(name, default, low, high)
 
     def token_id(self, name: str, default: int | None, high: int) -> int | None:
-        """A special token's id, or None if there is none; writers say so by null, -1 or 2^32 - 1."""
+        """A special token's id, or None if there is none; files encode that as null, -1 or 2^32 - 1."""
         return None if is_unset(self._raw.get(name, default)) else self.integer(name, default, 0, high)
 
     def token_ids(self, name: str, default: tuple[int, ...], high: int) -> tuple[int, ...]:
@@ -75,7 +75,7 @@ class Fields:
 
 
 def is_unset(token_id: Any) -> bool:
-    """Whether a special token's id says that there is none."""
+    """Whether a special token's id means that there is none."""
     return token_id is None or (type(token_id) is int and token_id in (-1, 0xFFFFFFFF))
 
 
