@@ -2,9 +2,9 @@
 """A .gguf file (versions 2 and 3, little-endian) as metadata and named, typed views of one read-only memory map.
 
 Ref: ggml's docs/gguf.md. Magic "GGUF", version, counts of tensors and of key-value pairs, the pairs, then per tensor
-a name, its sizes (innermost first), a type and an offset; padding; the data. The file comes from strangers: every
-number is checked against the bytes that are really there before it is used, and nothing is allocated for a count.
-Arrays stay where they are until they are asked for (a vocabulary is 800,000 strings).
+a name, its sizes (innermost first), a type and an offset; padding; the data. The file is untrusted: every
+number is checked against the bytes actually present before it is used, and nothing is allocated for a count.
+Arrays are read only on request (a vocabulary is 800,000 strings).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SCALARS: dict[int, np.dtype[Any]] = {
     .items()
 } | {12: np.dtype("<f8")}  # fmt: skip
 
-# tensor type -> (name, block); numbers that are missing never were a type, or were gone before the format was
+# tensor type -> (name, block); missing numbers were never types, or were removed before the format was
 _NAMES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
     13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS", 30: "BF16", 39: "MXFP4",
@@ -78,7 +78,7 @@ class GgufArray:
         return self._kind == _STRING
 
     def values(self) -> list[Any]:
-        """The elements as a new list of int, float, bool or str. Raises FormatError (a string is no UTF-8)."""
+        """The elements as a new list of int, float, bool or str. Raises FormatError (a string is not UTF-8)."""
         if not self.is_strings:
             return [_plain(x, self._kind) for x in self.numbers()]
         raw = self.raw()
@@ -96,12 +96,12 @@ class GgufArray:
         return self._file.buffer[self.start : self.end]
 
     def count_distinct(self) -> int:
-        """How many different strings there are."""
+        """Number of distinct strings."""
         raw = self.raw()
         return len({raw[start:stop] for start, stop in _spans(raw, self.count)})
 
     def item(self, index: int) -> str | None:
-        """String number `index` without making the others; None if there is none or it is no UTF-8."""
+        """String number `index` without reading the others; None if there is none or it is not UTF-8."""
         if not self.is_strings or not 0 <= index < self.count:
             return None
         at, buffer = self.start, self._file.buffer
@@ -126,7 +126,7 @@ class GgufArray:
                 number += 1
             if at == found:
                 return number
-            found = buffer.find(pattern, at, self.end)  # it was inside another string
+            found = buffer.find(pattern, at, self.end)  # the match was inside another string
         return None
 
 
@@ -169,7 +169,7 @@ class GgufFile(MappedFile):
         self.tensors = reader.tensors(n_tensors, alignment)
 
     def array(self, name: str) -> NDArray[Any]:
-        """The tensor as a read-only view of the map: plain types with their dtype (bf16 as ml_dtypes.bfloat16) and
+        """The tensor as a read-only view of the mapping: plain types with their dtype (bf16 as ml_dtypes.bfloat16) and
         shape, quantised ones as uint8 [..., bytes per row]."""
         info = self.tensors[name]
         dtype = _NUMPY.get(info.dtype, np.dtype(np.uint8))
@@ -178,7 +178,7 @@ class GgufFile(MappedFile):
 
 
 class _Reader:
-    """A position in the head of the file that never leaves it."""
+    """A position in the head of the file, checked to stay within it."""
 
     def __init__(self, file: MappedFile) -> None:
         self._file, self._buffer, self._size = file, file.buffer, file.nbytes
@@ -307,7 +307,7 @@ class _Reader:
         return dtype, tuple(reversed(sizes)), offset, nbytes
 
     def _skip(self, nbytes: int) -> int:
-        """The position before `nbytes` that are really there."""
+        """The position before the next `nbytes`, which are checked to be present."""
         start = self._at
         if nbytes > self._size - start:
             self.fail(f"truncated: {nbytes} bytes wanted at byte {start}, the file has {self._size}")

@@ -64,12 +64,12 @@ class GgufCheckpoint(Checkpoint):
             if self._mmproj:
                 self._mmproj.file.close()
             raise
-        for layer in range(config.n_layers):  # absent in files of models that have none
+        for layer in range(config.n_layers):  # absent in files of models without layer scalars
             self.engine_tensors.setdefault(f"layers.{layer}.layer_scalar", ("F32", (1,), _ONE, 0))
 
     @cached_property
     def notes(self) -> tuple[str, ...]:  # type: ignore[override]
-        """As of any checkpoint; tokens that are there twice are counted here."""
+        """The notes of any checkpoint, and the count of duplicate tokens."""
         with self.reading():
             n_same = gguf_tokenizer.count_same_tokens(self.metadata)
         twice = f"{n_same} tokens of the vocabulary repeat others: these encode, all decode"
@@ -83,7 +83,7 @@ class GgufCheckpoint(Checkpoint):
         return self._mmproj.tensors(modality) if self._mmproj else super().encoder_tensors(modality)
 
     def load_tokenizer(self) -> Tokenizer:
-        """Made from the metadata, which takes seconds for a full vocabulary; the result is kept in the user's cache."""
+        """Built from the metadata in seconds for a full vocabulary; the result is kept in the user's cache."""
         from gemma4.text.tokenizer import Tokenizer
 
         if self.tokenizer_path is None:
@@ -146,7 +146,7 @@ def open_gguf(path: Path, *, mmproj: Path | None = None, progress: Progress | No
 
 
 def _open_mmproj(model: Path, config: TextConfig, given: Path | None) -> tuple[Mmproj | None, tuple[str, ...]]:
-    """The encoders, and notes on them. A file that nobody named is no reason not to load the text model."""
+    """The encoders, and notes on them. An unnamed file that does not fit does not prevent loading the text model."""
     if given is not None:
         return (opened := Mmproj(given, config)), (_note(opened, ""),)
     found, note = find_mmproj(model)
@@ -198,7 +198,7 @@ def _check_parts(files: list[GgufFile]) -> None:
 
 
 def _shown(value: Any) -> Any:
-    """A value as plain Python; a long array as a word on it."""
+    """A value as plain Python; a long array as a short description."""
     if not isinstance(value, GgufArray):
         return value
     return value.values() if value.count <= _SHOWN else f"an array of {value.count}"
@@ -220,7 +220,7 @@ def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _suppressed(metadata: Mapping[str, Any], d_vocab: int, where: str) -> dict[str, list[int]]:
-    """Ids never to be generated; as in llama.cpp, those outside the vocabulary count for nothing."""
+    """Ids never to be generated; ids outside the vocabulary are ignored, as in llama.cpp."""
     key = "tokenizer.ggml.suppress_tokens"
     ids = metadata.get(key)
     if ids is None:

@@ -36,7 +36,7 @@ from gemma4.load.names import PLE_TABLE, text_tensors
 
 ARCHITECTURE = "gemma4"
 ROPE_FREQS = "rope_freqs.weight"
-_STILL = 1e20  # a frequency divided by this or more does not turn; files have 1e30
+_STILL = 1e20  # a pair whose frequency is divided by this or more does not rotate; files have 1e30
 
 _MODEL_NAMES = {
     "embed_tokens.weight": "token_embd.weight",
@@ -86,8 +86,8 @@ def stored_name(name: str) -> str:
 
 
 def wanted_tensors(config: TextConfig, stored: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Engine name and shape of every tensor the text decoder reads, experts' gate and up apart if the file has them
-    so. Layer scalars may be absent: the engine's name is then left out (they are 1)."""
+    """Engine name and shape of every tensor the text decoder reads, experts' gate and up separate if the file has them
+    so. Layer scalars may be absent: the engine's name is then omitted (they are 1)."""
     for name, shape in text_tensors(config).items():
         if name.endswith(".layer_scalar") and stored_name(name) not in stored:
             continue
@@ -110,7 +110,7 @@ def parse_metadata(
     """The text decoder of a GGUF file. `metadata` in plain types, `rope_freqs` the tensor of that name.
 
     Raises FormatError (a key or tensor is missing or out of range), NotImplementedError (another architecture, or an
-    option this engine does not have).
+    option that this engine lacks).
     """
     _check_architecture(metadata, where)
     f = _Keys(dict(metadata), where)
@@ -144,7 +144,7 @@ def parse_metadata(
         kv_source=sources,
         k_eq_v=tuple(f"blk.{source}.attn_v.weight" not in tensors for source in sources),
         rope=_ropes(f, types, head_dim, rope_freqs),
-        # Not in the metadata; llama.cpp goes by the size, of which per-layer embeddings are the sign.
+        # Not in the metadata; llama.cpp infers it from the size, and per-layer embeddings indicate the size.
         bidirectional=None if d_ple else "vision",
         bos_token_id=f.token_id("tokenizer.ggml.bos_token_id", None, MAX_VOCAB),
         eos_token_ids=tuple(eos_token_ids),
@@ -165,7 +165,7 @@ class _Keys(Fields):
         )
 
 
-# general.type of files that are no model -> what they are, and what to do
+# general.type of files that are not models -> their content, and advice
 _NO_MODELS = {
     "adapter": "a LoRA adapter, no model: merge it into its model and convert that",
     "imatrix": "an importance matrix, which guides a quantisation; it is no model",
@@ -255,7 +255,7 @@ def _ropes(
     f: _Keys, types: tuple[str, ...], head_dim: tuple[int, ...], rope_freqs: NDArray[Any] | None
 ) -> dict[str, Rope]:
     scaling = f.get("gemma4.rope.scaling.type", "none")
-    factor = f.get("gemma4.rope.scaling.factor", 1)  # of 1, any kind of scaling leaves positions as they are
+    factor = f.get("gemma4.rope.scaling.factor", 1)  # with factor 1 any kind of scaling leaves positions unchanged
     if scaling != "none" and not (scaling == "linear" and factor == 1):
         what = f"gemma4.rope.scaling.type {scaling!r:.60}, factor {factor!r:.40}"
         raise NotImplementedError(f"{what}: only unscaled positions are supported")
@@ -270,7 +270,7 @@ def _ropes(
 
 
 def _rotating_share(f: _Keys, freqs: NDArray[Any] | None, head_dim: int) -> float:
-    """Of the global layers' pairs. What a frequency is divided by: 1, or (after all the ones) so much that it is 0."""
+    """Share of the global layers' pairs that rotate. freqs: divisors, 1 for those pairs, huge for the others."""
     half = head_dim // 2
     if freqs is None:
         f.fail(ROPE_FREQS, "missing", f"a tensor of {half} numbers, as the file has global layers")

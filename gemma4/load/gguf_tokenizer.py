@@ -2,7 +2,7 @@
 """The vocabulary in a GGUF file's metadata -> a tokenizer.json as Hugging Face would have it.
 
 The keys are tokenizer.ggml.{model, tokens, token_type, merges, scores}. Gemma 4's is a byte-fallback BPE whose spaces
-are written "▁"; files call it "gemma4", or "llama" (as SentencePiece vocabularies are called).
+are written "▁"; files call it "gemma4", or "llama" (the name of SentencePiece vocabularies).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MODELS = ("gemma4", "llama")
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 NAMED = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 _ARRAYS = ("tokens", "token_type", "merges", "scores")
-_VERSION = b"2"  # of what `tokenizer_table` makes
+_VERSION = b"2"  # version of the output of `tokenizer_table`
 _MAX_SPLITS = 1 << 26  # characters of all ways to split tokens in two: 40 times those of 262,144 tokens
 
 
@@ -30,7 +30,7 @@ def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
 
 
 def digest(metadata: Mapping[str, Any]) -> str:
-    """64 hex digits of everything that `tokenizer_table` reads, without reading it as text."""
+    """64 hex digits of everything that `tokenizer_table` reads, without decoding it as text."""
     out = hashlib.sha256(_VERSION + str(metadata.get(f"{PREFIX}model")).encode())
     for name in _ARRAYS:
         array = metadata.get(PREFIX + name)
@@ -41,7 +41,7 @@ def digest(metadata: Mapping[str, Any]) -> str:
 
 
 def count_same_tokens(metadata: Mapping[str, Any]) -> int:
-    """How many entries of the vocabulary repeat an earlier one, as in some of Google's own files."""
+    """Number of vocabulary entries that repeat an earlier one, as in some of Google's files."""
     tokens = metadata.get(f"{PREFIX}tokens")
     return len(tokens) - tokens.count_distinct() if isinstance(tokens, GgufArray) and tokens.is_strings else 0
 
@@ -49,8 +49,8 @@ def count_same_tokens(metadata: Mapping[str, Any]) -> int:
 def tokenizer_table(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The tokenizer.json as an object. Of tokens that are spelled alike the first one encodes, and all decode.
 
-    Raises FormatError (arrays that are missing, of other types or lengths, merges of pieces that are no tokens, or a
-    vocabulary without merges that would take for ever), NotImplementedError (another kind of tokenizer).
+    Raises FormatError (arrays that are missing, of other types or lengths, merges of unknown pieces, or a vocabulary
+    without merges that would take too long), NotImplementedError (another kind of tokenizer).
     """
     model = metadata.get(f"{PREFIX}model")
     if model not in _MODELS:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Hugging Face directory (config.json + one or many .safetensors) as a `Checkpoint` the engine can run from.
 
-Nothing is downloaded, and the engine gets views of the mapped files. Tensors that do not lie aligned are copied,
+Nothing is downloaded, and the engine gets views of the mapped files. Tensors that are not aligned are copied,
 quantised ones repacked (see compressed.py).
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
 _MAX_JSON = 16 << 20  # bytes; the largest index of a released model has 1 MB
-_COMPARED = 1 << 22  # elements at a time, of a head and the table it is said to be
+_COMPARED = 1 << 22  # elements compared at a time, of a head and the embedding table
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -89,7 +89,7 @@ def open_directory(path: Path, *, progress: Progress | None = None) -> HuggingFa
     """Open a Hugging Face directory.
 
     Raises FileNotFoundError (a file is missing: named), FormatError (a file is not what it should be),
-    NotImplementedError (an architecture or dtype this engine does not read).
+    NotImplementedError (an architecture or dtype that this engine does not read).
     """
     if not (path / "config.json").is_file() and any(path.glob("*.gguf")):
         raise FileNotFoundError(f"{path} has no config.json{_other_weights(path)}")
@@ -121,13 +121,13 @@ def shipped_models() -> list[str]:
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
-    """Where a model is: a shipped name first (write "./name" for a directory), then a directory or a GGUF file, then
+    """Location of a model: a shipped name first (write "./name" for a directory), then a directory or a GGUF file, then
     the newest snapshot of a hub id in the local Hugging Face cache. Raises FileNotFoundError."""
     name = os.fspath(name_or_path)
     if name in shipped_models():
         return PRETRAINED / name
     path = Path(os.path.expanduser(name))
-    if os.path.isdir(path) or _is_gguf(path):  # unlike Path.is_dir, false for names that no file system takes
+    if os.path.isdir(path) or _is_gguf(path):  # unlike Path.is_dir, false for names that are invalid on the file system
         return path
     if os.path.isfile(path):
         wanted = "the directory that holds config.json and the .safetensors, or a .gguf file"
@@ -228,18 +228,18 @@ def _other_weights(path: Path) -> str:
 
 
 def _is_plain_name(name: Any) -> bool:
-    """A file of this very directory: no separators, no drive, no "..", nothing the system could read as elsewhere."""
+    """A file of this directory: no separators, no drive, no "..", nothing that the system could resolve elsewhere."""
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}", name) is not None
 
 
 def _check_shards(path: Path, names: Mapping[str, list[str]], files: list[SafetensorsFile], config: TextConfig) -> None:
-    """Raise FileNotFoundError for a shard that is not there, FormatError for one that lacks what the index puts there:
-    if the text decoder needs any of it. What nobody needs may be missing."""
+    """Raise FileNotFoundError for a missing shard, FormatError for one without the tensors that the index lists: if the
+    text decoder needs any of them. Unneeded shards may be missing."""
     there = {file.path.name: file.tensors.keys() for file in files}
     listed = {tensor for tensors in names.values() for tensor in tensors}
     try:
         prefix, head = text_prefix(listed)
-    except FormatError:  # nothing is listed, or no text decoder: said where its tensors are looked for
+    except FormatError:  # nothing is listed, or no text decoder: reported when its tensors are resolved
         prefix, head = "", ""
     needed = {head if name == "lm_head.weight" else prefix + name for name in text_tensors(config)}
     for name, tensors in names.items():
@@ -253,15 +253,15 @@ def _check_shards(path: Path, names: Mapping[str, list[str]], files: list[Safete
 
 
 def _is_packed_part(tensor: str, prefix: str) -> bool:
-    """Whether a name is that of a part of a packed matrix of the text decoder."""
+    """Whether a name belongs to a part of a packed matrix of the text decoder."""
     return tensor.startswith(prefix) and ".weight_" in tensor
 
 
 def _packed(raw: dict[str, Any], stored: Mapping[str, SafetensorsFile]) -> tuple[Packed | None, tuple[str, ...]]:
-    """The quantised matrices, if config.json says that there are some (at its top, or beside the text model's), and a
-    note where it says so of weights that are not: trainers leave it behind when they merge.
+    """The quantised matrices, if config.json declares any (at its top, or beside the text model's), and a note if it
+    declares weights that are not quantised: trainers leave the declaration behind when they merge.
 
-    Raises NotImplementedError for a checkpoint that MLX has quantised, which says so under another name.
+    Raises NotImplementedError for a checkpoint quantised by MLX, which declares that under another name.
     """
     inner = raw.get("text_config")
     inner = inner if isinstance(inner, dict) else {}
@@ -282,8 +282,8 @@ def _packed(raw: dict[str, Any], stored: Mapping[str, SafetensorsFile]) -> tuple
 
 
 def _with_trained_head(config: TextConfig, stored: Mapping[str, SafetensorsFile]) -> tuple[TextConfig, tuple[str, ...]]:
-    """The configuration, untied if the files hold a head of another content than the embedding table it is said to
-    be: it was trained, and transformers uses it."""
+    """The configuration, untied if the stored head differs from the embedding table despite a tied config: it was
+    trained, and transformers uses it."""
     if not config.tied:
         return config, ()
     try:

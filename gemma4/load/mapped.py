@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A read-only memory map of a whole file that notices when the file changes under it.
+"""A read-only memory mapping of a whole file that detects changes of the file.
 
-Reading a map beyond the end of a file that shrank would kill the process. `check` finds that before reading; where the
-file shrinks in between, the guarded map (csrc/base/guard.h) gives zeros, and the check after reading finds it.
+Reading a mapping beyond the end of a file that shrank would kill the process. `check` detects that before reading. If
+the file shrinks in between, the guarded mapping (csrc/base/guard.h) gives zeros, and the check after reading detects
+it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gemma4.files import check_no_pointer, open_regular
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `offset` in bytes from the start of the file, `nbytes` long; `shape` in NumPy's order."""
+    """Location of a tensor: `offset` in bytes from the start of the file, `nbytes` long; `shape` in NumPy's order."""
 
     name: str
     dtype: str
@@ -35,7 +36,7 @@ class TensorInfo:
 
 
 class MappedFile(ABC):
-    """One mapped file of a format that subclasses know: `_parse`, called once it is mapped, fills `tensors`.
+    """One mapped file of a format known to subclasses: `_parse`, called once it is mapped, fills `tensors`.
 
     `kind` and `least` (bytes of the smallest such file) are for the message on files that are too short.
     Raises FileNotFoundError/OSError (cannot be opened), FormatError (a pipe, a device, too short, or whatever `_parse`
@@ -75,7 +76,7 @@ class MappedFile(ABC):
 
     @abstractmethod
     def array(self, name: str) -> NDArray[Any]:
-        """The tensor as a read-only view of the map."""
+        """The tensor as a read-only view of the mapping."""
 
     @property
     def buffer(self) -> mmap.mmap:
@@ -97,14 +98,14 @@ class MappedFile(ABC):
         return self._stat.st_size
 
     def advise_random(self, name: str) -> None:
-        """Tell the system that this tensor is read row by row in no order, so that it reads no neighbours in."""
+        """Advise the system that this tensor is read row by row in random order, so that it does not read ahead."""
         info = self.tensors[name]
         for advice in ("MADV_RANDOM", "MADV_NOHUGEPAGE"):
             self._advise(advice, info.offset, info.offset + info.nbytes)
 
     def _advise(self, advice: str, start: int, stop: int) -> None:
-        """Advise the system about the whole pages in [start, stop), where it knows such advice: without it reading is
-        slower, no more."""
+        """Advise the system about the whole pages in [start, stop), where such advice exists; without it reading is
+        slower."""
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         n_bytes = stop // mmap.PAGESIZE * mmap.PAGESIZE - first
         if n_bytes > 0 and hasattr(mmap, advice):
@@ -112,15 +113,15 @@ class MappedFile(ABC):
                 self.buffer.madvise(getattr(mmap, advice), first, n_bytes)
 
     def check(self) -> None:
-        """Raise FormatError if the file has shrunk, been overwritten or replaced since it was opened (reading the map
-        past a file's end gives zeros), StateError if it is closed. Three system calls."""
+        """Raise FormatError if the file has shrunk, been overwritten or replaced since it was opened (reading the
+        mapping past the file's end gives zeros), StateError if it is closed. Three system calls."""
         if self._map is None:
             raise StateError(f"{self.path} is closed")
         self._check_same("since it was loaded")
         try:
             now = os.stat(self.path)
         except OSError:
-            return  # deleted or moved: the map keeps the old file alive
+            return  # deleted or moved: the mapping keeps the old file alive
         if (now.st_dev, now.st_ino) != (self._stat.st_dev, self._stat.st_ino):
             raise FormatError(f"{self.path} was replaced by another file since it was loaded; load the model again")
 
@@ -135,13 +136,13 @@ class MappedFile(ABC):
             raise FormatError(f"{self.path} lost a part {when}, which it may have again; load the model again")
 
     def close(self) -> None:
-        """Let go of the file. Arrays still held keep the map alive until they go."""
+        """Release the file. Arrays still held keep the mapping alive until they are freed."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
         mapped, self._map, self._guarded = self._map, None, None
         if mapped is not None:
-            with contextlib.suppress(BufferError):  # views are out: the map is unmapped when the last one goes
+            with contextlib.suppress(BufferError):  # views exist: the file is unmapped when the last one is freed
                 mapped.close()
 
     def __del__(self) -> None:

@@ -2,9 +2,9 @@
 """The second file of a multimodal GGUF model ("mmproj", architecture clip): image and audio encoders.
 
 Ref: llama.cpp conversion/gemma.py (Gemma4VisionAudioModel, Gemma4UnifiedVisionAudioModel: what is written) and
-tools/mtmd/clip.cpp (what is read, and the numbers that are in no file). Pixels of a patch are stored channel by
+tools/mtmd/clip.cpp (what is read, and the numbers that no file holds). Pixels of a patch are stored channel by
 channel, the unified model's positions axis by axis, and an audio layer's per_dim_scale after its softplus; these are
-turned back when an encoder is first used. All else is used where it lies.
+converted when an encoder is first used. All other tensors are used in place.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ _AUDIO_LAYER = {
     "self_attn.post": "attn_out",
     "self_attn.relative_k_proj": "attn_k_rel",
     "self_attn.per_dim_scale": "per_dim_scale",
-    "lconv1d.pre_layer_norm": "conv_norm",  # these two names changed places in llama.cpp
+    "lconv1d.pre_layer_norm": "conv_norm",  # llama.cpp swapped these two names
     "lconv1d.conv_norm": "norm_conv",
     "lconv1d.linear_start": "conv_pw1",
     "lconv1d.linear_end": "conv_pw2",
@@ -100,12 +100,12 @@ _AUDIO_LAYER = {
 
 
 class Mmproj:
-    """An opened mmproj file whose encoders fit a text model. `file` is closed by whoever opened it.
+    """An opened mmproj file whose encoders fit a text model. The opener closes `file`.
 
     file      the mapped file
     encoders  EncoderConfig of each encoder it holds, by modality
-    Raises what GgufFile raises, and FormatError (no mmproj file of Gemma 4, made for another model, a tensor missing or
-    misshapen, an option that this engine does not have).
+    Raises what GgufFile raises, and FormatError (not an mmproj file of Gemma 4, made for another model, a tensor
+    missing or misshapen, an option that this engine lacks).
     """
 
     def __init__(self, path: Path, text: TextConfig) -> None:
@@ -154,7 +154,7 @@ class Mmproj:
             yield name, _stored_name(modality, name), _stored_shape(name, shape)
 
     def tensors(self, modality: Modality) -> dict[str, EngineTensor]:
-        """What `_engine.Encoder` needs. Raises FormatError (values that no softplus gives)."""
+        """The arguments of `_engine.Encoder`. Raises FormatError (values that no softplus gives)."""
         shapes = encoder_tensors(self.encoders[modality])
         return {name: self._tensor(name, stored, shapes[name]) for name, stored, _ in self._wanted(modality)}
 
@@ -183,7 +183,7 @@ class _Reader:
     def config(self, d_out: int) -> EncoderConfig:
         projector = f"clip.{self._modality}.projector_type"
         if projector not in self._keys:
-            projector = "clip.projector_type"  # of files with one encoder
+            projector = "clip.projector_type"  # in files with one encoder
         found, kinds = self._keys.get(projector, None), _KINDS[self._modality]
         if not isinstance(found, str) or found not in kinds:
             self._keys.fail(projector, found, " or ".join(kinds))
@@ -245,8 +245,8 @@ class _Reader:
         return self._pixels() | {"mm_embed_dim": width, "output_proj_dims": width, "mm_posemb_size": n_positions}
 
     def _audio_tower(self) -> dict[str, Any]:
-        """Chunks, context, cap and residual weight are in no file: those of the released models. Nor is the norms'
-        epsilon: what converters wrote under its name is another number."""
+        """Chunks, context, cap and residual weight are in no file: those of the released models are used. So is the
+        norms' epsilon: converters wrote another number under its name."""
         return {
             "hidden_size": self._integer("embedding_length", 2, MAX_WIDTH),
             "num_hidden_layers": self._integer("block_count", 1, MAX_LAYERS),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tensors of a Hugging Face checkpoint lie under which names: the text decoder, the image and audio encoders.
+"""Names of a Hugging Face checkpoint's tensors: the text decoder, the image and audio encoders.
 
-What they are called inside, and their shapes, is the engine's to say (csrc/model/text/weights.c, csrc/model/encoders/).
+The engine defines the names inside these and the shapes (csrc/model/text/weights.c, csrc/model/encoders/).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gemma4.load.encoder_config import EncoderConfig
 Shape = tuple[int, ...]
 PLE_TABLE = "embed_tokens_per_layer.weight"
 
-# Where the text decoder sits -> where an untied head would be. In order: Gemma4ForConditionalGeneration, an older
+# Prefix of the text decoder -> name of an untied head. In order: Gemma4ForConditionalGeneration, an older
 # multimodal layout (Gemma 3's released files), Gemma4Model alone, Gemma4ForCausalLM, Gemma4TextModel alone.
 _LAYOUTS = {
     "model.language_model.": "lm_head.weight",
@@ -28,7 +28,7 @@ _LAYOUTS = {
 
 
 def text_prefix(stored: Container[str]) -> tuple[str, str]:
-    """(prefix of the text decoder's names, full name an untied head has). Raises FormatError if it is not there."""
+    """(prefix of the text decoder's names, full name of an untied head). Raises FormatError if it is missing."""
     for prefix, head in _LAYOUTS.items():
         if prefix + "embed_tokens.weight" in stored:
             return prefix, head
@@ -38,8 +38,8 @@ def text_prefix(stored: Container[str]) -> tuple[str, str]:
     )
 
 
-# Folders of an encoder's tensors, where the names inside are told apart. The unified model's were renamed by
-# transformers at loading; files exist under both names.
+# Folders of an encoder's tensors; names inside them are unique. transformers renames the unified model's
+# at loading; files exist under both names.
 _ENCODER_FOLDERS = {
     "vision": ("vision_tower.", "vision_embedder.", "embed_vision.multimodal_embedder.", "embed_vision."),
     "audio": ("audio_tower.", "embed_audio."),
@@ -58,10 +58,10 @@ def encoder_names(stored: Iterable[str], modality: str) -> dict[str, str]:
 
 
 def text_tensors(config: TextConfig) -> dict[str, Shape]:
-    """Name without prefix -> shape, of every tensor the text decoder reads: the engine's own table."""
+    """Name without prefix -> shape, of every tensor the text decoder reads, from the engine's table."""
     return dict(_engine.text_tensors(config.engine()))
 
 
 def encoder_tensors(config: EncoderConfig) -> dict[str, Shape]:
-    """Name without folder -> shape, of every tensor an encoder reads; a bound, one number, is (1,) here."""
+    """Name without folder -> shape, of every tensor an encoder reads; a bound, a single number, is (1,) here."""
     return dict(_engine.encoder_tensors(config.engine()))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions of strangers, matched in time that grows with text times pattern, whatever the pattern.
+"""Untrusted regular expressions, matched in time proportional to text times pattern.
 
-Python's `re` tries one way after the other, and a line of config.json can keep it busy for ever. Here all ways go on at
-once (Thompson's construction). What names of modules need is known: characters, ".", classes, groups, "|", "*", "+",
+Python's `re` backtracks, so a line of config.json can keep it busy indefinitely. Here all alternatives advance together
+(Thompson's construction). Supported is what names of modules need: characters, ".", classes, groups, "|", "*", "+",
 "?", "{m,n}", "^" and "$"; anything else is a NotImplementedError.
 """
 
@@ -19,14 +19,14 @@ _ATOM = re.compile(r"\\[dDwWsS]|\\[^\w]|\[\^?\]?(?:\\.|[^\]\\])*\]|[^\\\[\](){}|
 _REPEAT = re.compile(r"(\*|\+|\?|\{(\d{1,4})(,(\d{0,4}))?\})\??")
 _START, _END = "^", "$"
 
-# A state: what a character must be to pass (None: no character is read), and the states after it.
+# A state: the condition on a character to pass (None: no character is read), and the next states.
 _Test: TypeAlias = "Callable[[str], bool] | str | None"
-_Part: TypeAlias = "Callable[[int], int]"  # makes states that lead to a given one; returns where they begin
+_Part: TypeAlias = "Callable[[int], int]"  # makes states that lead to a given one; returns their first
 
 
 class Pattern:
-    """A compiled pattern. Raises FormatError for what is no regular expression, NotImplementedError for what is not
-    listed above, repeats a group, or needs more than 2,000 states."""
+    """A compiled pattern. Raises FormatError for an invalid regular expression, NotImplementedError for syntax not
+    listed above, a repeated group, or more than 2,000 states."""
 
     def __init__(self, text: str) -> None:
         try:
@@ -43,7 +43,7 @@ class Pattern:
         self._first = part(self._match)
 
     def matches_start(self, text: str) -> bool:
-        """As re.match: whether some beginning of `text` fits the pattern."""
+        """Like re.match: whether some prefix of `text` matches the pattern."""
         states = self._reached({self._first}, text, 0)
         for at, character in enumerate(text):
             if self._match in states or not states:
@@ -53,7 +53,7 @@ class Pattern:
         return self._match in states
 
     def _reached(self, states: set[int], text: str, at: int) -> set[int]:
-        """With those behind states that read nothing."""
+        """Add the states reachable without reading a character."""
         waiting, found = list(states), set(states)
         while waiting:
             state = waiting.pop()
@@ -104,7 +104,7 @@ class Pattern:
         if self._text[self._at] == "(":
             self._at += 3 if self._text.startswith("(?:", self._at) else 1
             inner = self._either(depth + 1)
-            self._at += 1  # its end, without which it is no pattern
+            self._at += 1  # the end, without which the pattern is invalid
             return inner
         if self._text[self._at] in "^$":
             test: _Test = self._text[self._at]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A .safetensors file as named, typed, shaped views of one read-only memory map. Nothing is copied.
+"""A .safetensors file as named, typed, shaped views of one read-only memory mapping. Nothing is copied.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON object
 {name: {"dtype", "shape", "data_offsets": [begin, end)}, "__metadata__": {str: str}}, then the data. The header comes
-from strangers: `parse_header` accepts exactly the files in which every tensor's span has the size its dtype and shape
-say and the spans tile the data, without holes or overlaps, to its last byte.
+is untrusted: `parse_header` accepts exactly the files in which every tensor's span has the size its dtype and shape
+give and the spans tile the data, without holes or overlaps, to its last byte.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class SafetensorsFile(MappedFile):
         self.tensors, self.metadata = parse_header(self.buffer[8 : 8 + length], self.nbytes, where)
 
     def array(self, name: str) -> NDArray[Any]:
-        """The tensor as a read-only view of the map: its dtype (bf16 as ml_dtypes.bfloat16) and shape.
+        """The tensor as a read-only view of the mapping: its dtype (bf16 as ml_dtypes.bfloat16) and shape.
 
         Types without a NumPy dtype (F4, F6) come as raw bytes, uint8 [nbytes].
         """

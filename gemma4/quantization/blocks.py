@@ -26,7 +26,7 @@ def inverse(scale: F32) -> F32:
 
 
 def half_bytes(values: F32) -> U8:
-    """[n, k] -> fp16, as bytes [n, 2 k]. Too large ones become infinite: the caller looks at what comes back."""
+    """[n, k] -> fp16, as bytes [n, 2 k]. Values too large become infinite: the caller checks the result."""
     with np.errstate(over="ignore"):
         return values.astype("<f2").view(np.uint8)
 
@@ -100,7 +100,7 @@ def mxfp4(x: F32) -> U8:
     magnitude = np.abs(x)
     _, exponent = np.frexp(magnitude.max(1, keepdims=True))
     code = np.where(magnitude.any(1, keepdims=True), np.clip(exponent - 3 + 127, 0, 254), 0)
-    unit = np.ldexp(np.float32(1), code - 128).astype(np.float32)  # e8m0 stands for twice this
+    unit = np.ldexp(np.float32(1), code - 128).astype(np.float32)  # e8m0 represents twice this
     q = np.zeros(x.shape, np.uint8)
     for between in _MXFP4_BETWEEN:
         q += magnitude > between * unit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of float32 -> rows of any type that can be written, and what became of the values."""
+"""Rows of float32 -> rows of any writable type, and back."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ CAN_WRITE = (*PLAIN, *_PACK)
 
 
 def pack_rows(dtype: str, rows: F32) -> U8:
-    """float32 [n, width] -> uint8 [n, bytes per row]. Raises FormatError (a width that is no whole number of blocks).
+    """float32 [n, width] -> uint8 [n, bytes per row]. Raises FormatError (width not a multiple of the block size).
 
-    Values that the type has no room for become infinite or NaN; `unpack_rows` shows it.
+    Values outside the type's range become infinite or NaN; `unpack_rows` shows it.
     """
     nbytes = row_bytes(dtype, rows.shape[1])
     if dtype in PLAIN:

@@ -30,7 +30,7 @@ from gemma4.quantization.plan import KINDS, Planned, checked_type, plan
 from gemma4.quantization.result import QuantizationResult, WrittenTensor
 
 Progress = Callable[[int, int, str], None]  # bytes written, bytes in all, tensor
-_SLICE = 1 << 18  # elements that a thread packs at a time: what it works with stays in its caches
+_SLICE = 1 << 18  # elements that a thread packs at a time: its working set stays in its caches
 
 
 class _Packed(NamedTuple):
@@ -51,20 +51,20 @@ def quantize(
 ) -> QuantizationResult:
     """Write the text decoder of an unquantised checkpoint as a GGUF file that this package and llama.cpp read.
 
-    source: whatever `gemma4.load` takes. type: one for all matrices (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1,
-    Q2_K to Q6_K, IQ4_NL, IQ4_XS, MXFP4) or a mix as llama-quantize makes it (Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M). Norms,
-    scales and the router are F32. Rows that are no whole number of a type's blocks get another; the result's `notes`
-    say so.
+    source: anything `gemma4.load` takes. type: one for all matrices (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1,
+    Q2_K to Q6_K, IQ4_NL, IQ4_XS, MXFP4) or a mix of llama-quantize (Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M). Norms,
+    scales and the router are F32. Tensors whose rows are not a multiple of a type's block size get another type; the
+    result's `notes` say so.
     overrides: tensor -> type, e.g. {"per_layer_token_embd": "Q8_0", "blk.0.*": "Q6_K"}: GGUF names or globs, with or
     without "blk.N." and ".weight"; of several that apply, the last. force: replace a file that exists. threads: 0 = the
-    CPUs this process may use. progress(bytes written, bytes in all, tensor) is called as it goes on.
+    CPUs this process may use. progress(bytes written, bytes in all, tensor) is called during the work.
 
-    The file appears under its name when it is whole; whatever goes wrong, nothing is left behind. Memory stays within
+    The file appears under its name only when complete; after an error nothing is left behind. Memory stays within
     some tens of MB besides the source's mapped pages.
 
     Raises ValueError (unknown type, an override that applies to nothing, a source that is quantised already),
     FileExistsError, FileNotFoundError (source, or the folder of `out`), FormatError (a damaged source, or values that
-    the type has no room for), NotImplementedError, OSError (the disk is full, …).
+    the type cannot hold), NotImplementedError, OSError (the disk is full, …).
     """
     kind, path = checked_type(type, KINDS), Path(out)
     with open_checkpoint(source) as checkpoint:
@@ -136,7 +136,7 @@ def _write_tensors(
 
 
 def _packed(pool: ThreadPoolExecutor, ahead: int, tensor: Planned, stored: EngineTensor) -> Iterator[_Packed]:
-    """A tensor's bytes in order, a slice of rows at a time, at most `ahead` of them under way."""
+    """A tensor's bytes in order, a slice of rows at a time, at most `ahead` slices in flight."""
     width = tensor.shape[-1]
     rows = stored_rows(*stored).reshape(-1, width)
     step = max(1, _SLICE // width)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the predictions of a quantised model are from those of the model it was made from."""
+"""Divergence of a quantised model's predictions from those of its source."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from gemma4.inputs import as_ids
 from gemma4.model import Model
 
-_LOGITS = 1 << 24  # of either model at a time: 64 MB
+_LOGITS = 1 << 24  # logits of either model at a time: 64 MB
 
-# For a report without a text of one's own: a conversation as a chat model has them.
+# Text of a report without a file: a conversation as chat models have them.
 SAMPLE: tuple[dict[str, str], ...] = (
     {"role": "user", "content": "What is the capital of France, and which river runs through it?"},
     {"role": "assistant", "content": "The capital of France is Paris. The river Seine runs through it."},

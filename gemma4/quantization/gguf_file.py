@@ -82,7 +82,7 @@ def _list(key: str, values: list[Any]) -> bytes:
 
 
 def _number_type(key: str, values: list[Any], usual: tuple[int, str]) -> tuple[int, str]:
-    """`usual` for whole numbers, as llama.cpp's converter writes them and its loader wants; wider where it must be."""
+    """`usual` for integers, as llama.cpp's converter writes and its loader expects; wider where necessary."""
     if all(isinstance(value, bool) for value in values):
         return _BOOL if values else usual
     if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):

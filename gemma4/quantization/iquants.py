@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""float32 values -> IQ4_NL and IQ4_XS: four bits that stand for 16 uneven values, times a scale for every 32.
+"""float32 values -> IQ4_NL and IQ4_XS: four bits that encode 16 uneven values, times a scale for every 32.
 
 IQ4_NL stores each scale as fp16; IQ4_XS, in blocks of 256, as six bits times an fp16 of the block's. Scales are
 searched as K-quants' are.
@@ -15,7 +15,7 @@ from gemma4.quantization.blocks import F32, U8, half_bytes, inverse, largest, ni
 _VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 _STEPS = (0, -7, -5, -3, -1, 1, 3, 5, 7)  # added to the table's value of largest magnitude
 _PARTS = 8  # of an IQ4_XS block
-_SMALL = 32  # its scales are whole numbers from -32 to 31
+_SMALL = 32  # its scales are integers from -32 to 31
 
 
 def _nearest_codes() -> U8:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""float32 values -> GGUF's K-quants: blocks of 256 whose 8 or 16 parts have small scales of their own.
+"""float32 values -> GGUF's K-quants: blocks of 256 whose 8 or 16 parts have their own small scales.
 
-Of a handful of scales for each part, the one of least weighted squares error is taken; those scales are then rounded
+Several scales are tried for each part, and the one of least weighted squares error is taken. These scales are rounded
 to the few bits they are stored in, the values rounded again by them, and the block's own scale fitted once more.
 Ref: ggml's ggml-common.h (layouts) and ggml-quants.c (the weights, and the idea of trying several scales).
 """
@@ -22,7 +22,7 @@ def _parts(x: F32, size: int) -> F32:
 
 
 def _blocks(q: F32) -> U8:
-    """Back again, as bytes [n, 256]."""
+    """The inverse of `_parts`, as bytes [n, 256]."""
     return q.T.astype(np.uint8).reshape(-1, 256)
 
 
@@ -36,7 +36,7 @@ def _affine_search(x: F32, weight: F32, top: int) -> tuple[F32, F32]:
     above = x - low
     sum_w, sum_x = weight.sum(0), (weight * x).sum(0)
     scale, offset = np.zeros_like(sum_x), np.maximum(-sum_x * inverse(sum_w), np.float32(0))  # all values the same
-    best = -offset * sum_x  # what the error is less than that of all zeros
+    best = -offset * sum_x  # the reduction of the error relative to all zeros
     for step in _AFFINE_STEPS:
         q = np.minimum(np.rint(above * ((top + step) * span)), np.float32(top))
         weighted = weight * q

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GGUF file says on its model: configuration, sampling, tokenizer and chat template under llama.cpp's keys.
+"""A GGUF file's metadata: configuration, sampling, tokenizer and chat template under llama.cpp's keys.
 
 Ref: llama.cpp conversion/gemma.py (keys) and gguf-py/gguf/vocab.py (token types). `gemma4.load` reads all of it back.
 """
@@ -26,7 +26,7 @@ from gemma4.load.mapped import TensorInfo
 from gemma4.text.tokenizer import CONTROL, Tokenizer
 from gemma4.text.tokenizer_file import MAX_FILE, read_table, texts_overlap
 
-# llama.cpp's number of a file's kind (llama_ftype), which it only shows
+# llama.cpp's number of a file's kind (llama_ftype), for display only
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
     "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K": 16, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30,
@@ -34,11 +34,11 @@ _FILE_TYPES = {
 }  # fmt: skip
 _QUANTISATION_VERSION = 2  # of ggml's block layouts
 _OURS = ("general.file_type", "general.quantization_version", "general.alignment")  # not copied from another file
-_STANDS_STILL = 1e30  # what the frequency of a pair that does not turn is divided by
+_STANDS_STILL = 1e30  # divisor of the frequency of a pair that does not rotate
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # tokenizer.ggml.token_type
-_SCORE = -1000.0  # of every token: merges say it all
-# control tokens that llama.cpp is to show nevertheless, for whoever parses the answer
+_SCORE = -1000.0  # score of every token: merges determine the order
+# control tokens that llama.cpp should show nevertheless, for clients that parse the answer
 _VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 
 
@@ -154,7 +154,7 @@ def _vocabulary(table: Any, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _check_same_ids(table: Mapping[str, Any], where: str) -> None:
-    """Raise NotImplementedError for what a GGUF file has no place for, and so would give texts other ids.
+    """Raise NotImplementedError for properties that a GGUF file cannot express, and so would give texts other ids.
 
     A reader of the file replaces spaces by "▁", merges bytes where a character is no token, and finds added tokens
     anywhere in the text, in the middle of words as well.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which type each tensor is written in: one for all matrices, or llama-quantize's usual mixes, and what the user asks.
+"""The type of each tensor: one for all matrices, or llama-quantize's usual mixes, with the user's overrides.
 
 Ref: llama.cpp src/llama-quant.cpp (llama_tensor_get_type_impl, tensor_allows_quantization, tensor_type_fallback).
 """
@@ -17,10 +17,10 @@ from gemma4.load.dtypes import ENGINE_DTYPES, is_quantised
 from gemma4.load.gguf_config import stored_name
 from gemma4.quantization.codec import CAN_WRITE
 
-# mix -> the type of all matrices that have no reason for another
+# mix -> the default type of its matrices
 MIXES = {"Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K", "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K"}
 KINDS = (*CAN_WRITE, *MIXES)
-# type -> what takes its place in rows that are no whole number of its blocks
+# type -> its replacement in rows that are not a multiple of its block size
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 _TABLES = ("token_embd.weight", "per_layer_token_embd.weight")
 
@@ -35,7 +35,7 @@ class Planned(NamedTuple):
 
 
 def plan(checkpoint: Checkpoint, kind: str, overrides: Mapping[str, str]) -> tuple[list[Planned], list[str]]:
-    """Every tensor of the file, and a line for each width that made a type give way.
+    """Every tensor of the file, and a note for each width that made a type fall back.
 
     Raises ValueError: an unknown type (the closest ones are named), or an override that applies to no matrix.
     """
@@ -59,7 +59,7 @@ def plan(checkpoint: Checkpoint, kind: str, overrides: Mapping[str, str]) -> tup
 
 
 def checked_type(name: str, known: Iterable[str]) -> str:
-    """The type as it is spelled here, whatever the case. Raises ValueError with the closest ones."""
+    """The type's canonical spelling, ignoring case. Raises ValueError with the closest ones."""
     known = tuple(known)
     if name.upper() in known:
         return name.upper()
@@ -106,7 +106,7 @@ def _more_bits(i: int, n: int) -> bool:
 
 
 def _fitting(dtype: str, shape: tuple[int, ...], source: str) -> str:
-    """A type whose blocks fill rows of this width; in the last resort a plain one of two bytes."""
+    """A type whose blocks fit rows of this width; as a last resort a plain one of two bytes."""
     while shape[-1] % ENGINE_DTYPES[dtype].elements:
         dtype = _FALLBACK.get(dtype) or ("BF16" if source == "BF16" else "F16")
     return dtype

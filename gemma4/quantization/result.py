@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of a model that was quantised."""
+"""The result of quantising a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class WrittenTensor(NamedTuple):
 
     @property
     def rmse(self) -> float:
-        """Root mean square of what was written less what was there."""
+        """Root mean square of the written minus the source values."""
         return math.sqrt(self.square_error / self.n_values)
 
 
@@ -52,7 +52,7 @@ class QuantizationResult:
 
     path, nbytes   the file and its size
     tensors        every tensor in it, in order
-    notes          a line for each type that gave way to another because of a row's width
+    notes          a line for each type that fell back to another because of a row's width
     """
 
     path: Path
