@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures, sound and video as the encoders want them, to the numbers of transformers' processors.
+"""Pictures, sound and video as inputs of the encoders, with the numbers of transformers' processors.
 
-The decoders (Pillow, soundfile, soxr, PyAV) are the extra `media` and are imported where they are first needed; arrays
-of samples go through NumPy alone.
+The decoders (Pillow, soundfile, soxr, PyAV) are the extra `media` and are imported at first use; arrays
+of samples need NumPy only.
 """
 
 from typing import TYPE_CHECKING
 
 from gemma4._moved import moved
 
-if not TYPE_CHECKING:  # modules by the names that they had before; each is imported where it is first used
+if not TYPE_CHECKING:  # modules under their old names; each is imported at first use
     __getattr__ = moved(__name__, {name: f"{__name__}.{name}:" for name in ("cache", "taps")})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sound to what the audio encoders read, number for number as transformers' feature extractors do.
+"""Sound to inputs of the audio encoders, number for number as in transformers' feature extractors.
 
 The Conformer of the effective models reads a log-mel spectrogram (a frame of 20 ms every 10 ms) and makes a soft token
 of every 40 ms; the unified model reads 640 raw samples, 40 ms as well, per soft token.
@@ -28,18 +28,17 @@ from gemma4.errors import FormatError
 from gemma4.media.container import open_container, stream_kinds
 from gemma4.media.source import FileLike, is_file, name_of, open_source, reason, require
 
-RATE = 16_000  # samples per second that the encoders are made for
-MAX_SAMPLES = 30 * RATE  # what one log_mel takes: 750 soft tokens
+RATE = 16_000  # samples per second of the encoders' input
+MAX_SAMPLES = 30 * RATE  # limit of one log_mel: 750 soft tokens
 N_MELS, FRAME, HOP, FFT = 128, 320, 160, 512
 MEL_FLOOR = 1e-3
 UNIFIED_FRAME = 640
 MS_PER_TOKEN = 40
 MIN_RATE, MAX_RATE, MAX_CHANNELS, MAX_SECONDS = 1_000, 384_000, 64, 8 * 3600
-MAX_PEAK = 32.0  # floats beyond are no samples of full scale 1: decoders and mixes go over it a little, never so far
-# The emptiest honest sound, digital silence in FLAC at 8 kHz, spends 23 bytes a second; a file made to fill the memory
-# of whoever opens it, 3.
+MAX_PEAK = 32.0  # floats beyond are not samples of full scale 1: decoders and mixes exceed it slightly, never that far
+# The smallest real sound, digital silence in FLAC at 8 kHz, has 23 bytes a second; a file made to exhaust memory has 3.
 FREE_SECONDS, MIN_BYTES_PER_SECOND = 1800, 16
-_UNKNOWN = 1 << 60  # libsndfile says such a number of samples for FLAC from a pipe, and cannot read its last block
+_UNKNOWN = 1 << 60  # libsndfile's number of samples for FLAC from a pipe, whose last block it cannot read
 _BLOCK = 1 << 18  # samples decoded at once
 
 AudioLike: TypeAlias = str | os.PathLike[str] | bytes | NDArray[np.generic]
@@ -50,9 +49,9 @@ def load_audio(audio: AudioLike, rate: int | None = None, *, max_seconds: float 
     """float32 [n]: mono samples at 16 kHz, in -1..1 for ordinary files.
 
     audio: path or bytes, or an array [n] or [n, channels] of floats in -1..1 or of integers of full scale. libsndfile
-    reads wav, flac, ogg, mp3 and more; PyAV what it does not know (m4a, aac, webm, 3gp, the sound track of films).
-    Signed samples of 32 and 64 bits may hold 16-bit values; unsigned ones have their silence in the middle.
-    rate: samples per second of an array, None = 16,000; a file knows its own. Channels are averaged, then soxr
+    reads wav, flac, ogg, mp3 and more; PyAV other formats (m4a, aac, webm, 3gp, the sound track of films).
+    Signed samples of 32 and 64 bits may hold 16-bit values; silence of unsigned ones is in the middle.
+    rate: samples per second of an array, None = 16,000; files state their own. Channels are averaged, then soxr
     resamples ("HQ"). max_seconds: no more is decoded; None = 8 hours.
 
     Raises FormatError (damaged, empty, NaN, too long, too long for its bytes), ValueError (array, rate), OSError,
@@ -85,14 +84,14 @@ def log_mel(samples: NDArray[np.floating[Any]]) -> F32:
     if n_frames(len(samples)) < 1:
         raise ValueError(too_short(len(samples)))
     padded = np.concatenate([np.zeros(FRAME // 2, np.float32), samples])
-    # The reference cuts frames of 321 samples and drops the last: there is no frame without that sample.
+    # The reference cuts frames of 321 samples and drops the last: a frame needs that sample to exist.
     frames = np.lib.stride_tricks.sliding_window_view(padded, FRAME + 1)[::HOP, :-1]
     magnitudes = np.abs(np.fft.rfft(frames * _window(), n=FFT, axis=-1))
     return np.log(magnitudes @ _filters() + MEL_FLOOR).astype(np.float32)
 
 
 def too_long(length: str, most: float) -> str:
-    """Why more than so many seconds are refused. length: "31.0 s of audio"."""
+    """Message that refuses a sound longer than a limit in seconds. length: "31.0 s of audio"."""
     if most >= MAX_SECONDS:
         return f"more than {most / 3600:g} hours of sound. Cut it first."
     return (
@@ -102,23 +101,23 @@ def too_long(length: str, most: float) -> str:
 
 
 def too_short(n_samples: int) -> str:
-    """Why so few samples are refused."""
+    """Message that refuses too few samples."""
     return f"{n_samples} samples of audio at 16 kHz are too few: at least {HOP + 1} ({HOP / RATE * 1000:.0f} ms)"
 
 
 def n_frames(n_samples: int) -> int:
-    """Rows of the log-mel spectrogram of so many samples at 16 kHz."""
+    """Rows of the log-mel spectrogram of n_samples at 16 kHz."""
     return max(0, (n_samples - 1) // HOP)
 
 
 def n_soft_tokens(n_samples: int) -> int:
-    """Soft tokens that the Conformer makes of so many samples at 16 kHz: two convolutions halve the frames."""
+    """Soft tokens that the Conformer makes of n_samples at 16 kHz: two convolutions halve the frames."""
     frames = n_frames(n_samples)
     return math.ceil(math.ceil(frames / 2) / 2)
 
 
 def raw_frames(samples: NDArray[np.floating[Any]]) -> F32:
-    """float32 [ceil(n / 640), 640]: what the unified model reads, the last frame filled with zeros."""
+    """float32 [ceil(n / 640), 640]: the unified model's input, the last frame padded with zeros."""
     samples = check_samples(samples)
     frames = np.zeros((math.ceil(len(samples) / UNIFIED_FRAME), UNIFIED_FRAME), np.float32)
     frames.reshape(-1)[: len(samples)] = samples
@@ -177,7 +176,7 @@ def _full_scale(array: NDArray[Any], name: str) -> NDArray[Any]:
 
 
 def _scaled(array: NDArray[Any]) -> NDArray[Any]:
-    """Floats as they are, integers divided by their type's full scale; silence is the middle of unsigned ones."""
+    """Floats unchanged, integers divided by their type's full scale; silence of unsigned ones is in the middle."""
     if array.dtype.kind == "f":
         return array
     full = 2.0 ** (array.dtype.itemsize * 8 - 1)
@@ -223,7 +222,7 @@ def _read_file(source: FileLike, name: str, most: float) -> F32:
 
 @contextmanager
 def _with_descriptor(file: BinaryIO) -> Iterator[BinaryIO]:
-    """The same as a file of the system: a Ctrl-C inside libsndfile's callbacks into Python would be lost."""
+    """A copy as a file of the system: libsndfile's callbacks into Python would lose a Ctrl-C."""
     if not isinstance(file, io.BytesIO):
         yield file
         return
@@ -235,13 +234,13 @@ def _with_descriptor(file: BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _blocks(sound: Any) -> Iterator[F32]:
-    """Blocks of samples [n, channels], however many the header promised."""
+    """Blocks of samples [n, channels], whatever number the header states."""
     while len(block := sound.read(_BLOCK, dtype="float32", always_2d=True)):
         yield block
 
 
 def _read_container(file: BinaryIO, name: str, n_bytes: int, most: float, words: str) -> F32:
-    """The first sound track of what FFmpeg knows: m4a, aac, webm, 3gp, films. words: why libsndfile did not read it."""
+    """The first sound track of a file for FFmpeg: m4a, aac, webm, 3gp, films. words: why libsndfile did not read it."""
     file.seek(0)
     try:
         with open_container(file) as container:
@@ -258,13 +257,13 @@ def _read_container(file: BinaryIO, name: str, n_bytes: int, most: float, words:
         raise FormatError(f"{name}: not audio that can be read ({words}); {error}, which reads more kinds") from error
     except (FormatError, MemoryError):
         raise
-    except Exception as error:  # FFmpegError, and whatever a header that lies makes of PyAV
+    except Exception as error:  # FFmpegError, and any error of PyAV on a wrong header
         why = f"libsndfile: {words} FFmpeg: {reason(error)}"
         raise FormatError(f"{name}: not audio that can be read ({why})") from error
 
 
 def _frame_samples(frame: Any, rate: int, name: str) -> NDArray[Any]:
-    """float [n, channels] of a frame that FFmpeg decoded. (Its resampler would do, but loses a Ctrl-C.)"""
+    """float [n, channels] of a frame decoded by FFmpeg. (Its resampler would work, but loses a Ctrl-C.)"""
     if frame.sample_rate != rate:
         raise FormatError(
             f"{name}: its rate changes from {rate} to {frame.sample_rate} samples per second. Convert it."
@@ -275,9 +274,9 @@ def _frame_samples(frame: Any, rate: int, name: str) -> NDArray[Any]:
 
 @dataclass(slots=True)
 class _Track:
-    """Sound that is still to be read, block by block: an hour of 96 kHz stereo is 2.8 GB at once.
+    """Sound to be read block by block: an hour of 96 kHz stereo is 2.8 GB at once.
 
-    blocks: float [n] or [n, channels] · promised: samples that a header says, 0 = unknown · n_bytes: of the file, None
+    blocks: float [n] or [n, channels] · promised: samples stated by a header, 0 = unknown · n_bytes: of the file, None
     for an array
     """
 
@@ -288,7 +287,7 @@ class _Track:
     n_bytes: int | None = None
 
     def join(self, most: float) -> F32:
-        """Mono at 16 kHz, at most so many seconds of it. Raises FormatError, ValueError for the rate of an array."""
+        """Mono at 16 kHz, up to a limit in seconds. Raises FormatError, ValueError for the rate of an array."""
         if not isinstance(self.rate, int | np.integer) or not MIN_RATE <= self.rate <= MAX_RATE:
             words = f"{self.name}: a rate of {self.rate} samples per second; expected {MIN_RATE} to {MAX_RATE}"
             raise ValueError(words) if self.n_bytes is None else FormatError(words)
@@ -305,7 +304,7 @@ class _Track:
         return np.pad(samples, (0, max(0, wanted - len(samples))))[:wanted]
 
     def _checked(self, most: float) -> Iterator[F32]:
-        """The blocks, as long as they are numbers of a sensible size and the limits are not passed."""
+        """The blocks, while values have a sensible size and the limits are not exceeded."""
         total = 0
         for block in self.blocks:
             self._check_values(block, total)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes and points out of a model's answer, and onto the picture.
+"""Boxes and points parsed from a model's answer, and drawn on the picture.
 
 Gemma answers `[{"box_2d": [top, left, bottom, right], "label": "…"}]`, points `{"point": [y, x], …}`, in thousandths of
 the picture's height and width. Around the JSON there may be prose and fences, several lists, and its end may be
-missing: so objects are looked for, not lists, and each is read on its own.
+missing. So the parser looks for objects, not lists, and reads each separately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gemma4.media.source import require
 
 SCALE = 1000
-# A string ends on its line and within 300 characters: the apostrophe in a "Here's" must not swallow what follows.
+# A string ends on its line and within 300 characters, so that the apostrophe in a "Here's" does not swallow the rest.
 _STRING = r'"(?:[^"\\\n]|\\.){0,300}"|' + r"'(?:[^'\\\n]|\\.){0,300}'"
 _NUMBER = r"-?\d{1,30}(?:\.\d{0,30})?(?:[eE][+-]?\d{1,4})?"
 _TOKEN = re.compile(rf"(?P<string>{_STRING})|(?P<number>{_NUMBER})|(?P<mark>[\]\[{{}}:])")
@@ -28,7 +28,7 @@ _BOX_KEYS, _POINT_KEYS = ("box_2d", "boxes_2d", "bbox_2d", "box"), ("point", "po
 _LABEL_KEYS = ("label", "name")
 _MAX_FOUND = 10_000
 
-# told apart also by those who see no red or no green (Okabe and Ito 2008)
+# distinguishable also with red-green colour blindness (Okabe and Ito 2008)
 _COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 
 
@@ -70,7 +70,7 @@ def _found(label: str, n: list[float]) -> Found:
 
 
 def _objects(text: str) -> Iterator[tuple[str, list[float], str]]:
-    """(key, numbers, label) of all that each object says about places. An object ends at its brace, or where another
+    """(key, numbers, label) of every place in each object. An object ends at its brace, or where another
     begins."""
     at = text.find("{")
     while at >= 0:
@@ -86,12 +86,12 @@ def _objects(text: str) -> Iterator[tuple[str, list[float], str]]:
 
 
 class _Object:
-    """What the tokens of one object have said so far."""
+    """State of one object while its tokens are read."""
 
     def __init__(self) -> None:
         self.label = ""
         self.places: list[tuple[str, list[float]]] = []
-        self._key = self._last = ""  # whose value is being read; the last string, which may turn out to be a key
+        self._key = self._last = ""  # the key whose value is read; the last string, which may be a key
         self._depth = 0
 
     def take(self, token: re.Match[str]) -> None:
@@ -116,7 +116,7 @@ def _unquoted(string: str) -> str:
         return re.sub(r"\\(.)", r"\1", string[1:-1], flags=re.S)
     try:
         return json.loads(string, strict=False)
-    except ValueError:  # an escape that JSON does not know
+    except ValueError:  # an escape that JSON does not have
         return string[1:-1]
 
 

@@ -12,10 +12,10 @@ from gemma4.media.source import require
 
 @contextmanager
 def open_container(file: BinaryIO) -> Iterator[Any]:
-    """A PyAV container over this file and no other.
+    """A PyAV container over this file only.
 
     Playlists (m3u8, ffconcat, sdp) name further files and addresses: no protocol is allowed, so none is opened.
-    Raises ImportError without PyAV, and what PyAV raises; a ValueError where a damaged header asks for more memory than
+    Raises ImportError without PyAV, and what PyAV raises; a ValueError where a damaged header needs more memory than
     there is.
     """
     av = require("av")
@@ -29,5 +29,5 @@ def open_container(file: BinaryIO) -> Iterator[Any]:
 
 
 def stream_kinds(container: Any) -> str:
-    """What is in it, for an error message: "audio, video"."""
+    """The kinds of streams, for an error message: "audio, video"."""
     return ", ".join(sorted({stream.type for stream in container.streams})) or "none"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures to patches, pixel for pixel as transformers' Pillow processor does.
+"""Pictures to patches, pixel for pixel as in transformers' Pillow processor.
 
 A picture is resized (bicubic, antialiased, on bytes; small ones are enlarged) to the largest multiple of 48 pixels a
-side that keeps its shape and spends no more than the budget of soft tokens, 48 x 48 pixels each. The towers read
+side that keeps its shape and uses no more than the budget of soft tokens, 48 x 48 pixels each. The towers read
 16 x 16 patches and pool 3 x 3 of them; the unified model reads 48 x 48 patches.
 
 Ref: transformers models/gemma4/image_processing_pil_gemma4.py, models/gemma4_unified/image_processing_gemma4_unified.py
@@ -29,10 +29,10 @@ BUDGETS = (70, 140, 280, 560, 1120)  # soft tokens per picture that the models w
 PATCH, POOL = 16, 3
 SIDE = PATCH * POOL  # pixels of a soft token's square
 
-# Decoding takes 4 bytes a pixel. Photographs of 50 megapixels are common and spend 0.1 to 0.5 bytes on each; a file
-# made to fill the memory of whoever opens it spends a thousandth.
+# Decoding takes 4 bytes a pixel. Photographs of 50 megapixels are common and have 0.1 to 0.5 bytes per pixel; a file
+# made to exhaust memory has a thousandth.
 MAX_PIXELS, FREE_PIXELS, MIN_BYTES_PER_PIXEL = 100_000_000, 32_000_000, 1 / 64
-# ISO files whose pictures are HEVC; "mif1" and "msf1" say a picture and a sequence of any coding
+# ISO files whose pictures are HEVC; "mif1" and "msf1" mark a picture and a sequence of any coding
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 _PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")  # no EPS: runs a program
@@ -43,14 +43,14 @@ U8: TypeAlias = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImagePatches:
-    """What a vision encoder reads of one picture.
+    """A vision encoder's input for one picture.
 
     patches:      float32 [n, 768] in 0..1, row after row; each is (row, column, channel) of its 16 x 16 pixels.
                   For the unified model [n, 6912] of 48 x 48 pixels.
     positions:    int32 [n, 2]: x (column), y (row) of each patch
-    n_soft_tokens: how many positions it takes in the text; row after row of the grid of 48 x 48 squares
+    n_soft_tokens: positions it takes in the text; row after row of the grid of 48 x 48 squares
     grid:         rows and columns of soft tokens
-    source_size:  height, width of the picture as it came (upright)
+    source_size:  height, width of the original picture (upright)
     """
 
     patches: NDArray[np.float32]
@@ -60,7 +60,7 @@ class ImagePatches:
     source_size: tuple[int, int]
 
     def boxes(self) -> NDArray[np.float32]:
-        """float32 [n_soft_tokens, 4]: top, left, bottom, right of each soft token in pixels of the picture it was."""
+        """float32 [n_soft_tokens, 4]: top, left, bottom, right of each soft token in pixels of the original picture."""
         (rows, cols), (height, width) = self.grid, self.source_size
         y, x = np.divmod(np.arange(rows * cols), cols)
         corners = np.stack([y / rows, x / cols, (y + 1) / rows, (x + 1) / cols], axis=1)
@@ -71,7 +71,7 @@ def preprocess(image: ImageLike, image_tokens: int = 280) -> ImagePatches:
     """Patches and positions for the vision towers.
 
     image: path, bytes of a file, PIL image, or array [height, width(, 1|3|4)] (uint8, uint16, or float in 0..1).
-    image_tokens: at most so many soft tokens, one of 70, 140, 280, 560, 1120.
+    image_tokens: budget of soft tokens, one of 70, 140, 280, 560, 1120.
     Raises ValueError (budget, array), FormatError (damaged file, not a picture, too many pixels), OSError, ImportError.
     """
     pixels, source_size = _resized(image, image_tokens)
@@ -87,7 +87,7 @@ def preprocess_unified(image: ImageLike, image_tokens: int = 280) -> ImagePatche
 def target_size(height: int, width: int, image_tokens: int) -> tuple[int, int]:
     """Height and width in pixels that a picture is resized to, both multiples of 48.
 
-    A side that would round to nothing becomes 48, and the other as many squares as the long side holds short ones.
+    If a side would round to nothing, it becomes 48, and the other min(long // short, image_tokens) squares of 48.
     """
     check_budget(image_tokens)
     if height < 1 or width < 1:
@@ -102,13 +102,13 @@ def target_size(height: int, width: int, image_tokens: int) -> tuple[int, int]:
 
 
 def check_budget(image_tokens: int) -> None:
-    """Raises ValueError if the models know no such budget."""
+    """Raise ValueError if the models have no such budget."""
     if image_tokens not in BUDGETS:
         raise ValueError(f"image_tokens must be one of {', '.join(map(str, BUDGETS))}, got {image_tokens!r}")
 
 
 def load_image(image: ImageLike) -> U8:
-    """uint8 [height, width, 3], upright (EXIF), transparency laid on white, 16 bits reduced to 8, the first frame of
+    """uint8 [height, width, 3], upright (EXIF), transparency on white, 16 bits reduced to 8, the first frame of
     an animation. Colour profiles are not applied. Raises as `preprocess`.
     """
     if isinstance(image, np.ndarray):
@@ -136,14 +136,14 @@ def _read_file(source: FileLike, name: str) -> U8:
             (width, height), load = opener(file)
         except ImportError:
             raise
-        except Exception as error:  # a damaged header makes a plugin fail in any way
+        except Exception as error:  # a plugin may raise anything for a damaged header
             raise FormatError(f"{name}: not an image that can be read ({_short(error)})") from error
         check_pixels(height, width, n_bytes, name)
         return _decode(load, name)
 
 
 def _open_pillow(file: BinaryIO) -> tuple[tuple[int, int], Callable[[], Any]]:
-    """Width and height, and how to get the picture."""
+    """Width and height, and a function that decodes the picture."""
     opened = require("PIL.Image").open(file, formats=_FORMATS)
     return opened.size, lambda: opened
 
@@ -160,7 +160,7 @@ def _icon_sizes(file: BinaryIO) -> Iterator[tuple[int, int]]:
         picture = file.read(24)
         if picture.startswith(b"\x89PNG"):
             yield int.from_bytes(picture[16:20], "big"), int.from_bytes(picture[20:], "big")
-        else:  # a bitmap, with a mask as high as itself below it
+        else:  # a bitmap, followed by a mask of the same height
             yield int.from_bytes(picture[4:8], "little"), int.from_bytes(picture[8:12], "little") // 2
 
 
@@ -170,7 +170,7 @@ def _open_heif(file: BinaryIO) -> tuple[tuple[int, int], Callable[[], Any]]:
 
 
 def _is_heif(file: BinaryIO) -> bool:
-    """Whether it is one of the files that pillow-heif reads and Pillow does not: telephones' HEIC."""
+    """Whether pillow-heif reads the file and Pillow does not: phones' HEIC."""
     head = file.read(64)
     file.seek(0)
     size = min(len(head), int.from_bytes(head[:4], "big"))
@@ -191,7 +191,7 @@ def check_pixels(height: int, width: int, n_bytes: int | None, name: str) -> Non
 
 
 def _short(error: BaseException) -> str:
-    # Pillow names the file object, an address in memory, in this one
+    # Pillow's message names the file object with its address in memory
     return "unknown format" if type(error).__name__ == "UnidentifiedImageError" else reason(error)
 
 
@@ -204,12 +204,12 @@ def _decode(load: Callable[[], Any], name: str) -> U8:
         return np.asarray(_rgb(ops.exif_transpose(image), signed))
     except (MemoryError, KeyboardInterrupt):
         raise
-    except Exception as error:  # truncated or damaged: OSError, SyntaxError, struct.error, …, as the plugin likes
+    except Exception as error:  # truncated or damaged: OSError, SyntaxError, struct.error, …, depending on the plugin
         raise FormatError(f"{name}: the image is damaged ({reason(error)})") from error
 
 
 def _is_signed(image: Any) -> bool:
-    """Whether integers of 32 bits are signed: as Pillow has them, unless a TIFF file says otherwise."""
+    """Whether integers of 32 bits are signed: as in Pillow, unless a TIFF file says otherwise."""
     sample_format = 339
     return image.format != "TIFF" or image.tag_v2.get(sample_format, (1,))[0] != 1
 
@@ -229,7 +229,7 @@ def _rgb(image: Any, signed: bool) -> Any:
 def _narrowed(image: Any, signed: bool) -> U8:
     """uint8 [height, width] of one channel of 16 or 32 bits, or of floats.
 
-    16 bits have a range of their own. 32 bits and floats have none, so their values tell: to 1 (floats), to 255, to
+    16 bits have a fixed range. 32 bits and floats have none, so their values determine it: to 1 (floats), to 255, to
     65535, or of 32 bits where they use the upper four.
     """
     values = np.asarray(image)
@@ -269,7 +269,7 @@ def _as_bytes(array: NDArray[Any]) -> U8:
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.uint16:
-        return (array >> 8).astype(np.uint8)  # what PNG decoders do with 48-bit colour
+        return (array >> 8).astype(np.uint8)  # as PNG decoders do with 48-bit colour
     if array.dtype.kind != "f":
         raise ValueError(f"an image array must be uint8, uint16, or float in 0..1, got {array.dtype}")
     if not (array.min() >= 0 and array.max() <= 1):  # false for NaN too

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cache tells positions apart by: token ids, and numbers made of the content where soft tokens stand."""
+"""The cache's keys of positions: token ids, and numbers made from the content where soft tokens are."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _SOFT_KEY = 1 << 62  # soft tokens' keys have this bit; below it 42 bits of the 
 
 
 def content_key(digest: bytes) -> int:
-    """The key of a medium's first soft token; those of the others follow it."""
+    """The key of a medium's first soft token; the keys of the rest follow it."""
     return _SOFT_KEY | (int.from_bytes(digest[:8], "little") >> 22) << 20
 
 
 def run_start(keys: Sequence[int] | NDArray[np.int64], position: int) -> int:
-    """The first position of the run of soft tokens that goes on at `position`; position itself where none does."""
+    """The first position of the run of soft tokens that continues at `position`; position itself without such a run."""
     while 0 < position < len(keys) and keys[position] & _SOFT_KEY and keys[position - 1] + 1 == keys[position]:
         position -= 1
     return position

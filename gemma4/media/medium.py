@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One picture, recording or video of a conversation: read, counted in soft tokens, and told apart by its content.
+"""One picture, recording or video of a conversation: read, counted in soft tokens, identified by its content.
 
-Ref: transformers models/gemma4/processing_gemma4.py (what stands in the prompt for each)
+Ref: transformers models/gemma4/processing_gemma4.py (the prompt text of each)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gemma4.text.parts import canonical
 
 Kind: TypeAlias = Literal["image", "audio", "video"]
 KINDS: tuple[Kind, ...] = ("image", "audio", "video")
-# what a template writes where such a part is; the soft token itself
+# the template's placeholder for such a part; the soft token itself
 PLACEHOLDER: dict[Kind, str] = {"image": "<|image|>", "audio": "<|audio|>", "video": "<|video|>"}
 _BEGIN, _END = {"image": "<|image>", "audio": "<|audio>"}, {"image": "<image|>", "audio": "<audio|>"}
 _OPTIONS: dict[str, set[str]] = {
@@ -36,8 +36,8 @@ _OPTIONS: dict[str, set[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Modalities:
-    """What a model takes beside text. raw_audio: samples as they are (the unified model), not a spectrogram. advice:
-    what to do where an encoder is missing."""
+    """A model's inputs besides text. raw_audio: raw samples (the unified model), not a spectrogram. advice: text for
+    messages on a missing encoder."""
 
     image: bool = False
     audio: bool = False
@@ -46,7 +46,7 @@ class Modalities:
 
     @classmethod
     def of(cls, encoders: Mapping[Modality, EncoderConfig], advice: str = "") -> Modalities:
-        """Of a checkpoint with these encoders."""
+        """The modalities of a checkpoint with these encoders."""
         audio = encoders.get("audio")
         return cls(
             "vision" in encoders, audio is not None, audio is not None and audio.kind == "audio_embedder", advice
@@ -70,7 +70,7 @@ class Medium:
     image_tokens: budget of a picture, or of each frame; 0 for sound
     grid:         rows and columns of soft tokens of a picture or of every frame; (1, n) for sound
     n_runs:       contiguous runs of soft tokens: 1, or the frames of a video
-    digest:       16 bytes that tell contents, budget included, apart
+    digest:       16 bytes that identify the content and the budget
     """
 
     kind: Kind
@@ -87,7 +87,7 @@ class Medium:
         return self.grid[0] * self.grid[1]
 
     def expansion(self) -> str:
-        """The text that takes the placeholder's place: a soft token for every row that the encoder gives."""
+        """The text that replaces the placeholder: a soft token for every row that the encoder gives."""
         soft = PLACEHOLDER[self.kind] * self.run_length
         if self.kind == "audio":
             return f"{_BEGIN['audio']}{soft}{_END['audio']}"
@@ -100,12 +100,12 @@ class Medium:
 def read_media(
     messages: Sequence[Mapping[str, Any]], *, modalities: Modalities, image_tokens: int = 280
 ) -> list[Medium]:
-    """Every medium of a conversation, in order: parts {"type": "image" | "audio" | "video", that type: what it is, …},
-    or as other clients write them (gemma4/text/parts.py).
+    """Every medium of a conversation, in order: parts {"type": "image" | "audio" | "video", that type: the medium, …},
+    or in other clients' formats (gemma4/text/parts.py).
 
     image: path, bytes, PIL image, array · image_tokens   audio: path, bytes, array · rate (of an array)
     video: path, bytes, frames · fps (of frames), num_frames (32), image_tokens (70 a frame), sampling ("time")
-    Raises what `load_image`, `load_audio`, `load_video` raise, ValueError for parts that are no such thing, and
+    Raises what `load_image`, `load_audio`, `load_video` raise, ValueError for invalid parts, and
     NotImplementedError for a kind that the model has no encoder for.
     """
     found = []

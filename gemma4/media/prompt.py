@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt with media in it: token ids, and which of the positions are soft tokens of what."""
+"""A prompt with media: token ids, and the medium and row of each soft token."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ANY = re.compile("|".join(map(re.escape, PLACEHOLDER.values())))
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SoftRun:
-    """Positions start to stop (exclusive) hold soft tokens: rows first, first + 1, … of what `medium` encodes to."""
+    """Positions start to stop (exclusive) hold soft tokens: rows first, first + 1, … of the encoded `medium`."""
 
     medium: Medium
     start: int
@@ -48,7 +48,7 @@ class SoftRun:
         return np.stack([y / rows, x / cols, (y + 1) / rows, (x + 1) / cols], axis=1).astype(np.float32)
 
     def seconds(self) -> NDArray[np.float32]:
-        """float32 [stop - start, 2]: beginning and end of each soft token of sound; when a video's frame shows."""
+        """float32 [stop - start, 2]: beginning and end of each soft token of sound; the time of a video's frame."""
         n = self.stop - self.start
         if self.medium.kind == "video":
             second = self.medium.content.seconds[self.first // n]
@@ -58,9 +58,9 @@ class SoftRun:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenizedPrompt:
-    """ids: int32 [T], a placeholder's id at every soft token · runs: where the soft tokens are, in order.
+    """ids: int32 [T], a placeholder's id at every soft token · runs: the soft tokens' places, in order.
 
-    Goes wherever token ids go: forward, run_with_cache, generate, stream.
+    Accepted wherever token ids are: forward, run_with_cache, generate, stream.
     """
 
     ids: NDArray[np.int32]
@@ -96,7 +96,7 @@ def expander(media: Sequence[Medium]) -> Callable[[str], str]:
 
 
 def locate(ids: NDArray[np.int32], media: Sequence[Medium], tokenizer: Tokenizer) -> TokenizedPrompt:
-    """Where each medium's runs lie. Raises ValueError if the tokenizer lacks a soft token's piece."""
+    """Places of each medium's runs. Raises ValueError if the tokenizer lacks a soft token's piece."""
     runs: list[SoftRun] = []
     kinds: set[Kind] = {medium.kind for medium in media}
     for kind in kinds:

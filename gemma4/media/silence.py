@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long recordings cut where nobody speaks: an encoder takes 30 seconds at a time."""
+"""Long recordings cut at pauses: an encoder takes 30 seconds at a time."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 from gemma4.media.audio import MAX_SAMPLES, RATE, check_samples
 
-_STEP = RATE // 50  # 20 ms: what loudness is measured over
-_PAUSE = 15  # steps: a cut wants 300 ms around it that are quiet, a breath between sentences
-_QUIET_DB, _SILENT_DB = 25.0, -60.0  # below the loud parts: a pause; of full scale: nothing at all
-_EARLIEST = 0.4  # of a piece's longest length: no cut before this, or pieces become many
+_STEP = RATE // 50  # 20 ms: the interval of loudness
+_PAUSE = 15  # steps: a cut needs 300 ms of quiet around it, a breath between sentences
+_QUIET_DB, _SILENT_DB = 25.0, -60.0  # below the loud parts: a pause; of full scale: silence
+_EARLIEST = 0.4  # share of a piece's longest length: no cut before this, to limit the number of pieces
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Samples start to stop (exclusive) at 16 kHz.
 
-    in_pause: whether it ends in a pause (or with the recording); silent: nothing can be heard in it.
+    in_pause: whether it ends in a pause (or with the recording); silent: whether nothing is audible in it.
     """
 
     start: int
@@ -62,7 +62,7 @@ def _cut(level: NDArray[np.float64], start: int, max_samples: int, quiet: float)
     first = (start + int(max_samples * _EARLIEST)) // _STEP
     last = (start + max_samples) // _STEP - _PAUSE
     around = np.lib.stride_tricks.sliding_window_view(level[first : last + _PAUSE], _PAUSE).max(axis=1)
-    around = np.maximum(around, quiet)  # what is quiet enough is equally so
+    around = np.maximum(around, quiet)  # all sufficiently quiet places count equally
     best = len(around) - 1 - int(np.argmin(around[::-1]))
     return (first + best + _PAUSE // 2) * _STEP, bool(around[best] <= quiet)
 

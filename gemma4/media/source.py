@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where media come from: a path or the bytes of a file, how errors call it, and the optional decoders."""
+"""Sources of media: a path or the bytes of a file, its name in errors, and the optional decoders."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def is_file(source: object) -> TypeGuard[FileLike]:
 
 
 def name_of(source: object, kind: str) -> str:
-    """What errors call it: the path, or "the image" with its size where there is no name."""
+    """Its name in errors: the path, or "the image" with its size where there is no name."""
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}… ({len(name)} characters)"
@@ -75,7 +75,7 @@ def open_source(source: FileLike, kind: str) -> BinaryIO:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Should somebody have put a FIFO in a file's place, opening it must not wait for a writer."""
+    """Open without waiting for a writer, in case a FIFO has replaced the file."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -89,6 +89,6 @@ def _check_regular(found: os.stat_result, name: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """One line of a decoder's words."""
+    """A decoder's message in one line."""
     words = getattr(error, "strerror", None) or str(error)
     return " ".join(words.split())[:200] or type(error).__name__

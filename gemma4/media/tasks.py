@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `gemma4 detect` and `gemma4 transcribe` ask a model, and how its answers are read.
+"""The prompts of `gemma4 detect` and `gemma4 transcribe`, and how answers are parsed.
 
 Wordings: Google's documentation of Gemma 4 (model card, cookbook). The shipped small models were trained on one each.
 """
@@ -33,7 +33,7 @@ _FORMAT_BOTH = " First the transcription in {source}, then one newline, then '{t
 
 
 def is_shipped(model: Model) -> bool:
-    """Whether it is one of the small models that come with the package."""
+    """Whether it is one of the small models shipped with the package."""
     path = model.checkpoint.path
     return path.parent.name == "pretrained" and path.name in shipped_models()
 
@@ -41,9 +41,9 @@ def is_shipped(model: Model) -> bool:
 def detect(
     model: Model, image: ImageLike, what: str, *, prompt: str | None = None, **options: Unpack[GenerateOptions]
 ) -> tuple[list[Found], Generation]:
-    """Ask where `what` ("a car", "the red circle") is in a picture: what was found, and the whole answer.
+    """Locate `what` ("a car", "the red circle") in a picture: the places found, and the whole answer.
 
-    prompt: another question, with {} where `what` goes. options: as for `Model.generate`; greedy if not said otherwise.
+    prompt: another question, with {} in place of `what`. options: as for `Model.generate`; greedy by default.
     Raises as `Model.generate`, and ValueError for an empty `what` or a prompt without {}.
     """
     if not what.strip():
@@ -61,7 +61,7 @@ def detect(
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What was said in a segment: number i of n; translation is "" if none was asked for (or none came)."""
+    """The transcript of a segment: number i of n; translation is "" if none was requested (or none came)."""
 
     number: int
     count: int
@@ -80,11 +80,11 @@ def transcribe(
     on_start: Callable[[int, int, Segment], None] | None = None,
     **options: Unpack[GenerateOptions],
 ) -> Iterator[Passage]:
-    """Write down, and translate into `target`, a recording of any length, a passage at a time.
+    """Transcribe, and translate into `target`, a recording of any length, a passage at a time.
 
     A recording over 30 s is cut at pauses (`gemma4.media.silence.split`); silent segments give empty text without
-    asking the model. on_start(i, n, segment) is called before each. options: as for `Model.generate`; greedy if not
-    said otherwise. Raises as `load_audio` and `Model.generate`; what is wrong with the file is found before the first.
+    running the model. on_start(i, n, segment) is called before each. options: as for `Model.generate`; greedy by
+    default. Raises as `load_audio` and `Model.generate`; errors of the file are raised before the first passage.
     """
     samples = load_audio(audio, rate)
     segments = split(samples)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Videos to frames with their times, chosen as transformers' processor does; each frame is then a small picture.
+"""Videos to frames with their times, sampled as in transformers' processor; each frame is then a small picture.
 
 Ref: transformers video_utils.py (sampling, metadata), models/gemma4/video_processing_gemma4.py, processing_gemma4.py
 """
@@ -20,11 +20,11 @@ from gemma4.media.container import open_container, stream_kinds
 from gemma4.media.source import FileLike, is_file, name_of, open_source, reason, require
 
 Sampling: TypeAlias = Literal["time", "index"]
-NUM_FRAMES, FRAME_TOKENS = 32, 70  # frames per video, soft tokens per frame, where nothing else is asked for
-DEFAULT_FPS = 24.0  # where nobody knows: what the prompt's times are then reckoned with
+NUM_FRAMES, FRAME_TOKENS = 32, 70  # defaults: frames per video, soft tokens per frame
+DEFAULT_FPS = 24.0  # if unknown: the basis of the prompt's times
 
-# To decode: nine hours at 30 frames a second, and a byte of the file for 131,072 pixels (a film of a slide spends one
-# for 25,000, a file made to keep whoever opens it busy one for a million). To keep: 32 frames of 8K are 1,062.
+# To decode: nine hours at 30 frames a second, and a byte of the file for 131,072 pixels (a film of a slide has one
+# for 25,000, a malicious file one for a million). To keep: 32 frames of 8K are 1,062.
 MAX_FRAMES, FREE_PIXELS, MAX_PIXELS_PER_BYTE = 1 << 20, 10**10, 1 << 17
 MAX_KEPT_PIXELS = 2_000_000_000
 _CHECK_EVERY = 1 << 12  # packets
@@ -35,8 +35,8 @@ VideoLike: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[np.generic] | S
 
 @dataclass(frozen=True, slots=True, eq=False)
 class VideoFrames:
-    """frames: n pictures uint8 [height, width, 3] · indices: int [n] of them in the video · fps: of the video, on
-    average · times: when each is shown, in seconds from the first frame of all; None = index / fps.
+    """frames: n pictures uint8 [height, width, 3] · indices: int [n] of them in the video · fps: average of the
+    video · times: of each, in seconds from the first frame of all; None = index / fps.
     """
 
     frames: list[NDArray[np.uint8]]
@@ -46,26 +46,26 @@ class VideoFrames:
 
     @property
     def seconds(self) -> list[float]:
-        """When each frame is shown, in seconds."""
+        """The time of each frame, in seconds."""
         return [int(index) / self.fps for index in self.indices] if self.times is None else list(self.times)
 
     @property
     def timestamps(self) -> list[str]:
-        """The same as the prompt says it: "MM:SS"."""
+        """The times in the prompt's form: "MM:SS"."""
         return [timestamp(second) for second in self.seconds]
 
 
 def load_video(
     video: VideoLike, *, num_frames: int = NUM_FRAMES, fps: float | None = None, sampling: Sampling = "time"
 ) -> VideoFrames:
-    """Frames spread evenly over a video, all of them if there are no more; upright, as the file says.
+    """Frames spread evenly over a video, or all of a shorter one; upright according to the file.
 
-    video: path, bytes of a file, or frames (an array [n, height, width, 3], or a list of what `load_image` takes). What
-    this function returned is returned again.
-    sampling: "time": number i of n is what shows at i / n of the length, and its time is the file's own; where frames
-    follow each other evenly this is frame i * total // n. "index": that frame and index / fps whatever the file's times
-    are, as transformers does it.
-    fps: of frames given one by one, None = 24; a file knows its own. The sound track is not read.
+    video: path, bytes of a file, or frames (an array [n, height, width, 3], or a list of inputs of `load_image`). A
+    result of this function is returned unchanged.
+    sampling: "time": number i of n is the frame shown at i / n of the length, with the file's time; at a constant
+    frame rate this is frame i * total // n. "index": that frame and index / fps whatever the file's times
+    are, as in transformers.
+    fps: of frames given one by one, None = 24; files state their own. The sound track is not read.
     Raises FormatError (damaged, no video stream, too large, too many frames), ValueError, OSError, ImportError.
     """
     if isinstance(num_frames, bool) or not isinstance(num_frames, int | np.integer) or num_frames < 1:
@@ -135,7 +135,7 @@ def _read_file(video: FileLike, num_frames: int, sampling: Sampling) -> VideoFra
                 found = _decode(container, stream, chosen, name)
         except (FormatError, MemoryError):
             raise
-        except Exception as error:  # FFmpegError, and whatever a header that lies makes of PyAV
+        except Exception as error:  # FFmpegError, and any error of PyAV on a wrong header
             raise FormatError(f"{name}: not a video that can be read ({reason(error)})") from error
     frames, indices = [pixels for pixels, _, _ in found], np.array([index for _, index, _ in found], np.int64)
     times = tuple(time for _, _, time in found if time is not None)
@@ -144,7 +144,7 @@ def _read_file(video: FileLike, num_frames: int, sampling: Sampling) -> VideoFra
 
 def _video_stream(container: Any, name: str) -> Any:
     for stream in container.streams.video:
-        width, height = getattr(stream, "width", 0), getattr(stream, "height", 0)  # none without a decoder for it
+        width, height = getattr(stream, "width", 0), getattr(stream, "height", 0)  # none without a decoder
         if width and height:
             images.check_pixels(height, width, None, name)
             stream.thread_type = "AUTO"
@@ -154,9 +154,9 @@ def _video_stream(container: Any, name: str) -> Any:
 
 
 def _display_times(container: Any, stream: Any, n_bytes: int, name: str) -> tuple[NDArray[np.int64], int]:
-    """When each frame is shown, int64 [frames] in order, and the length of all, in the stream's units.
+    """The time of each frame, int64 [frames] in order, and the length of all, in the stream's units.
 
-    One packet holds one frame; nothing is decoded. _NO_TIME stands for unknown times, which come first.
+    One packet holds one frame; nothing is decoded. _NO_TIME marks unknown times, which come first.
     Raises FormatError if there are too many to decode.
     """
     spans: list[tuple[int, int]] = []
@@ -176,12 +176,12 @@ def _display_times(container: Any, stream: Any, n_bytes: int, name: str) -> tupl
 
 
 def _n_frames(promised: int, found: int) -> int:
-    """Frames of the whole video: a file may have been cut off, or its header be wrong or silent."""
+    """Frames of the whole video: the file may be truncated, or its header wrong or silent."""
     return promised if found <= promised <= 2 * found else max(found, 1)
 
 
 def _check_work(n_frames: int, stream: Any, n_bytes: int, name: str) -> None:
-    """Raises FormatError for a video that would take hours to decode, or that little of a file makes so much of."""
+    """Raise FormatError for a video that would take hours to decode, or whose size is implausible for the file's."""
     pixels = n_frames * stream.width * stream.height
     if n_frames > MAX_FRAMES:
         raise FormatError(f"{name}: more than {MAX_FRAMES} frames. Cut it, or lower its frame rate.")
@@ -193,7 +193,7 @@ def _check_work(n_frames: int, stream: Any, n_bytes: int, name: str) -> None:
 
 
 def check_kept(n_frames: int, height: int, width: int, name: str) -> None:
-    """Raises FormatError for more pixels than are kept of one video."""
+    """Raise FormatError for more pixels than are kept of one video."""
     if n_frames * height * width > MAX_KEPT_PIXELS:
         raise FormatError(
             f"{name}: {n_frames} frames of {width} x {height}; the limit is {MAX_KEPT_PIXELS // 1_000_000} megapixels "
@@ -202,7 +202,7 @@ def check_kept(n_frames: int, height: int, width: int, name: str) -> None:
 
 
 def _is_even(shown: NDArray[np.int64]) -> bool:
-    """Whether frames follow each other evenly, give or take a unit of their times; so they do if nobody knows."""
+    """Whether the frame rate is constant up to a unit of the times; true if times are unknown."""
     if len(shown) < 3 or shown[0] == _NO_TIME:
         return True
     even = np.linspace(shown[0], shown[-1], len(shown))
@@ -210,7 +210,7 @@ def _is_even(shown: NDArray[np.int64]) -> bool:
 
 
 def _sample_times(shown: NDArray[np.int64], length: int, num_frames: int) -> NDArray[np.int64]:
-    """int64 [at most num_frames]: the frames that show at i / n of the length, each once."""
+    """int64 [at most num_frames]: the frames shown at i / n of the length, each once."""
     wanted = shown[0] + np.arange(num_frames) * length // num_frames
     return np.unique(np.searchsorted(shown, wanted, side="right") - 1)
 
@@ -218,7 +218,7 @@ def _sample_times(shown: NDArray[np.int64], length: int, num_frames: int) -> NDA
 def _decode(
     container: Any, stream: Any, indices: NDArray[np.int64], name: str
 ) -> list[tuple[NDArray[np.uint8], int, float | None]]:
-    """(pixels, index, seconds) of these frames; those that the file does not hold, whatever its header says, are left
+    """(pixels, index, seconds) of these frames; frames missing from the file, whatever its header says, are left
     out. Seconds count from the first frame; None where the file has no times.
     """
     wanted, last = set(indices.tolist()), int(indices[-1])
@@ -238,18 +238,18 @@ def _decode(
 
 
 def _upright(frame: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3]: turned and mirrored as the file's display matrix says.
+    """uint8 [height, width, 3]: rotated and mirrored according to the file's display matrix.
 
-    size: width and height that all frames are brought to, since a stream may change its own.
+    size: common width and height of all frames, since a stream may change its own.
     """
     if (frame.width, frame.height) != size:
         frame = frame.reformat(*size)
     pixels = frame.to_ndarray(format="rgb24")
-    # side_data.get() raises inside where there is none, and a Ctrl-C that comes just then is lost with that
+    # side_data.get() raises internally if there is none, and a Ctrl-C at that moment is lost with that
     matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
         return pixels
-    # A pixel (x, y) goes to (a x + c y, b x + d y); each is 1 or -1 where the other of its row is 0.
+    # A pixel (x, y) moves to (a x + c y, b x + d y); of (a, c) and of (b, d) one is 1 or -1 and one is 0.
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(np.int64).tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         pixels, a, d = pixels.swapaxes(0, 1), c, b

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Messages to a prompt, by the checkpoint's own chat template, and a model's turn back into its parts.
 
-A template is a program from a stranger: it sees plain JSON values only, its size and its output are bounded, and it
-runs where all work is (gemma4/text/sandbox.py). The same template writes the same bytes as in transformers.
+A template is an untrusted program: it sees only plain JSON values, its size and its output are bounded, and it
+runs in a metered sandbox (gemma4/text/sandbox.py). The same template writes the same bytes as in transformers.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ __all__ = ["ChatTemplate", "ModelTurn", "ToolCall", "encode_chat", "parse_turn"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MAX_TEMPLATE, _MAX_OUTPUT, _MAX_DEPTH = 1 << 20, 1 << 26, 64
 _TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names a message's thoughts go by; the first is passed on
-_PLACES = ("<|image|>", "<|audio|>", "<|video|>")  # where a template puts a part that is not text
+_REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # names of thoughts in other formats; the first is passed on
+_PLACES = ("<|image|>", "<|audio|>", "<|video|>")  # a template's placeholders for parts that are not text
 _BOM = "\ufeff"  # some editors put it before a file's text
 _SEAM = "\ue0f4"  # private-use character that marks a cut through a control token
 
@@ -52,7 +56,7 @@ class ChatTemplate:
                 self._template = Sandbox().from_string(self.source)
         except MemoryError:
             raise
-        except Exception as error:  # the compiler lets anything through that a strange source makes Python raise
+        except Exception as error:  # the compiler passes on any error that the source causes in Python
             raise FormatError(f"the chat template is not valid: {_words(error)[:300]}") from None
 
     @classmethod
@@ -85,10 +89,10 @@ class ChatTemplate:
         """The prompt, which starts with bos_token exactly once.
 
         messages: {"role": system|developer|user|assistant|tool, "content": str or parts, ...}; see `check_messages`.
-        Parts of types that nobody knows reach the template, which may.
+        Parts of unknown types are passed to the template.
         tools: JSON schemas ({"type": "function", "function": {...}}, or the inner object alone).
-        enable_thinking None leaves the template's default; kwargs go to the template as they are.
-        Raises ValueError (bad messages or tools, or the template itself refused them: its words are in the message).
+        enable_thinking None leaves the template's default; kwargs are passed to the template unchanged.
+        Raises ValueError (bad messages or tools, or the template itself refused them: the message has its text).
         """
         values: dict[str, Any] = {**self.tokens, **_plain(kwargs), "add_generation_prompt": bool(add_generation_prompt)}
         values |= {"messages": check_messages(messages, others=True), "tools": _tools(tools)}
@@ -109,12 +113,12 @@ class ChatTemplate:
                         raise jinja2.TemplateError(f"it wrote more than {_MAX_OUTPUT} characters")
         except MemoryError:
             raise
-        except Exception as error:  # whatever a stranger's program can do wrong
+        except Exception as error:  # any error of an untrusted program
             raise ValueError(f"the chat template failed: {_words(error)[:500]}") from error
         return "".join(out)
 
     def _once(self, text: str) -> str:
-        """With one bos_token in front, also where whitespace stands before the template's own."""
+        """The text with one bos_token in front, also if whitespace precedes the template's own."""
         bos = self.tokens["bos_token"]
         while bos and text.lstrip().startswith(bos):
             text = text.lstrip()[len(bos) :]
@@ -151,9 +155,9 @@ def encode_chat(
     """Messages to token ids, int32 [pos], <bos> exactly once. `kwargs` as in `ChatTemplate.render`.
 
     trust_content=False keeps user and tool messages from writing control tokens: "<|turn>" in them becomes characters.
-    expand: rewrites the rendered prompt, putting media where the template left <|image|>, <|audio|>, <|video|>; in the
-    messages' own text these are characters then.
-    Raises ValueError as `ChatTemplate.render`, and if the template left out what a message says.
+    expand: rewrites the rendered prompt, replacing the template's <|image|>, <|audio|>, <|video|> by media; in the
+    messages' text these stay characters.
+    Raises ValueError as `ChatTemplate.render`, and if the template omitted part of a message.
     """
     messages = check_messages(messages)
     if not trust_content or expand is not None:
@@ -171,9 +175,9 @@ def encode_chat(
 
 
 def _check_kept(messages: Sequence[Mapping[str, Any]], prompt: str) -> None:
-    """Raise ValueError if a template left out what a message says; the model's own turns may lose their thoughts.
+    """Raise ValueError if a template omitted part of a message; the model's own turns may lose their thoughts.
 
-    White space does not count: templates trim. Texts stand in the order of the messages, as a rule.
+    White space does not count: templates trim. Texts usually follow the order of the messages.
     """
     prompt, at = _squeezed(prompt), 0
     for i, message in enumerate(messages):
@@ -223,9 +227,9 @@ def check_messages(messages: Sequence[Mapping[str, Any]], *, others: bool = Fals
     """A copy of the messages in plain JSON types, checked. "model" is read as "assistant".
 
     Each needs a known role and content: a string, or a list of parts (gemma4/text/parts.py), or (assistant) tool_calls
-    or tool_responses instead. tool_calls whose arguments are a JSON string get them parsed, as templates want mappings.
-    Thoughts under "thinking" or "reasoning" also go to "reasoning_content". others: parts of types that are not known
-    are let through. Raises ValueError naming the message.
+    or tool_responses instead. JSON strings in tool_calls' arguments are parsed, as templates expect mappings.
+    Thoughts under "thinking" or "reasoning" also go to "reasoning_content". others: parts of unknown types
+    are accepted. Raises ValueError naming the message.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(f'messages must be a list of {{"role", "content"}} objects, got {type(messages).__name__}')
@@ -289,7 +293,7 @@ def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | 
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """value in exact JSON types; what is none (an image, an array) becomes "<its type>", which no template reads."""
+    """value in exact JSON types; any other value (an image, an array) becomes "<its type>", which no template reads."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"messages, tools and template arguments may be nested {_MAX_DEPTH} deep")
     if value is None or type(value) in (str, int, float, bool):
@@ -301,7 +305,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, np.generic):
         return _plain(value.item(), depth + 1)
     if isinstance(value, str):
-        return str.__str__(value)  # enums and other subclasses, stripped of what they add
+        return str.__str__(value)  # enums and other subclasses, as plain str
     if isinstance(value, int):
         return int.__int__(value)
     if isinstance(value, float):

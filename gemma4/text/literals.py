@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values of tool calls that stand without quotes: numbers, truth values, null, and words."""
+"""Unquoted values in tool calls: numbers, truth values, null, and words."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _IS_INTEGER = re.compile(r"[+-]?\d+\Z")
 
 
 class Malformed(Exception):
-    """The text is not what is read; never leaves the package."""
+    """The text is not in the expected format; never leaves the package."""
 
 
 def literal(word: str) -> Any:
-    """The number (also `.5`, `1.`, `+3`, `1_000`), truth value or null (as JSON or Python writes them); else the word.
+    """The number (also `.5`, `1.`, `+3`, `1_000`), truth value or null (as in JSON or Python); else the word.
 
-    What would lose something as a number stays text: 007, and numbers beyond float64.
+    Text that would lose information as a number stays text: 007, and numbers beyond float64.
     """
     if word in _WORDS:
         return _WORDS[word]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of messages as OpenAI's, Anthropic's and Hugging Face's clients write them, brought to one form.
+"""Parts of messages in OpenAI's, Anthropic's and Hugging Face's formats, converted to one form.
 
     {"type": "text", "text": str}
     {"type": "image" | "audio" | "video", that type: path, bytes or object, and options}
 
-A part of any other type is an error that names it: none is left out.
+A part of any other type is an error that names it; no part is dropped.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 MEDIA_TYPES = ("image", "audio", "video")
-_TEXT = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # where each has its text
-_SOURCES = ("url", "path", "base64", "data", "source")  # where Hugging Face's, Anthropic's and MCP's media are
-_MEDIA = {  # what each is, and where it may be
+_TEXT = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # key of each type's text
+_SOURCES = ("url", "path", "base64", "data", "source")  # keys of Hugging Face's, Anthropic's and MCP's media
+_MEDIA = {  # kinds, and the keys of their media
     **{kind: (kind, (kind, *_SOURCES)) for kind in MEDIA_TYPES},
     **{f"{kind}_url": (kind, (f"{kind}_url",)) for kind in MEDIA_TYPES},
     "input_image": ("image", ("image_url",)),
     "input_audio": ("audio", ("input_audio",)),
 }
 _ALL_SOURCES = tuple(dict.fromkeys(key for _, keys in _MEDIA.values() for key in keys))  # a part has one of them
-_INSIDE = ("bytes", "base64", "data", "url", "path")  # where a medium is that is an object itself, the first that is
-_HINTS = ("detail", "format", "media_type", "mime_type", "mimeType", "cache_control")  # other clients' words, unused
-_BY_CALLS = ("thinking", "tool_use", "tool_result")  # Anthropic's, which become fields and messages of their own
+_INSIDE = ("bytes", "base64", "data", "url", "path")  # keys of a medium that is itself an object; the first counts
+_HINTS = ("detail", "format", "media_type", "mime_type", "mimeType", "cache_control")  # unused keys of other clients
+_BY_CALLS = ("thinking", "tool_use", "tool_result")  # Anthropic's parts that become separate fields and messages
 KNOWN_TYPES = tuple(sorted({*_TEXT, *_MEDIA, *_BY_CALLS}))
 
 
 class _Place(NamedTuple):
-    """Where a part stands: for errors."""
+    """A part's position, for errors."""
 
     message: int
     part: int
@@ -48,15 +48,15 @@ class _Place(NamedTuple):
 
 
 def canonical(messages: Sequence[Any], *, others: bool = False) -> list[Any]:
-    """The messages with every part in this module's form; what is no message at all is left to the caller.
+    """The messages with every part in this module's form; entries that are not messages are left to the caller.
 
     Anthropic's thinking and tool_use parts become fields of their message, each tool_result a message of role "tool".
-    others: parts of types that are not known stay as they are, for a template that may know them.
-    Nothing is fetched or opened. Raises ValueError naming message, part and role: types that are not known, text that
-    is no string, media without a source or with two, addresses, base64 that is none.
+    others: parts of unknown types stay unchanged, for a template that may know them.
+    Nothing is fetched or opened. Raises ValueError naming message, part and role: unknown types, text that
+    is not a string, media without a source or with two, addresses, invalid base64.
     """
     found: list[Any] = []
-    names: dict[Any, str] = {}  # of the tools, by the ids of their calls
+    names: dict[Any, str] = {}  # names of the tools, by the ids of their calls
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             found.append(message)
@@ -65,7 +65,7 @@ def canonical(messages: Sequence[Any], *, others: bool = False) -> list[Any]:
         if isinstance(content, list | tuple):
             found += _Split(i, message, names, others).messages(content)
         elif message.get("role") == "tool" and isinstance(content, int | float):
-            found.append({**message, "content": json.dumps(content)})  # templates know texts and objects
+            found.append({**message, "content": json.dumps(content)})  # templates support texts and objects
         elif content is None or isinstance(content, str | Mapping | int | float):
             found.append(message)
         else:
@@ -75,11 +75,11 @@ def canonical(messages: Sequence[Any], *, others: bool = False) -> list[Any]:
 
 
 class _Split:
-    """A message's parts, and what becomes of them: most often the same message."""
+    """A message's parts, and their results: most often the same message."""
 
     def __init__(self, index: int, message: Mapping[str, Any], names: dict[Any, str], others: bool) -> None:
         self.index, self.message, self.names, self.others = index, message, names, others
-        self.before: list[dict[str, Any]] = []  # results of tools, and what the user said before each
+        self.before: list[dict[str, Any]] = []  # results of tools, and the user's text before each
         self.parts: list[Any] = []
         self.thoughts: list[str] = []
         self.calls: list[dict[str, Any]] = []
@@ -180,7 +180,7 @@ def _call_id(part: Mapping[str, Any], key: str, place: _Place) -> str | int | No
 def _medium(part: Mapping[str, Any], kind: str, keys: tuple[str, ...], place: _Place) -> dict[str, Any]:
     given = [key for key in _ALL_SOURCES if part.get(key) is not None]
     options = {key: value for key, value in part.items() if key not in (*_ALL_SOURCES, *_HINTS, "type")}
-    if not given and part["type"] == kind:  # a place without its medium, as templates take it
+    if not given and part["type"] == kind:  # a placeholder without its medium, as templates accept it
         return {"type": kind, **options}
     if len(given) != 1 or given[0] not in keys:
         found, one_of = ", ".join(map(str, part)), " or ".join(f'"{key}"' for key in keys)
@@ -196,7 +196,7 @@ def _medium(part: Mapping[str, Any], kind: str, keys: tuple[str, ...], place: _P
 
 
 def _source(key: str, value: Any, refuse: Callable[[str], NoReturn]) -> Any:
-    """The path, bytes or object that stands under a key of a part."""
+    """The path, bytes or object under a key of a part."""
     if isinstance(value, Mapping):
         inside = next((name for name in _INSIDE if value.get(name) is not None), None)
         if inside is None or isinstance(value[inside], Mapping):
@@ -218,7 +218,7 @@ def _source(key: str, value: Any, refuse: Callable[[str], NoReturn]) -> Any:
 
 
 def _from_base64(text: str, key: str, refuse: Callable[[str], NoReturn]) -> bytes:
-    """Of the ordinary and the URL-safe alphabet, with white space and without padding as well."""
+    """Decode base64 in the ordinary or the URL-safe alphabet, with white space and without padding as well."""
     if text.startswith("data:"):
         return _from_data_url(text, key, refuse)
     squeezed = "".join(text.split()).translate(str.maketrans("-_", "+/")).rstrip("=")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tool calls as models write them under load: other quotes, parentheses, JSON, missing commas and closers.
+"""Tool calls in wrong formats that models write: other quotes, parentheses, JSON, missing commas and closers.
 
-A repair must have one reading. Where a text has several, where something is left over, or where the name is no tool
-that was offered, there is no call: the caller keeps the text. Time is linear in the text.
+A repair must be unambiguous. If a text has several readings or a remainder, or the name is not an offered tool, there
+is no call: the caller keeps the text. Time is linear in the text.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _KEY = re.compile(
     rf"""(?:{_Q}(?P<q>(?:(?!{_Q}).)*){_Q}|"(?P<j>[^"]*)"|'(?P<s>[^']*)'|(?P<b>[^:={{}},\[\]()"'<]{{1,256}}?))\s*[:=]""",
     re.S,
 )
-# What may follow a value: the end, a comma before a key or a closer, closers with something sound after them, or a key
-# whose comma was forgotten.
+# Text that may follow a value: the end, a comma before a key or a closer, closers with valid text after them, or a key
+# whose comma is missing.
 _CLOSERS = rf"[}}\])][\s}}\])]*(?:\Z|,|{_KEYISH})"
 _AFTER_MEMBER = rf"\s*(?:\Z|,\s*(?:\Z|[}}\])]|{_KEYISH})|{_CLOSERS}|{_KEYISH})"
 _AFTER_ITEM = rf"\s*(?:\Z|,|{_CLOSERS}|[\"'{{\[]|{_Q})"
@@ -58,7 +58,7 @@ def offered(name: str, tools: Collection[str]) -> str | None:
 def repair_calls(body: str, ended: bool, tools: Collection[str]) -> list[tuple[str, dict[str, Any]]] | None:
     """(name, arguments) of the calls that `body` means, None unless it is calls of offered tools and nothing else.
 
-    ended: the model itself ended the call. Without that, what is missing at the end may be a part of a value.
+    ended: the model itself ended the call. Otherwise missing text at the end may be part of a value.
     """
     body = body.strip()
     fenced = _FENCE.match(body)
@@ -86,7 +86,7 @@ def _calls_of(value: Any, tools: Collection[str]) -> Iterator[tuple[str, dict[st
         if name is None:
             raise Malformed
         arguments = next((call[key] for key in _ARGUMENTS if key in call), {})
-        if isinstance(arguments, str):  # as OpenAI's API has it
+        if isinstance(arguments, str):  # as in OpenAI's API
             arguments = _decoded(arguments)
         if not isinstance(arguments, dict):
             raise Malformed
@@ -101,12 +101,12 @@ def _decoded(text: str) -> Any:
 
 
 class _Lenient:
-    """Reads one body. `missing` is set where an end was inferred from the end of the text."""
+    """Parses one body. `missing` is set where an end was inferred from the end of the text."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.tail = len(text.rstrip("})] \t\r\n"))  # from here on there are closers only
-        self.closers: list[str] = []  # of the containers that are open, innermost last
+        self.tail = len(text.rstrip("})] \t\r\n"))  # only closers follow from here on
+        self.closers: list[str] = []  # closers of the open containers, innermost last
         self.missing = False
 
     def arguments(self, at: int) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class _Lenient:
         return value, at
 
     def _closed(self, at: int) -> int | None:
-        """After the closer of the innermost container, or where an outer one's stands instead; None if it goes on."""
+        """After the closer of the innermost container, or of an outer one in its place; None if it continues."""
         char = self.text[at : at + 1]
         if char == self.closers[-1]:
             return at + 1
@@ -205,15 +205,15 @@ class _Lenient:
         return self._unterminated(start, quote)
 
     def _unterminated(self, start: int, quote: str) -> tuple[str, int]:
-        """The last value, whose closing quote is missing or another one: everything up to the closers at the end."""
+        """The last value, without its closing quote or with another one: everything up to the closers at the end."""
         end = len(self.text)
-        for closer in self.closers:  # the outermost one stands last
+        for closer in self.closers:  # the outermost one is last
             end = len(self.text[:end].rstrip())
             end -= end > start and self.text[end - 1] == closer
         text = self.text[start:end]
         other = next((mark for mark in ('"', "'", QUOTE) if text.endswith(mark) and text.count(mark) % 2), "")
         text = text.removesuffix(other)
-        # An apostrophe may be one, and what looks like further members may be some.
+        # An apostrophe may be a quote, and text that looks like further members may be members.
         if quote == "'" or QUOTE in text or text.count("{") > text.count("}") or _MORE_KEYS.search(text):
             raise Malformed
         self.missing = True
@@ -260,7 +260,7 @@ class _Lenient:
 
 
 def _unescaped(text: str, quote: str) -> str:
-    """A string that was written with escapes; as it stands if they are none (a path of Windows, say)."""
+    """A string written with escapes, decoded; unchanged if they are not escapes (a Windows path, for example)."""
     if quote == "'":
         text = text.replace("\\'", "'")
     if "\\" not in text:

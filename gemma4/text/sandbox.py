@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where chat templates run: jinja2's sandbox, with a meter on all work.
+"""Sandbox of chat templates: jinja2's, with a meter on all work.
 
-A template is a program from a stranger, and a line of it can ask for a terabyte or for a year. So whatever makes a
-value (operators, concatenation, literals, slices, filters, methods) states its size to the meter first, each turn of a
-loop and each call of a macro counts, and the meter also reads a clock. No step is long, so that Ctrl-C always acts.
+A template is an untrusted program, and one line can request a terabyte or run for a year. So every operation that makes
+a value (operators, concatenation, literals, slices, filters, methods) reports its size to the meter first. Each loop
+iteration and each macro call counts, and the meter also reads a clock. No step is long, so Ctrl-C always acts.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_WORK, MAX_SECONDS = 1 << 28, 10  # characters (list entries count 16), and seconds of computing
-WORK_PER_INPUT = 64  # more for long conversations: this many times their own size
+WORK_PER_INPUT = 64  # added for long conversations: this multiple of their own size
 _MAX_PRODUCT, _MAX_ENTRIES, _MAX_NESTING, _MAX_BITS = 1 << 20, 1 << 20, 100, 4096
 _ENTRY = 16
 _SEQUENCES = (str, list, tuple)
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 _MAX_NODES = 1 << 16  # of the program: a large real template has a few thousand
-_CHARGES_PER_LOOK, _MUCH = 64, 1 << 14  # the clock is read after so many charges, and with each that is large
+_CHARGES_PER_LOOK, _MUCH = 64, 1 << 14  # the clock is read after this number of charges, and with each large one
 
 
 class Meter:
-    """How much work is left for one rendering or compilation."""
+    """The remaining work of one rendering or compilation."""
 
     def __init__(self, input_size: int = 0) -> None:
         self.limit = MAX_WORK + WORK_PER_INPUT * input_size
@@ -63,7 +63,7 @@ _METER: ContextVar[Meter] = ContextVar("meter")
 
 @contextmanager
 def metered(meter: Meter) -> Iterator[None]:
-    """Templates compile and run inside of this only."""
+    """Templates compile and run only inside this context."""
     token = _METER.set(meter)
     try:
         yield
@@ -130,7 +130,7 @@ def _text(value: Any) -> str:
 
 
 def _made(value: Any) -> Any:
-    """Account for a value that was made of others, which the size of each part bounds."""
+    """Account for a value made of others, bounded by the sizes of its parts."""
     if isinstance(value, str):
         _charge(len(value))
     elif isinstance(value, list | tuple | dict):
@@ -148,7 +148,7 @@ def _counted(items: Iterator[Any]) -> Iterator[Any]:
 
 
 class _Accounting(NodeTransformer):
-    """Rewrites a template so that what the environment would not see goes through a filter, or is charged for.
+    """Rewrites a template so that operations hidden from the environment go through a filter, or are charged for.
 
     The filters' names have a space: no template can write them.
     """
@@ -198,7 +198,7 @@ class _Accounting(NodeTransformer):
 
 
 def _text_within(node: nodes.Node) -> Iterator[nodes.TemplateData]:
-    """The literal text of a block; inner loops and macros charge for theirs."""
+    """The literal text of a block; inner loops and macros are charged separately."""
     if isinstance(node, nodes.TemplateData):
         yield node
     elif not isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock):
@@ -239,7 +239,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols],
-            optimized=False,  # constants would be computed while compiling
+            optimized=False,  # constants would be computed at compile time
             finalize=_finalize,
         )  # fmt: skip
         for name in ("lipsum", "cycler", "joiner"):
@@ -300,7 +300,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value) and not (isinstance(obj, str) and attr in _NO_METHODS)
 
 
-# Padding makes a gigabyte out of a number, a table one out of a word; no chat format needs them.
+# Padding makes a gigabyte from a number, a translation table from a word; no chat format needs them.
 _NO_METHODS = ("ljust", "rjust", "center", "zfill", "expandtabs", "translate", "encode")
 _NO_FILTERS = (
     "format", "center", "wordwrap", "filesizeformat", "pprint", "striptags", "urlize", "xmlattr",
@@ -308,7 +308,7 @@ _NO_FILTERS = (
 
 
 def _accounted_method(text: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Account for what a method of `text` will make; returns its arguments, iterators among them read."""
+    """Account for the result of a method of `text`; returns its arguments, with iterators read."""
     if name == "join" and args:
         parts = list(args[0])
         _charge(sum(len(part) for part in parts if isinstance(part, str)) + len(text) * len(parts))
@@ -324,10 +324,10 @@ def _accounted_method(text: str, name: str, args: tuple[Any, ...]) -> tuple[Any,
     return args
 
 
-_ELEMENT_FILTERS = (  # give back what was there before
+_ELEMENT_FILTERS = (  # filters that return existing elements or numbers
     "abs", "attr", "count", "d", "default", "first", "float", "int", "last", "length", "max", "min", "random",
 )  # fmt: skip
-_TEXT_FILTERS = {  # and how many characters one may become
+_TEXT_FILTERS = {  # and the maximal number of characters from one
     "capitalize": 3, "lower": 3, "title": 3, "upper": 3, "e": 6, "escape": 6, "forceescape": 6, "urlencode": 12,
     "indent": 1, "replace": 1, "safe": 1, "string": 1, "trim": 1, "truncate": 1, "wordcount": 1,
 }  # fmt: skip
@@ -341,7 +341,7 @@ def _accounted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if growth is not None:
-            value = args[at] if name == "urlencode" else _text(args[at])  # that takes pairs, too
+            value = args[at] if name == "urlencode" else _text(args[at])  # which takes pairs, too
             _charge(growth * size_of(value)[1])
             args = (*args[:at], value, *args[at + 1 :])
         result = function(*args, **kwargs)
@@ -407,7 +407,7 @@ def _check_count(name: str, count: Any) -> None:
 
 
 def _string(value: Any) -> Any:
-    return value  # made text before, as for every filter of text
+    return value  # converted to text before, as for every text filter
 
 
 def _tojson(

@@ -22,9 +22,9 @@ from gemma4.text.tokenizer_file import MAX_FILE, make_backend, need_memory, pani
 
 I32 = NDArray[np.int32]
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Tokens that steer the chat format. Some converted files list a few of them as ordinary added tokens.
+# Tokens that control the chat format. Some converted files list a few of them as ordinary added tokens.
 CONTROL = re.compile(r"<\|.+>|<.+\|>")
-_BYTES_PER_BYTE = 320  # of memory for a byte of text while it is encoded; 226 were measured at most
+_BYTES_PER_BYTE = 320  # of memory per byte of text during encoding; at most 226 were measured
 
 
 class Tokenizer:
@@ -52,7 +52,7 @@ class Tokenizer:
         self.bos_id: int | None = backend.token_to_id("<bos>")
         self.eos_id: int | None = backend.token_to_id("<eos>")
         self.pad_id: int | None = backend.token_to_id("<pad>")
-        # Whether special tokens are parsed is a switch of the shared backend, not an argument.
+        # Parsing of special tokens is a switch of the shared backend, not an argument.
         self._lock = threading.Lock()
 
     @classmethod
@@ -86,8 +86,8 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = True, parse_special: bool = True) -> I32:
         """int32 [pos]. With `bos` the result starts with <bos> exactly once, also where the text already does.
 
-        parse_special=False reads "<|turn>" and the like as plain characters: use it for text from strangers.
-        Raises ValueError if `bos` is asked of a vocabulary that has none, or for lone surrogates in the text,
+        parse_special=False reads "<|turn>" and the like as plain characters: use it for untrusted text.
+        Raises ValueError if `bos` is requested of a vocabulary without one, or for lone surrogates in the text,
         MemoryError.
         """
         try:
@@ -108,7 +108,7 @@ class Tokenizer:
         return [self.bos_id, *ids[start:]]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """The text of the ids. Bytes that are no UTF-8 become U+FFFD. The pieces of `decode_stream`, joined."""
+        """The text of the ids. Bytes that are not UTF-8 become U+FFFD. The pieces of `decode_stream`, joined."""
         stream = self.decode_stream(skip_special=skip_special)
         return "".join([stream.push(token) for token in _as_ids(ids)]) + stream.flush()
 
@@ -144,7 +144,7 @@ class Tokenizer:
 
 
 class DecodeStream:
-    """Decodes ids one by one. A character split over byte tokens comes out when it is whole, never as U+FFFD before."""
+    """Decodes ids one by one. A character split over byte tokens is returned when complete, never as U+FFFD before."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -163,14 +163,14 @@ class DecodeStream:
         return self.flush() + piece.replace("▁", " ")
 
     def flush(self) -> str:
-        """What is left, at the end: U+FFFD for an incomplete character."""
+        """The remaining text at the end: U+FFFD for an incomplete character."""
         text = self._bytes.decode(b"", final=True)
         self._bytes.reset()
         return text
 
 
 def _return_free_memory() -> None:
-    """Give back the heap that parsing left free: 195 of 320 MB for Gemma 4's tokenizer, which glibc would keep."""
+    """Return heap memory freed after parsing: 195 of 320 MB for Gemma 4's tokenizer, which glibc would keep."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A parsed tokenizer.json, checked, and the library's tokenizer made of its parts.
+"""A parsed tokenizer.json, checked, and the library's tokenizer built from its parts.
 
-The file comes from strangers, and the library panics, hangs or aborts on many that it accepts. So it never sees the
-file: it gets the vocabulary, the merges and the added tokens of a byte-fallback BPE as Gemma's tokenizers have it.
-Whatever else a file asks for is a NotImplementedError that names it.
+The file is untrusted, and the library panics, hangs or aborts on many files that it accepts. So it never sees the file
+itself: it gets the vocabulary, the merges and the added tokens of a byte-fallback BPE like Gemma's tokenizers.
+Any other part in a file is a NotImplementedError that names it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from gemma4.errors import FormatError
 
 MAX_FILE = 128 << 20  # bytes; a file of 262,144 pieces has 14 to 33 MB
 _MAX_ID = 1 << 24
-SAME_TOKENS = "same_tokens"  # of our own files: [id, text] of tokens whose text encodes to another id
+SAME_TOKENS = "same_tokens"  # key in our own files: [id, text] of tokens whose text encodes to another id
 SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _WORDS = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-# options of the model -> what they may be
+# options of the model -> accepted values
 _MODEL = {
     "type": ("BPE",),
     "dropout": (None, 0),
@@ -40,8 +40,8 @@ _DECODERS = ("Replace", "ByteFallback", "Fuse")
 
 
 def read_table(text: bytes | str, where: str) -> dict[str, Any]:
-    """The JSON object of a file's bytes. Raises FormatError (no JSON, no object, a name that is there twice)."""
-    with _without_collecting():  # of half a million merges, none is garbage
+    """The JSON object of a file's bytes. Raises FormatError (not JSON, not an object, a duplicate name)."""
+    with _without_collecting():  # none of half a million merges is garbage
         try:
             table = json.loads(text, object_pairs_hook=_no_duplicates)
         except (ValueError, RecursionError) as error:
@@ -54,8 +54,8 @@ def read_table(text: bytes | str, where: str) -> dict[str, Any]:
 def make_backend(table: Mapping[str, Any], where: str) -> tuple[Backend, dict[int, str]]:
     """The library's tokenizer of a parsed file, and the texts of ids whose text encodes to another id.
 
-    Raises FormatError (a part is missing, damaged or contradicts another), NotImplementedError (a part that Gemma's
-    tokenizers do not have), MemoryError.
+    Raises FormatError (a part is missing, damaged or contradicts another), NotImplementedError (a part absent from
+    Gemma's tokenizers), MemoryError.
     """
     parts = _Parts(table, where)
     with _without_collecting():
@@ -93,10 +93,10 @@ class _Parts:
             for step in _steps(self._table.get(name), name + "s"):
                 if step != plain:
                     self._refuse(name, step)
-        for step in _steps(self._table.get("decoder"), "decoders"):  # ours does the same
+        for step in _steps(self._table.get("decoder"), "decoders"):  # our decoder does the same
             if not isinstance(step, dict) or step.get("type") not in _DECODERS:
                 self._refuse("decoder", step)
-        found = self._table.get("post_processor")  # never used: <bos> is added here
+        found = self._table.get("post_processor")  # never used: <bos> is added by `Tokenizer.encode`
         if found is not None and not (isinstance(found, dict) and found.get("type") == "TemplateProcessing"):
             self._refuse("post_processor", found)
 
@@ -147,7 +147,7 @@ class _Parts:
             backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")  # type: ignore[assignment]
         backend.add_tokens([AddedToken(t["content"], **{flag: t.get(flag, False) for flag in _FLAGS}) for t in added])
         for token in added:
-            if backend.token_to_id(token["content"]) != vocab.get(token["content"], token["id"]):  # as transformers
+            if backend.token_to_id(token["content"]) != vocab.get(token["content"], token["id"]):  # as in transformers
                 self._fail(f"the id {token['id']} of {token['content'][:80]!r} leaves a gap after the vocabulary")
         return backend
 
@@ -164,7 +164,7 @@ class _Parts:
 
 
 def _steps(part: Any, inner: str) -> list[Any]:
-    """A normalizer and the like as the list of what it does one after the other."""
+    """The steps of a normalizer or similar part, in order."""
     if part is None:
         return []
     steps = part.get(inner) if isinstance(part, dict) and part.get("type") == "Sequence" else [part]
@@ -209,7 +209,7 @@ def _without_collecting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def panics_are_errors(what: str) -> Iterator[None]:
-    """The library's errors, which are plain Exceptions and panics (no Exceptions at all), as FormatError."""
+    """Raise the library's errors, plain Exceptions and panics (which are not Exceptions), as FormatError."""
     try:
         yield
     except (FormatError, NotImplementedError, MemoryError, KeyboardInterrupt, SystemExit):
@@ -221,7 +221,7 @@ def panics_are_errors(what: str) -> Iterator[None]:
 
 
 def need_memory(n_bytes: int) -> None:
-    """Raise MemoryError unless the process may have so much more: the library ends it where memory runs out."""
+    """Raise MemoryError unless the process may have that much more: the library aborts when memory runs out."""
     n_bytes += 1 << 20
     try:
         mmap.mmap(-1, n_bytes).close()
@@ -230,7 +230,7 @@ def need_memory(n_bytes: int) -> None:
 
 
 def texts_overlap(text: str, others: Iterable[str]) -> bool:
-    """Whether some text could hold `text` and one of `others` at places that overlap."""
+    """Whether some text could hold `text` and one of `others` at overlapping places."""
     return any(text in b or b in text or _meet(text, b) or _meet(b, text) for b in others if b != text)
 
 

@@ -5,9 +5,9 @@
     …<channel|>answer<turn|>
     <|tool_call>call:NAME{city:<|"|>Rome<|"|>,days:3}<tool_call|><|tool_response>
 
-Models leave tokens out, so the reader never fails: thoughts may be empty, several, unclosed or interrupted by a call;
-closers may come without openers; calls may follow each other or be cut off at the end. Calls that are written in
-another way are repaired where that is unambiguous (gemma4/text/repair.py). Time is linear in the text.
+Models omit tokens, so the parser never fails: thoughts may be empty, several, unclosed or interrupted by a call;
+closers may come without openers; calls may follow each other or be truncated at the end. Calls written in
+another way are repaired if unambiguous (gemma4/text/repair.py). Time is linear in the text.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _MARKS = (
     "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", "<|turn>",
     "<turn|>", "<bos>", "<eos>", "<pad>",
 )  # fmt: skip
-MARKERS = (*_MARKS, QUOTE)  # what has a meaning in a turn
+MARKERS = (*_MARKS, QUOTE)  # texts with a meaning in a turn
 _MARK = re.compile("|".join(map(re.escape, _MARKS)))
-_SEAM = "\ufdd0"  # no character: stands within what looks like a marker and is none
+_SEAM = "\ufdd0"  # a noncharacter: inserted into text that only looks like a marker
 _ENDS = ("<turn|>", "<eos>", "<|tool_response>")
-_CALL_ENDS = ("<tool_call|>", "<|tool_response>")  # with these the model itself says that a call is whole
+_CALL_ENDS = ("<tool_call|>", "<|tool_response>")  # with these the model itself marks a call as complete
 _CALL = re.compile(r"\s*call:\s*([^\s{}<>()\[\]\"',=|]{1,256})\s*\{")
 _NAME = re.compile(r"""\s*["']?([^\s{}<>()\[\]"',=|]{1,256})["'\s{(]""")
 _BARE_CALL = re.compile(r"\s*call\s*:")
@@ -51,7 +51,7 @@ class ToolCall:
 class ModelTurn:
     """content and thinking are stripped of surrounding whitespace; thoughts are joined by newlines.
 
-    malformed: the text of calls that could not be read (cut off, or written in a way that has no single meaning).
+    malformed: the text of calls that could not be parsed (truncated, or without a single meaning).
     """
 
     content: str = ""
@@ -64,8 +64,8 @@ def parse_turn(text: str, *, thinking: bool = False, tools: Collection[str] = ()
     """The parts of `text`, which was decoded with control tokens kept; it may be the beginning of a turn.
 
     thinking: the prompt already opened the thought, so the text starts inside it.
-    tools: names of the tools offered. Only for these is a call repaired, or accepted without its opening token: a
-    stranger's text must not be able to write one.
+    tools: names of the tools offered. Only for these is a call repaired, or accepted without its opening token:
+    untrusted text must not be able to write a call.
     """
     text = re.sub(r"\A\s*<\|turn>model\n?", "", text)
     reader = _Reader(text, frozenset(tools), in_thought=thinking)
@@ -76,15 +76,15 @@ def parse_turn(text: str, *, thinking: bool = False, tools: Collection[str] = ()
 
 
 def as_plain_text(text: str, markers: Collection[str]) -> str:
-    """`text` for `parse_turn`, with what looks like one of the markers kept from being one; see `as_written`.
+    """`text` for `parse_turn`, with text that only looks like a marker masked; see `as_written`.
 
-    A model that quotes a stranger's text spells markers with ordinary tokens; a call must not come of it.
+    A model that quotes untrusted text spells markers with ordinary tokens; this must not create a call.
     """
     return re.sub("|".join(map(re.escape, markers)) or "(?!)", lambda mark: mark[0][0] + _SEAM + mark[0][1:], text)
 
 
 def as_written(turn: ModelTurn) -> ModelTurn:
-    """The turn of a text that `as_plain_text` has been over, with that undone."""
+    """The turn parsed from the output of `as_plain_text`, with its masking undone."""
     calls = tuple(ToolCall(call.name, _as_written(call.arguments)) for call in turn.tool_calls)
     return ModelTurn(_as_written(turn.content), _as_written(turn.thinking), calls, tuple(_as_written(turn.malformed)))
 
@@ -98,7 +98,7 @@ def _as_written(value: Any) -> Any:
 
 
 def may_be_bare_call(text: str, tools: Collection[str]) -> bool:
-    """Whether `text` may be the beginning of a call without its opening token: "call:", or less of it, or more."""
+    """Whether `text` may begin a call without its opening token: "call:", a prefix of it, or more."""
     if not tools:
         return False
     start = _BARE_CALL.match(text)
@@ -131,7 +131,7 @@ class _Reader:
                 return
             at = mark.end()
             if mark[0] == "<|tool_call>":
-                self.in_thought = False  # a call ends a thought that was left open
+                self.in_thought = False  # a call ends an open thought
                 at = self._call(at)
             elif mark[0] in ("<|channel>", "<channel|>"):
                 self.in_thought = mark[0] == "<|channel>"
@@ -145,7 +145,7 @@ class _Reader:
             self.content.append(text)
 
     def _bare_call(self, text: str) -> bool:
-        """Text before a closer without opener: a call if it reads as one of the offered tools."""
+        """Text before a closer without opener: a call if it parses as one of the offered tools."""
         if not _BARE_CALL.match(text):
             return False
         read = self._canonical(text, 0)
@@ -155,7 +155,7 @@ class _Reader:
         return self._repaired(text, ended=True)
 
     def _call(self, at: int) -> int:
-        """Read the call that starts at `at`; returns where to go on."""
+        """Parse the call that starts at `at`; returns where to continue."""
         read = self._canonical(self.text, at)
         if read:
             self.calls.append(read[0])
@@ -173,7 +173,7 @@ class _Reader:
         return stop if _CLOSERS.match(self.text[at:stop]) else at
 
     def _canonical(self, text: str, at: int) -> tuple[ToolCall, int] | None:
-        """A call in the very format, whose strings may hold anything, and where it ends."""
+        """A call in the exact format, whose strings may hold anything, and where it ends."""
         start = _CALL.match(text, at)
         name = self._name(start[1]) if start else None
         if start is None or name is None:
@@ -185,7 +185,7 @@ class _Reader:
         return ToolCall(name, arguments), after
 
     def _name(self, written: str) -> str | None:
-        """The offered tool that is meant, else the name as it stands, unless it has a namespace that nobody offered."""
+        """The offered tool that is meant, else the name as written, unless it has a namespace that was not offered."""
         return offered(written, self.tools) or (None if ":" in written else written)
 
     def _repaired(self, body: str, ended: bool) -> bool:
@@ -194,12 +194,10 @@ class _Reader:
         return found is not None
 
     def _in_words(self, body: str) -> bool:
-        """The format with strings that lack their quotes, and nothing after it: a call of whatever tool."""
+        """The format with unquoted strings, and nothing after it: a call of any tool."""
         start = _CALL.match(body)
         name = self._name(start[1]) if start else None
-        if (
-            start is None or name is None or name in self.tools
-        ):  # of a tool that is known, repair_calls has the last word
+        if start is None or name is None or name in self.tools:  # for a known tool, repair_calls decides
             return False
         try:
             arguments, after = _object(body, start.end(), 1, words=True)
@@ -275,7 +273,7 @@ def _value(text: str, at: int, depth: int, words: bool) -> tuple[Any, int]:
 
 
 def _json_string(text: str, at: int) -> tuple[str, int]:
-    """Models fall back to JSON's quotes now and then."""
+    """A JSON string: models sometimes fall back to JSON's quotes."""
     try:
         value, end = _JSON.raw_decode(text, at)
         return value, end
@@ -284,7 +282,7 @@ def _json_string(text: str, at: int) -> tuple[str, int]:
 
 
 def _bare(text: str, at: int, words: bool) -> tuple[Any, int]:
-    """A number, true, false, null, or (if `words` may stand so) text without quotes."""
+    """A number, true, false, null, or (if `words` is true) text without quotes."""
     found = _BARE.match(text, at)
     end = found.end() if found else at
     word = text[at:end].strip()

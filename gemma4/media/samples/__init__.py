@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A few pictures, clips and recordings with questions and the right answers, for trying out the shipped models.
+"""A few pictures, clips and recordings with questions and correct answers, for trying the shipped models.
 
 Drawn and spoken (espeak-ng's voices) by tools/train_tiny/make_samples.py. They are of the kinds that the shipped models
-were trained on, and held back from their training; they are the first of a seed, not a choice of those that go well.
+were trained on, and held back from their training; they are the first of a seed, not selected by results.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """skill: what it tries, as in the model card · kind: "image", "video" (its frames a second apart) or "audio"
+    """skill: the tested skill, as in the model card · kind: "image", "video" (its frames a second apart) or "audio"
 
-    box: of the thing asked for, where one is: top, left, bottom, right in thousandths of the picture, else ()
+    box: of the requested object, if any: top, left, bottom, right in thousandths of the picture, else ()
     """
 
     skill: str
@@ -47,7 +47,7 @@ class Sample:
 
 
 def samples(skill: str | None = None) -> list[Sample]:
-    """All, or those of one skill. Raises ValueError for a skill that there is none of."""
+    """All samples, or those of one skill. Raises ValueError for a skill without samples."""
     found = [_sample(entry) for entry in json.loads((_HERE / "samples.json").read_text(encoding="utf-8"))]
     skills = list(dict.fromkeys(sample.skill for sample in found))
     if skill is not None and skill not in skills:
