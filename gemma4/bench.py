@@ -191,7 +191,7 @@ def measure_model(model: Model, *, prompt: int, decode: int, repeats: int) -> tu
 
 
 def measure_medium(model: Model, medium: Medium, *, repeats: int) -> Speed:
-    """Encoding one picture, recording or video, what prepares its pixels or samples included. The first call, which
+    """Encoding one picture, recording or video, including preparation of its pixels or samples. The first call, which
     binds the encoder, does not count."""
 
     def call() -> None:
@@ -204,7 +204,7 @@ def measure_medium(model: Model, medium: Medium, *, repeats: int) -> Speed:
 
 
 def _random_ids(model: Model, n: int) -> I32:
-    """Token ids of the middle of the vocabulary; what is measured does not depend on them."""
+    """Token ids from the middle of the vocabulary; the timings do not depend on them."""
     return np.random.default_rng(0).integers(model.n_token_ids // 4, model.n_token_ids, n).astype(np.int32)
 
 

@@ -78,7 +78,7 @@ class Core:
                 self._attached[kind] = kind()
             return cast(T, self._attached[kind])
 
-    # -- what is loaded ------------------------------------------------------------------------------------------
+    # -- the checkpoint --------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> TextConfig:

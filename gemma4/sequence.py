@@ -242,7 +242,7 @@ class _Saved:
         return tokens
 
     def keys(self) -> NDArray[np.integer[Any]]:
-        """What media are made of in place of their ids; older files have none."""
+        """Keys of media in place of their ids; older files have none."""
         return self._file.read("keys", np.int64, (self.length,)) if "keys" in self._file.names else self.tokens()
 
 

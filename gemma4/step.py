@@ -37,7 +37,7 @@ class Prompt:
     ids: I32  # int32 [T], T >= 1
     number: int = 0  # in the user's batch, for hooks; some of its prompts may have finished
     soft: SoftRows | None = None  # which of them are soft tokens
-    logits: Positions = "all"  # whose next-token logits to return, positions within `ids`; None: no array at all
+    logits: Positions = "all"  # positions within `ids` whose next-token logits to return; None: no array at all
     capture: Seq[Site] | None = None  # sites to keep; None: no cache at all
     pos: Positions = "all"  # at which positions within `ids`
     hooks: SiteHooks = field(default_factory=list)  # sites to edit, those of other prompts stay as they are
@@ -51,7 +51,7 @@ class Output(NamedTuple):
 
 
 def select_positions(spec: Positions, length: int, what: str = "pos") -> I32:
-    """int32 indices into 0..length-1, in the order asked for. Raises ValueError for one out of range."""
+    """int32 indices into 0..length-1, in the given order. Raises ValueError for one out of range."""
     if spec is None:
         return np.empty(0, dtype=np.int32)
     if isinstance(spec, str):

@@ -98,7 +98,7 @@ def with_media(text: str, media: list[Medium]) -> str | list[dict[str, Any]]:
 
 
 def run_detect(model: Model, args: argparse.Namespace, say: Callable[[str], None]) -> None:
-    """Print what was found, one line each, and draw it."""
+    """Print the found objects, one line each, and draw them."""
     from gemma4.media.boxes import draw_boxes
     from gemma4.media.image import load_image
     from gemma4.media.tasks import detect

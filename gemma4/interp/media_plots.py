@@ -146,7 +146,7 @@ def spectrogram(
     return figure
 
 
-# -- what is drawn ---------------------------------------------------------------------------------------------------
+# -- drawing ---------------------------------------------------------------------------------------------------------
 
 
 class _Colours(NamedTuple):
@@ -214,7 +214,7 @@ def _extent(pixels: NDArray[np.uint8]) -> tuple[float, float, float, float]:
     return 0.0, float(pixels.shape[1]), float(pixels.shape[0]), 0.0
 
 
-# -- what was given --------------------------------------------------------------------------------------------------
+# -- inputs ----------------------------------------------------------------------------------------------------------
 
 
 def _of_run(run: SoftRun) -> tuple[NDArray[np.uint8], tuple[int, int]]:

@@ -22,7 +22,7 @@ Names: TypeAlias = str | Iterable[str] | Callable[[str], object] | None
 # The engine's facts on a site: `SiteRow` of _engine.pyi
 SiteRow: TypeAlias = tuple[str, int, int, tuple[str | int, ...], str, str, bool, bool]
 
-ENCODER_PREFIXES = ("vision.", "audio.")  # of sites of the encoders
+ENCODER_PREFIXES = ("vision.", "audio.")  # of the encoders' sites
 
 # Not kept unless named: they grow with T*S, T*heads*d_model or T*d_vocab, and the logits are returned anyway.
 KEPT_ONLY_WHEN_NAMED = frozenset(

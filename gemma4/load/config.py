@@ -36,7 +36,7 @@ _ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 # Ceilings some 8 to 60 times above the largest released model: far enough to never be in the way, low enough that no
-# product of two of them overflows 63 bits and no config can ask for an absurd allocation.
+# product of two of them overflows 63 bits and no config can request an absurd allocation.
 MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 1 << 17, 1024, 1024, 4096
 MAX_MLP, MAX_VOCAB, MAX_CONTEXT, MAX_EXPERTS = 1 << 20, 1 << 24, 1 << 24, 4096
 
@@ -52,7 +52,7 @@ class _Family:
     context: int
     logit_softcap: float | None
     attention_softcap: float | None  # None: the class has no such key, or ignores it
-    head_norms: bool  # of queries and keys
+    head_norms: bool  # norms of queries and keys
     post_norms: bool
     rope_by_type: bool  # each layer type has its own rope
 
@@ -72,7 +72,7 @@ _NESTED = ("gemma4", "gemma4_unified", "gemma3")  # the text model's config lies
 @dataclass(frozen=True)
 class Rope:
     """Rotary embedding of one layer type: `rope_type` "default", "linear" or "proportional", `theta` the base
-    wavelength, `partial` the share of pairs that rotate (proportional only), `factor` what frequencies are divided
+    wavelength, `partial` the share of pairs that rotate (proportional only), `factor` the divisor of frequencies
     by."""
 
     rope_type: str
@@ -128,7 +128,7 @@ class TextConfig:
     pad_token_id: int | None
     bidirectional_global: bool = False  # … and, if so, in global layers
     attention_scale: float = 1.0  # factor of query-key dot products
-    attention_softcap: float = 0.0  # of the scaled scores; 0: none
+    attention_softcap: float = 0.0  # softcap of the scaled scores; 0: none
     head_norms: tuple[str, ...] = ("q", "k", "v")  # which of them have a norm
     post_norms: bool = True  # whether outputs of attention and MLP pass a norm before the residual add
     layer_scalar: bool = True
@@ -366,7 +366,7 @@ def _layer_types(f: Fields, n_layers: int, period: int) -> tuple[str, ...]:
 
 
 def _attention_shapes(f: Fields, types: tuple[str, ...], n_heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Per layer: head size and number of key/value heads, from either spelling of what global layers override."""
+    """Per layer: head size and number of key/value heads, from either spelling of the global layers' overrides."""
     base = {
         "head_dim": f.integer("head_dim", 256, 2, MAX_HEAD_DIM),
         "num_key_value_heads": f.integer("num_key_value_heads", 4, 1, MAX_HEADS),

@@ -52,7 +52,7 @@ class EncoderConfig:
     pool: int = 0  # patches that a soft token averages (or covers) along each axis
     standardize: bool = False
     rope_theta: float = 0.0
-    conv_channels: tuple[int, int] = (0, 0)  # of the two convolutions that halve the frames
+    conv_channels: tuple[int, int] = (0, 0)  # channels of the two convolutions that halve the frames
     conv_kernel: int = 0  # frames that a layer's own convolution sees
     chunk: int = (
         0  # audio attention: frame t sees the frames t - (context_left - 1) < j < t + context_right, itself too
@@ -229,7 +229,7 @@ def _audio_tower(f: Fields, d_out: int) -> EncoderConfig:
     first, second = (Fields({"c": c}, f"{f.where}.channels[{i}]") for i, c in enumerate(channels))
     if d_model % n_heads or d_model % 2:
         f.fail("hidden_size", d_model, f"an even multiple of {n_heads} heads")
-    # The reference's projection takes channels / 4 bins; they exist if there are as many bins as channels.
+    # The reference's projection has channels / 4 inputs; that fits if there are as many mel bins as channels.
     d_in = first.integer("c", None, 4, 4096)
     if d_in % 4:
         f.fail("subsampling_conv_channels[0]", d_in, "a multiple of 4")

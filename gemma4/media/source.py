@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeAlias, TypeGuard
 
 from gemma4.errors import FormatError
 
-FileLike: TypeAlias = str | os.PathLike[str] | bytes  # and what is like bytes
+FileLike: TypeAlias = str | os.PathLike[str] | bytes  # and bytes-like objects
 _BYTES = (bytes, bytearray, memoryview)
 _FILES = {"audio": "sound"}
 _PACKAGES = {"PIL": "Pillow", "av": "PyAV", "pillow_heif": "pillow-heif"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing GGUF files: `gemma4.quantize`, and what the quantisation costs in quality."""
+"""Writing GGUF files: `gemma4.quantize`, and measuring the loss of quality."""
 
 from gemma4.quantization.convert import quantize
 from gemma4.quantization.divergence import Comparison, compare, sample_ids

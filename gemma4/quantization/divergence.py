@@ -50,7 +50,7 @@ class Comparison:
 
 
 def compare(reference: Model, model: Model, ids: Sequence[int] | NDArray[Any] | str, *, chunk: int = 512) -> Comparison:
-    """Run both models over token ids (or a text) and compare what they predict.
+    """Run both models over token ids (or a text) and compare their predictions.
 
     ids: int [n]. They are run in pieces of at most `chunk` positions, each on its own; if they start with BOS, so does
     every piece. Raises ValueError (no ids, ids out of range, models of different vocabularies, chunk below 2).

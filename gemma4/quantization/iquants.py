@@ -19,7 +19,7 @@ _SMALL = 32  # its scales are integers from -32 to 31
 
 
 def _nearest_codes() -> U8:
-    """Nearest of the values for every half from -128 to 127.5, as they lie halfway at most."""
+    """Code of the value nearest to each interval of 0.5 from -128 to 128; midpoints of values are interval bounds."""
     halves = (np.arange(512, dtype=np.float32) + 0.5) / 2 - 128
     return np.abs(halves[:, None] - _VALUES).argmin(1).astype(np.uint8)
 

@@ -76,7 +76,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def rope_freqs(config: TextConfig) -> NDArray[np.float32]:
-    """float32 [head size / 2] of the global layers: what each pair's frequency is divided by."""
+    """float32 [head size / 2] of the global layers: the divisor of each pair's frequency."""
     full = config.layer_types.index(FULL)
     turns = config.rope[FULL].inv_freq(config.head_dim[full]) > 0
     return np.where(turns, np.float32(1), np.float32(_STANDS_STILL))
@@ -136,7 +136,7 @@ def _text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _vocabulary(table: Any, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Of a parsed tokenizer.json."""
+    """The vocabulary's metadata from a parsed tokenizer.json."""
     where = str(checkpoint.tokenizer_path)
     added = {token["content"]: token for token in table.get("added_tokens") or ()}
     ids = table["model"]["vocab"] | {text: token["id"] for text, token in added.items()}

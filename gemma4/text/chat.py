@@ -28,11 +28,8 @@ __all__ = ["ChatTemplate", "ModelTurn", "ToolCall", "encode_chat", "parse_turn"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MAX_TEMPLATE, _MAX_OUTPUT, _MAX_DEPTH = 1 << 20, 1 << 26, 64
 _TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-_REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # names of thoughts in other formats; the first is passed on
+# Names of thoughts in other formats; the first is passed on
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _PLACES = ("<|image|>", "<|audio|>", "<|video|>")  # a template's placeholders for parts that are not text
 _BOM = "\ufeff"  # some editors put it before a file's text
 _SEAM = "\ue0f4"  # private-use character that marks a cut through a control token

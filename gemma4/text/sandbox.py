@@ -35,7 +35,7 @@ _MAX_PRODUCT, _MAX_ENTRIES, _MAX_NESTING, _MAX_BITS = 1 << 20, 1 << 20, 100, 409
 _ENTRY = 16
 _SEQUENCES = (str, list, tuple)
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
-_MAX_NODES = 1 << 16  # of the program: a large real template has a few thousand
+_MAX_NODES = 1 << 16  # nodes of the program: a large real template has a few thousand
 _CHARGES_PER_LOOK, _MUCH = 64, 1 << 14  # the clock is read after this number of charges, and with each large one
 
 

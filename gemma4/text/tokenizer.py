@@ -24,7 +24,7 @@ I32 = NDArray[np.int32]
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Tokens that control the chat format. Some converted files list a few of them as ordinary added tokens.
 CONTROL = re.compile(r"<\|.+>|<.+\|>")
-_BYTES_PER_BYTE = 320  # of memory per byte of text during encoding; at most 226 were measured
+_BYTES_PER_BYTE = 320  # bytes of memory per byte of text during encoding; at most 226 were measured
 
 
 class Tokenizer:
