@@ -35,17 +35,17 @@ class Config(TypedDict):
     d_vocab_ple: int
     rms_norm_eps: float
     logit_softcap: float  # 0 = none
-    embed_scale: float  # what a row of the embedding table is multiplied by
+    embed_scale: float  # factor of the embedding table's rows
     ple_scale: float  # the same for the per-layer table
-    # embed_tokens_per_layer lies in the mapping of a *file*: its pages are let go of (madvise) after rows were read
-    pad_token: int  # its row of the per-layer table is what positions without a token read
+    pad_token: int  # positions without a token read its row of the per-layer table
+    # embed_tokens_per_layer lies in the mapping of a *file*: its pages are released (madvise) after rows were read
     ple_on_disk: bool
-    attention_scale: float  # factor of the products of queries and keys
-    attention_softcap: float  # of those scores, before the mask; 0 = none
+    attention_scale: float  # factor of query-key dot products
+    attention_softcap: float  # of the scaled scores, before the mask; 0 = none
     q_norm: bool  # RMSNorm of each head's query, and so on
     k_norm: bool
     v_norm: bool  # without a gain
-    post_norms: bool  # what attention and MLP add to the residual stream is normed before
+    post_norms: bool  # outputs of attention and MLP pass a norm before the residual add
     layer_scalar: bool  # a layer multiplies the residual stream at its end
     unit_gains: bool  # norms are stored as w and multiply by 1 + w
     tied: bool  # the head is the embedding table; else there is a tensor lm_head.weight
@@ -64,9 +64,9 @@ Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
 
 # sequence · token ids int32 [T] (or None; below 0: this position is an embedding) · embeddings float32 [T, d_model] (or
 # None; already scaled; the per-layer table's row is the pad token's, 0; rows that have a token are not read)
-# · positions within the run that want logits int32 [n] ascending (or None) · where the logits go float32 [n, d_vocab]
+# · positions within the run that need logits int32 [n] ascending (or None) · output array of logits float32 [n, d_vocab]
 # (or None) · and, if some positions see later ones, ends int32 [T] ascending (or None): position i of the run sees
-# those before ends[i], i < ends[i] <= T, as far as each layer's `ahead` goes. No chunk divides such a stretch.
+# positions before ends[i], i < ends[i] <= T, as far as each layer's `ahead` allows. No chunk divides such a stretch.
 Run: TypeAlias = (
     tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None]
     | tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None, I32 | None]
@@ -74,7 +74,7 @@ Run: TypeAlias = (
 
 # Copy a site out: site id · layer (0 for model-wide sites) · run index · array · rows.
 #   array  C-contiguous float32 (int32 for expert ids) with the site's dims; "T" = number of rows kept, "S" = sequence
-#          length after the step. Rows the step never reaches are left as they are: pass zeros.
+#          length after the step. Rows that the step never reaches are not written: pass zeros.
 #   rows   int32 [T]: where in `array` each position of the run goes, -1 = not kept; None = all, in order.
 #          ("SKh" sites ignore it.)
 # Edit a site: site id · layer · run index · callable · None. It gets a fresh array with the site's dims and returns
@@ -83,7 +83,7 @@ Run: TypeAlias = (
 Tap: TypeAlias = tuple[int, int, int, NDArray[Any] | Callable[[NDArray[Any]], Any], I32 | None]
 
 # A row of csrc/model/sites.inc: name · site id · layer (0 for model-wide sites) · dims ("T", "S" or a size) · "float32"
-# or "int32" · what "S" means: "" (there is none), "cached", "scores" or "pattern" · whether rows are pruned before it,
+# or "int32" · meaning of "S": "" (there is none), "cached", "scores" or "pattern" · whether rows are pruned before it,
 # in the last layer that computes keys · whether it can be changed
 SiteRow: TypeAlias = tuple[str, int, int, tuple[str | int, ...], str, str, bool, bool]
 
@@ -99,7 +99,7 @@ class Model:
     isa: str  # read-only: "scalar", "avx2", "avx512"
     weight_bytes: int
     def new_sequence(self, *, kv_dtype: str = "f32", capacity: int = 0) -> Sequence:
-        """An empty timeline. kv_dtype "f32", "f16", "bf16" or "q8_0"; capacity in positions, 0: all of the context."""
+        """An empty sequence. kv_dtype "f32", "f16", "bf16" or "q8_0"; capacity in positions, 0: all of the context."""
     def sites(self) -> list[SiteRow]:
         """Every site this model has, in forward order."""
     def step(
@@ -113,54 +113,54 @@ class Model:
     ) -> None:
         """One ragged forward pass over any number of runs (sequences must differ).
 
-        Long runs are cut into chunks of at most max_chunk rows in all (0 = 512); with precision "exact" the numbers do
-        not depend on it. On success every sequence is longer by its run. With stop_at_layer = n only layers 0..n-1 run,
+        Long runs are cut into chunks of at most max_chunk rows in all (0 = 512); with precision "exact" results do
+        not depend on it. On success every sequence has grown by its run. With stop_at_layer = n only layers 0..n-1 run,
         nothing is appended to the sequences, and logits must be None.
         profile: float64 [len(profile_ops()), 6], to which the step adds each operation's calls, seconds, float32
         operations, integer operations, bfloat16 operations and bytes; the seconds add up to those of the step.
         Raises ValueError (token id out of range, empty run, bad rows), CapacityError (context overflow),
         StateError (closed sequence, or one in use by another thread), KeyboardInterrupt (within 100 ms of Ctrl-C;
-        sequences keep whole chunks only: see `Sequence.length`), and whatever an edit raises.
+        sequences keep whole chunks only: see `Sequence.length`), and any exception of an edit.
         """
 
 class GuardedMap:
-    """A read-only buffer over a mapped file. Pages that the file loses while it is held are read as zeros, instead of a
-    SIGBUS that ends the process. A step or an encoding that has met one raises FormatError, and sequences keep what
-    they held. The process's own handler of SIGBUS is called for everything else."""
+    """A read-only buffer over a mapped file. If the file loses pages while it is held, they read as zeros instead of
+    ending the process by SIGBUS. A step or an encoding that has read such a page raises FormatError, and sequences
+    keep their contents. Any other SIGBUS goes to the process's own handler."""
 
     def __init__(self, map: Any) -> None:
-        """map: what `mmap.mmap` made; it stays mapped as long as this object or a view of it is held."""
+        """map: a result of `mmap.mmap`; it stays mapped as long as this object or a view of it is held."""
     def __buffer__(self, flags: int, /) -> memoryview: ...
     def is_torn(self) -> bool:
-        """Whether a page was gone when it was read. Also puts the handler in place again, if another replaced it."""
+        """Whether a lost page was read. Also reinstalls the handler if another one replaced it."""
 
 class Sequence:
     length: int  # positions in the cache (read-only, as are the others)
     capacity: int
     kv_dtype: str
     closed: bool
-    min_truncate: int  # the smallest length > 0 that truncate() can still go back to (sliding layers forget)
+    min_truncate: int  # the smallest length > 0 that truncate() accepts (sliding layers evict)
     nbytes: int
     def fork(self) -> Sequence:
         """An independent copy (copy-on-write, per layer)."""
     def truncate(self, length: int) -> None:
-        """Forget positions >= length. 0 empties. Raises StateError below min_truncate."""
+        """Drop positions >= length. 0 empties. Raises StateError below min_truncate."""
     def close(self) -> None: ...
     def state(self) -> dict[str, Any]:
         """{"length": int, "kv_dtype": str, "layers": {layer: (first position, k, v)}}; k, v are copies [n, K, h]
         (float32, float16, bf16 bits as uint16, or Q8_0 blocks as uint8)."""
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Into an empty sequence of the same model and kv_dtype. Raises ValueError on any mismatch."""
+        """Restore into an empty sequence of the same model and kv_dtype. Raises ValueError on any mismatch."""
 
 class EncoderConfig(TypedDict):
     """Sizes that a kind does not have are 0."""
 
     kind: str  # "vision_tower", "vision_embedder", "audio_tower", "audio_embedder"
     d_in: int  # values of an input row: a patch's pixels, a frame's mel bins or samples
-    d_soft: int  # width of what enters the projection
+    d_soft: int  # width of the projection's input
     d_out: int  # d_model of the text model
     rms_norm_eps: float
-    on_disk: bool  # the maps of its layers are file mappings, whose pages may be let go of
+    on_disk: bool  # the layers' linear weights are file mappings, whose pages may be released
     d_model: int
     n_layers: int
     n_heads: int
@@ -193,20 +193,20 @@ class Encoder:
     def __init__(self, model: Model, config: EncoderConfig, tensors: Tensors) -> None:
         """An image or audio encoder that computes on the model's threads. tensors: names as in Hugging Face files,
         without the folder ("encoder.layers.0.mlp.up_proj.linear.weight", "embedding_projection.weight").
-        A model of precision "fast" copies the weights of layers as whole numbers. Raises FormatError and ValueError as
+        A model of precision "fast" copies the weights of layers as integers. Raises FormatError and ValueError as
         Model does, KeyboardInterrupt.
         """
     weight_bytes: int
-    copied_bytes: int  # of its own, besides those
+    copied_bytes: int  # its own copies, besides weight_bytes
     def sites(self) -> list[SiteRow]:
         """As Model.sites(); dims: "T", "S" rows inside the encoder, "N" soft tokens, "U" half the input rows."""
     def soft_tokens(self, n_rows: int) -> int:
-        """Soft tokens of a medium of so many input rows."""
+        """Soft tokens of a medium of n_rows input rows."""
     def encode(self, media: Seq[Medium], taps: Seq[EncoderTap] = (), *, profile: F64 | None = None) -> None:
-        """All media in one ragged pass; each one's numbers do not depend on its company. profile: as in Model.step.
+        """All media in one ragged pass; results do not depend on the other media. profile: as in Model.step.
 
-        Raises ValueError (positions out of range, a grid that does not pool), KeyboardInterrupt, and what an edit
-        raises.
+        Raises ValueError (positions out of range, a grid that does not pool), KeyboardInterrupt, and any exception of
+        an edit.
         """
 
 def cpu_info() -> dict[str, Any]:
@@ -217,10 +217,10 @@ def cpu_info() -> dict[str, Any]:
     """
 
 def text_tensors(config: Config) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor that the config calls for (csrc/model/text/weights.c has the table)."""
+    """Name and shape of every tensor that the config needs (csrc/model/text/weights.c has the table)."""
 
 def encoder_tensors(config: EncoderConfig) -> list[tuple[str, tuple[int, ...]]]:
-    """The same of an encoder (csrc/model/encoders/); a bound is (1,). Raises ValueError if sizes are out of range."""
+    """The same for an encoder (csrc/model/encoders/); a bound is (1,). Raises ValueError if sizes are out of range."""
 
 def profile_ops() -> tuple[str, ...]:
     """Names of a profile's rows."""
@@ -228,17 +228,17 @@ def profile_ops() -> tuple[str, ...]:
 def arithmetic_rate(kind: str, threads: int) -> float:
     """Operations per second (a multiply-add counts as two) of a loop in registers on all threads, about 10 ms long.
 
-    kind: "f32" (fma), "int8" (products of 4-bit weights with bytes, as precision="fast" adds them up in the text
-    model), "int16" (products of 16 bits added by pairs, as it does in encoders) or "bf16" (0 without instructions).
+    kind: "f32" (fma), "int8" (4-bit weights times bytes, as summed in the text model with precision="fast"), "int16"
+    (16-bit products added in pairs, as in encoders with precision="fast") or "bf16" (0 without instructions).
     """
 
 def read_rate(array: F32, threads: int) -> tuple[float, float]:
     """Bytes per second of reading the array once with all threads, and the sum of its values."""
 
 def dequantize(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> F32:
-    """A tensor's values, float32 of that shape, to the bit what the gguf package's dequantiser gives.
+    """A tensor's values, float32 of that shape, equal to the bit to those of the gguf package's dequantiser.
 
-    Raises FormatError (unknown dtype, rows that are no whole number of blocks, data outside the buffer).
+    Raises FormatError (unknown dtype, rows that are not a multiple of the block size, data outside the buffer).
     """
 
 # testing: kernel entry points for tests/, one per row of csrc/kernels/kernels.inc
