@@ -64,7 +64,7 @@ Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
 
 # sequence · token ids int32 [T] (or None; below 0: this position is an embedding) · embeddings float32 [T, d_model] (or
 # None; already scaled; the per-layer table's row is the pad token's, 0; rows that have a token are not read)
-# · positions within the run that need logits int32 [n] ascending (or None) · output array of logits float32 [n, d_vocab]
+# · positions within the run that need logits int32 [n] ascending (or None) · logits output float32 [n, d_vocab]
 # (or None) · and, if some positions see later ones, ends int32 [T] ascending (or None): position i of the run sees
 # positions before ends[i], i < ends[i] <= T, as far as each layer's `ahead` allows. No chunk divides such a stretch.
 Run: TypeAlias = (
