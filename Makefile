@@ -25,6 +25,7 @@ lint: ## check with ruff, pyright, clang-format and check_layers.py; changes not
 	$(PYTHON) -m pyright --pythonpath "$$(command -v $(PYTHON))"
 	$(C_FILES) | xargs -0 clang-format --dry-run --Werror
 	$(PYTHON) tools/check_layers.py
+	$(PYTHON) tools/check_words.py
 
 format: ## format the sources with ruff and clang-format
 	$(PYTHON) -m ruff check --fix $(PY_DIRS)

@@ -184,6 +184,35 @@ def test_layer_check_accepts(tmp_path):
     assert load_tool("check_layers").problems(tmp_path) == []
 
 
+# ---- words --------------------------------------------------------------------------------------------------------
+
+
+def test_words_of_the_glossary():
+    assert load_tool("check_words").check() == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "found"),
+    [
+        ("csrc/ops/a.c", "int whole_number; /* two\n * gadgets */\n", "csrc/ops/a.c:2: 'gadgets': write widget"),
+        ("csrc/a.inc", "/* Of the rows, the last. */\n", "csrc/a.inc:1: a comment opens"),
+        (
+            "gemma4/a.py",
+            'def f():\n    """A gadget."""\n    return "gadget"\n',
+            "gemma4/a.py:2: 'gadget': write widget",
+        ),
+        ("gemma4/a.py", "x = 1  # What it is\n", "gemma4/a.py:1: a comment opens"),
+        ("docs/a.md", "# A\n\n`gadget` is code, a Gadget is not.\n", "docs/a.md:3: 'Gadget': write widget"),
+    ],
+)
+def test_word_check_finds(tmp_path, path, text, found):
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(text)
+    (tmp_path / "CONTRIBUTING.md").write_text("## Words\n\n| instead of | write |\n|---|---|\n| `gadget` | widget |\n")
+    problems = load_tool("check_words").check(tmp_path)
+    assert len(problems) == 1 and problems[0].startswith(found), problems
+
+
 # ---- the repository -----------------------------------------------------------------------------------------------
 
 
