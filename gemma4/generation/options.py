@@ -111,7 +111,7 @@ class Options:
         unknown = [name for name in given if name not in known]
         if unknown:
             raise TypeError("; ".join(_what_is(name, known) for name in unknown))
-        return cls(**given)  # also for None, which __post_init__ replaces by the default
+        return cls(**given)  # type: ignore[arg-type]  # __post_init__ replaces None by the default
 
     def sampling(self, model: Core) -> SamplingParams:
         """The checkpoint's defaults, overridden by these options."""
