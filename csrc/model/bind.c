@@ -32,6 +32,8 @@ void g4_binder_close(g4_binder *b)
 const g4_named_tensor *g4_binder_find(const g4_binder *b, const char *name)
 {
     const g4_named_tensor key = {.name = name}, *pointer = &key;
+    if (!b->n_tensors) /* a binder that lists; bsearch must not get NULL */
+        return NULL;
     const g4_named_tensor **found = bsearch(&pointer, b->sorted, b->n_tensors, sizeof *b->sorted, compare_names);
     return found ? *found : NULL;
 }
