@@ -310,3 +310,13 @@ def test_idle_pool_uses_no_cpu(random_e, prompt):
     before = time.process_time()
     time.sleep(1.0)
     assert time.process_time() - before < 0.02
+
+
+def test_a_long_prompt_occupies_every_thread(tmp_path):
+    """Beside the calling thread the pool's work, too, in steps that are large enough."""
+    model = gemma4.load(write_checkpoint(tmp_path / "slow", SLOW), precision="exact", threads=2)
+    ids = np.arange(300, dtype=np.int32)
+    before = time.process_time(), time.thread_time()
+    model.forward(ids, logits="last")
+    process, caller = time.process_time() - before[0], time.thread_time() - before[1]
+    assert process - caller > 0.1 * process

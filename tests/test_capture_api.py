@@ -332,6 +332,16 @@ def test_a_kept_array_is_not_written_later(random_e, prompt):
         np.testing.assert_array_equal(array, copy)
 
 
+def test_of_equal_experts_the_lower_ones_are_chosen(random_moe, prompt):
+    def even(array, site):
+        array[:] = 1 / array.shape[-1]
+
+    with random_moe.hooks([("blocks.*.moe.hook_router_probs", even)]):
+        _, cache = random_moe.run_with_cache(prompt, "blocks.*.moe.hook_expert_ids")
+    for ids in cache.values():
+        np.testing.assert_array_equal(ids, [[0, 1]] * 12)
+
+
 def test_wrong_shape_from_a_hook(random_e, prompt):
     with pytest.raises(
         ValueError, match=r"hook on blocks\.2\.hook_mlp_out returned shape \(48,\), expected \(12, 48\)"

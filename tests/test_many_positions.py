@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_models import E_LIKE, write_checkpoint
 
 import gemma4
 from gemma4 import StateError
@@ -43,11 +44,51 @@ def test_a_fork_remembers_what_its_origin_forgot(random_e: gemma4.Model) -> None
     np.testing.assert_array_equal(again, random_e.forward(ids, logits="last"))
 
 
+def filled(model: gemma4.Model, ids: np.ndarray, sequence: gemma4.Sequence, step: int = 10) -> gemma4.Sequence:
+    for i in range(0, len(ids), step):
+        model.forward(ids[i : i + step], sequence=sequence, logits=None)
+    return sequence
+
+
+@pytest.fixture(scope="module")
+def wide_window(tmp_path_factory: pytest.TempPathFactory) -> gemma4.Model:
+    """Its window is longer than the room that a new sequence begins with."""
+    return gemma4.load(write_checkpoint(tmp_path_factory.mktemp("window"), E_LIKE | {"sliding_window": 80}))
+
+
+@pytest.mark.parametrize("step", [1, 10, 40, 120])
+def test_a_sequence_goes_back_by_a_window(step: int, wide_window: gemma4.Model) -> None:
+    """At least, and as far as it says: there the sliding layers hold the keys that the next query sees, and no more."""
+    model, window = wide_window, 80
+    ids = np.random.default_rng(2).integers(3, 320, 240).astype(np.int32)
+    expected = model.forward(ids)
+    with filled(model, ids, model.new_sequence(), step) as sequence:
+        assert 0 < sequence.min_truncate <= 240 - window
+        sequence.truncate(sequence.min_truncate)
+        layers = sequence._engine.state()["layers"].values()
+        assert min(len(keys) for _, keys, _ in layers) == window - 1
+        kept = sequence.length
+        np.testing.assert_array_equal(model.forward(ids[kept:], sequence=sequence), expected[kept:])
+
+
+def test_an_emptied_sequence_has_forgotten_nothing(random_e: gemma4.Model) -> None:
+    ids = np.random.default_rng(3).integers(3, 320, 60).astype(np.int32)
+    with filled(random_e, ids, random_e.new_sequence()) as sequence:
+        assert sequence.min_truncate > 0
+        sequence.truncate(0)
+        assert sequence.min_truncate == 0
+        random_e.forward(ids[:12], sequence=sequence, logits=None)
+        assert all(first == 0 for first, _, _ in sequence._engine.state()["layers"].values())
+        sequence.truncate(3)
+        again = random_e.forward(ids[3:], sequence=sequence)
+    np.testing.assert_array_equal(again, random_e.forward(ids)[3:])
+
+
+@pytest.mark.parametrize("edited", [np.arange(50) % 5 != 0, np.arange(50) == 49, np.arange(50) == 20])
 @pytest.mark.parametrize("layer", [0, 2, 5])
-def test_heads_edited_at_forty_positions(layer: int, random_e: gemma4.Model) -> None:
+def test_heads_edited_at_some_positions(layer: int, edited: np.ndarray, random_e: gemma4.Model) -> None:
     """The branch is the edited heads' sum where they were edited, and the same bits as ever elsewhere."""
     ids = np.random.default_rng(1).integers(3, 320, 50).astype(np.int32)
-    edited = np.arange(50) % 5 != 0
     name, out = f"blocks.{layer}.attn.hook_result", f"blocks.{layer}.attn.hook_out"
     seen = {}
 

@@ -121,6 +121,26 @@ def test_damaged_description(model, saved, tmp_path, text):
     check_refused(model, tmp_path / "s.npz")
 
 
+def test_a_window_with_one_key_too_few(random_e, tmp_path):
+    """A sliding layer continues from the keys that the next query sees, window - 1 of them, and from no fewer."""
+    ids, path = np.random.default_rng(0).integers(3, 320, 43).astype(np.int32), tmp_path / "s.npz"
+    sequence = random_e.new_sequence()
+    for i in range(0, 40, 10):
+        random_e.forward(ids[i : i + 10], sequence=sequence, logits=None)
+    sequence.truncate(sequence.min_truncate)
+    arrays = dict(np.load(sequence.save(path)))
+    assert len(arrays["k.0"]) == random_e.engine_config["layers"][0]["window"] - 1
+    rest = ids[len(sequence) :]
+    expected = random_e.forward(rest, sequence=sequence)
+    np.testing.assert_array_equal(random_e.forward(rest, sequence=random_e.restore(path)), expected)
+    for layer in ("0", "1", "3"):
+        meta = json.loads(arrays["meta"].tobytes())
+        meta["first_positions"][layer] += 1
+        fewer = {name: arrays[name][1:] for name in (f"k.{layer}", f"v.{layer}")}
+        np.savez(path, **(arrays | fewer | {"meta": as_bytes(meta)}))
+        check_refused(random_e, path)
+
+
 def test_missing_arrays(model, saved, tmp_path):
     for name in ("tokens", "k.0", "v.4", "meta"):
         np.savez(tmp_path / "s.npz", **{key: value for key, value in saved[1].items() if key != name})

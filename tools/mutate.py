@@ -5,8 +5,9 @@
 
 The copy holds what git tracks, builds its extension once and then incrementally, and is what the tests import. For each
 of tools/mutations.py it prints "killed" and the test, "survived", or "stale" where the sources no longer hold the text.
---tests runs those files instead of the mistake's own ("all": the whole suite); --from and --to count from 1. Exit
-status: 1 if a mistake survived or is stale. By hand: it takes half a minute for each. docs/internals.md has the table.
+--tests runs those files instead of the mistake's own ("all": the whole suite in Python; "csrc": the C test program);
+--from and --to count from 1. Exit status: 1 if a mistake survived or is stale. By hand: it takes half a minute for
+each. docs/internals.md has the table.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mutations import MISTAKES, Mistake
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {"csrc": (".c", ".h", ".inc"), "gemma4": (".py",)}
 TIMEOUT_S = 900
+C_TESTS = "csrc"  # among the names of a mistake's tests: csrc_test, which runs after the tests in Python
 # Python finds the copy's package even where an editable install of another one would come first.
 SITE = """\
 import sys
@@ -60,13 +62,14 @@ def place_of(mistake: Mistake, root: Path) -> Path:
 
 
 def test_files(names: str, root: Path) -> list[str]:
-    """Paths of tests named as in mutations.py. Raises Stale if there is no such file."""
+    """Paths of the Python tests named as in mutations.py. Raises Stale if there is no such file."""
     if names == "all":
         return ["tests"]
     paths = []
     for name in names.split():
         folder, _, stem = name.rpartition("/")
-        paths.append(str(Path("tests", folder, f"test_{stem}.py")))
+        if name != C_TESTS:
+            paths.append(str(Path("tests", folder, f"test_{stem}.py")))
     missing = [path for path in paths if not (root / path).is_file()]
     if missing:
         raise Stale(f"there is no {', '.join(missing)}")
@@ -108,6 +111,7 @@ class Copy:
         options = [
             "-DCMAKE_BUILD_TYPE=None",
             "-DCMAKE_C_FLAGS=-O1 -DG4_NO_INLINING",
+            "-DGEMMA4_TESTS=ON",
             f"-DPython_EXECUTABLE={sys.executable}",
         ]
         self._run(["cmake", "-S", self.root, "-B", self.build_folder, *options])
@@ -115,9 +119,12 @@ class Copy:
 
     def build(self) -> None:
         """Raises CalledProcessError if the sources do not compile."""
-        self._run(["cmake", "--build", self.build_folder, "--target", "_engine", "--parallel"])
+        self._build("_engine")
         [built] = self.build_folder.glob("_engine*.so")
         shutil.copyfile(built, self.root / "gemma4" / built.name)
+
+    def _build(self, target: str) -> None:
+        self._run(["cmake", "--build", self.build_folder, "--target", target, "--parallel"])
 
     def _run(self, command: list[str | Path]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -125,9 +132,19 @@ class Copy:
             print(done.stdout[-2000:], done.stderr[-2000:], file=sys.stderr)
             done.check_returncode()
 
-    def first_failure(self, paths: list[str]) -> str | None:
-        """The first test that fails, or how the run died; None if all pass."""
-        command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header", *paths]
+    def first_failure(self, names: str) -> str | None:
+        """The first test that fails, or how the run died; None if all pass. Raises Stale if a test is missing."""
+        paths, failure = test_files(names, self.root), None
+        if paths:
+            pytest = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header"]
+            failure = self._failure([*pytest, *paths], r"^(?:FAILED|ERROR) (\S+)")
+        if failure is None and C_TESTS in names.split():
+            self._build("csrc_test")
+            failure = self._failure([str(self.build_folder / "csrc_test")], r"^(\S+): failed: ")
+        return failure
+
+    def _failure(self, command: list[str], pattern: str) -> str | None:
+        """What `pattern` finds in the output of a command that fails, or how it died."""
         try:
             done = subprocess.run(
                 command,
@@ -142,17 +159,16 @@ class Copy:
             return f"no end after {TIMEOUT_S} s"
         if done.returncode == 0:
             return None
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, flags=re.MULTILINE)
+        failed = re.search(pattern, done.stdout, flags=re.MULTILINE)
         return failed[1] if failed else f"exit status {done.returncode}"
 
 
 def verdict(mistake: Mistake, copy: Copy, tests: str | None) -> tuple[str, str]:
     """ "killed", "survived" or "stale", and by which test or why."""
     try:
-        paths = test_files(tests or mistake.tests, copy.root)
         with planted(mistake, copy.root):
             copy.build()  # also takes the mistake before this one out of the extension
-            failure = copy.first_failure(paths)
+            failure = copy.first_failure(tests or mistake.tests)
     except Stale as reason:
         return "stale", str(reason)
     except subprocess.CalledProcessError:
@@ -187,7 +203,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         copy = Copy((args.scratch or Path(scratch)).absolute())
         copy.fill()
-        if failure := copy.first_failure(test_files(args.tests or "api", copy.root)):
+        if failure := copy.first_failure(args.tests or "api"):
             raise SystemExit(f"the tests fail without any mistake: {failure}")
         for n, mistake in chosen(args):
             start = time.monotonic()

@@ -2,7 +2,8 @@
 """The one-line mistakes that tools/mutate.py plants, each with the tests that should see it.
 
 `old` stands exactly once in the sources (csrc/ without its tests, gemma4/), in whichever file; `new` replaces it.
-Tests are named by file below tests/, without "test_" and ".py", and run in that order until one fails.
+Tests are named by file below tests/, without "test_" and ".py", and run in that order until one fails; "csrc" is the C
+test program.
 """
 
 from typing import NamedTuple
@@ -92,10 +93,10 @@ TEXT = [
         SITES,
     ),
     Mistake(
-        "layers stop one too early for unwanted rows",
-        "if (layer > last_kv_layer && f->n_rows == 0",
-        "if (layer >= last_kv_layer && f->n_rows == 0",
-        MODEL,
+        "cached keys are not shown in layers that compute no row",
+        "if (layer > last_kv_layer && f->n_rows == 0 && !g4_taps_want_keys(f, layer))",
+        "if (layer > last_kv_layer && f->n_rows == 0)",
+        "capture_api many_positions",
     ),
     # pruning
     Mistake(
@@ -124,7 +125,10 @@ TEXT = [
     ),
     # experts
     Mistake(
-        "of equal experts the last one wins", "probs[e] > probs[best]", "probs[e] >= probs[best]", f"{KERNELS} {SITES}"
+        "of equal experts the last one wins",
+        "probs[e] > probs[best]",
+        "probs[e] >= probs[best]",
+        f"capture_api {SITES}",
     ),
     Mistake(
         "expert weights are not normed",
@@ -217,12 +221,12 @@ STEPS = [
         "kv->n_slots, 0, kv->n_rotated};",
         f"many_positions {EXACT} api split_keys",
     ),
-    Mistake("sliding layers keep no slack", "(n_rows > window ? n_rows : window)", "n_rows", EXACT),
+    Mistake("sliding layers keep no slack", "(n_rows > window ? n_rows : window)", "n_rows", f"many_positions {EXACT}"),
     Mistake(
         "one too few positions to go back to",
         "kv->first + config->layers[layer].window - 1;",
         "kv->first + config->layers[layer].window;",
-        EXACT,
+        f"many_positions {EXACT}",
     ),
     Mistake(
         "a saved window may lack a key",
@@ -242,12 +246,17 @@ STEPS = [
         "for (int p = kv->first + 1; p < seq->length; p++)\n        g4_kv_whole_keys(",
         f"split_keys {EXACT}",
     ),
-    Mistake("an emptied sequence remembers a gap", "kv->first = 0;\n    if (kv->n_rotated", "if (kv->n_rotated", EXACT),
     Mistake(
-        "slots move without what was forgotten",
-        "to->first = from->first > seq->length - to->n_slots ? from->first : seq->length - to->n_slots;",
-        "to->first = from->first;",
-        EXACT,
+        "an emptied sequence remembers a gap",
+        "kv->first = 0;\n    if (kv->n_rotated",
+        "if (kv->n_rotated",
+        f"many_positions {EXACT}",
+    ),
+    Mistake(
+        "values move as if the first one lay in slot 0",
+        "copy_slot(to->v, p % to->n_slots, from->v, p % from->n_slots, slot_bytes(seq, layer));",
+        "copy_slot(to->v, p % to->n_slots, from->v, (p - from->first) % from->n_slots, slot_bytes(seq, layer));",
+        f"many_positions {EXACT}",
     ),
     Mistake(
         "exported keys begin at slot 0",
@@ -284,12 +293,12 @@ OPS = [
         "size_t start = (size_t)(i / 2) * SOFTCAP_SLICE;",
         f"{SITES} {EXACT} load",
     ),
-    Mistake("far-apart wanted rows have too little scratch", "p.max_span = a->n_keys;", "(void)a->n_keys;", f"{EXACT}"),
+    Mistake("far-apart wanted rows have too little scratch", "p.max_span = a->n_keys;", "(void)a->n_keys;", "csrc"),
     Mistake(
         "spans do not count images",
         "most = max(most, a->ends[row] - g4_first_key(a, row));",
         "most = max(most, 0);",
-        MEDIA,
+        "csrc",
     ),
     Mistake(
         "keys that some queries do not see are mixed for all",
@@ -307,7 +316,7 @@ OPS = [
         "small work wakes nobody, large neither",
         "if (small || n_tasks <= 1",
         "if (!small || n_tasks <= 1",
-        "bench bad_input",
+        "bench",
     ),
     Mistake(
         "convolutions beyond 4.5 s overwrite their first slice",

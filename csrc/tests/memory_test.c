@@ -613,17 +613,21 @@ static void test_encoders(scene *s)
         test_encoder(s, &configs[i]);
 }
 
-/* Rows with logits lie far apart after pruning: their scores need room for all positions, even in sliding layers. */
-static void test_far_apart_rows(scene *s)
+/* Scores need room for all positions that neighbouring rows see together, even in sliding layers: rows with logits lie
+ * far apart after pruning, and (ends) the rows of an image all see its last one. */
+static void test_room_for_scores(scene *s, bool has_ends)
 {
     enum { N = 300, STEP = 11, N_ROWS = (N + STEP - 1) / STEP };
-    static int32_t ids[N], rows[N_ROWS];
+    static int32_t ids[N], ends[N], rows[N_ROWS];
     static float logits[N_ROWS * VOCAB];
     const g4_step_options options = {.stop_at_layer = -1};
     g4_error err = {0};
     g4_model *model = new_model(s->f, 1); /* a fence follows the scratch of the only worker */
     g4_run run = {.seq = new_sequence_of(model), .n_rows = N, .tokens = ids, .logits_rows = rows, .n_logits = N_ROWS};
     run.logits = logits;
+    run.ends = has_ends ? ends : NULL;
+    for (int i = 0; i < N; i++)
+        ends[i] = N;
     for (int i = 0; i < N_ROWS; i++)
         rows[i] = i * STEP;
     watching = true;
@@ -660,7 +664,8 @@ void test_memory(void)
         g4_sequence_free(s.seq);
         test_steps(&s);
         test_encoders(&s);
-        test_far_apart_rows(&s);
+        test_room_for_scores(&s, false);
+        test_room_for_scores(&s, true);
         s.seq = filled_sequence(&s, N_TOKENS); /* the model still works */
         CHECK(same_logits(&s, 0, N_TOKENS));
         g4_sequence_free(s.seq);

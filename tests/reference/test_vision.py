@@ -148,6 +148,22 @@ def test_text_runs_do_not_see_hooks_of_encoders(pair: GetPair) -> None:
         ours.vision.run_with_cache([towers.image(towers.BY_NAME["vision-effective"], 3, 3)], "vision.blocks.9.hook_z")
 
 
+@pytest.mark.parametrize("side", ["input_min", "input_max"])
+def test_bounds_that_agree_on_one_side(side: str, tmp_path: Path) -> None:
+    """q, k and v, gate and up each clamp what they are given by themselves, unless both of their bounds agree."""
+    tower = towers.BY_NAME["vision-effective"]
+    theirs = towers.build(tower)
+    with torch.no_grad():
+        for name, tensor in theirs.state_dict(keep_vars=True).items():
+            if name.endswith(side):
+                tensor.fill_(-0.75 if side == "input_min" else 0.75)
+    ours = gemma4.load(towers.save(tower, theirs, tmp_path), precision="exact")
+    patches, positions = towers.image(tower, 6, 6)
+    expected = towers.vision_sites(theirs, patches, positions)
+    _, [cache] = ours.vision.run_with_cache([(patches, positions)], "*")
+    assert first_failures(cache, expected) == []
+
+
 def test_pictures_and_videos(pair: GetPair) -> None:
     """From pixels: the patches that gemma4.media makes, of a picture and of every frame."""
     _, _, ours = pair("vision-wide")

@@ -61,7 +61,7 @@ static void copy_slot(g4_buffer *to, int to_slot, const g4_buffer *from, int fro
 
 static void copy_slots(const g4_sequence *seq, const g4_kv_layer *from, g4_kv_layer *to, int layer)
 {
-    to->first = from->first > seq->length - to->n_slots ? from->first : seq->length - to->n_slots;
+    to->first = from->first;
     for (int p = to->first; p < seq->length; p++) {
         copy_slot(to->k, p % to->n_slots, from->k, p % from->n_slots, key_bytes(seq, layer));
         copy_slot(to->v, p % to->n_slots, from->v, p % from->n_slots, slot_bytes(seq, layer));
