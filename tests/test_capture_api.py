@@ -12,11 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_models import E_LIKE, write_checkpoint
 
+import gemma4
 from gemma4 import NaNWarning, SiteError
 from gemma4.interp.lens import final_norm, logit_lens
 
 BIG = ("hook_attn_scores", "hook_pattern", "hook_result", "hook_logits", "hook_logits_raw")
+
+
+@pytest.fixture(scope="module")
+def long_e(tmp_path_factory):
+    """Room for prompts of more than one chunk."""
+    config = E_LIKE | {"max_position_embeddings": 1024}
+    return gemma4.load(write_checkpoint(tmp_path_factory.mktemp("long"), config))
 
 
 def test_default_names_leave_out_what_grows(random_e, prompt):
@@ -91,6 +100,19 @@ def test_capture_does_not_depend_on_the_logits_asked_for(random_e, prompt):
         for name in full:
             if not name.startswith("ln_final"):
                 np.testing.assert_array_equal(cache[name], full[name], err_msg=f"{name} {logits}")
+
+
+def test_keys_in_use_are_captured_where_no_position_is_needed(long_e):
+    """In layers that share keys, which then compute nothing; also over several chunks of a step."""
+    for n in (12, 600):
+        ids = np.arange(n, dtype=np.int32) % 300
+        _, full = long_e.run_with_cache(ids, "*_used")
+        for logits in (None, "last"):
+            _, cache = long_e.run_with_cache(ids, "*_used", logits=logits)
+            assert list(cache) == list(full)
+            for name, array in cache.items():
+                assert np.abs(array).reshape(n, -1).max(1).all()
+                np.testing.assert_array_equal(array, full[name], err_msg=f"{name} {n} {logits}")
 
 
 def test_final_norm_is_captured_where_positions_are_kept(random_e, prompt):
@@ -311,6 +333,17 @@ def test_hooks_see_every_position_whatever_logits_are_asked_for(random_e, prompt
     np.testing.assert_array_equal(logits, random_e.forward(prompt)[[2, 9]])
 
 
+def test_a_hook_gets_all_of_a_long_prompt_at_once(long_e):
+    """A step computes 512 positions at a time, but never cuts what a hook is to see."""
+    prompts = [np.arange(n, dtype=np.int32) % 300 for n in (20, 600, 530)]
+    seen = []
+    hook = ("blocks.1.attn.hook_pattern", lambda array, site: seen.append((site.sequence, array.shape[1:])))
+    logits = long_e.run_with_hooks(prompts, [hook], logits="last")
+    assert sorted(seen) == [(0, (20, 20)), (1, (600, 600)), (2, (530, 530))]
+    for ours, ids in zip(logits, prompts, strict=True):
+        np.testing.assert_array_equal(ours, long_e.forward(ids, logits="last"))
+
+
 def test_hooks_nest_in_order(random_e, prompt):
     order = []
     outer = ("blocks.0.hook_resid_post", lambda a, s: order.append("outer"))
@@ -372,8 +405,6 @@ def test_hooks_that_are_none(random_e, prompt):
 
 
 def test_nan_is_reported_once(random_dir, prompt):
-    import gemma4
-
     model = gemma4.load(random_dir)
     hooks = [("blocks.1.hook_mlp_out", lambda array, site: array * np.nan)]
     with pytest.warns(NaNWarning, match=r"blocks\.1\.hook_mlp_out"):
@@ -386,8 +417,6 @@ def test_nan_is_reported_once(random_dir, prompt):
 
 
 def test_nan_is_blamed_on_the_edit_that_made_it(random_dir, prompt):
-    import gemma4
-
     model = gemma4.load(random_dir)
     hooks = [
         ("blocks.1.hook_mlp_out", lambda array, site: array * np.nan),

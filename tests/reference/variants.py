@@ -359,7 +359,8 @@ VARIANTS: list[Variant] = [
         LONG_PROMPT,
         lengths=(600,),
     ),
-    Variant("far", FAR, lengths=_FEW),  # a context that test_exactness fills
+    Variant("far", FAR, lengths=(*_FEW, 1100)),  # a context that test_exactness fills
+    Variant("wide-mlp", _text(hidden_size=24, intermediate_size=4500, layer_types=[S, F]), lengths=(1, 13)),
     Variant("e2b-bf16", E2B, dtype="bfloat16", multimodal=True, lengths=_FEW),
     Variant("moe26b-bf16", MOE, dtype="bfloat16", lengths=_FEW),
     Variant("e2b-f16", E2B, dtype="float16", lengths=_FEW),
