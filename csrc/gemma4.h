@@ -102,8 +102,9 @@ int g4_sequence_min_truncate(const g4_sequence *seq);
 g4_status g4_sequence_truncate(g4_sequence *seq, int length, g4_error *err);
 g4_status g4_sequence_fork(g4_sequence *seq, g4_sequence **fork, g4_error *err); /* copy-on-write per layer */
 
-/* Locks seq for one call; false if another call holds it. Functions above that change seq take the lock themselves. */
-bool g4_sequence_acquire(g4_sequence *seq);
+/* Locks seq for one call. G4_ESTATE: another call holds the lock. Functions above that change seq lock it themselves, and
+ * so does a step unless g4_step_options.locked. */
+g4_status g4_sequence_acquire(g4_sequence *seq, g4_error *err);
 void g4_sequence_release(g4_sequence *seq);
 
 /* Cache of a layer that computes keys: positions [first, length) as dense [n, K, h] in the sequence's dtype. */
@@ -112,6 +113,7 @@ void g4_sequence_export(const g4_sequence *seq, int layer, void *k, void *v);
 g4_status g4_sequence_import(g4_sequence *seq, int layer, int first, int length, const void *k, const void *v,
                              g4_error *err);
 void g4_sequence_set_length(g4_sequence *seq, int length); /* call after all layers are imported */
+void g4_sequence_clear(g4_sequence *seq);                  /* call if a layer could not be imported */
 
 /* ---- sites ------------------------------------------------------------------------------------------------------- */
 
@@ -219,7 +221,8 @@ typedef struct {
 typedef struct {
     int stop_at_layer;          /* -1: all layers; n: layers [0, n) only, and the sequences do not grow */
     int max_chunk;              /* maximum rows per chunk; 0: 512 */
-    int (*poll)(void *context); /* called about every 20 ms; nonzero cancels the step between parts of a chunk */
+    bool locked;                /* the caller has locked the runs' sequences */
+    int (*poll)(void *context); /* called at most every 20 ms; nonzero cancels the step between parts of a chunk */
     void *poll_context;
     g4_profile *profile; /* the times of this step's operations are added here; may be NULL */
 } g4_step_options;

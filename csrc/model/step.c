@@ -141,7 +141,7 @@ static int chunk_rows(const step *s)
     int left = 0;
     for (int r = 0; r < s->n_runs; r++)
         left += s->runs[r].n_rows - s->done[r];
-    const int n_chunks = (left + most - 1) / most;
+    const int n_chunks = left / most + (left % most > 0); /* no sum: `most` may be INT_MAX */
     return n_chunks ? (left + n_chunks - 1) / n_chunks : most;
 }
 
@@ -321,19 +321,18 @@ static g4_status run_step(step *s)
     return status;
 }
 
-static g4_status acquire_all(const step *s)
+static g4_status lock_and_run(step *s)
 {
-    for (int r = 0; r < s->n_runs; r++) {
-        if (g4_sequence_acquire(s->runs[r].seq))
-            continue;
-        while (r-- > 0)
-            g4_sequence_release(s->runs[r].seq);
-        return g4_fail(
-            s->err, G4_ESTATE,
-            "a sequence is in use by another call, or given twice in one step: a sequence serves one run at a "
-            "time; fork it for another");
-    }
-    return G4_OK;
+    g4_status status = G4_OK;
+    int n_locked = 0;
+    for (; n_locked < s->n_runs; n_locked++)
+        if ((status = g4_sequence_acquire(s->runs[n_locked].seq, s->err)) != G4_OK)
+            break;
+    if (status == G4_OK)
+        status = run_step(s);
+    while (n_locked-- > 0)
+        g4_sequence_release(s->runs[n_locked].seq);
+    return status;
 }
 
 g4_status g4_step(g4_model *model, const g4_run *runs, int n_runs, const g4_tap *taps, int n_taps,
@@ -344,12 +343,7 @@ g4_status g4_step(g4_model *model, const g4_run *runs, int n_runs, const g4_tap 
     s.arena = g4_model_take_scratch(model);
     if (!s.arena)
         return g4_fail_nomem(err, sizeof(void *));
-    g4_status status = acquire_all(&s);
-    if (status == G4_OK) {
-        status = run_step(&s);
-        for (int r = 0; r < n_runs; r++)
-            g4_sequence_release(runs[r].seq);
-    }
+    g4_status status = options->locked ? run_step(&s) : lock_and_run(&s);
     g4_model_give_scratch(model, s.arena);
     return status;
 }

@@ -32,7 +32,9 @@ int engine_read_tensor(const char *name, PyObject *value, g4_named_tensor *tenso
     Py_ssize_t offset;
     size_t n_elements, n_bytes;
     tensor->name = name;
-    if (!name || !PyArg_ParseTuple(value, "sOOn", &dtype_name, &shape, &buffer, &offset) ||
+    if (name && !PyTuple_Check(value))
+        PyErr_Format(PyExc_TypeError, "tensor %s: expected (dtype, shape, buffer, byte offset), got %R", name, value);
+    if (PyErr_Occurred() || !PyArg_ParseTuple(value, "sOOn", &dtype_name, &shape, &buffer, &offset) ||
         read_shape(shape, tensor->name, tensor, &n_elements))
         return -1;
     tensor->dtype = g4_dtype_parse(dtype_name);
@@ -68,6 +70,17 @@ void engine_release_buffers(Py_buffer *views, size_t n)
     PyMem_Free(views);
 }
 
+/* Reads a pair (name, tensor). */
+static int read_item(PyObject *item, g4_named_tensor *tensor, Py_buffer *view)
+{
+    PyObject *name, *value;
+    if (!PyTuple_Check(item) || !PyArg_ParseTuple(item, "UO", &name, &value)) {
+        PyErr_Format(PyExc_TypeError, "tensors: expected pairs (name, tensor), got %R", item);
+        return -1;
+    }
+    return engine_read_tensor(PyUnicode_AsUTF8AndSize(name, NULL), value, tensor, view);
+}
+
 g4_named_tensor *engine_read_tensors(PyObject *items, Py_buffer **views, size_t *n)
 {
     const size_t n_items = (size_t)PyList_Size(items);
@@ -80,9 +93,7 @@ g4_named_tensor *engine_read_tensors(PyObject *items, Py_buffer **views, size_t 
         return NULL;
     }
     for (; *n < n_items; ++*n) {
-        PyObject *pair = PyList_GetItem(items, (Py_ssize_t)*n);
-        const char *name = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(pair, 0), NULL);
-        if (engine_read_tensor(name, PyTuple_GetItem(pair, 1), &tensors[*n], &(*views)[*n])) {
+        if (read_item(PyList_GetItem(items, (Py_ssize_t)*n), &tensors[*n], &(*views)[*n])) {
             PyMem_Free(tensors);
             return NULL;
         }
@@ -102,8 +113,10 @@ static int build(model_object *self, PyObject *config, PyObject *items, const g4
         return -1;
     }
     g4_status status;
-    Py_BEGIN_ALLOW_THREADS status = g4_model_new(&holder.config, tensors, self->n_buffers, options, &self->model, &err);
-    Py_END_ALLOW_THREADS engine_config_release(&holder);
+    Py_BEGIN_ALLOW_THREADS;
+    status = g4_model_new(&holder.config, tensors, self->n_buffers, options, &self->model, &err);
+    Py_END_ALLOW_THREADS;
+    engine_config_release(&holder);
     PyMem_Free(tensors);
     if (status != G4_OK)
         engine_raise(&err);
@@ -145,8 +158,9 @@ static void model_dealloc(PyObject *object)
 {
     model_object *self = (model_object *)object;
     if (self->model) {
-        Py_BEGIN_ALLOW_THREADS g4_model_free(self->model);
-        Py_END_ALLOW_THREADS
+        Py_BEGIN_ALLOW_THREADS;
+        g4_model_free(self->model);
+        Py_END_ALLOW_THREADS;
     }
     engine_release_buffers(self->buffers, self->n_buffers);
     engine_free(object);

@@ -48,6 +48,10 @@ static PyObject *widen_tensor(const g4_named_tensor *t)
                 g4_dtype_name(t->dtype), g4_block_size(t->dtype));
         return engine_raise(&err);
     }
+    if (n_cols > INT_MAX) {
+        g4_fail(&err, G4_EFORMAT, "rows of %zd values are too long: expected at most %d", n_cols, INT_MAX);
+        return engine_raise(&err);
+    }
     if (g4_kernels_select(&kernels, &err) != G4_OK)
         return engine_raise(&err);
     PyObject *out = PyArray_SimpleNew(t->n_dims, dims, NPY_FLOAT32);
@@ -56,9 +60,12 @@ static PyObject *widen_tensor(const g4_named_tensor *t)
     float *to = PyArray_DATA((PyArrayObject *)out);
     const npy_intp n_rows = n_cols ? PyArray_SIZE((PyArrayObject *)out) / n_cols : 0;
     const size_t row_bytes = g4_dtype_bytes(t->dtype, (size_t)n_cols);
-    Py_BEGIN_ALLOW_THREADS for (npy_intp row = 0; row < n_rows; row++) g4_widen_for(kernels, t->dtype)(
-        to + row * n_cols, (const char *)t->data + (size_t)row * row_bytes, (int)n_cols);
-    Py_END_ALLOW_THREADS return out;
+    Py_BEGIN_ALLOW_THREADS;
+    for (npy_intp row = 0; row < n_rows; row++)
+        g4_widen_for(kernels, t->dtype)(to + row * n_cols, (const char *)t->data + (size_t)row * row_bytes,
+                                        (int)n_cols);
+    Py_END_ALLOW_THREADS;
+    return out;
 }
 
 static PyObject *dequantize(PyObject *self, PyObject *args)

@@ -1,23 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "python/engine.h"
 
-static g4_sequence *open_sequence(PyObject *object)
+g4_sequence *engine_open_sequence(PyObject *object)
 {
     sequence_object *self = (sequence_object *)object;
     if (!self->seq) {
         g4_error err;
-        g4_fail(&err, G4_ESTATE, "this sequence is closed");
+        g4_fail(&err, G4_ESTATE, "this sequence is closed: make a new one with new_sequence()");
         engine_raise(&err);
     }
     return self->seq;
 }
 
-static bool acquire(g4_sequence *seq)
+bool engine_lock(g4_sequence *seq)
 {
-    if (g4_sequence_acquire(seq))
-        return true;
     g4_error err;
-    g4_fail(&err, G4_ESTATE, "this sequence is in use by another call: a sequence serves one thread at a time");
+    if (g4_sequence_acquire(seq, &err) == G4_OK)
+        return true;
     engine_raise(&err);
     return false;
 }
@@ -56,7 +55,7 @@ static PyObject *sequence_close(PyObject *object, PyObject *unused)
     sequence_object *self = (sequence_object *)object;
     (void)unused;
     if (self->seq) {
-        if (!acquire(self->seq))
+        if (!engine_lock(self->seq))
             return NULL;
         g4_sequence_free(self->seq);
         self->seq = NULL;
@@ -66,7 +65,7 @@ static PyObject *sequence_close(PyObject *object, PyObject *unused)
 
 static PyObject *sequence_fork(PyObject *object, PyObject *unused)
 {
-    g4_sequence *seq = open_sequence(object), *fork;
+    g4_sequence *seq = engine_open_sequence(object), *fork;
     g4_error err;
     (void)unused;
     if (!seq)
@@ -78,7 +77,7 @@ static PyObject *sequence_fork(PyObject *object, PyObject *unused)
 
 static PyObject *sequence_truncate(PyObject *object, PyObject *argument)
 {
-    g4_sequence *seq = open_sequence(object);
+    g4_sequence *seq = engine_open_sequence(object);
     g4_error err;
     long length = seq ? PyLong_AsLong(argument) : -1;
     if (!seq || (length == -1 && PyErr_Occurred()))
@@ -167,7 +166,7 @@ static PyObject *sequence_state(PyObject *object, PyObject *unused)
 {
     sequence_object *self = (sequence_object *)object;
     (void)unused;
-    if (!open_sequence(object) || !acquire(self->seq))
+    if (!engine_open_sequence(object) || !engine_lock(self->seq))
         return NULL;
     PyObject *layers = export_layers(self);
     const char *dtype = kv_dtypes[kv_dtype_index(self->seq)].name;
@@ -201,7 +200,9 @@ static int import_layer(g4_sequence *seq, const g4_layer_config *layer, int inde
     int first, failed = -1;
     g4_error err;
     Py_XDECREF(key);
-    if (value && PyArg_ParseTuple(value, "iOO", &first, &k, &v)) {
+    if (value && !PyTuple_Check(value))
+        PyErr_Format(PyExc_TypeError, "state of layer %d: expected (first position, k, v), got %R", index, value);
+    else if (value && PyArg_ParseTuple(value, "iOO", &first, &k, &v)) {
         if (first < 0 || first > length)
             PyErr_Format(PyExc_ValueError, "state of layer %d: first position %d of %d", index, first, length);
         PyArrayObject *k_array = PyErr_Occurred() ? NULL : state_array(seq, k, layer, length - first, index);
@@ -244,13 +245,13 @@ static int import_state(const sequence_object *self, PyObject *state)
 static PyObject *sequence_load_state(PyObject *object, PyObject *state)
 {
     sequence_object *self = (sequence_object *)object;
-    if (!open_sequence(object) || !acquire(self->seq))
+    if (!engine_open_sequence(object) || !engine_lock(self->seq))
         return NULL;
     int failed = -1;
     if (g4_sequence_length(self->seq) != 0)
         PyErr_SetString(PyExc_ValueError, "load_state: the sequence is not empty");
-    else
-        failed = import_state(self, state);
+    else if ((failed = import_state(self, state)))
+        g4_sequence_clear(self->seq); /* of layers that were imported before the failure */
     g4_sequence_release(self->seq);
     if (failed)
         return NULL;
@@ -262,35 +263,35 @@ static PyObject *sequence_load_state(PyObject *object, PyObject *state)
 static PyObject *get_length(PyObject *self, void *unused)
 {
     (void)unused;
-    g4_sequence *seq = open_sequence(self);
+    g4_sequence *seq = engine_open_sequence(self);
     return seq ? PyLong_FromLong(g4_sequence_length(seq)) : NULL;
 }
 
 static PyObject *get_capacity(PyObject *self, void *unused)
 {
     (void)unused;
-    g4_sequence *seq = open_sequence(self);
+    g4_sequence *seq = engine_open_sequence(self);
     return seq ? PyLong_FromLong(g4_sequence_capacity(seq)) : NULL;
 }
 
 static PyObject *get_kv_dtype(PyObject *self, void *unused)
 {
     (void)unused;
-    g4_sequence *seq = open_sequence(self);
+    g4_sequence *seq = engine_open_sequence(self);
     return seq ? PyUnicode_FromString(kv_dtypes[kv_dtype_index(seq)].name) : NULL;
 }
 
 static PyObject *get_min_truncate(PyObject *self, void *unused)
 {
     (void)unused;
-    g4_sequence *seq = open_sequence(self);
+    g4_sequence *seq = engine_open_sequence(self);
     return seq ? PyLong_FromLong(g4_sequence_min_truncate(seq)) : NULL;
 }
 
 static PyObject *get_nbytes(PyObject *self, void *unused)
 {
     (void)unused;
-    g4_sequence *seq = open_sequence(self);
+    g4_sequence *seq = engine_open_sequence(self);
     return seq ? PyLong_FromSize_t(g4_sequence_bytes(seq)) : NULL;
 }
 

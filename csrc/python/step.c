@@ -6,7 +6,7 @@ typedef struct {
     model_object *model;
     PyObject *run_tuple; /* owns every array in use */
     g4_run *runs;
-    int n_runs;
+    int n_runs, n_locked; /* the sequences of the first n_locked runs are locked */
     engine_taps taps;
     engine_gil gil;
 } step_args;
@@ -27,13 +27,10 @@ static int read_run(step_args *s, PyObject *tuple, g4_run *run)
                           engine_sequence_type((PyObject *)s->model), &sequence, &tokens, &embeddings, &rows, &logits,
                           &ends))
         return -1;
-    run->seq = ((sequence_object *)sequence)->seq;
-    if (!run->seq) {
-        g4_error err;
-        g4_fail(&err, G4_ESTATE, "this sequence is closed: make a new one with new_sequence()");
-        engine_raise(&err);
+    run->seq = engine_open_sequence(sequence);
+    if (!run->seq || !engine_lock(run->seq)) /* before anything that could run Python code and close it */
         return -1;
-    }
+    s->n_locked++;
     if (engine_copy_ints(tokens, "tokens", &ints, &n_tokens))
         return -1;
     run->tokens = ints;
@@ -109,6 +106,8 @@ static int read_args(step_args *s, PyObject *runs, PyObject *taps)
 static void release_args(step_args *s)
 {
     engine_release_taps(&s->taps);
+    for (int i = 0; i < s->n_locked; i++)
+        g4_sequence_release(s->runs[i].seq);
     for (int i = 0; i < s->n_runs; i++) {
         PyMem_Free((void *)s->runs[i].tokens);
         PyMem_Free((void *)s->runs[i].logits_rows);
@@ -135,7 +134,8 @@ PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"runs", "taps", "stop_at_layer", "max_chunk", "profile", NULL};
     step_args s = {.model = (model_object *)self};
-    g4_step_options options = {.stop_at_layer = -1, .poll = engine_poll_signals, .poll_context = &s.gil};
+    g4_step_options options = {
+        .stop_at_layer = -1, .locked = true, .poll = engine_poll_signals, .poll_context = &s.gil};
     PyObject *runs, *taps = NULL, *profile = Py_None;
     g4_error err = {0};
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$iiO", names, &runs, &taps, &options.stop_at_layer,

@@ -242,9 +242,13 @@ g4_dtype g4_sequence_dtype(const g4_sequence *seq)
     return seq->dtype;
 }
 
-bool g4_sequence_acquire(g4_sequence *seq)
+g4_status g4_sequence_acquire(g4_sequence *seq, g4_error *err)
 {
-    return !atomic_flag_test_and_set_explicit(&seq->busy, memory_order_acquire);
+    if (atomic_flag_test_and_set_explicit(&seq->busy, memory_order_acquire))
+        return g4_fail(err, G4_ESTATE,
+                       "this sequence is in use by another call, or given twice in one step: a sequence serves one "
+                       "call at a time; fork it for another");
+    return G4_OK;
 }
 
 void g4_sequence_release(g4_sequence *seq)
@@ -276,11 +280,6 @@ int g4_sequence_min_truncate(const g4_sequence *seq)
     return least;
 }
 
-static g4_status fail_busy(g4_error *err)
-{
-    return g4_fail(err, G4_ESTATE, "this sequence is in use by another call: a sequence serves one thread at a time");
-}
-
 /* Empties the layer. A layer that switched to whole keys stores rotated pairs again. */
 static void forget(g4_sequence *seq, int layer)
 {
@@ -302,16 +301,15 @@ static g4_status truncate(g4_sequence *seq, int length, g4_error *err)
                        "truncate to %d: the sliding layers have forgotten too much to go on from there; possible are 0 "
                        "and %d to %d. Fork the sequence before the point to come back to",
                        length, g4_sequence_min_truncate(seq), seq->length);
+    if (length == 0)
+        g4_sequence_clear(seq);
     seq->length = length;
-    for (int layer = 0; length == 0 && layer < seq->model->config.n_layers; layer++)
-        forget(seq, layer);
     return G4_OK;
 }
 
 g4_status g4_sequence_truncate(g4_sequence *seq, int length, g4_error *err)
 {
-    if (!g4_sequence_acquire(seq))
-        return fail_busy(err);
+    G4_TRY(g4_sequence_acquire(seq, err));
     g4_status status = truncate(seq, length, err);
     g4_sequence_release(seq);
     return status;
@@ -319,8 +317,7 @@ g4_status g4_sequence_truncate(g4_sequence *seq, int length, g4_error *err)
 
 g4_status g4_sequence_fork(g4_sequence *seq, g4_sequence **fork, g4_error *err)
 {
-    if (!g4_sequence_acquire(seq))
-        return fail_busy(err);
+    G4_TRY(g4_sequence_acquire(seq, err));
     g4_status status = g4_sequence_new(seq->model, seq->dtype, seq->capacity, fork, err);
     if (status == G4_OK) {
         (*fork)->length = seq->length;
@@ -393,6 +390,13 @@ g4_status g4_sequence_import(g4_sequence *seq, int layer, int first, int length,
     G4_TRY(keep_whole_keys(seq, layer, err));
     import_slots(seq, layer, first, n, k, v);
     return G4_OK;
+}
+
+void g4_sequence_clear(g4_sequence *seq)
+{
+    seq->length = 0;
+    for (int layer = 0; layer < seq->model->config.n_layers; layer++)
+        forget(seq, layer);
 }
 
 void g4_sequence_set_length(g4_sequence *seq, int length)
