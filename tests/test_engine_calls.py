@@ -5,6 +5,9 @@ meet halfway through a call."""
 from __future__ import annotations
 
 import mmap
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -102,3 +105,27 @@ def test_rows_too_long_to_widen():
     n = 1 << 31
     with mmap.mmap(-1, n // 32 * 17) as zeros, pytest.raises(FormatError, match="2147483648 values"):
         _engine.dequantize("MXFP4", (n,), zeros, 0)
+
+
+HANDLER = """
+    import signal, sys
+    import numpy as np
+    import gemma4
+
+    model = gemma4.load(sys.argv[1], threads=2)
+    ids, long = np.arange(2, 9, dtype=np.int32), np.arange(900, dtype=np.int32) % 250 + 2
+    expected, expected_long = model.forward(ids), model.forward(long, logits="last")
+    answers = []
+    signal.signal(signal.SIGALRM, lambda *_: answers.append(model.forward(ids)))
+    signal.setitimer(signal.ITIMER_REAL, 0.005, 0.01)
+    while len(answers) < 20:
+        assert np.array_equal(model.forward(long, logits="last"), expected_long)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert all(np.array_equal(answer, expected) for answer in answers)
+"""
+
+
+def test_a_signal_handler_may_use_the_model_that_it_interrupts():
+    command = [sys.executable, "-P", "-c", textwrap.dedent(HANDLER), "tiny-e"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -46,6 +46,9 @@ struct g4_pool {
     atomic_bool cancelled;
 };
 
+/* The pool whose tasks this thread hands out. Its poll may run a signal handler that uses the same pool again. */
+static _Thread_local const g4_pool *running;
+
 static void pause_cpu(void)
 {
 #if defined(__x86_64__)
@@ -227,10 +230,13 @@ g4_status g4_pool_run(g4_pool *pool, int n_tasks, bool small, g4_task_fn fn, voi
                       void *poll_context)
 {
     ensure_started(pool);
-    if (small || n_tasks <= 1 || n_tasks > MAX_TASKS || pool->n_threads == 1)
+    if (small || n_tasks <= 1 || n_tasks > MAX_TASKS || pool->n_threads == 1 || running == pool)
         return run_alone(n_tasks, fn, context, poll, poll_context);
+    const g4_pool *outer = running;
     pthread_mutex_lock(&pool->run_lock);
+    running = pool;
     g4_status status = run_locked(pool, n_tasks, fn, context, poll, poll_context);
+    running = outer;
     pthread_mutex_unlock(&pool->run_lock);
     return status;
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A fixed set of worker threads that run numbered tasks. The caller is worker 0.
  *
- * Results never depend on which worker takes a task, so scheduling is dynamic. Two callers of one pool take turns.
+ * Results never depend on which worker takes a task, so scheduling is dynamic. Two callers of one pool take turns. A poll
+ * may use the pool that it interrupts: its tasks run on the caller's thread.
  * After fork() the child's pool restarts its threads at the first run.
  */
 #ifndef GEMMA4_BASE_POOL_H

@@ -34,6 +34,37 @@ static void test_pool_freed_after_run(void)
     }
 }
 
+typedef struct {
+    g4_pool *pool, *other;
+    atomic_int done[N_TASKS];
+    int n_inner;
+} nested;
+
+/* A poll that uses the pool it interrupts, and another one from which it comes back to the first. */
+static int run_inside(void *context)
+{
+    nested *n = context;
+    g4_pool *const pools[] = {n->pool, n->other, n->pool};
+    for (int i = 0; i < 3; i++)
+        CHECK(g4_pool_run(pools[i], N_TASKS, false, count_task, n->done, NULL, NULL) == G4_OK);
+    n->n_inner += 3;
+    return 0;
+}
+
+static void test_pool_inside_its_own_poll(void)
+{
+    nested n = {.pool = g4_pool_new(3), .other = g4_pool_new(2)};
+    while (!n.n_inner) /* the other threads may take every task: then the caller does not poll */
+        CHECK(g4_pool_run(n.pool, N_TASKS, false, count_task, n.done, run_inside, &n) == G4_OK);
+    bool even = true;
+    for (int i = 1; i < N_TASKS; i++)
+        even &= atomic_load(&n.done[i]) == atomic_load(&n.done[0]);
+    CHECK(even && atomic_load(&n.done[0]) > n.n_inner);
+    CHECK(g4_pool_run(n.pool, N_TASKS, false, count_task, n.done, NULL, NULL) == G4_OK); /* not locked */
+    g4_pool_free(n.pool);
+    g4_pool_free(n.other);
+}
+
 #ifndef __SANITIZE_THREAD__ /* TSan starts no threads in a forked child */
 enum { N_CALLERS = 4 };
 
@@ -96,6 +127,7 @@ static void test_pool_after_fork(void)
 void test_pool(void)
 {
     test_pool_freed_after_run();
+    test_pool_inside_its_own_poll();
 #ifndef __SANITIZE_THREAD__
     test_pool_after_fork();
 #endif
