@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import signal
 import stat
@@ -148,7 +147,7 @@ def _create(target: Path, own: set[str]) -> IO[bytes]:
     """The temporary; its name is in `own` and `_partials` before it exists, so it always has an owner."""
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
     while True:
-        partial = str(target.with_name(f".{target.name[:40]}.{secrets.token_hex(8)}.partial"))
+        partial = str(target.with_name(f".{target.name[:40]}.{os.urandom(8).hex()}.partial"))
         own.add(partial)
         _partials.add(partial)
         try:

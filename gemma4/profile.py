@@ -16,14 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from gemma4 import _engine
+
+if TYPE_CHECKING:  # rich is imported where a table is made
+    from rich.table import Table
 
 F64: TypeAlias = NDArray[np.float64]
 
@@ -119,6 +120,9 @@ class Profile:
     def table(self, limits: Limits | None = None, title: str | None = None) -> Table:
         """A row for each operation: calls and milliseconds per step, share of the time, giga-operations and gigabytes
         per second and, given the machine's limits, the share reached of the tighter limit."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
         heads = ["", "calls", "ms", "share", "Gop/s", "GB/s", *(["of limit"] if limits else [])]
         grid = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
         for i, head in enumerate(heads):

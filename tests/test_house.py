@@ -238,6 +238,15 @@ def changelog() -> dict[str, str]:
     return dict(zip(parts[1::3], parts[3::3], strict=True))
 
 
+def test_import_brings_no_heavy_library():
+    """Drawing, the network, media and the test oracles are imported where they are used."""
+    heavy = {"PIL", "asyncio", "av", "http", "matplotlib", "rich", "scipy", "ssl", "torch", "transformers"}
+    code = "import sys, gemma4; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert "gemma4" in done.stdout.split()
+    assert not heavy & set(done.stdout.split())
+
+
 def test_one_version():
     """The installed metadata, the package and the newest release of the changelog say the same."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -7,12 +7,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from typing import TYPE_CHECKING, NamedTuple
 
 from gemma4.units import size
+
+if TYPE_CHECKING:  # rich is imported where a table is made
+    from rich.table import Table
 
 
 class WrittenTensor(NamedTuple):
@@ -73,6 +73,9 @@ class QuantizationResult:
 
     def table(self) -> Table:
         """For a `rich` console: per type, tensors, bytes, bits per weight, errors."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
         table = Table(header_style="bold", box=SIMPLE_HEAD)
         for i, title in enumerate(_TITLES):
             table.add_column(title, justify="right" if i else "left", no_wrap=True)

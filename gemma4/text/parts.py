@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote_to_bytes, urlsplit
-from urllib.request import url2pathname
 
 MEDIA_TYPES = ("image", "audio", "video")
 _TEXT = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # key of each type's text
@@ -209,6 +208,8 @@ def _source(key: str, value: Any, refuse: Callable[[str], NoReturn]) -> Any:
     if re.match(r"data:", value, re.IGNORECASE):
         return _from_data_url(value, key, refuse)
     if re.match(r"file:", value, re.IGNORECASE):
+        from urllib.request import url2pathname  # here: it imports http and ssl
+
         return url2pathname(urlsplit(value).path)
     if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
         refuse(f"nothing is fetched from the net: {value[:80]}. Give a path, the bytes, or a data URL")

@@ -24,49 +24,78 @@ void g4_order_rows(const g4_forward *f, int *rows)
         rows[place[split && f->logits_slot[row] < 0]++] = row;
 }
 
-static g4_status gather(g4_forward *f, const int *rows, const g4_linear_job *job, const float **gathered)
+/* Rows of one group, ascending. Rows that follow each other are computed where they lie; others are gathered. */
+typedef struct row_group {
+    const int *rows;
+    int n;
+    bool in_place;
+} row_group;
+
+static void group_rows(const g4_forward *f, int *rows, row_group groups[GROUPS])
 {
-    const size_t k = job->w.n_cols;
-    float *x;
-    G4_ALLOC(&f->exec, x, (size_t)f->n_rows * k);
-    for (int i = 0; i < f->n_rows; i++)
-        memcpy(x + (size_t)i * k, job->x + (size_t)rows[i] * job->x_stride, k * sizeof *x);
-    *gathered = x;
+    const int first[GROUPS] = {0, f->n_with_logits}, n[GROUPS] = {f->n_with_logits, f->n_rows - f->n_with_logits};
+    g4_order_rows(f, rows);
+    for (int g = 0; g < GROUPS; g++) {
+        const int *of = rows + first[g];
+        groups[g] = (row_group){of, n[g], of[n[g] - 1] - of[0] == n[g] - 1};
+    }
+}
+
+static g4_linear_job job_in_place(const g4_linear_job *job, const row_group *group)
+{
+    g4_linear_job part = *job;
+    part.x += (size_t)group->rows[0] * job->x_stride;
+    part.out += (size_t)group->rows[0] * job->out_stride;
+    part.m = group->n;
+    return part;
+}
+
+/* Jobs with the same x share the gathered rows: they are rounded once. */
+static g4_status gather(g4_forward *f, const g4_linear_job *jobs, int j, const row_group *group, g4_linear_job *parts)
+{
+    const size_t k = jobs[j].w.n_cols, width = jobs[j].w.n_rows;
+    const float *shared = NULL;
+    float *out;
+    for (int i = 0; i < j && !shared; i++)
+        shared = jobs[i].x == jobs[j].x ? parts[i].x : NULL;
+    if (!shared) {
+        float *x;
+        G4_ALLOC(&f->exec, x, (size_t)group->n * k);
+        for (int i = 0; i < group->n; i++)
+            memcpy(x + (size_t)i * k, jobs[j].x + (size_t)group->rows[i] * jobs[j].x_stride, k * sizeof *x);
+        shared = x;
+    }
+    G4_ALLOC(&f->exec, out, (size_t)group->n * width);
+    parts[j] = (g4_linear_job){shared, k, group->n, jobs[j].w, out, width};
     return G4_OK;
+}
+
+static void scatter(const g4_linear_job *job, const row_group *group, const g4_linear_job *part)
+{
+    for (int i = 0; i < group->n; i++)
+        memcpy(job->out + (size_t)group->rows[i] * job->out_stride, part->out + (size_t)i * part->out_stride,
+               part->out_stride * sizeof *part->out);
 }
 
 static g4_status split_jobs(g4_forward *f, const g4_linear_job *jobs, int n_jobs)
 {
-    const int first[GROUPS] = {0, f->n_with_logits}, n[GROUPS] = {f->n_with_logits, f->n_rows - f->n_with_logits};
     int *rows;
-    const float **x;
-    g4_linear_job *split;
+    g4_linear_job *parts;
+    row_group groups[GROUPS];
     G4_ALLOC(&f->exec, rows, (size_t)f->n_rows);
-    G4_ALLOC(&f->exec, x, (size_t)n_jobs);
-    G4_ALLOC(&f->exec, split, (size_t)(GROUPS * n_jobs));
-    g4_order_rows(f, rows);
-    for (int j = 0; j < n_jobs; j++) {
-        const size_t width = jobs[j].w.n_rows;
-        float *out;
-        x[j] = NULL;
-        for (int i = 0; i < j && !x[j]; i++) /* jobs that share x still share it: it is rounded once */
-            x[j] = jobs[i].x == jobs[j].x ? x[i] : NULL;
-        if (!x[j])
-            G4_TRY(gather(f, rows, &jobs[j], &x[j]));
-        G4_ALLOC(&f->exec, out, (size_t)f->n_rows * width);
-        for (int g = 0; g < GROUPS; g++)
-            split[g * n_jobs + j] = (g4_linear_job){.x = x[j] + (size_t)first[g] * jobs[j].w.n_cols,
-                                                    .x_stride = jobs[j].w.n_cols,
-                                                    .m = n[g],
-                                                    .w = jobs[j].w,
-                                                    .out = out + (size_t)first[g] * width,
-                                                    .out_stride = width};
-    }
-    G4_TRY(g4_linear_jobs(&f->exec, split, GROUPS * n_jobs));
-    for (int j = 0; j < n_jobs; j++)
-        for (int i = 0; i < f->n_rows; i++)
-            memcpy(jobs[j].out + (size_t)rows[i] * jobs[j].out_stride, split[j].out + (size_t)i * split[j].out_stride,
-                   split[j].out_stride * sizeof *split[j].out);
+    G4_ALLOC(&f->exec, parts, (size_t)(GROUPS * n_jobs));
+    group_rows(f, rows, groups);
+    for (int g = 0; g < GROUPS; g++)
+        for (int j = 0; j < n_jobs; j++) {
+            if (groups[g].in_place)
+                parts[g * n_jobs + j] = job_in_place(&jobs[j], &groups[g]);
+            else
+                G4_TRY(gather(f, jobs, j, &groups[g], parts + g * n_jobs));
+        }
+    G4_TRY(g4_linear_jobs(&f->exec, parts, GROUPS * n_jobs));
+    for (int g = 0; g < GROUPS; g++)
+        for (int j = 0; !groups[g].in_place && j < n_jobs; j++)
+            scatter(&jobs[j], &groups[g], &parts[g * n_jobs + j]);
     return G4_OK;
 }
 
