@@ -331,6 +331,7 @@ int main(void)
     test_guards();
     test_memory();
     test_taps();
+    test_encoders();
     fixture_free(&f);
     printf("%d passed, %d failed\n", n_checks - n_failed, n_failed);
     return n_failed != 0;

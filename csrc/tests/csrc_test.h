@@ -35,12 +35,15 @@ typedef struct {
 void fixture_init(fixture *f);
 void fixture_free(fixture *f);
 
-/* Makes the tensors of an encoder of this config, found by querying the engine. */
-void fixture_init_encoder(fixture *f, g4_model *model, const g4_encoder_config *config);
+/* The tensors of an encoder of this config. */
+void fixture_init_encoder(fixture *f, const g4_encoder_config *config);
 
-/* Both exit the program if the engine refuses. */
+/* These, like the functions above, exit the program if the engine refuses. */
 g4_model *new_model_with(fixture *f, g4_model_options options);
 g4_model *new_model(fixture *f, int n_threads);
+
+/* A small encoder of each kind, without clipping. */
+g4_encoder_config encoder_config_of(g4_encoder_kind kind);
 
 /* A small random encoder. Its tensors live until the next one is made. */
 g4_encoder *new_encoder_of(g4_model *model, g4_encoder_kind kind);
@@ -51,5 +54,6 @@ void test_pool(void);
 void test_guards(void);
 void test_memory(void);
 void test_taps(void);
+void test_encoders(void);
 
 #endif

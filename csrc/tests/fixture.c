@@ -11,55 +11,28 @@ static float random_float(fixture *f)
     return (float)(f->seed >> 8) / (float)(1 << 24) - 0.5f;
 }
 
-static void add_tensor(fixture *f, const char *name, int n_dims, int64_t a, int64_t b, int64_t c)
+/* A g4_tensor_fn: adds a random tensor. Vectors lie around 1, matrices around 0. */
+static void add_tensor(void *context, const char *name, const int64_t *shape, int n_dims)
 {
-    size_t n = (size_t)(a * b * c);
+    fixture *f = context;
+    g4_named_tensor *t = &f->tensors[f->n_tensors];
+    size_t n = 1;
+    *t = (g4_named_tensor){.name = f->names[f->n_tensors++], .dtype = G4_F32, .n_dims = n_dims};
+    snprintf((char *)t->name, sizeof f->names[0], "%s", name);
+    for (int i = 0; i < n_dims; i++)
+        n *= (size_t)(t->shape[i] = shape[i]);
     float *data = malloc(n * sizeof *data);
-    bool is_vector = n_dims == 1;
     for (size_t i = 0; i < n; i++)
-        data[i] = is_vector ? 1 + 0.2f * random_float(f) : 0.4f * random_float(f);
-    char *stored_name = f->names[f->n_tensors];
-    snprintf(stored_name, sizeof f->names[0], "%s", name);
-    f->tensors[f->n_tensors++] = (g4_named_tensor){stored_name, G4_F32, n_dims, {a, b, c, 1}, data};
+        data[i] = n_dims == 1 ? 1 + 0.2f * random_float(f) : 0.4f * random_float(f);
+    t->data = data;
 }
 
-static void add_layer_tensor(fixture *f, int layer, const char *name, int n_dims, int64_t a, int64_t b, int64_t c)
+static void exit_unless(g4_status status, const g4_error *err)
 {
-    char full[80];
-    snprintf(full, sizeof full, "layers.%d.%s", layer, name);
-    add_tensor(f, full, n_dims, a, b, c);
-}
-
-static void add_layer(fixture *f, int i)
-{
-    const g4_layer_config *lc = &f->layers[i];
-    static const char *const norms[] = {"input_layernorm.weight",
-                                        "post_attention_layernorm.weight",
-                                        "pre_feedforward_layernorm.weight",
-                                        "post_feedforward_layernorm.weight",
-                                        "post_per_layer_input_norm.weight",
-                                        "pre_feedforward_layernorm_2.weight",
-                                        "post_feedforward_layernorm_1.weight",
-                                        "post_feedforward_layernorm_2.weight",
-                                        "router.scale"};
-    for (size_t n = 0; n < sizeof norms / sizeof *norms; n++)
-        add_layer_tensor(f, i, norms[n], 1, D, 1, 1);
-    add_layer_tensor(f, i, "layer_scalar", 1, 1, 1, 1);
-    add_layer_tensor(f, i, "self_attn.q_norm.weight", 1, lc->head_dim, 1, 1);
-    add_layer_tensor(f, i, "self_attn.k_norm.weight", 1, lc->head_dim, 1, 1);
-    add_layer_tensor(f, i, "self_attn.q_proj.weight", 2, HEADS * lc->head_dim, D, 1);
-    add_layer_tensor(f, i, "self_attn.k_proj.weight", 2, lc->n_kv_heads * lc->head_dim, D, 1);
-    add_layer_tensor(f, i, "self_attn.v_proj.weight", 2, lc->n_kv_heads * lc->head_dim, D, 1);
-    add_layer_tensor(f, i, "self_attn.o_proj.weight", 2, D, HEADS * lc->head_dim, 1);
-    add_layer_tensor(f, i, "mlp.gate_proj.weight", 2, lc->d_mlp, D, 1);
-    add_layer_tensor(f, i, "mlp.up_proj.weight", 2, lc->d_mlp, D, 1);
-    add_layer_tensor(f, i, "mlp.down_proj.weight", 2, D, lc->d_mlp, 1);
-    add_layer_tensor(f, i, "per_layer_input_gate.weight", 2, PLE, D, 1);
-    add_layer_tensor(f, i, "per_layer_projection.weight", 2, D, PLE, 1);
-    add_layer_tensor(f, i, "router.proj.weight", 2, EXPERTS, D, 1);
-    add_layer_tensor(f, i, "router.per_expert_scale", 1, EXPERTS, 1, 1);
-    add_layer_tensor(f, i, "experts.gate_up_proj", 3, EXPERTS, 2 * 12, D);
-    add_layer_tensor(f, i, "experts.down_proj", 3, EXPERTS, D, 12);
+    if (status == G4_OK)
+        return;
+    printf("%s\n", err->message);
+    exit(1);
 }
 
 void fixture_init(fixture *f)
@@ -108,41 +81,16 @@ void fixture_init(fixture *f)
                             .rope_half = {6, 12},
                             .rope_inv_freq = {f->inv_freq[0], f->inv_freq[1]},
                             .layers = f->layers};
-    add_tensor(f, "embed_tokens.weight", 2, VOCAB, D, 1);
-    add_tensor(f, "norm.weight", 1, D, 1, 1);
-    add_tensor(f, "embed_tokens_per_layer.weight", 2, VOCAB, LAYERS * PLE, 1);
-    add_tensor(f, "per_layer_model_projection.weight", 2, LAYERS * PLE, D, 1);
-    add_tensor(f, "per_layer_projection_norm.weight", 1, PLE, 1, 1);
-    for (int i = 0; i < LAYERS; i++)
-        add_layer(f, i);
+    g4_error err = {0};
+    exit_unless(g4_text_tensors(&f->config, add_tensor, f, &err), &err);
 }
 
-void fixture_init_encoder(fixture *f, g4_model *model, const g4_encoder_config *config)
+void fixture_init_encoder(fixture *f, const g4_encoder_config *config)
 {
     g4_error err = {0};
-    g4_encoder *encoder = NULL;
-    char name[80];
-    while (g4_encoder_new(model, config, f->tensors, f->n_tensors, NULL, NULL, &encoder, &err) == G4_EFORMAT) {
-        long long a, b, c, d;
-        g4_named_tensor *last = f->n_tensors ? &f->tensors[f->n_tensors - 1] : NULL;
-        if (sscanf(err.message, "the checkpoint has no tensor %79[^,],", name) == 1) {
-            add_tensor(f, name, 1, 1, 1, 1);
-            continue;
-        }
-        const char *shape = strstr(err.message, "calls for [");
-        const int n = shape ? sscanf(shape, "calls for [%lld, %lld, %lld, %lld]", &a, &b, &c, &d) : 0;
-        if (n < 1)
-            break;
-        snprintf(name, sizeof name, "%s", last->name);
-        free((void *)last->data);
-        f->n_tensors--;
-        add_tensor(f, name, n, a, n > 1 ? b : 1, (n > 2 ? c : 1) * (n > 3 ? d : 1));
-        f->tensors[f->n_tensors - 1].shape[2] = n > 2 ? c : 1;
-        f->tensors[f->n_tensors - 1].shape[3] = n > 3 ? d : 1;
-    }
-    if (!encoder)
-        printf("fixture_init_encoder: %s\n", err.message);
-    g4_encoder_free(encoder);
+    memset(f, 0, sizeof *f);
+    f->seed = 1;
+    exit_unless(g4_encoder_tensors(config, add_tensor, f, &err), &err);
 }
 
 void fixture_free(fixture *f)
@@ -155,10 +103,7 @@ g4_model *new_model_with(fixture *f, g4_model_options options)
 {
     g4_model *model = NULL;
     g4_error err = {0};
-    if (g4_model_new(&f->config, f->tensors, f->n_tensors, &options, &model, &err) != G4_OK) {
-        printf("%s\n", err.message);
-        exit(1);
-    }
+    exit_unless(g4_model_new(&f->config, f->tensors, f->n_tensors, &options, &model, &err), &err);
     return model;
 }
 
@@ -201,19 +146,21 @@ static const g4_encoder_config encoder_configs[] = {
                         .gradient_clipping = 1e10f},
     [G4_AUDIO_EMBEDDER] = {.d_in = 20, .d_soft = 20}};
 
+g4_encoder_config encoder_config_of(g4_encoder_kind kind)
+{
+    g4_encoder_config config = encoder_configs[kind];
+    config.kind = kind, config.d_out = D, config.rms_norm_eps = 1e-6f;
+    return config;
+}
+
 g4_encoder *new_encoder_of(g4_model *model, g4_encoder_kind kind)
 {
     static fixture f; /* the encoder keeps using its tensors */
-    g4_encoder_config config = encoder_configs[kind];
+    const g4_encoder_config config = encoder_config_of(kind);
     g4_encoder *encoder = NULL;
     g4_error err = {0};
     fixture_free(&f);
-    memset(&f, 0, sizeof f);
-    config.kind = kind, config.d_out = D, config.rms_norm_eps = 1e-6f;
-    fixture_init_encoder(&f, model, &config);
-    if (g4_encoder_new(model, &config, f.tensors, f.n_tensors, NULL, NULL, &encoder, &err) != G4_OK) {
-        printf("%s\n", err.message);
-        exit(1);
-    }
+    fixture_init_encoder(&f, &config);
+    exit_unless(g4_encoder_new(model, &config, f.tensors, f.n_tensors, NULL, NULL, &encoder, &err), &err);
     return encoder;
 }

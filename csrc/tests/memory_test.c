@@ -184,18 +184,10 @@ static bool same_logits(const scene *s, int first, int n)
     return s->fast || memcmp(s->logits, s->expected + first * VOCAB, (size_t)n * VOCAB * sizeof *s->logits) == 0;
 }
 
-static g4_sequence *new_sequence(const scene *s)
-{
-    g4_sequence *seq = NULL;
-    g4_error err = {0};
-    CHECK(g4_sequence_new(s->model, G4_F32, 0, &seq, &err) == G4_OK);
-    return seq;
-}
-
 /* A sequence of n tokens. */
 static g4_sequence *filled_sequence(scene *s, int n)
 {
-    g4_sequence *seq = new_sequence(s);
+    g4_sequence *seq = new_sequence_of(s->model);
     g4_error err = {0};
     CHECK(forward(s, seq, 0, n, 0, &err) == G4_OK);
     return seq;
@@ -413,7 +405,7 @@ static void test_saving(scene *s)
     const int global = 2; /* in the fixture; its values are its keys */
     s->taps[0] = (g4_tap){.kind = G4_TAP_CALL, .site = G4_SITE_ROT_K, .layer = global, .call = change_first};
     s->n_taps = 1;
-    s->seq = new_sequence(s);
+    s->seq = new_sequence_of(s->model);
     each_allocation("edited keys", s, edit_keys, NULL);
     g4_sequence_free(s->seq);
     s->seq = filled_sequence(s, N_BEFORE);
@@ -429,7 +421,7 @@ static void test_steps(scene *s)
     g4_error err = {0};
     each_allocation("model and step", s, live, NULL);
     each_allocation("two sequences", s, two_sequences, NULL);
-    s->seq = new_sequence(s);
+    s->seq = new_sequence_of(s->model);
     each_allocation("prefill", s, prefill, NULL);
     CHECK(g4_sequence_truncate(s->seq, 0, &err) == G4_OK);
     each_allocation("token by token", s, go_on, NULL);
@@ -542,8 +534,7 @@ static void test_encoder(scene *s, const g4_encoder_config *config)
     g4_error err = {0};
     for (int i = 0; i < N_ROWS; i++)
         positions[2 * i] = i % SIDE, positions[2 * i + 1] = i / SIDE;
-    memset(&tensors, 0, sizeof tensors);
-    fixture_init_encoder(&tensors, s->model, config);
+    fixture_init_encoder(&tensors, config);
     s->f = &tensors;
     s->encoder_config = config;
     s->medium = (g4_medium){N_ROWS, rows, positions, soft};
@@ -562,55 +553,13 @@ static void test_encoder(scene *s, const g4_encoder_config *config)
     fixture_free(&tensors);
 }
 
-static void test_encoders(scene *s)
+static void test_encoder_kinds(scene *s)
 {
-    static const float inv_freq[] = {1, 0.1f};
-    static const g4_encoder_config configs[] = {
-        {.kind = G4_VISION_TOWER,
-         .d_in = 12,
-         .d_model = 16,
-         .d_soft = 16,
-         .d_out = D,
-         .n_layers = 2,
-         .n_heads = 2,
-         .n_kv_heads = 2,
-         .head_dim = 8,
-         .d_mlp = 20,
-         .n_positions = 8,
-         .pool = 2,
-         .clipped = true,
-         .standardize = true,
-         .rms_norm_eps = 1e-6f,
-         .rope_inv_freq = inv_freq},
-        {.kind = G4_VISION_EMBEDDER,
-         .d_in = 12,
-         .d_model = 16,
-         .d_soft = 16,
-         .d_out = D,
-         .n_positions = 8,
-         .rms_norm_eps = 1e-6f},
-        {.kind = G4_AUDIO_TOWER,
-         .d_in = 16,
-         .d_model = 16,
-         .d_soft = 24,
-         .d_out = D,
-         .n_layers = 2,
-         .n_heads = 2,
-         .n_kv_heads = 2,
-         .head_dim = 8,
-         .d_mlp = 20,
-         .clipped = true,
-         .rms_norm_eps = 1e-6f,
-         .conv_channels = {4, 3},
-         .conv_kernel = 3,
-         .context_left = 13,
-         .chunk = 12,
-         .logit_cap = 50,
-         .residual_weight = 0.5f,
-         .gradient_clipping = 1e10f},
-        {.kind = G4_AUDIO_EMBEDDER, .d_in = 20, .d_soft = 20, .d_out = D, .rms_norm_eps = 1e-6f}};
-    for (int i = 0; i < 4; i++)
-        test_encoder(s, &configs[i]);
+    for (int kind = G4_VISION_TOWER; kind <= G4_AUDIO_EMBEDDER; kind++) {
+        g4_encoder_config config = encoder_config_of((g4_encoder_kind)kind);
+        config.clipped = config.standardize = true;
+        test_encoder(s, &config);
+    }
 }
 
 /* Scores need room for all positions that neighbouring rows see together, even in sliding layers: rows with logits lie
@@ -663,7 +612,7 @@ void test_memory(void)
         memcpy(s.expected, s.logits, sizeof s.logits);
         g4_sequence_free(s.seq);
         test_steps(&s);
-        test_encoders(&s);
+        test_encoder_kinds(&s);
         test_room_for_scores(&s, false);
         test_room_for_scores(&s, true);
         s.seq = filled_sequence(&s, N_TOKENS); /* the model still works */

@@ -30,6 +30,7 @@ static const float EPS = 1e-6f; /* of all norms except those of the convolutions
 static g4_status check(const g4_encoder_config *c, g4_error *err)
 {
     G4_TRY(g4_encoder_check_layers(c, err));
+    G4_TRY(g4_encoder_check_range("d_in", c->d_in, 1, 1 << 12, err)); /* frames times bins fit an int */
     G4_TRY(g4_encoder_check_range("conv_channels[0]", c->conv_channels[0], 1, 1 << 12, err));
     G4_TRY(g4_encoder_check_range("conv_channels[1]", c->conv_channels[1], 1, 1 << 12, err));
     G4_TRY(g4_encoder_check_range("conv_kernel", c->conv_kernel, 1, 1 << 8, err));

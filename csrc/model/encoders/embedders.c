@@ -31,10 +31,16 @@ static const g4_bind_row rows[] = {
 };
 /* clang-format on */
 
-static g4_status check(const g4_encoder_config *c, g4_error *err)
+static g4_status check_image(const g4_encoder_config *c, g4_error *err)
 {
     G4_TRY(g4_encoder_check_range("d_model", c->d_model, 1, 1 << 16, err));
+    G4_TRY(g4_encoder_check_range("d_soft", c->d_soft, c->d_model, c->d_model, err));
     return g4_encoder_check_range("n_positions", c->n_positions, 1, 1 << 20, err);
+}
+
+static g4_status check_audio(const g4_encoder_config *c, g4_error *err)
+{
+    return g4_encoder_check_range("d_soft", c->d_soft, c->d_in, c->d_in, err);
 }
 
 /* One soft token per row. */
@@ -110,9 +116,10 @@ static g4_status encode_audio(g4_encode_pass *p)
 }
 
 const g4_kind_row g4_vision_embedder = {.positions = true,
-                                        .check = check,
+                                        .check = check_image,
                                         .axis = g4_encoder_axis,
                                         .soft_tokens = soft_tokens,
                                         .bind = bind,
                                         .encode = encode_image};
-const g4_kind_row g4_audio_embedder = {.axis = g4_encoder_axis, .soft_tokens = soft_tokens, .encode = encode_audio};
+const g4_kind_row g4_audio_embedder = {
+    .check = check_audio, .axis = g4_encoder_axis, .soft_tokens = soft_tokens, .encode = encode_audio};

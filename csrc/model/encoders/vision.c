@@ -26,6 +26,7 @@ enum { MLP_ROWS = 1536 };
 static g4_status check(const g4_encoder_config *c, g4_error *err)
 {
     G4_TRY(g4_encoder_check_layers(c, err));
+    G4_TRY(g4_encoder_check_range("d_soft", c->d_soft, c->d_model, c->d_model, err));
     G4_TRY(g4_encoder_check_range("n_positions", c->n_positions, 1, 1 << 20, err));
     G4_TRY(g4_encoder_check_range("pool", c->pool, 1, 64, err));
     if (c->head_dim % 4)
@@ -337,12 +338,13 @@ static g4_status pool_image(g4_encode_pass *p, int index, const float *x, float 
         width = image->positions[2 * i] >= width ? image->positions[2 * i] + 1 : width;
     memset(soft, 0, (size_t)n_soft * (size_t)d * sizeof *soft);
     for (int i = 0; i < image->n_rows; i++) {
-        const int at = image->positions[2 * i] / c->pool + image->positions[2 * i + 1] / c->pool * (width / c->pool);
+        const int x_at = image->positions[2 * i] / c->pool, y_at = image->positions[2 * i + 1] / c->pool;
+        const int64_t at = x_at + (int64_t)y_at * (width / c->pool);
         if (at >= n_soft)
             return g4_fail(p->exec.err, G4_EVALUE,
-                           "image %d: the patch at %d, %d falls into soft token %d of %d; expected a whole grid whose "
-                           "sides are multiples of %d patches",
-                           index, image->positions[2 * i], image->positions[2 * i + 1], at, n_soft, c->pool);
+                           "image %d: the patch at %d, %d falls into soft token %lld of %d; expected a whole grid "
+                           "whose sides are multiples of %d patches",
+                           index, image->positions[2 * i], image->positions[2 * i + 1], (long long)at, n_soft, c->pool);
         p->exec.kernels->axpy(soft + (size_t)at * (size_t)d, 1.0f / (float)(c->pool * c->pool),
                               x + (size_t)i * (size_t)d, d);
     }

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "ops/attention/run.h"
 #include "ops/profile.h"
 
 enum { MAX_BAND = 256 }; /* keys per row; the models have 12 */
@@ -121,8 +122,12 @@ static void mix_rows(const g4_exec *exec, void *context, int first, int end)
 {
     const task *t = context;
     for (int row = first; row < end; row++)
-        for (int head = 0; head < t->run->n_heads; head++)
-            mix_row(exec->kernels, t->run, row, head, array_row(t, head, row), 0, t->run->n_rows);
+        for (int head = 0; head < t->run->n_heads; head++) {
+            const float *weights = array_row(t, head, row);
+            int from, to;
+            g4_occupied(weights, t->run->n_rows, 0, &from, &to); /* other frames may be infinite: 0 × inf is NaN */
+            mix_row(exec->kernels, t->run, row, head, weights + from, from, to - from);
+        }
 }
 
 g4_status g4_band_scores(g4_exec *exec, const g4_band_attention *run, float *scores)
