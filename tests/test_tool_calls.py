@@ -83,6 +83,21 @@ REPAIRED = {
     "namespace with a dot": (f"call:default_api.weather{{city:{Q}Rome{Q}}}", "weather", {"city": "Rome"}),
     "name with a colon": ("call:pdf:make{a:1}", "pdf:make", {"a": 1}),
     "name with a dot": ("call:fs.read{a:'x'}", "fs.read", {"a": "x"}),
+    "typographic quotes": (
+        "call:note{a:“Rome, b: 2”,b:«x»,“c”:‘it’s’}",
+        "note",
+        {"a": "Rome, b: 2", "b": "x", "c": "it’s"},
+    ),
+    "backticks": ("call:shell{cmd:`ls -la`}", "shell", {"cmd": "ls -la"}),
+    "a single quoted key alone": ("call:note{'a':1}", "note", {"a": 1}),
+    "an equals sign in words": ("call:note{a=x:1}", "note", {"a": "x:1"}),
+    "another separator in the name": ("call:mcp:fs:read{p:1}", "fs.read", {"p": 1}),
+    "the same member twice": ("call:note{a:1,a:1}", "note", {"a": 1}),
+    "JSON call with an id": (
+        '{"id": "c1", "type": "function", "name": "note", "arguments": {"a": 1}}',
+        "note",
+        {"a": 1},
+    ),
     "the marker of a turn's end": (f"call:note{{a:{Q}say <turn|> now{Q}}}", "note", {"a": "say <turn|> now"}),
 }
 
@@ -126,6 +141,13 @@ REFUSED = {
     "JSON with a list of arguments": '{"name": "note", "arguments": [1]}',
     "JSON with words as arguments": '{"name": "note", "arguments": "x"}',
     "one of two calls is nobody's": '[{"name": "note"}, {"name": "rm"}]',
+    "members beside the name": '{"name": "weather", "city": "Rome"}',
+    "members beside the function": '{"function": {"name": "note"}, "arguments": {"a": 1}}',
+    "arguments twice": '{"name": "note", "arguments": {}, "parameters": {"a": 1}}',
+    "two values of one member": "call:note{a:1,a:2}",
+    "two values of one member in words": "call:note{a:'x',a:'y'}",
+    "two values of one member in JSON text": r'{"name": "note", "arguments": "{\"a\": 1, \"a\": 2}"}',
+    "an open typographic quote": "call:note{a:“Rome}",
     "no calls": "[]",
     "words": "I would call note.",
     "too deep": "call:note{a:" + "[" * 100 + "'x'",
@@ -156,6 +178,32 @@ def test_several_calls_at_once():
     assert parse_turn(f"{OPEN}call:now{{}}call:note{{a:1}}{CLOSE}", tools=TOOLS).tool_calls == both
     text = f"{OPEN}call:weather{{city:{Q}Rome}}{CLOSE}{OPEN}call:weather{{city:{Q}Paris{Q}}}{CLOSE}"
     assert [call.arguments["city"] for call in parse_turn(text, tools=TOOLS).tool_calls] == ["Rome", "Paris"]
+
+
+@pytest.mark.parametrize("between", ["", ",", ";\n", " ", "}", "."])
+def test_what_follows_a_call_is_not_lost(between):
+    """A second call, read or not, and words: before the closing token, and where there is none."""
+    first, second = ToolCall("note", {"a": 1}), ToolCall("weather", {"city": "Rome"})
+    for end in (CLOSE, f"{CLOSE}<turn|>", "<turn|>", "<|tool_response>", ""):
+        read = parse_turn(f"{OPEN}call:note{{a:1}}{between}call:weather{{city:{Q}Rome{Q}}}{between}{end}", tools=TOOLS)
+        assert read == ModelTurn("", "", (first, second))
+        read = parse_turn(f"{OPEN}call:note{{a:1}}{between}call:weather{{city:'Rome'}}{end}", tools=TOOLS)
+        assert read == ModelTurn("", "", (first, second))
+        read = parse_turn(f"{OPEN}call:note{{a:1}}{between}now and more{end}", tools=TOOLS)
+        assert read == ModelTurn("", "", (first,), ("now and more",))
+    read = parse_turn(f"{OPEN}call:note{{a:1}}{between}call:note{{a:'x, b:2}}{CLOSE}Hm.", tools=TOOLS)
+    assert read == ModelTurn("Hm.", "", (first,), ("call:note{a:'x, b:2}",))
+
+
+def test_many_calls_in_one_stretch():
+    text = OPEN + "call:note{a:1}" * 5000 + CLOSE
+    assert len(parse_turn(text, tools=TOOLS).tool_calls) == 5000
+
+
+def test_separators_that_several_tools_differ_in():
+    for tools, name in ((["a.b", "a:b"], None), (["a.b", "a:b", "b"], "b"), (["a/b"], "a/b")):
+        calls = parse_turn(f"{OPEN}call:a/b{{x:1}}{CLOSE}", tools=tools).tool_calls
+        assert [call.name for call in calls] == [name or "a/b"]
 
 
 def test_a_string_cannot_start_another_call():
@@ -233,6 +281,7 @@ STREAMED = {
     "call:weather is what I would do.<turn|>": ("call:weather is what I would do.", [], "stop"),
     f"call:rm{{a:1}}{CLOSE}ok<turn|>": ("call:rm{a:1}ok", [], "stop"),
     "call<turn|>": ("call", [], "stop"),
+    f"{OPEN}call:weather{{a:1}},call:weather{{a:2}}{CLOSE}<|tool_response>": ("", ["weather"] * 2, "tool_calls"),
     f"call:weather{{city:'R'}} or so{CLOSE}ok<turn|>": ("call:weather{city:'R'} or sook", [], "stop"),
 }
 

@@ -21,6 +21,21 @@ class Malformed(Exception):
     """The text is not in the expected format; never leaves the package."""
 
 
+def add_member(out: dict[str, Any], name: str, value: Any) -> None:
+    """Put a member into an object. Raises Malformed if it is there with another value: one of them would be lost."""
+    if name in out and out[name] != value:
+        raise Malformed
+    out[name] = value
+
+
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of JSON members; raises as `add_member`."""
+    out: dict[str, Any] = {}
+    for name, value in pairs:
+        add_member(out, name, value)
+    return out
+
+
 def literal(word: str) -> Any:
     """The number (also `.5`, `1.`, `+3`, `1_000`), truth value or null (as in JSON or Python); else the word.
 

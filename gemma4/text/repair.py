@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from gemma4.text.literals import LITERAL, QUOTE, Malformed, literal
+from gemma4.text.literals import LITERAL, QUOTE, Malformed, add_member, literal, unique_members
 
 _Q = re.escape(QUOTE)
 _HEAD = re.compile(
@@ -22,10 +22,12 @@ _JSON_CALL = re.compile(r"(?:call\s*:)?\s*(?=[{\[])")
 _FENCE = re.compile(r"```\w*\n(.*?)\n?```\Z", re.S)
 # A key and its separator. "http://" and "a == b" are text.
 _KEYISH = (
-    rf"""(?:{_Q}[^<]{{0,256}}{_Q}|"[^"\n]{{0,256}}"|'[^'\n]{{0,256}}'|[^\W\d][\w.$-]{{0,127}})\s*(?::(?!//)|=(?!=))"""
+    rf"""(?:{_Q}[^<]{{0,256}}{_Q}|"[^"\n]{{0,256}}"|'[^'\n]{{0,256}}'|“[^”\n]{{0,256}}”|[^\W\d][\w.$-]{{0,127}})"""
+    r"\s*(?::(?!//)|=(?!=))"
 )
 _KEY = re.compile(
-    rf"""(?:{_Q}(?P<q>(?:(?!{_Q}).)*){_Q}|"(?P<j>[^"]*)"|'(?P<s>[^']*)'|(?P<b>[^:={{}},\[\]()"'<]{{1,256}}?))\s*[:=]""",
+    rf"""(?:{_Q}(?P<q>(?:(?!{_Q}).)*){_Q}|"(?P<j>[^"]*)"|'(?P<s>[^']*)'|[“‘«„`](?P<t>[^”’»“`]*)[”’»“`]|"""
+    r"""(?P<b>[^:={},\[\]()"'<]{1,256}?))\s*[:=]""",
     re.S,
 )
 # Text that may follow a value: the end, a comma before a key or a closer, closers with valid text after them, or a key
@@ -38,21 +40,32 @@ _COMMA = re.compile(rf",\s*(?:\Z|[,}}\])]|{_KEYISH})")
 _LATER_CLOSER = re.compile(rf"\s*{_CLOSERS}")
 _LITERAL_THEN_KEY = re.compile(rf"({LITERAL})\s+(?={_KEYISH})")
 _MORE_KEYS = re.compile(rf"[,;\n]\s*{_KEYISH}")
-_QUOTES = (QUOTE, '"""', "'''", '"', "'")
+_TYPOGRAPHIC = {"“": "”", "‘": "’", "«": "»", "„": "“", "`": "`"}  # opening quote -> closing quote
+_QUOTES = (QUOTE, '"""', "'''", '"', "'", *_TYPOGRAPHIC)
 _PAIRS = {"{": "}", "(": ")", "[": "]"}
-_JSON = json.JSONDecoder(strict=False)
-_MAX_DEPTH = 64
+_JSON = json.JSONDecoder(strict=False, object_pairs_hook=unique_members)
+_MAX_DEPTH, _MAX_NAME = 64, 256
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
+_UNUSED = {"type", "id", "index", "call_id"}  # keys of a JSON call that are no part of its meaning
+_SEPARATOR = re.compile(r"[.:/]")
 
 
 def offered(name: str, tools: Collection[str]) -> str | None:
-    """The tool that a model means by `name`: one of that name, or of what follows its namespaces ("mcp:files:read")."""
-    rest = name
-    while rest not in tools:
-        _, separator, rest = re.split(r"([.:/])", rest, maxsplit=1) if re.search(r"[.:/]", rest) else ("", "", "")
-        if not separator:
-            return None
-    return rest
+    """The tool that a model means by `name`: one of that name, or of what follows its namespaces ("mcp:files:read").
+
+    Of tools that differ from it in separators alone ("files.read"), it means the only one.
+    """
+    if name in tools or len(name) > _MAX_NAME:
+        return name if name in tools else None
+    alike: dict[str, list[str]] = {}
+    for tool in tools:
+        alike.setdefault(_SEPARATOR.sub(".", tool), []).append(tool)
+    for start in (0, *(separator.end() for separator in _SEPARATOR.finditer(name))):
+        rest = name[start:]
+        same = [rest] if rest in tools else alike.get(_SEPARATOR.sub(".", rest), ())
+        if len(same) == 1:
+            return same[0]
+    return None
 
 
 def repair_calls(body: str, ended: bool, tools: Collection[str]) -> list[tuple[str, dict[str, Any]]] | None:
@@ -82,10 +95,11 @@ def _calls_of(value: Any, tools: Collection[str]) -> Iterator[tuple[str, dict[st
         call = entry.get("function", entry) if isinstance(entry, dict) else None
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise Malformed
-        name = offered(call["name"], tools)
-        if name is None:
+        name, given = offered(call["name"], tools), [key for key in _ARGUMENTS if key in call]
+        beside = {*call, *(entry if call is not entry else ())} - {"name", *given, *_UNUSED}
+        if name is None or len(given) > 1 or beside - {"function"}:
             raise Malformed
-        arguments = next((call[key] for key in _ARGUMENTS if key in call), {})
+        arguments = call[given[0]] if given else {}
         if isinstance(arguments, str):  # as in OpenAI's API
             arguments = _decoded(arguments)
         if not isinstance(arguments, dict):
@@ -155,7 +169,8 @@ class _Lenient:
             if key is None:
                 raise Malformed
             name = next(part for part in key.groups() if part is not None).strip()
-            out[name], at = self._value(key.end())
+            value, at = self._value(key.end())
+            add_member(out, name, value)
             at = self._comma(at)
         return out, end
 
@@ -199,7 +214,8 @@ class _Lenient:
                     return value, end
             except ValueError:
                 pass
-        for found in re.finditer(rf"(?<!\\){quote}", self.text[start:]):
+        closing = _TYPOGRAPHIC.get(quote, quote)
+        for found in re.finditer(rf"(?<!\\){closing}", self.text[start:]):
             if self._ends_here(start + found.end()):
                 return _unescaped(self.text[start : start + found.start()], quote), start + found.end()
         return self._unterminated(start, quote)
@@ -214,7 +230,12 @@ class _Lenient:
         other = next((mark for mark in ('"', "'", QUOTE) if text.endswith(mark) and text.count(mark) % 2), "")
         text = text.removesuffix(other)
         # An apostrophe may be a quote, and text that looks like further members may be members.
-        if quote == "'" or QUOTE in text or text.count("{") > text.count("}") or _MORE_KEYS.search(text):
+        if (
+            quote in ("'", *_TYPOGRAPHIC)
+            or QUOTE in text
+            or text.count("{") > text.count("}")
+            or _MORE_KEYS.search(text)
+        ):
             raise Malformed
         self.missing = True
         return text, end
@@ -263,7 +284,7 @@ def _unescaped(text: str, quote: str) -> str:
     """A string written with escapes, decoded; unchanged if they are not escapes (a Windows path, for example)."""
     if quote == "'":
         text = text.replace("\\'", "'")
-    if "\\" not in text:
+    if "\\" not in text or quote in _TYPOGRAPHIC:
         return text
     try:
         return json.loads('"' + re.sub(r'(?<!\\)"', r"\"", text) + '"', strict=False)

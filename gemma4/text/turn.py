@@ -16,9 +16,9 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from gemma4.text.literals import QUOTE, Malformed, literal
+from gemma4.text.literals import QUOTE, Malformed, add_member, literal
 from gemma4.text.repair import offered, repair_calls
 
 _MARKS = (
@@ -34,8 +34,11 @@ _CALL = re.compile(r"\s*call:\s*([^\s{}<>()\[\]\"',=|]{1,256})\s*\{")
 _NAME = re.compile(r"""\s*["']?([^\s{}<>()\[\]"',=|]{1,256})["'\s{(]""")
 _BARE_CALL = re.compile(r"\s*call\s*:")
 _CLOSERS = re.compile(r"[\s})\]]*\Z")
+_BETWEEN = re.compile(r"[\s})\].,;]*")  # text after a call without a meaning of its own: spare closers, separators
 _BARE = re.compile(r"[^,{}\[\]]*")
-_KEY = re.compile(r'\s*(?:<\|"\|>(?P<q>(?:(?!<\|"\|>).)*)<\|"\|>|"(?P<j>[^"]*)"|(?P<b>[^:,{}\[\]"<]+?))\s*:', re.S)
+_KEY = re.compile(
+    r'\s*(?:<\|"\|>(?P<q>(?:(?!<\|"\|>).)*)<\|"\|>|"(?P<j>[^"]*)"|(?P<b>[^:=,{}\[\]"\'`“”‘’«»„<\n]+?))\s*:', re.S
+)
 _SPACE = re.compile(r"\s*")
 _JSON = json.JSONDecoder(strict=False)
 _MAX_DEPTH = 64
@@ -155,22 +158,22 @@ class _Reader:
         return self._repaired(text, ended=True)
 
     def _call(self, at: int) -> int:
-        """Parse the call that starts at `at`; returns where to continue."""
-        read = self._canonical(self.text, at)
-        if read:
+        """Parse the calls up to the next marker, most often one; returns where to continue."""
+        n_before = len(self.calls)
+        while read := self._canonical(self.text, at):
             self.calls.append(read[0])
-            return self._without_spare_closers(read[1])
+            between = _BETWEEN.match(self.text, read[1])
+            at = between.end() if between else read[1]
         mark = _MARK.search(self.text, at)
         stop = mark.start() if mark else len(self.text)
-        body = self.text[at:stop]
-        if not self._repaired(body, ended=mark is not None and mark[0] in _CALL_ENDS) and not self._in_words(body):
+        body, follows = self.text[at:stop], len(self.calls) > n_before
+        if follows and not body:
+            return stop
+        known = not follows or _BARE_CALL.match(body)
+        ended = mark is not None and mark[0] in _CALL_ENDS
+        if not known or (not self._repaired(body, ended) and not self._in_words(body)):
             self.malformed.append(body)
         return stop
-
-    def _without_spare_closers(self, at: int) -> int:
-        mark = _MARK.search(self.text, at)
-        stop = mark.start() if mark else len(self.text)
-        return stop if _CLOSERS.match(self.text[at:stop]) else at
 
     def _canonical(self, text: str, at: int) -> tuple[ToolCall, int] | None:
         """A call in the exact format, whose strings may hold anything, and where it ends."""
@@ -179,7 +182,7 @@ class _Reader:
         if start is None or name is None:
             return None
         try:
-            arguments, after = _object(text, start.end(), 1, words=False)
+            arguments, after = _object(text, start.end(), 1, _Rules(words=False))
         except Malformed:
             return None
         return ToolCall(name, arguments), after
@@ -200,7 +203,7 @@ class _Reader:
         if start is None or name is None or name in self.tools:  # for a known tool, repair_calls decides
             return False
         try:
-            arguments, after = _object(body, start.end(), 1, words=True)
+            arguments, after = _object(body, start.end(), 1, _Rules(words=True))
         except Malformed:
             return False
         if not _CLOSERS.match(body[after:]):
@@ -214,7 +217,7 @@ def parse_arguments(text: str) -> dict[str, Any]:
     try:
         if not text.startswith("{"):
             raise Malformed
-        arguments, at = _object(text, 1, 1, words=True)
+        arguments, at = _object(text, 1, 1, _Rules(words=True, repeats=True))
         if text[at:].strip():
             raise Malformed
         return arguments
@@ -222,7 +225,12 @@ def parse_arguments(text: str) -> dict[str, Any]:
         raise ValueError(f"not a tool call's arguments: {text!r:.200}") from None
 
 
-def _object(text: str, at: int, depth: int, words: bool) -> tuple[dict[str, Any], int]:
+class _Rules(NamedTuple):
+    words: bool  # text without quotes is a string
+    repeats: bool = False  # a key may be repeated; the last value counts
+
+
+def _object(text: str, at: int, depth: int, rules: _Rules) -> tuple[dict[str, Any], int]:
     out: dict[str, Any] = {}
     at = _skip(text, at)
     while not text.startswith("}", at):
@@ -230,16 +238,19 @@ def _object(text: str, at: int, depth: int, words: bool) -> tuple[dict[str, Any]
         if key is None:
             raise Malformed
         name = next(part for part in (key["q"], key["j"], key["b"]) if part is not None)
-        out[name], at = _value(text, key.end(), depth, words)
+        value, at = _value(text, key.end(), depth, rules)
+        if rules.repeats:
+            out.pop(name, None)
+        add_member(out, name, value)
         at = _comma(text, at, "}")
     return out, at + 1
 
 
-def _list(text: str, at: int, depth: int, words: bool) -> tuple[list[Any], int]:
+def _list(text: str, at: int, depth: int, rules: _Rules) -> tuple[list[Any], int]:
     out: list[Any] = []
     at = _skip(text, at)
     while not text.startswith("]", at):
-        item, at = _value(text, at, depth, words)
+        item, at = _value(text, at, depth, rules)
         out.append(item)
         at = _comma(text, at, "]")
     return out, at + 1
@@ -254,7 +265,7 @@ def _comma(text: str, at: int, closer: str) -> int:
     return at
 
 
-def _value(text: str, at: int, depth: int, words: bool) -> tuple[Any, int]:
+def _value(text: str, at: int, depth: int, rules: _Rules) -> tuple[Any, int]:
     at = _skip(text, at)
     if depth > _MAX_DEPTH:
         raise Malformed
@@ -264,12 +275,12 @@ def _value(text: str, at: int, depth: int, words: bool) -> tuple[Any, int]:
             raise Malformed
         return text[at + len(QUOTE) : end], end + len(QUOTE)
     if text.startswith("{", at):
-        return _object(text, at + 1, depth + 1, words)
+        return _object(text, at + 1, depth + 1, rules)
     if text.startswith("[", at):
-        return _list(text, at + 1, depth + 1, words)
+        return _list(text, at + 1, depth + 1, rules)
     if text.startswith('"', at):
         return _json_string(text, at)
-    return _bare(text, at, words)
+    return _bare(text, at, rules)
 
 
 def _json_string(text: str, at: int) -> tuple[str, int]:
@@ -281,15 +292,15 @@ def _json_string(text: str, at: int) -> tuple[str, int]:
         raise Malformed from None
 
 
-def _bare(text: str, at: int, words: bool) -> tuple[Any, int]:
-    """A number, true, false, null, or (if `words` is true) text without quotes."""
+def _bare(text: str, at: int, rules: _Rules) -> tuple[Any, int]:
+    """A number, true, false, null, or (if the rules have words) text without quotes."""
     found = _BARE.match(text, at)
     end = found.end() if found else at
     word = text[at:end].strip()
     if not word or "<" in word or end >= len(text):
         raise Malformed
     value = literal(word)
-    if isinstance(value, str) and not words:
+    if isinstance(value, str) and not rules.words:
         raise Malformed
     return value, end
 
