@@ -238,6 +238,8 @@ def test_the_order_of_words_and_results_is_kept() -> None:
         ),
         ("user", {"type": "tool_result", "tool_use_id": {}, "content": "x"}, '"tool_use_id" of a part'),
         ("assistant", {"type": "thinking", "thinking": None}, 'needs "thinking", a string; it has thinking = None'),
+        ("user", {"type": "tool_result", "output": "x"}, 'a part of type "tool_result" holds "content", not "output"'),
+        ("assistant", {"type": "tool_use", "name": "f", "arguments": {}}, 'holds "input", not "arguments"'),
         ("user", {"type": "tool_result", "content": ["x"]}, "the content of a tool_result must be parts"),
         ("user", {"type": "tool_result", "content": [{"type": "document"}]}, "no part of type 'document'"),
     ],
@@ -288,7 +290,69 @@ MALFORMED = [
     ({"type": "image", "base64": "abcde"}, '"base64" is no base64'),
     ({"type": "image", "url": "data:image/png;base64,Ü"}, "no base64"),
     ({"type": "image", "url": "data:image/png;base64"}, "data URL without a comma"),
+    ({"type": "text", "text": "see", "image_url": {"url": URLS["image"]}}, '"image_url" needs a part of its own'),
+    ({"type": "input_text", "text": "see", "image": PNG}, '"image" needs a part of its own'),
+    ({"type": "image_url", "image_url": "file://elsewhere/etc/passwd"}, "nothing is fetched from the net: file://else"),
 ]
+
+
+BESIDE = {
+    "images": [TEXTS["image"]], "image": PNG, "audio": {"id": "x"}, "videos": ["a.mp4"], "files": ["a.pdf"],
+    "attachments": [{"name": "a"}], "documents": ["x"], "parts": [{"text": "x"}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("name", BESIDE)
+def test_media_beside_the_content_are_not_passed_over(model: Any, role: str, name: str) -> None:
+    """Ollama's and other clients' messages; empty ones hold nothing."""
+    messages = [{"role": "user", "content": "Hello"}, {"role": role, "content": "x"}]
+    plain = model.to_prompt(messages).ids.tolist()
+    assert model.to_prompt([messages[0], messages[1] | {name: None}]).ids.tolist() == plain
+    assert model.to_prompt([messages[0], messages[1] | {name: []}]).ids.tolist() == plain
+    with pytest.raises(ValueError, match=rf'message 1 \({role}\): "{name}" is not read; give media as parts'):
+        model.to_prompt([messages[0], messages[1] | {name: BESIDE[name]}])
+
+
+def test_what_openai_puts_beside_the_content(model: Any) -> None:
+    user = {"role": "user", "content": "Weather?"}
+    call = {"name": "f", "arguments": '{"a": 1}'}
+    ours = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    for content in ("", None):
+        theirs = {"role": "assistant", "content": content, "function_call": call}
+        assert "call:f{a:1}" in model.to_string(model.to_prompt([user, theirs]).ids)
+        assert model.to_prompt([user, theirs]).ids.tolist() == model.to_prompt([user, ours]).ids.tolist()
+        refused = {"role": "assistant", "content": content, "refusal": "No, sorry."}
+        assert "No, sorry." in model.to_string(model.to_prompt([user, refused]).ids)
+    with pytest.raises(ValueError, match=r"message 0 \(user\): tool calls go into a message of role assistant"):
+        model.to_prompt([user | {"tool_calls": ours["tool_calls"]}])
+
+
+@pytest.mark.parametrize("arguments", [[1], 7, True, "[1]", 1.5])
+def test_arguments_are_objects(model: Any, arguments: Any) -> None:
+    for message in (
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": arguments}]},
+    ):
+        with pytest.raises(ValueError, match=r"message 1: the arguments of a tool call must be"):
+            model.to_prompt([{"role": "user", "content": "x"}, message])
+
+
+@pytest.mark.parametrize("content", [0, False, 7, 0.0])
+def test_results_that_are_false_are_said(model: Any, content: Any) -> None:
+    result = {"type": "tool_result", "tool_use_id": "a", "content": content}
+    text = model.to_string(model.to_prompt([{"role": "user", "content": [result]}]).ids)
+    assert json.dumps(content) in text
+
+
+def test_base64_in_bytes_and_blanks_in_a_data_url(model: Any) -> None:
+    for part in (
+        {"type": "image", "base64": TEXTS["image"].encode()},
+        {"type": "image", "url": f"data:image/png; base64,{TEXTS['image']}"},
+        {"type": "image", "url": f"data:image/png;base64 ,{TEXTS['image']}"},
+    ):
+        [run] = model.to_prompt([{"role": "user", "content": [part]}]).runs
+        assert run.medium.content.shape == (60, 90, 3)
 
 
 @pytest.mark.parametrize(("part", "words"), MALFORMED)

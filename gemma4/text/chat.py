@@ -263,6 +263,8 @@ def _check_calls(i: int, calls: Any) -> list[dict[str, Any]]:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             arguments = _json_arguments(i, arguments)
+        if arguments is not None and not isinstance(arguments, dict):
+            raise ValueError(f"message {i}: the arguments of a tool call must be an object, got {arguments!r:.80}")
         out.append({**call, "function": {**function, "arguments": arguments}})
     return out
 
@@ -283,7 +285,11 @@ def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | 
         plain = _plain(tool) if isinstance(tool, Mapping) else None
         if plain is not None and "function" not in plain and "name" in plain:
             plain = {"type": "function", "function": plain}
-        if plain is None or not isinstance(plain.get("function"), dict) or "name" not in plain["function"]:
+        if (
+            plain is None
+            or not isinstance(plain.get("function"), dict)
+            or not isinstance(plain["function"].get("name"), str)
+        ):
             raise ValueError(f'a tool must be {{"type": "function", "function": {{"name", …}}}}, got {tool!r:.80}')
         out.append(plain)
     return out or None

@@ -29,6 +29,7 @@ _MEDIA = {  # kinds, and the keys of their media
     "input_audio": ("audio", ("input_audio",)),
 }
 _ALL_SOURCES = tuple(dict.fromkeys(key for _, keys in _MEDIA.values() for key in keys))  # a part has one of them
+_OF_MEDIA = tuple(key for key in _ALL_SOURCES if key not in _SOURCES)  # keys that only media have
 _INSIDE = ("bytes", "base64", "data", "url", "path")  # keys of a medium that is itself an object; the first counts
 _HINTS = ("detail", "format", "media_type", "mime_type", "mimeType", "cache_control")  # unused keys of other clients
 _BY_CALLS = ("thinking", "tool_use", "tool_result")  # Anthropic's parts that become separate fields and messages
@@ -60,6 +61,7 @@ def canonical(messages: Sequence[Any], *, others: bool = False) -> list[Any]:
         if not isinstance(message, Mapping):
             found.append(message)
             continue
+        message = _with_own_fields(i, message, others)
         content = message.get("content")
         if isinstance(content, list | tuple):
             found += _Split(i, message, names, others).messages(content)
@@ -71,6 +73,32 @@ def canonical(messages: Sequence[Any], *, others: bool = False) -> list[Any]:
             kind = type(content).__name__
             raise ValueError(f"message {i} ({message.get('role')}): content must be a string or parts, got {kind}")
     return found
+
+
+# Fields of messages in other clients' forms that hold media: a template would pass over them
+_MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio", "files", "attachments", "documents", "parts")
+
+
+def _with_own_fields(i: int, message: Mapping[str, Any], others: bool) -> Mapping[str, Any]:
+    """The message with OpenAI's function_call and refusal where templates look. Raises ValueError for media beside the
+    content, and for calls of another role than the assistant's."""
+    role = message.get("role")
+    lost = [] if others else [key for key in _MEDIA_FIELDS if _is_given(message.get(key))]
+    if lost:
+        raise ValueError(f'message {i} ({role}): "{lost[0]}" is not read; give media as parts of the content')
+    call, refusal = message.get("function_call"), message.get("refusal")
+    if call and not message.get("tool_calls"):
+        message = {**message, "tool_calls": [{"type": "function", "function": call}]}
+    if isinstance(refusal, str) and not message.get("content"):
+        message = {**message, "content": refusal}
+    if message.get("tool_calls") and role not in ("assistant", "model"):
+        raise ValueError(f"message {i} ({role}): tool calls go into a message of role assistant")
+    return message
+
+
+def _is_given(value: Any) -> bool:
+    """Whether a field holds anything; arrays have no truth value."""
+    return value is not None and not (isinstance(value, Sequence | Mapping) and len(value) == 0)
 
 
 class _Split:
@@ -107,7 +135,8 @@ class _Split:
         if self.thoughts:
             message.setdefault("reasoning_content", "\n".join(self.thoughts))
         if self.calls:
-            message["tool_calls"] = [*(message.get("tool_calls") or ()), *self.calls]
+            given = message.get("tool_calls") or ()
+            message["tool_calls"] = [*(given if isinstance(given, list | tuple) else [given]), *self.calls]
         return message
 
     def _thinking(self, part: Mapping[str, Any], place: _Place) -> None:
@@ -118,12 +147,14 @@ class _Split:
         self._check_role(part, place, "assistant", "model")
         name = _text(part, "name", place)
         self.names[_call_id(part, "id", place)] = name
-        function = {"name": name, "arguments": part.get("input") or {}}
+        _check_known(part, "input", ("id", "name"), place)
+        function = {"name": name, "arguments": {} if part.get("input") is None else part["input"]}
         self.calls.append({"id": part.get("id"), "type": "function", "function": function})
 
     def _tool_result(self, part: Mapping[str, Any], place: _Place) -> None:
         self._check_role(part, place, "user", "tool")
-        content = part.get("content") or ""
+        _check_known(part, "content", ("tool_use_id", "is_error"), place)
+        content = "" if part.get("content") is None else part["content"]
         if isinstance(content, list | tuple):
             content = [_inner_part(inner, place) for inner in content]
             if all(inner["type"] == "text" for inner in content):
@@ -150,6 +181,9 @@ def _inner_part(part: Any, place: _Place) -> dict[str, Any]:
 def _canonical_part(part: Mapping[str, Any], kind: str, place: _Place) -> dict[str, Any]:
     if kind in _TEXT:
         text = _text(part, _TEXT[kind], place)
+        media = [key for key in _OF_MEDIA if part.get(key) is not None]
+        if media:
+            raise ValueError(f'{place}: a part of type "{kind}" holds text alone; "{media[0]}" needs a part of its own')
         return {**part, "type": "text", "text": text}
     if kind in _MEDIA:
         medium, keys = _MEDIA[kind]
@@ -165,6 +199,13 @@ def _text(part: Mapping[str, Any], key: str, place: _Place) -> str:
         found = f"{key} = {text!r:.80}" if key in part else ", ".join(map(str, part))
         raise ValueError(f'{place}: a part of type "{part["type"]}" needs "{key}", a string; it has {found}')
     return text
+
+
+def _check_known(part: Mapping[str, Any], key: str, others: tuple[str, ...], place: _Place) -> None:
+    """Raise ValueError for a part that has something else in place of `key`, which may be missing."""
+    unknown = [name for name in part if name not in ("type", key, *others, *_HINTS)]
+    if part.get(key) is None and unknown:
+        raise ValueError(f'{place}: a part of type "{part["type"]}" holds "{key}", not "{unknown[0]}"')
 
 
 def _call_id(part: Mapping[str, Any], key: str, place: _Place) -> str | int | None:
@@ -201,6 +242,8 @@ def _source(key: str, value: Any, refuse: Callable[[str], NoReturn]) -> Any:
         if inside is None or isinstance(value[inside], Mapping):
             refuse(f'"{key}" needs one of {", ".join(_INSIDE)}; found {", ".join(map(str, value)) or "nothing"}')
         return _source(inside, value[inside], refuse)
+    if key == "base64" and isinstance(value, bytes | bytearray):
+        value = value.decode("latin-1")
     if key in ("base64", "data") and isinstance(value, str):
         return _from_base64(value, key, refuse)
     if not isinstance(value, str):
@@ -210,7 +253,10 @@ def _source(key: str, value: Any, refuse: Callable[[str], NoReturn]) -> Any:
     if re.match(r"file:", value, re.IGNORECASE):
         from urllib.request import url2pathname  # here: it imports http and ssl
 
-        return url2pathname(urlsplit(value).path)
+        address = urlsplit(value)
+        if address.netloc.lower() not in ("", "localhost"):
+            refuse(f"nothing is fetched from the net: {value[:80]}. Give a path, the bytes, or a data URL")
+        return url2pathname(address.path)
     if re.match(r"[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
         refuse(f"nothing is fetched from the net: {value[:80]}. Give a path, the bytes, or a data URL")
     if key.endswith("url") and not os.path.isfile(value):
@@ -233,6 +279,6 @@ def _from_data_url(url: str, key: str, refuse: Callable[[str], NoReturn]) -> byt
     head, comma, body = url[len("data:") :].partition(",")
     if not comma:
         refuse(f'"{key}" is a data URL without a comma: {url[:40]!r}')
-    if head.lower().endswith(";base64"):
+    if "".join(head.lower().split()).endswith(";base64"):
         return _from_base64(unquote_to_bytes(body).decode("latin-1") if "%" in body else body, key, refuse)
     return unquote_to_bytes(body)
