@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4 import _engine
+from gemma4 import _engine, checks
 from gemma4.encoders.soft_tokens import encode
 from gemma4.info import mapped_bytes, peak_bytes
 from gemma4.media.medium import Medium, read_media
@@ -227,6 +227,8 @@ def bench(
     The prompt is shortened (with a note) where the model's context is too small. image_tokens: None = the model's.
     Raises ValueError for counts below 1 (decode: below 4), and what `gemma4.load` and `read_media` raise.
     """
+    counts = {"prompt": prompt, "decode": decode, "repeats": repeats}
+    prompt, decode, repeats = (checks.integer(name, n, -(1 << 31), 1 << 31) for name, n in counts.items())
     if prompt < 1 or repeats < 1 or decode < 4:
         raise ValueError(f"prompt {prompt}, repeats {repeats}, decode {decode}: expected at least 1, 1 and 4")
     opened: list[Model] = []

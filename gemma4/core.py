@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, cast, 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4 import _engine
+from gemma4 import _engine, checks
 from gemma4.interp.hooks import NaNLog
 from gemma4.interp.sites import SiteTable
 from gemma4.load import Checkpoint, TextConfig
@@ -54,9 +54,12 @@ class Core:
         precision: Precision | None = None,
         kv_dtype: KVDtype | None = None,
     ) -> None:
+        threads = checks.integer("threads", threads, 0, checks.MAX_THREADS)
         if kv_dtype is not None and kv_dtype not in get_args(KVDtype):
             raise ValueError(f"kv_dtype must be one of {', '.join(get_args(KVDtype))} or None, got {kv_dtype!r}")
-        precision = precision or ("fast" if checkpoint.quantised else "exact")
+        if precision is None:
+            precision = "fast" if checkpoint.quantised else "exact"
+        checks.choice("precision", precision, get_args(Precision))
         self.checkpoint = checkpoint
         self.engine_config = checkpoint.engine_config
         self.engine = _engine.Model(

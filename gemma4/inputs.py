@@ -51,6 +51,8 @@ def as_tokenized(model: Core, prompt: Single, *, bos: bool = True) -> TokenizedP
 
 def as_ids(model: Core, prompt: TextOrIds, *, bos: bool = True) -> NDArray[np.int32]:
     """One prompt as int32 [T]. Raises ValueError (empty, id out of range), TypeError (not integers)."""
+    if not isinstance(prompt, str | Seq | np.ndarray) or isinstance(prompt, bytes):
+        raise TypeError(f"a prompt must be text, token ids, or a list of those, got {prompt!r:.80}")
     ids = model.to_tokens(prompt, bos=bos) if isinstance(prompt, str) else np.asarray(prompt)
     if ids.ndim != 1:
         raise ValueError(f"token ids must be one row [pos], got shape {ids.shape}")
@@ -97,7 +99,9 @@ def _given_sequences(
 ) -> list[Sequence] | None:
     if given is None:
         return None
-    sequences = [given] if isinstance(given, Sequence) else list(given)
+    sequences: list[Sequence] = [given] if isinstance(given, Sequence) else list(given) if _is_list(given) else []
+    if (not sequences and not _is_list(given)) or not all(map(_is_sequence, sequences)):
+        raise TypeError(f"sequence must be a Sequence, or one for each prompt, got {given!r:.80}")
     if len(sequences) != n_prompts or isinstance(given, Sequence) == many:
         raise ValueError(f"{n_prompts} prompts need {n_prompts} sequences (a list for a list), got {len(sequences)}")
     if len({id(s) for s in sequences}) != n_prompts:
@@ -105,6 +109,14 @@ def _given_sequences(
     for s in sequences:
         s.check_usable_by(model)
     return sequences
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Seq)
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence)
 
 
 def check_fits(n_tokens: int, capacity: int, of: str = "the model's context") -> None:

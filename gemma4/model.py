@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Unpack, cast, overload
 
-from gemma4 import info
+from gemma4 import checks, info
 from gemma4.core import F32, Core, KVDtype, Precision
 from gemma4.encoders.encoder import Encoder, encoder_of
 from gemma4.encoders.hooks import EncoderTaps
@@ -20,7 +20,7 @@ from gemma4.generation.options import GenerateOptions
 from gemma4.generation.stream import TextStream, generate, stream
 from gemma4.inputs import PromptLike, Single, TokensLike, is_batch, opened_prompts, tokenize_prompt
 from gemma4.interp.cache import ActivationCache
-from gemma4.interp.hooks import Hook, activated, active_hooks, bind_hooks, hooks_of
+from gemma4.interp.hooks import Hook, activated, active_hooks, bind_hooks, checked_hooks, hooks_of
 from gemma4.interp.sites import Names, Site, names_of, reusable
 from gemma4.load import open_checkpoint
 from gemma4.media.audio import AudioLike
@@ -299,7 +299,7 @@ class Model(Core):
 
         Hooks of outer blocks act first; captured values are those after all edits.
         """
-        hooks = list(hooks)
+        hooks = checked_hooks(hooks)
         bind_hooks(self.sites, hooks_of(hooks))  # raises here for a wrong name, not at the first forward pass
         EncoderTaps.of(self, hooks)
         return activated(self, hooks)
@@ -309,9 +309,9 @@ class Model(Core):
         return profiling(self)
 
     def _checked_stop(self, layer: int) -> int:
-        if not 0 <= layer <= self.n_layers:
-            raise ValueError(f"stop_at_layer must be 0 to {self.n_layers} (the number of layers), got {layer}")
-        return layer
+        if not checks.is_integer(layer) or not 0 <= layer <= self.n_layers:
+            checks.fail("stop_at_layer", layer, f"0 to {self.n_layers} (the number of layers)")
+        return int(layer)
 
     def _run(
         self,

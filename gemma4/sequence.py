@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4 import checks
 from gemma4.core import Core, KVDtype
 from gemma4.errors import FormatError, StateError
 from gemma4.files import new_file
-from gemma4.media.keys import run_start
+from gemma4.media.keys import is_soft, run_start
 from gemma4.npz import NpzFile
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class Sequence:
 
     def truncate(self, length: int) -> None:
         """Drop positions >= length; 0 empties. Raises StateError below `min_truncate`, ValueError above `length`."""
-        self._engine.truncate(length)
+        self._engine.truncate(checks.integer("length", length, 0, self.length))
         del self._tokens[length:], self._keys[length:]
 
     def rewind_to(self, keys: NDArray[np.integer]) -> int:
@@ -109,6 +110,7 @@ class Sequence:
 
     def rewind(self, length: int) -> None:
         """Drop positions >= length, or all of them if sliding layers have evicted too much to stop there."""
+        length = checks.integer("length", length, 0, self.length)
         self.truncate(length if length >= self.min_truncate else 0)
 
     def close(self) -> None:
@@ -163,6 +165,9 @@ class Sequence:
 
 def new_sequence(model: Core, *, capacity: int = 0, kv_dtype: KVDtype | None = None) -> Sequence:
     """See `Model.new_sequence`."""
+    checks.integer("capacity", capacity, 0, model.context_length)
+    if kv_dtype is not None:
+        checks.choice("kv_dtype", kv_dtype, get_args(KVDtype))
     _ = model.fingerprint  # a file truncated later could no longer give it
     return Sequence(model, model.engine.new_sequence(kv_dtype=kv_dtype or model.kv_dtype, capacity=capacity))
 
@@ -185,7 +190,8 @@ def restore(model: Core, path: str | os.PathLike[str]) -> Sequence:
                 )
             saved = _Saved(file, meta, model)
             keys_and_values = saved.layers()
-            tokens, keys = saved.tokens(), saved.keys()
+            tokens = saved.tokens()
+            keys = saved.keys(tokens)
         sequence = new_sequence(model, kv_dtype=saved.kv_dtype)
         state = {"length": saved.length, "kv_dtype": saved.kv_dtype, "layers": keys_and_values}
         sequence._engine.load_state(state)
@@ -241,9 +247,15 @@ class _Saved:
             )
         return tokens
 
-    def keys(self) -> NDArray[np.integer[Any]]:
+    def keys(self, tokens: NDArray[np.int32]) -> NDArray[np.integer[Any]]:
         """Keys of media in place of their ids; older files have none."""
-        return self._file.read("keys", np.int64, (self.length,)) if "keys" in self._file.names else self.tokens()
+        if "keys" not in self._file.names:
+            return tokens
+        keys = self._file.read("keys", np.int64, (self.length,))
+        wrong = np.flatnonzero(~is_soft(keys) & (keys != tokens))
+        if len(wrong):
+            raise FormatError(f"the key of position {wrong[0]} is {keys[wrong[0]]}, expected its id {tokens[wrong[0]]}")
+        return keys
 
 
 def _parse_meta(text: bytes) -> dict[str, Any]:

@@ -60,9 +60,12 @@ def select_positions(spec: Positions, length: int, what: str = "pos") -> I32:
         return np.arange(0 if spec == "all" else length - 1, length, dtype=np.int32)
     if isinstance(spec, slice):
         return np.arange(*spec.indices(length), dtype=np.int32)
-    wanted = np.atleast_1d(np.asarray(list(spec) if isinstance(spec, Iterable) else spec))
+    given: Any = spec if isinstance(spec, np.ndarray) or not isinstance(spec, Iterable) else list(spec)
+    wanted = np.atleast_1d(np.asarray(given))
     if wanted.dtype.kind not in "iu" and wanted.size:
         raise TypeError(f"{what} must hold whole numbers, got {wanted.dtype}")
+    if wanted.ndim > 1:
+        raise ValueError(f"{what} must be one row of positions, got shape {wanted.shape}")
     if wanted.size and (wanted.min() < -length or wanted.max() >= length):
         raise ValueError(f"{what}: position out of range, there are {length} (got {wanted.tolist()})")
     return np.where(wanted < 0, wanted + length, wanted).astype(np.int32)

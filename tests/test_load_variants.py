@@ -245,6 +245,38 @@ def test_unset_and_neutral_keys_of_a_gguf_file(gguf_file, tmp_path, right):
         gemma4.load(with_keys(gguf_file, tmp_path / "y.gguf", scaled))
 
 
+def rope_keys(keys):
+    return {f"gemma4.rope.{k}": (v, "STRING" if isinstance(v, str) else "FLOAT32") for k, v in keys.items()}
+
+
+@pytest.mark.parametrize("keys", [
+    {"scaling.factor": 0.0}, {"scale_linear": 1.0}, {"scaling.type": "none", "scaling.factor": 8.0},
+    {"scaling.type": "linear"}, {"scaling.factor": 1.0, "scale_linear": 4.0},
+], ids=str)  # fmt: skip
+def test_neutral_scalings(gguf_file, tmp_path, right, keys):
+    model = gemma4.load(with_keys(gguf_file, tmp_path / "x.gguf", rope_keys(keys)), precision="exact")
+    np.testing.assert_array_equal(model.forward(IDS), right)
+
+
+@pytest.mark.parametrize("keys", [
+    {"scaling.factor": 2.0}, {"scale_linear": 4.0}, {"scaling.factor": float("nan")}, {"scaling.type": "yarn"},
+    {"scaling.factor": -1.0},
+], ids=str)  # fmt: skip
+def test_scalings_that_are_not_neutral(gguf_file, tmp_path, keys):
+    """llama.cpp scales without a type, and by the older key."""
+    with pytest.raises(NotImplementedError, match="only unscaled positions"):
+        gemma4.load(with_keys(gguf_file, tmp_path / "x.gguf", rope_keys(keys)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_a_byte_order_mark(tmp_path, right, name):
+    path = folder(tmp_path / "m")
+    (path / name).write_bytes(b"\xef\xbb\xbf" + (path / name).read_bytes())
+    model = gemma4.load(path)
+    np.testing.assert_array_equal(model.forward(IDS), right)
+    assert model.chat_template is not None
+
+
 # -- files that are no models ------------------------------------------------------------------------------------------
 
 POINTER = (

@@ -52,7 +52,19 @@ WRONG = {
     "repetition_penalty": (0, -1, math.inf, math.nan, "1", HUGE),
     "presence_penalty": (math.nan, math.inf, 1e9, "0"),
     "frequency_penalty": (math.nan, -math.inf, -1e9, "0"),
-    "logit_bias": (5, [1], {"a": 1.0}, {-1: 0.0}, {1: math.inf}, {1: math.nan}, {1: "x"}, {1.5: 1.0}, {10**6: 1.0}),
+    "logit_bias": (
+        5,
+        [1],
+        {"a": 1.0},
+        {-1: 0.0},
+        {1: math.inf},
+        {1: math.nan},
+        {1: HUGE},
+        {1: 1e39},
+        {1: "x"},
+        {1.5: 1.0},
+        {10**6: 1.0},
+    ),
     "seed": (-1, 1.0, "7", math.nan, HUGE, True),
     "processors": (5, "x", [5], [None]),
     "logprobs": (-1, 1.5, "5", True, HUGE),
@@ -99,7 +111,39 @@ def test_top_k_of_minus_one_is_all(tiny):
     assert a == b
 
 
-@pytest.mark.parametrize("result", ["logits", object(), [[1.0], [2.0, 3.0]]])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_processors_change_the_logits_alone(tiny):
+    """Not the ids, which are the answer's own, nor the type of the array."""
+
+    def spoil(ids, logits):
+        ids[:] = 0
+
+    def retype(ids, logits):
+        logits.dtype = np.int32
+
+    with pytest.raises(ValueError, match="read-only"):
+        tiny.generate("Once", max_tokens=4, temperature=0, processors=spoil)
+    with pytest.raises(ValueError, match="changed the type or strides"):
+        tiny.generate("Once", max_tokens=4, temperature=0, processors=retype)
+
+
+def test_a_ban_may_be_any_number_below_all(tiny):
+    first = int(tiny.generate("Once", max_tokens=1, temperature=0).tokens[0])
+    for ban in (-math.inf, -1e39, -HUGE):
+        assert tiny.generate("Once", max_tokens=1, temperature=0, logit_bias={first: ban}).tokens[0] != first
+
+
+def test_the_end_that_a_processor_raises_is_no_end_of_the_stream(tiny):
+    def stop(ids, logits):
+        raise StopIteration
+
+    for options in ({"processors": stop}, {"hooks": [("hook_embed", stop)]}):
+        with tiny.stream("Once", max_tokens=4, **options) as stream, pytest.raises(RuntimeError, match="StopIteration"):
+            list(stream)
+        assert stream.result.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("result", ["logits", object(), 1j, np.zeros(3, complex), [[1.0], [2.0, 3.0]]])
 def test_a_processor_that_returns_no_logits(tiny, result):
     with pytest.raises(ValueError, match=r"the processor .* returned"):
         tiny.generate("Once", max_tokens=2, processors=lambda ids, logits: result)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemma4.generation import checks
+from gemma4 import checks
 
 if TYPE_CHECKING:
     from gemma4.core import Core

@@ -12,6 +12,7 @@ from typing import TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4 import checks
 from gemma4.core import Core
 from gemma4.encoders.hooks import EncoderTaps
 from gemma4.generation.options import Options
@@ -222,9 +223,11 @@ class Batch:
     """
 
     def __init__(self, model: Core) -> None:
-        self.model = model
         self.running: list[Continuation] = []
         self._n_joined = 0
+        if not _is_a(model, Core):
+            raise TypeError(f"a batch is of a Model, got {model!r:.80}")
+        self.model = model
 
     def join(self, prompt: PromptLike, options: Options | None = None, *, number: int | None = None) -> Continuation:
         """Add a prompt, which the next step runs. Hooks of open `model.hooks` blocks stay with it, then the options'.
@@ -232,10 +235,12 @@ class Batch:
         number: the seed's stream of random numbers to use; None = the last one's number + 1.
         Raises as `Model.generate`, before anything is computed.
         """
-        options = options or Options()
+        options = Options() if options is None else options
+        if not _is_a(options, Options):
+            raise TypeError(f"options must be Options, got {options!r:.80}")
         if any(one.sequence is options.sequence for one in self.running):
             raise ValueError("this sequence is being continued in this batch already; fork() it")
-        number = self._n_joined if number is None else number
+        number = self._n_joined if number is None else checks.integer("number", number, 0, 1 << 31)
         joined = _continuation(self.model, prompt, options, number)
         self._n_joined = number + 1
         self.running.append(joined)
@@ -284,6 +289,11 @@ class Batch:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """isinstance, for values whose declared type a caller may not have kept."""
+    return isinstance(value, kind)
 
 
 def _continuation(model: Core, prompt: PromptLike, options: Options, number: int) -> Continuation:

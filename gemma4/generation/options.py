@@ -12,8 +12,8 @@ from typing import Any, TypedDict, cast
 
 import numpy as np
 
+from gemma4 import checks
 from gemma4.core import Core
-from gemma4.generation import checks
 from gemma4.generation.defaults import Defaults
 from gemma4.generation.sampling import Processor, SamplingParams, StopCriteria
 from gemma4.interp.hooks import Hook

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gemma4.generation import checks
-from gemma4.generation.checks import shown
+from gemma4 import checks
+from gemma4.checks import shown
 from gemma4.generation.defaults import MAX_TOP_K, NUMBERS, read_defaults, warn_of
 
 F32 = NDArray[np.float32]
@@ -194,12 +194,23 @@ def _in_vocab(tokens: NDArray[Any], n_vocab: int) -> NDArray[Any]:
     return tokens
 
 
+def _real(values: Any) -> Any:
+    """values, unless they are complex numbers. Raises TypeError."""
+    if np.iscomplexobj(values):
+        raise TypeError
+    return values
+
+
 def _apply_processors(scores: F32, ids: I32, processors: tuple[Processor, ...]) -> F32:
     shape = scores.shape
+    ids = np.asarray(ids).view()
+    ids.flags.writeable = False  # the continuation's own
     for processor in processors:
         result = processor(ids, scores)
+        if scores.dtype != np.float32 or scores.strides != (4,):
+            raise ValueError(f"the processor {processor!r:.80} changed the type or strides of the logits it was given")
         try:
-            scores = scores if result is None else np.asarray(result, np.float32)
+            scores = scores if result is None else np.asarray(_real(result), np.float32)
         except (TypeError, ValueError):
             raise ValueError(f"the processor {processor!r:.80} returned {shown(result)}, no logits") from None
         if scores.shape != shape:

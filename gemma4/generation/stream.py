@@ -90,6 +90,9 @@ class TextStream(Iterator[Piece]):
                     n_known = len(one.pieces)
                     self._batch.step()
                     self._ready += one.pieces[n_known:]
+            except StopIteration as error:  # a reader would take it for the end
+                self._closing = True
+                raise RuntimeError("a hook or a processor raised StopIteration") from error
             except BaseException:
                 self._closing = True
                 raise

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4 import checks
 from gemma4.core import Core
 from gemma4.errors import SiteError, StateError
 from gemma4.interp.sites import ENCODER_PREFIXES, Site, SiteTable, canonical_name
@@ -153,6 +154,8 @@ class ActivationCache(CapturedArrays):
     def _name(self, key: str | tuple[str, int]) -> str:
         if isinstance(key, str):
             return canonical_name(key)
+        if not isinstance(key, tuple) or len(key) != 2:
+            raise TypeError(f"a cache's key is a site name, or (name inside a block, layer), got {key!r:.80}")
         stem, layer = key
         for name in (f"blocks.{layer}.{stem}", f"blocks.{layer}.hook_{stem}", f"blocks.{layer}.attn.hook_{stem}"):
             if name in self._arrays:
@@ -255,6 +258,8 @@ class ActivationCache(CapturedArrays):
         the difference of the two logits. Returns float32 [n, pos]; summed over n it is hook_logits_raw of that token.
         """
         values = stack.values if isinstance(stack, Stack) else np.asarray(stack, dtype=np.float32)
+        if values.shape[1:] != self._resid(self._model.n_layers).shape:
+            checks.fail("stack", values.shape, f"[n, {len(self.tokens)}, d_model], as decompose_resid() gives it")
         model = self._weights
         direction = model.unembed(self._ids(tokens))
         if incorrect_tokens is not None:
@@ -273,7 +278,14 @@ class ActivationCache(CapturedArrays):
     def _ids(self, tokens: int | str | Sequence[int]) -> NDArray[np.int32]:
         if isinstance(tokens, str):
             return np.array([self._weights.to_single_token(tokens)], dtype=np.int32)
-        return np.atleast_1d(np.asarray(tokens, dtype=np.int32))
+        ids = np.atleast_1d(tokens)
+        if ids.dtype.kind not in "iu" or ids.shape not in ((1,), self.tokens.shape):
+            checks.fail("tokens", tokens, f"a token id, a text that is one token, or {len(self.tokens)} ids")
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self._weights.d_vocab:
+            raise ValueError(
+                f"tokens hold ids of {ids.min()} to {ids.max()}, expected 0 to {self._weights.d_vocab - 1}"
+            )
+        return ids.astype(np.int32)
 
     def _resid(self, layer: int) -> F32:
         """The residual stream entering block `layer`; for the number of layers, the one leaving the last block."""
@@ -281,9 +293,7 @@ class ActivationCache(CapturedArrays):
         return self[after if layer > 0 and (after in self or before not in self) else before]
 
     def _checked(self, layer: int) -> int:
-        if not 0 <= layer <= self._model.n_layers:
-            raise ValueError(f"layer {layer} is out of range: the model has {self._model.n_layers} layers")
-        return layer
+        return checks.integer("layer", layer, 0, self._model.n_layers)
 
 
 def join_caches(caches: Sequence[ActivationCache]) -> ActivationCache:

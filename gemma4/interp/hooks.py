@@ -84,6 +84,13 @@ def bind_hooks(table: SiteTable, hooks: Iterable[Hook], *, stop_at_layer: int | 
     return [bound[name] for name in table if name in bound]
 
 
+def checked_hooks(hooks: Any) -> list[Hook]:
+    """The hooks as a list of pairs. Raises TypeError."""
+    if isinstance(hooks, str) or not isinstance(hooks, Iterable):
+        raise TypeError(f"hooks are pairs (site name, glob or predicate; function), got {hooks!r:.80}")
+    return [_checked_pair(hook) for hook in hooks]
+
+
 def _checked_pair(hook: Any) -> Hook:
     if not isinstance(hook, Sequence) or isinstance(hook, str) or len(hook) != 2 or not callable(hook[1]):
         raise TypeError(f"a hook is a pair (site name, glob or predicate; function), got {hook!r}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4 import checks
 from gemma4.interp.cache import ActivationCache
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def logit_lens(
     cache = source if isinstance(source, ActivationCache) else _run(model, source, pos)
     resid = cache.accumulated_resid().values  # [n, pos, d_model]
     goal = model.to_single_token(target) if isinstance(target, str) else target
+    if goal is not None:
+        checks.integer("target", goal, 0, model.d_vocab - 1)
     flat = resid.reshape(-1, resid.shape[-1])
     ids, probs, target_probs = _top(model, final_norm(model, flat), top_k, goal)
     shape = resid.shape[:2]

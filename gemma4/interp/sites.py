@@ -96,7 +96,7 @@ _HF_MODEL = {
 
 def reusable(names: Names) -> Names:
     """The same names, safe to iterate more than once."""
-    return names if names is None or isinstance(names, str) or callable(names) else list(names)
+    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else names
 
 
 def names_of(names: Names, prefix: str = "") -> Names:
@@ -108,6 +108,8 @@ def names_of(names: Names, prefix: str = "") -> Names:
         return [] if prefix else None
     if callable(names):
         return names
+    if not isinstance(names, Iterable):
+        raise TypeError(f"names must be a site name or glob, several of them, or a predicate, got {names!r:.80}")
     return [name for name in ([names] if isinstance(names, str) else names) if _is_of(name, prefix)]
 
 

@@ -4,6 +4,7 @@
 import os
 from pathlib import Path
 
+from gemma4 import checks
 from gemma4.load.checkpoint import Checkpoint, Progress
 from gemma4.load.config import TextConfig
 from gemma4.load.gguf_checkpoint import open_gguf
@@ -27,7 +28,7 @@ def open_checkpoint(
     """
     path = resolve(name_or_path)
     if not path.is_dir():
-        encoders = Path(mmproj).expanduser() if mmproj is not None else None
+        encoders = Path(os.path.expanduser(checks.path("mmproj", mmproj))) if mmproj is not None else None
         return open_gguf(path, mmproj=encoders, progress=progress)
     if mmproj is not None:
         raise ValueError(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4 import checks
 from gemma4.errors import FormatError, StateError
 from gemma4.files import check_no_pointer, read_limited
 from gemma4.load.checkpoint import Checkpoint, EngineTensor, Progress, TensorMap, check_shape, no_double_tensors
@@ -123,7 +124,9 @@ def shipped_models() -> list[str]:
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     """Location of a model: a shipped name first (write "./name" for a directory), then a directory or a GGUF file, then
     the newest snapshot of a hub id in the local Hugging Face cache. Raises FileNotFoundError."""
-    name = os.fspath(name_or_path)
+    name = os.fspath(checks.path("a model", name_or_path))
+    if not name:
+        raise FileNotFoundError('no model "": give a directory, a .gguf file, or the name of a shipped model')
     if name in shipped_models():
         return PRETRAINED / name
     path = Path(os.path.expanduser(name))
@@ -188,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
     data = read_limited(path, _MAX_JSON)
     check_no_pointer(data, path)
     try:
-        table = json.loads(data.decode("utf-8"))
+        table = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {str(error)[:200]}") from None
     if not isinstance(table, dict):

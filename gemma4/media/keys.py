@@ -16,6 +16,11 @@ def content_key(digest: bytes) -> int:
     return _SOFT_KEY | (int.from_bytes(digest[:8], "little") >> 22) << 20
 
 
+def is_soft(keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of the keys are of soft tokens."""
+    return (keys & _SOFT_KEY) != 0
+
+
 def run_start(keys: Sequence[int] | NDArray[np.int64], position: int) -> int:
     """The first position of the run of soft tokens that continues at `position`; position itself without such a run."""
     while 0 < position < len(keys) and keys[position] & _SOFT_KEY and keys[position - 1] + 1 == keys[position]:

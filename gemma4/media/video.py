@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4 import checks
 from gemma4.errors import FormatError
 from gemma4.media import image as images
 from gemma4.media.container import open_container, stream_kinds
@@ -21,6 +22,7 @@ from gemma4.media.source import FileLike, is_file, name_of, open_source, reason,
 
 Sampling: TypeAlias = Literal["time", "index"]
 NUM_FRAMES, FRAME_TOKENS = 32, 70  # defaults: frames per video, soft tokens per frame
+MIN_FPS, MAX_FPS = 1e-6, 1e6  # of frames given one by one
 DEFAULT_FPS = 24.0  # if unknown: the basis of the prompt's times
 
 # To decode: nine hours at 30 frames a second, and a byte of the file for 131,072 pixels (a film of a slide has one
@@ -78,8 +80,8 @@ def load_video(
         if fps is not None:
             raise ValueError("fps= goes with frames given one by one; a file says its own")
         return _read_file(video, num_frames, sampling)
-    if fps is not None and not (np.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps must be a number above 0, got {fps}")
+    if fps is not None:
+        checks.number("fps", fps, MIN_FPS, MAX_FPS)
     return _from_frames(video, num_frames, float(fps or DEFAULT_FPS))
 
 
@@ -107,13 +109,18 @@ def _from_frames(video: Any, num_frames: int, fps: float) -> VideoFrames:
     if not len(video):
         raise FormatError("the video has no frames")
     indices = sample_indices(len(video), num_frames)
-    first = images.load_image(video[0])
+    first = _load_frame(video[0])
     check_kept(len(indices), first.shape[0], first.shape[1], "the video")
-    frames = [first, *(images.load_image(video[index]) for index in indices[1:])]
+    frames = [first, *(_load_frame(video[index]) for index in indices[1:])]
     sizes = {frame.shape[:2] for frame in frames}
     if len(sizes) > 1:
         raise ValueError(f"the frames of a video must have one size, got {sorted(sizes)}")
     return VideoFrames(frames, indices, fps)
+
+
+def _load_frame(frame: images.ImageLike) -> NDArray[np.uint8]:
+    """A frame given by itself; unlike a picture it may be almost black."""
+    return images.from_array(frame) if isinstance(frame, np.ndarray) else images.load_image(frame)
 
 
 def _read_file(video: FileLike, num_frames: int, sampling: Sampling) -> VideoFrames:

@@ -14,7 +14,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4 import _engine
+from gemma4 import _engine, checks
 from gemma4.errors import FormatError
 from gemma4.files import check_output, new_file
 from gemma4.load import open_checkpoint
@@ -66,11 +66,13 @@ def quantize(
     FileExistsError, FileNotFoundError (source, or the folder of `out`), FormatError (a damaged source, or values that
     the type cannot hold), NotImplementedError, OSError (the disk is full, …).
     """
-    kind, path = checked_type(type, KINDS), Path(out)
+    kind, path = checked_type(type, KINDS), Path(checks.path("out", out))
+    overrides = checks.texts("overrides", overrides or {})
+    threads = checks.integer("threads", threads, 0, checks.MAX_THREADS)
     with open_checkpoint(source) as checkpoint:
         check_output(path, force=force, inputs=checkpoint.inputs)
         _check_source(checkpoint)
-        planned, notes = plan(checkpoint, kind, overrides or {})
+        planned, notes = plan(checkpoint, kind, overrides)
         infos = laid_out([*((t.name, t.dtype, t.shape) for t in planned), _freqs_entry(checkpoint)])
         with checkpoint.reading():
             table = metadata(checkpoint, kind)

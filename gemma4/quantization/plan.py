@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from gemma4 import checks
 from gemma4.load.checkpoint import Checkpoint
 from gemma4.load.dtypes import ENGINE_DTYPES, is_quantised
 from gemma4.load.gguf_config import stored_name
@@ -61,6 +62,7 @@ def plan(checkpoint: Checkpoint, kind: str, overrides: Mapping[str, str]) -> tup
 def checked_type(name: str, known: Iterable[str]) -> str:
     """The type's canonical spelling, ignoring case. Raises ValueError with the closest ones."""
     known = tuple(known)
+    checks.text("type", name)
     if name.upper() in known:
         return name.upper()
     close = difflib.get_close_matches(name.upper(), known, n=3, cutoff=0.5)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Backend
 
+from gemma4 import checks
 from gemma4.files import check_no_pointer, read_limited
 from gemma4.text.tokenizer_file import MAX_FILE, make_backend, need_memory, panics_are_errors, read_table
 
@@ -90,6 +91,7 @@ class Tokenizer:
         Raises ValueError if `bos` is requested of a vocabulary without one, or for lone surrogates in the text,
         MemoryError.
         """
+        checks.text("text", text)
         try:
             n_bytes = len(text.encode())
         except UnicodeEncodeError as error:
@@ -178,4 +180,8 @@ def _return_free_memory() -> None:
 
 
 def _as_ids(ids: Any) -> list[int]:
-    return ids.tolist() if isinstance(ids, np.ndarray) else [int(token) for token in ids]
+    """Token ids as a list of int. Raises ValueError for anything but integers in one row."""
+    found = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) and getattr(ids, "ndim", 1) else None
+    if found is None or not all(isinstance(token, int | np.integer) for token in found):
+        checks.fail("token ids", ids, "integers [pos]")
+    return [int(token) for token in found]

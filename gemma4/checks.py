@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of option values. Each raises ValueError that names the option, what was found and what is expected."""
+"""Checks of arguments and options. Each raises ValueError that names the value, what was found and what is expected."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import numpy as np
 
 MAX_TOKEN_ID = (1 << 31) - 1
+MAX_THREADS = 1024  # of the engine
+_MAX_BIAS = 1e38  # logits are float32
 
 
 def fail(name: str, value: Any, expected: str) -> NoReturn:
@@ -23,9 +26,14 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer of Python or NumPy, which a truth value is not."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def integer(name: str, value: Any, low: int, high: int) -> int:
     """value as an int, in low..high."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+    if not is_integer(value) or not low <= value <= high:
         fail(name, value, f"an integer in {low:,}..{high:,}" if high < 1 << 63 else f"an integer in {low:,}..{high:g}")
     return int(value)
 
@@ -75,7 +83,7 @@ def functions(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def logit_bias(name: str, value: Any) -> dict[int, float]:
-    """Token id -> a number below infinity. Keys may be text, as in JSON."""
+    """Token id -> a number, -inf to ban. Keys may be text, as in JSON."""
     if not isinstance(value, Mapping):
         fail(name, value, "a mapping of token ids to numbers")
     out = {}
@@ -83,7 +91,36 @@ def logit_bias(name: str, value: Any) -> dict[int, float]:
         text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
         token = integer(f"a token id in {name}", int(key) if text else key, 0, MAX_TOKEN_ID)
         known = isinstance(bias, int | float | np.integer | np.floating) and not isinstance(bias, bool)
-        if not known or not bias < np.inf:
-            fail(f"{name}[{token}]", bias, "a number below infinity")
-        out[token] = bias
+        if not known or not bias <= _MAX_BIAS:
+            fail(f"{name}[{token}]", bias, f"a number up to {_MAX_BIAS:g}")
+        out[token] = float(bias) if bias >= -_MAX_BIAS else -np.inf
     return out
+
+
+def choice(name: str, value: Any, known: Iterable[str]) -> str:
+    """value, one of some words."""
+    known = tuple(known)
+    if not isinstance(value, str) or value not in known:
+        fail(name, value, f"one of {', '.join(known)}")
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    """value, a string."""
+    if not isinstance(value, str):
+        fail(name, value, "a string")
+    return value
+
+
+def texts(name: str, value: Any) -> dict[str, str]:
+    """A mapping of strings to strings."""
+    if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
+        fail(name, value, "a mapping of strings to strings")
+    return dict(value)
+
+
+def path(name: str, value: Any) -> str | os.PathLike[str]:
+    """A path as text or path object."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        fail(name, value, "a path (str or os.PathLike)")
+    return value
