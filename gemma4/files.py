@@ -105,7 +105,7 @@ def new_file(path: StrPath, *, force: bool, inputs: Iterable[StrPath] = (), n_by
                 os.fsync(file.fileno())
             _publish(own, target, force)
         except OSError as error:
-            if error.filename is None and error.errno is not None:  # from write(): does not name the file
+            if error.errno is not None and (error.filename is None or error.filename in own):  # names no file, or ours
                 raise OSError(error.errno, error.strerror, str(target)) from error
             raise
         finally:
@@ -117,10 +117,19 @@ def write_file(path: StrPath, data: bytes, *, force: bool, inputs: Iterable[StrP
     """All of `data` under that name, as `new_file` does it; pipes and devices that exist are written to directly."""
     target = Path(path)
     if _is_device(target):
-        target.write_bytes(data)
+        _write_device(target, data)
         return
     with new_file(target, force=force, inputs=inputs) as file:
         file.write(data)
+
+
+def _write_device(target: Path, data: bytes) -> None:
+    """Raises OSError, also for a pipe that nobody reads, which would be waited for."""
+    fd = os.open(target, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(fd, "wb") as device:
+        if hasattr(os, "set_blocking"):
+            os.set_blocking(fd, True)
+        device.write(data)
 
 
 def free_name(path: StrPath) -> Path:

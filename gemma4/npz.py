@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import tokenize
 import zipfile
 from typing import IO, Any
 
@@ -24,7 +25,7 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
 # the exceptions of the standard library's reader for a damaged file
 _DAMAGED = (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError, MemoryError,
-            SyntaxError, OverflowError, struct.error)  # fmt: skip
+            SyntaxError, OverflowError, struct.error, tokenize.TokenError)  # fmt: skip
 
 
 class NpzFile:

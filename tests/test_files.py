@@ -171,6 +171,25 @@ def test_reading_only_regular_files_of_bounded_size(tmp_path):
             open_regular(tmp_path / "pipe")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_pipe_that_nobody_reads_is_an_error(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"No such device or address.*pipe"):
+        write_file(tmp_path / "pipe", b"x", force=True)
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    data = bytes(range(256)) * 1000  # more than a pipe holds: the writer waits for the reader
+    thread = threading.Thread(target=write_file, args=(tmp_path / "pipe", data), kwargs={"force": True})
+    thread.start()
+    found = b""
+    os.set_blocking(reader, True)
+    while len(found) < len(data):
+        found += os.read(reader, 1 << 16)
+    thread.join()
+    os.close(reader)
+    assert found == data
+    write_file(os.devnull, b"x", force=True)
+
+
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 

@@ -141,6 +141,26 @@ def test_a_window_with_one_key_too_few(random_e, tmp_path):
         check_refused(random_e, path)
 
 
+def test_keys_of_other_tokens(model, saved, tmp_path):
+    """The keys decide what a cached prefix is; without media they are the ids."""
+    other = saved[1]["keys"].copy()
+    other[2] += 1
+    np.savez(tmp_path / "s.npz", **(saved[1] | {"keys": other}))
+    check_refused(model, tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize("header", ["(" * 5000, "[" * 200, '{\'descr\': """', "\\", "{'descr': 1e", "\0"], ids=repr)
+def test_headers_that_are_no_python(model, saved, tmp_path, header):
+    head = header.encode() + b" " * 64 + b"\n"
+    with zipfile.ZipFile(tmp_path / "s.npz", "w") as file:
+        for name, array in saved[1].items():
+            data = io.BytesIO()
+            np.save(data, array)
+            text = b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head
+            file.writestr(zipfile.ZipInfo(f"{name}.npy"), text if name == "tokens" else data.getvalue())
+    check_refused(model, tmp_path / "s.npz")
+
+
 def test_missing_arrays(model, saved, tmp_path):
     for name in ("tokens", "k.0", "v.4", "meta"):
         np.savez(tmp_path / "s.npz", **{key: value for key, value in saved[1].items() if key != name})

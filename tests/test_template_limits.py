@@ -89,6 +89,7 @@ BOMBS = {
     "lazily": UP * 4 + "{% set x = range(99999) " + "| map('string') " * 50 + "| list %}" + END * 4,
     "one half over the constructor": "{{ [1] | batch(600000000, 0) | first }}",
     "infinity": "{{ 1e400 | int }}",
+    "branches": "{% if 0 %}" + "{% elif 0 %}" * 15_000 + "{% endif %}",
     "negative lengths": "{{ 'abc' | truncate(-1) }}",
     "a long integer": "{{ " + "9" * 9000 + " }}",
     "a long program": "{{ 1 }}" * 99999,

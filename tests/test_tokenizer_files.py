@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,8 @@ DAMAGED = {
     "one spelling": changed(added_tokens=[*TABLE["added_tokens"], added("<a>", N), added("<a>", N + 1)]),
     "leaves a gap": changed(added_tokens=[*TABLE["added_tokens"], added("<a>", N + 7)]),
     "with an id, content": changed(added_tokens=[{"id": 0}]),
+    "unk_token.*unk": changed(model_unk_token=["<unk>"]),
+    "a merge is not of two": changed(model_merges=[5]),
     "not of two pieces": changed(model_merges=[["a", "b", "c"]]),
     "is not a tokenizer": changed(model_merges=[["no such", "pieces"]]),
     "merges.* is no list": changed(model_merges=7),
@@ -154,6 +157,9 @@ def folder_with(table, folder):
 
 @pytest.mark.parametrize(("table", "reason"), [
     (changed(normalizer=None), "spaces are not written"),
+    (changed(normalizer={"type": "Sequence", "normalizers": []}), "spaces are not written"),
+    (changed(model_merges=[]), "there are no merges"),
+    (changed(model_unk_token=None, model_vocab={t: i for t, i in VOCAB.items() if t != "<0x0B>"}), "every byte"),
     (changed(model_byte_fallback=False), "byte_fallback is false"),
     (changed(model_fuse_unk=False), "fuse_unk is false"),
     (changed(added_tokens=[*TABLE["added_tokens"], added("<b>", 5 + VOCAB["<bos>"])]), "id 7|of another"),
@@ -238,6 +244,16 @@ def test_a_token_that_is_there_twice(gguf_file, tmp_path, monkeypatch):
     assert "repeat" not in str(whole.info())
 
 
+def test_of_equal_tokens_the_named_one_encodes(gguf_file, tmp_path, monkeypatch):
+    """A second "<bos>" at the place of another token: the file says which is meant."""
+    monkeypatch.setenv("GEMMA4_CACHE", str(tmp_path / "cache"))
+    path = with_tokens(gguf_file, tmp_path / "x.gguf", lambda tokens: ["<bos>", *tokens[1:]])
+    for _ in range(2):
+        model = gemma4.load(path)
+        assert model.to_tokens("Once")[0] == 2 == model.config.bos_token_id
+        assert model.to_string([0]) == "<bos>" == model.to_string([2])
+
+
 def test_a_long_token_without_merges():
     """Every way to cut 600,000 characters in two took hours; the limit is in the message."""
 
@@ -278,12 +294,39 @@ def test_a_cached_file_is_read_by_content(gguf_file, tmp_path, monkeypatch):
         kept.write_bytes(damaged)
         assert open_checkpoint(gguf_file).load_tokenizer().encode("The cat sat.").tolist() == ids
         assert kept.read_bytes() == whole
+    for text in (
+        '{"model":5}',
+        "{" + '"a":[' * 50_000,
+        json.dumps(table | {"sha256": 0, "normalizer": {"type": "Lowercase"}}),
+    ):
+        kept.write_bytes((cache._seal(text) + text[1:]).encode())  # whole, and of another version or a stranger's
+        assert open_checkpoint(gguf_file).load_tokenizer().encode("The cat sat.").tolist() == ids
+        assert kept.read_bytes() == whole
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no FIFOs")
+def test_a_pipe_in_the_cache_is_not_waited_for(gguf_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMMA4_CACHE", str(tmp_path / "cache"))
+    ids = gemma4.load(gguf_file).to_tokens("The cat sat.").tolist()
+    [kept] = (tmp_path / "cache").iterdir()
+    kept.unlink()
+    os.mkfifo(kept)
+    code = f"import gemma4; print(gemma4.load({str(gguf_file)!r}).to_tokens('The cat sat.').tolist())"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{ids}\n", done.stderr
 
 
 def test_cache_folder_of_the_home(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("GEMMA4_CACHE", "~/x")
     assert cache.directory() == tmp_path / "x"
+
+
+def test_cache_folder_of_nobody(gguf_file, monkeypatch, tmp_path):
+    """No such user, no home: the name as it is, and a tokenizer in any case."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GEMMA4_CACHE", "~nobody-of-that-name/x")
+    assert gemma4.load(gguf_file).to_tokens("Once").tolist() == gemma4.load("tiny-e").to_tokens("Once").tolist()
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

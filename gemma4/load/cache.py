@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from gemma4.errors import FormatError
-from gemma4.files import read_limited, write_file
+from gemma4.files import new_file, read_limited
 
 _MAX_BYTES = 128 << 20
 _OFF = ("0", "off", "no", "false")
@@ -25,7 +25,7 @@ def directory() -> Path | None:
     if named.lower() in _OFF:
         return None
     if named:
-        return Path(named).expanduser()
+        return Path(os.path.expanduser(named))  # unlike Path.expanduser, leaves "~" of nobody's as it is
     try:
         if sys.platform == "win32":
             base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
@@ -59,7 +59,8 @@ def write(name: str, text: str) -> None:
         return
     with contextlib.suppress(OSError, ValueError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_file(folder / name, (_seal(text) + text[1:]).encode(), force=True)
+        with new_file(folder / name, force=True) as file:  # which no pipe in its place can block
+            file.write((_seal(text) + text[1:]).encode())
 
 
 def _seal(text: str) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import struct
@@ -92,7 +93,8 @@ class GgufCheckpoint(Checkpoint):
             name = f"tokenizer-{gguf_tokenizer.digest(self.metadata)}.json"
         where, cached = str(self.tokenizer_path), cache.read(name)
         if cached is not None:
-            return Tokenizer.from_json(cached, where)
+            with contextlib.suppress(FormatError, NotImplementedError):  # whatever was put there: it is made again
+                return Tokenizer.from_json(cached, where)
         with self.reading():
             table = gguf_tokenizer.tokenizer_table(self.metadata, where)
         tokenizer = Tokenizer.from_table(table, where)

@@ -254,9 +254,10 @@ def _rows(tensors: Mapping[str, TensorInfo], name: str, where: str) -> int:
 def _ropes(
     f: _Keys, types: tuple[str, ...], head_dim: tuple[int, ...], rope_freqs: NDArray[Any] | None
 ) -> dict[str, Rope]:
-    scaling = f.get("gemma4.rope.scaling.type", "none")
-    factor = f.get("gemma4.rope.scaling.factor", 1)  # with factor 1 any kind of scaling leaves positions unchanged
-    if scaling != "none" and not (scaling == "linear" and factor == 1):
+    # As in llama.cpp: without a type the scaling is linear, the older key counts if the newer is absent, 0 is unset.
+    scaling = f.get("gemma4.rope.scaling.type", "linear")
+    factor = f.get("gemma4.rope.scaling.factor", f.get("gemma4.rope.scale_linear", 1))
+    if scaling != "none" and not (scaling == "linear" and factor in (0, 1)):
         what = f"gemma4.rope.scaling.type {scaling!r:.60}, factor {factor!r:.40}"
         raise NotImplementedError(f"{what}: only unscaled positions are supported")
     out = {}

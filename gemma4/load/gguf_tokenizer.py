@@ -21,7 +21,7 @@ _MODELS = ("gemma4", "llama")
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 NAMED = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 _ARRAYS = ("tokens", "token_type", "merges", "scores")
-_VERSION = b"2"  # version of the output of `tokenizer_table`
+_VERSION = b"3"  # version of the output of `tokenizer_table`
 _MAX_SPLITS = 1 << 26  # characters of all ways to split tokens in two: 40 times those of 262,144 tokens
 
 
@@ -32,12 +32,19 @@ def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
 def digest(metadata: Mapping[str, Any]) -> str:
     """64 hex digits of everything that `tokenizer_table` reads, without decoding it as text."""
     out = hashlib.sha256(_VERSION + str(metadata.get(f"{PREFIX}model")).encode())
+    out.update(f"\0{_named_ids(metadata)}".encode())
     for name in _ARRAYS:
         array = metadata.get(PREFIX + name)
         out.update(f"\0{name}\0{array.count if isinstance(array, GgufArray) else None}\0".encode())
         if isinstance(array, GgufArray):
             out.update(array.raw())
     return out.hexdigest()
+
+
+def _named_ids(metadata: Mapping[str, Any]) -> list[int]:
+    """Ids that the keys for special tokens name, in the order of the keys."""
+    named = sorted(key for key in metadata if key.startswith(PREFIX) and key.endswith("_token_id"))
+    return [metadata[key] for key in named if type(metadata[key]) is int]
 
 
 def count_same_tokens(metadata: Mapping[str, Any]) -> int:
@@ -47,7 +54,8 @@ def count_same_tokens(metadata: Mapping[str, Any]) -> int:
 
 
 def tokenizer_table(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The tokenizer.json as an object. Of tokens that are spelled alike the first one encodes, and all decode.
+    """The tokenizer.json as an object. Of tokens that are spelled alike one encodes, and all decode: the one that a
+    key names as special, else the first one.
 
     Raises FormatError (arrays that are missing, of other types or lengths, merges of unknown pieces, or a vocabulary
     without merges that would take too long), NotImplementedError (another kind of tokenizer).
@@ -56,7 +64,7 @@ def tokenizer_table(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
     if model not in _MODELS:
         raise NotImplementedError(f"{where}: {PREFIX}model is {model!r:.80}; supported: {', '.join(_MODELS)}")
     tokens = _strings(metadata, "tokens", where)
-    vocab: dict[str, int] = {}
+    vocab = {tokens[i]: i for i in reversed(_named_ids(metadata)) if 0 <= i < len(tokens)}
     same = [[i, token] for i, token in enumerate(tokens) if vocab.setdefault(token, i) != i]
     kinds = _numbers(metadata, "token_type", len(tokens), where)
     scores = _numbers(metadata, "scores", len(tokens), where)

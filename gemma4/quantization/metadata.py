@@ -24,7 +24,7 @@ from gemma4.load.gguf_config import ARCHITECTURE, parse_metadata
 from gemma4.load.gguf_tokenizer import NAMED, PREFIX
 from gemma4.load.mapped import TensorInfo
 from gemma4.text.tokenizer import CONTROL, Tokenizer
-from gemma4.text.tokenizer_file import MAX_FILE, read_table, texts_overlap
+from gemma4.text.tokenizer_file import MAX_FILE, read_table, steps_of, texts_overlap
 
 # llama.cpp's number of a file's kind (llama_ftype), for display only
 _FILE_TYPES = {
@@ -37,6 +37,7 @@ _OURS = ("general.file_type", "general.quantization_version", "general.alignment
 _STANDS_STILL = 1e30  # divisor of the frequency of a pair that does not rotate
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # tokenizer.ggml.token_type
+_ALL_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _SCORE = -1000.0  # score of every token: merges determine the order
 # control tokens that llama.cpp should show nevertheless, for clients that parse the answer
 _VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
@@ -166,8 +167,12 @@ def _check_same_ids(table: Mapping[str, Any], where: str) -> None:
 def _other_ids(table: Mapping[str, Any]) -> Iterator[str]:
     model = table["model"]
     added = {token["content"]: token for token in table.get("added_tokens") or ()}
-    if table.get("normalizer") is None:
+    if not steps_of(table.get("normalizer"), "normalizers"):
         yield "normalizer is null: spaces are not written as ▁"
+    if not model["merges"]:
+        yield "there are no merges"
+    if model.get("unk_token") != "<unk>" and not model["vocab"].keys() >= _ALL_BYTES:
+        yield f"model.unk_token is {model.get('unk_token')!r:.80}, and not every byte has a token"
     for option in ("byte_fallback", "fuse_unk"):
         if not model.get(option):
             yield f"model.{option} is {str(model.get(option)).lower()}"

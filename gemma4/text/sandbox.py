@@ -36,6 +36,7 @@ _ENTRY = 16
 _SEQUENCES = (str, list, tuple)
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 _MAX_NODES = 1 << 16  # nodes of the program: a large real template has a few thousand
+_MAX_BRANCHES = 1000
 _CHARGES_PER_LOOK, _MUCH = 64, 1 << 14  # the clock is read after this number of charges, and with each large one
 
 
@@ -167,6 +168,11 @@ class _Accounting(NodeTransformer):
         text = sum(len(part.data) for child in node.body for part in _text_within(child))
         node.body.insert(0, nodes.ExprStmt(_toll_of(text, node), lineno=node.lineno))
         return node
+
+    def visit_If(self, node: nodes.If) -> nodes.If:
+        if len(node.elif_) > _MAX_BRANCHES:  # Python's parser takes one level of its stack for each
+            raise jinja2.TemplateSyntaxError(f"an if has more than the limit of {_MAX_BRANCHES} branches", node.lineno)
+        return self.generic_visit(node)  # type: ignore[return-value]
 
     visit_Macro = visit_CallBlock = visit_Block = _with_toll
 

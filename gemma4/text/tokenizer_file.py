@@ -90,10 +90,10 @@ class _Parts:
 
     def _check_steps(self) -> None:
         for name, plain in (("normalizer", SPACES), ("pre_tokenizer", _WORDS)):
-            for step in _steps(self._table.get(name), name + "s"):
+            for step in steps_of(self._table.get(name), name + "s"):
                 if step != plain:
                     self._refuse(name, step)
-        for step in _steps(self._table.get("decoder"), "decoders"):  # our decoder does the same
+        for step in steps_of(self._table.get("decoder"), "decoders"):  # our decoder does the same
             if not isinstance(step, dict) or step.get("type") not in _DECODERS:
                 self._refuse("decoder", step)
         found = self._table.get("post_processor")  # never used: <bos> is added by `Tokenizer.encode`
@@ -109,7 +109,7 @@ class _Parts:
         if len(set(vocab.values())) != len(vocab):
             self._fail(f"{len(vocab) - len(set(vocab.values()))} tokens have the id of another; ids must be different")
         unknown = self._model.get("unk_token")
-        if unknown is not None and unknown not in vocab:
+        if unknown is not None and not (isinstance(unknown, str) and unknown in vocab):
             self._fail(f"unk_token {str(unknown)[:80]!r} is not in the vocabulary")
         return vocab
 
@@ -118,10 +118,13 @@ class _Parts:
         merges = self._model.get("merges")
         if not isinstance(merges, list):
             self._fail('"merges" is no list')
-        pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-        if not all(len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str) for pair in pairs):
+        pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
+        if not all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)
+            for pair in pairs
+        ):
             self._fail("a merge is not of two pieces")
-        return pairs  # type: ignore[return-value]
+        return [(left, right) for left, right in pairs]
 
     def added(self) -> list[dict[str, Any]]:
         tokens = self._table.get("added_tokens") or []
@@ -141,9 +144,9 @@ class _Parts:
         unknown = self._model.get("unk_token")
         fuse, fallback = bool(self._model.get("fuse_unk")), bool(self._model.get("byte_fallback"))
         backend = Backend(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=fuse, byte_fallback=fallback))
-        if _steps(self._table.get("normalizer"), "normalizers"):
+        if steps_of(self._table.get("normalizer"), "normalizers"):
             backend.normalizer = normalizers.Replace(" ", "▁")  # type: ignore[assignment]
-        if _steps(self._table.get("pre_tokenizer"), "pre_tokenizers"):
+        if steps_of(self._table.get("pre_tokenizer"), "pre_tokenizers"):
             backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")  # type: ignore[assignment]
         backend.add_tokens([AddedToken(t["content"], **{flag: t.get(flag, False) for flag in _FLAGS}) for t in added])
         for token in added:
@@ -163,7 +166,7 @@ class _Parts:
         return same
 
 
-def _steps(part: Any, inner: str) -> list[Any]:
+def steps_of(part: Any, inner: str) -> list[Any]:
     """The steps of a normalizer or similar part, in order."""
     if part is None:
         return []
