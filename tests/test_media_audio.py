@@ -155,6 +155,15 @@ def test_silence_in_any_type_is_silence():
         assert not load_audio(np.full(400, np.iinfo(dtype).max // 2 + 1, dtype)).any()
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_bytes_in_a_wide_type_are_refused(dtype):
+    """8-bit samples, signed or not, taken for 16 bits would be all but silent."""
+    for samples in (np.round(tone(0.2) * 127), np.round(tone(0.2) * 127) + 128):
+        with pytest.raises(ValueError, match="neither 16 bits nor the full scale"):
+            load_audio(samples.astype(dtype))
+    assert not load_audio(np.zeros(3200, dtype)).any()
+
+
 def test_quiet_sound_as_decoders_give_it_stays_quiet():
     """16 bits, left-justified in 32."""
     quiet = np.round(tone(0.2) * 100).astype(np.int32)

@@ -20,6 +20,7 @@ from media_files import encoded, picture
 from gemma4.errors import FormatError
 from gemma4.media import image
 from gemma4.media.image import BUDGETS, load_image, preprocess, preprocess_unified, target_size
+from gemma4.media.video import load_video
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -191,6 +192,16 @@ def test_wide_pixels_keep_their_range(name):
     found = load_image(WIDE[name])
     assert found.shape == (64, 64, 3) and (found == found[:, :, :1]).all()
     assert np.abs(found[:, :, 0].astype(int) - RAMP).max() <= (2 if "10 bits" in name else 0)
+
+
+def test_bytes_in_uint16_are_no_black_picture():
+    """Full scale is 65535, so all of it would be 0; a video may have such frames."""
+    for dtype in (np.uint16, ">u2"):
+        pixels = np.full((48, 48, 3), 200, dtype)
+        with pytest.raises(ValueError, match="a uint16 image of values up to 200 is black"):
+            load_image(pixels)
+        assert load_image(pixels * 256).min() == load_image(pixels * 256).max() == 200
+        assert not load_video(np.stack([pixels, pixels * 0])).frames[0].any()
 
 
 def test_black_stays_black():

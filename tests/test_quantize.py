@@ -649,8 +649,21 @@ def test_command(tmp_path, capsys, monkeypatch):
     (["--type", "Q4_0", "--override", "=Q8_0"], "expected TENSOR=TYPE"),
     (["--type", "Q4_0", "--report", "/nonexistent/text"], "No such file"),
     (["--type", "Q4_0", "--report", os.devnull], "empty"),
+    (["--type", "Q4_0", "--report", os.curdir], "no regular file"),
+    (["--type", "Q4_0", "--report", sys.executable], "is not UTF-8"),
 ])  # fmt: skip
 def test_command_with_wrong_arguments(tmp_path, capsys, arguments, message):
     assert main(["quantize", "tiny-e", str(tmp_path / "x.gguf"), *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error and not leftovers(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_reports_wait_for_no_pipe_and_read_no_device(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(1 << 30)
+    for text, words in (("pipe", "no regular file"), ("large", "the limit is 16,777,216")):
+        command = ["quantize", "tiny-e", str(tmp_path / "x.gguf"), "--type", "Q4_0", "--report", str(tmp_path / text)]
+        assert main(command) == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()

@@ -265,3 +265,24 @@ def test_repeated_ctrl_c():
             break
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and b"Traceback" not in err and b"KeyboardInterrupt" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX descriptors")
+@pytest.mark.parametrize(
+    ("closed", "argv", "code", "words"),
+    [
+        (0, ["generate", "-"], 2, "empty prompt"),
+        (0, ["chat"], 0, ""),
+        (1, ["info"], 0, "standard output is closed"),
+        (2, ["generate", "x", "--max-tokens", "2"], 0, ""),
+        (2, ["info", "--model", "nowhere"], 2, ""),
+    ],
+)
+def test_closed_streams(closed, argv, code, words):
+    """As a shell's <&-, >&- and 2>&-: no traceback, and no message in the place of the answer."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "gemma4", *argv], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=60, preexec_fn=lambda: os.close(closed),
+    )  # fmt: skip
+    assert done.returncode == code and words in done.stderr and "Error" not in done.stdout + done.stderr
+    assert "gemma4:" not in done.stdout

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from gemma4.cli import media as cli_media
 from gemma4.cli.terminal import console, emit, say, shown, status, streams, styled, typed
-from gemma4.files import check_output, write_file
+from gemma4.files import check_output, read_limited, write_file
 from gemma4.sequence import KVDtype
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gemma4.quantization import QuantizationResult
 
 EXIT_FAULT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+_MAX_TEXT = 16 << 20  # bytes of a text to measure a model on: 4 million tokens
 _PROGRESS_AFTER_S = 0.3  # a quick load prints nothing
 _ERRORS = (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError)  # errors that a user can fix
 _HELP = (
@@ -327,10 +328,18 @@ def _report_text(name: str | None) -> str | None:
     """Read before the work begins, so that a wrong name fails early. "" = the built-in conversation."""
     if not name:
         return name
-    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    text = sys.stdin.read() if name == "-" else _text_of(name)
     if not text.strip():
         raise ValueError(f"the text for --report is empty: {name}")
     return text
+
+
+def _text_of(name: str) -> str:
+    """A text file, which may be anything. Raises ValueError (no regular file, too large, not UTF-8), OSError."""
+    try:
+        return "" if name == os.devnull else read_limited(name, _MAX_TEXT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: {error}") from None
 
 
 def _report(args: argparse.Namespace, result: QuantizationResult, text: str, out: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def parts(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _part(kind: str, path: str) -> dict[str, Any]:
-    return {"type": kind, kind: str(Path(path).expanduser())}
+    return {"type": kind, kind: os.path.expanduser(path)}
 
 
 def attachment(model: Model, kind: Kind, path: str, image_tokens: int | None) -> Medium:

@@ -93,6 +93,28 @@ class _Shown:
 @contextlib.contextmanager
 def streams() -> Iterator[None]:
     """Standard streams that never fail on a character, and warnings as one line each, while the command runs."""
+    with _closed_streams_replaced(), _streams_that_never_fail():
+        yield
+
+
+@contextlib.contextmanager
+def _closed_streams_replaced() -> Iterator[None]:
+    """Python has None for a standard stream that the caller closed: input is empty then, messages go nowhere."""
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    with contextlib.ExitStack() as stack:
+        for name in closed:
+            setattr(sys, name, stack.enter_context(open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")))
+        if "stdout" in closed:
+            say("standard output is closed: nothing is printed")
+        try:
+            yield
+        finally:
+            for name in closed:
+                setattr(sys, name, None)
+
+
+@contextlib.contextmanager
+def _streams_that_never_fail() -> Iterator[None]:
     before = [(stream, stream.errors) for stream in _text_streams(sys.stdout, sys.stderr)]
     for stream, errors in before:
         if errors in ("strict", "surrogateescape"):  # the latter where the locale is C

@@ -166,7 +166,7 @@ def _full_scale(array: NDArray[Any], name: str) -> NDArray[Any]:
         return _scaled(array)
     low, high, middle = int(array.min()), int(array.max()), 2 ** (bits - 1)
     if array.dtype.kind == "i":
-        return array / 2.0 ** (_bits_used(array, max(high, -1 - low), name) - 1)
+        return array / 2.0 ** (_bits_used(array, low, high, name) - 1)
     if not low <= middle <= high:
         raise ValueError(
             f"{name}: {array.dtype} samples from {low} to {high} never cross the middle of their type, {middle}: no "
@@ -183,15 +183,16 @@ def _scaled(array: NDArray[Any]) -> NDArray[Any]:
     return (array - full) / full if array.dtype.kind == "u" else array / full
 
 
-def _bits_used(array: NDArray[Any], peak: int, name: str) -> int:
+def _bits_used(array: NDArray[Any], low: int, high: int, name: str) -> int:
     """Bits of the full scale that these signed samples have: a wide type may hold the values of a narrow one.
 
     Values of 32 bits are taken as such if they are loud (-48 dB and up) or left-justified, as decoders give them.
     """
-    bits = array.dtype.itemsize * 8
+    bits, peak = array.dtype.itemsize * 8, max(high, -1 - low)
     if bits <= 16:
         return bits
-    if peak < 1 << 15:
+    are_bytes = 0 < peak < 1 << 7 or (low >= 0 and 0 < peak < 1 << 8)  # samples of 8 bits, signed or not
+    if peak < 1 << 15 and not are_bytes:
         return 16
     for wide in (32, 64):
         if wide <= bits and peak < 1 << (wide - 1) and (peak >> (wide - 9) or not (array & 0xFF).any()):

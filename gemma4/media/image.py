@@ -112,7 +112,9 @@ def load_image(image: ImageLike) -> U8:
     an animation. Colour profiles are not applied. Raises as `preprocess`.
     """
     if isinstance(image, np.ndarray):
-        return _from_array(image)
+        if image.dtype.kind == "u" and image.dtype.itemsize == 2 and 1 <= image.max(initial=0) <= 255:
+            raise ValueError(f"a uint16 image of values up to {image.max()} is black (full scale: 65535): give uint8")
+        return from_array(image)
     if is_file(image):
         return _read_file(image, name_of(image, "image"))
     return _from_pillow(image)
@@ -217,7 +219,7 @@ def _is_signed(image: Any) -> bool:
 def _rgb(image: Any, signed: bool) -> Any:
     pillow = require("PIL.Image")
     if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these at 255
-        return pillow.fromarray(_from_array(_narrowed(image, signed)))
+        return pillow.fromarray(from_array(_narrowed(image, signed)))
     if image.mode in _PREMULTIPLIED:
         image = image.convert(_PREMULTIPLIED[image.mode])
     if "A" in image.getbands() or image.info.get("transparency") is not None:
@@ -251,7 +253,7 @@ def _narrowed(image: Any, signed: bool) -> U8:
     )
 
 
-def _from_array(array: NDArray[Any]) -> U8:
+def from_array(array: NDArray[Any]) -> U8:
     """uint8 [height, width, 3] of an array of pixels."""
     if array.ndim == 2:
         array = array[:, :, None]
@@ -268,7 +270,7 @@ def _from_array(array: NDArray[Any]) -> U8:
 def _as_bytes(array: NDArray[Any]) -> U8:
     if array.dtype == np.uint8:
         return array
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
         return (array >> 8).astype(np.uint8)  # as PNG decoders do with 48-bit colour
     if array.dtype.kind != "f":
         raise ValueError(f"an image array must be uint8, uint16, or float in 0..1, got {array.dtype}")
