@@ -231,6 +231,12 @@ def test_demo_takes_a_free_name(tmp_path, capsys, monkeypatch):
     assert main(["demo", "--output", "gemma4-demo.png"]) != 0
     assert (tmp_path / "gemma4-demo.png").read_text() == "precious"
     assert main(["demo", "--output", "plain"]) == 0 and (tmp_path / "plain.png").is_file()
+    assert main(["demo", "--output", os.devnull]) == 0 and not os.path.exists(os.devnull + ".png")
+    capsys.readouterr()
+    for output, words in (("", "is a folder"), ("nowhere/x.png", "no such folder"), ("plain", "exists already")):
+        assert main(["demo", "--output", output]) == 2  # before the work, and not beside the name that was given
+        captured = capsys.readouterr()
+        assert words in captured.err and not captured.out
 
 
 def test_saving_a_sequence_replaces_no_weights(tmp_path):

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma4.cli.terminal import styled
-from gemma4.files import free_name, write_file
+from gemma4.files import check_output, free_name, write_file
 from gemma4.generation.stream import Generation
 from gemma4.info import peak_bytes, resident_bytes
 from gemma4.interp.cache import ActivationCache
@@ -64,6 +64,14 @@ def run_demo(
     picture = _plot(lens, model.to_str_tokens(ids), output or Path(DEFAULT_OUTPUT), console)
     if picture is not None:
         _save(picture, output, force, model, console)
+
+
+def picture_name(output: Path, force: bool) -> Path:
+    """The file that the heat map goes to, with the ending of a picture. Raises as `check_output`."""
+    is_device = output.exists() and not output.is_file() and not output.is_dir()
+    named = output if output.suffix or is_device or not output.name else output.with_suffix(".png")
+    check_output(named, force=force, devices=True)
+    return named
 
 
 def _stream(model: Model, prompt: str, console: Console, max_tokens: int) -> Generation:
@@ -147,9 +155,9 @@ def _plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) ->
 
 def _save(picture: bytes, output: Path | None, force: bool, model: Model, console: Console) -> None:
     target = output or Path(DEFAULT_OUTPUT)
-    target = target if target.suffix else target.with_suffix(".png")
-    if not os.access(target.parent, os.W_OK):  # a read-only working folder is no reason to fail
-        target = Path(tempfile.gettempdir()) / target.name
-    target = target if output else free_name(target)
+    if output is None:
+        if not os.access(target.parent, os.W_OK):  # a read-only working folder is no reason to fail
+            target = Path(tempfile.gettempdir()) / target.name
+        target = free_name(target)
     write_file(target, picture, force=force, inputs=model.checkpoint.inputs)
     console.print(styled(f"heat map of every layer and position: {target.resolve()}", console), soft_wrap=True)

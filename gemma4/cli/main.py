@@ -233,8 +233,9 @@ def _load(args: argparse.Namespace) -> Model:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from gemma4.cli.demo import run_demo
+    from gemma4.cli.demo import picture_name, run_demo
 
+    output = picture_name(args.output, args.force) if args.output else None  # before the work
     start = time.perf_counter()
     model = _load(args)
     seconds = time.perf_counter() - start
@@ -242,7 +243,7 @@ def _demo(args: argparse.Namespace) -> None:
         model,
         args.prompt and typed(args.prompt),
         console=console(),
-        output=args.output,
+        output=output,
         force=args.force,
         load_s=seconds,
     )
