@@ -111,14 +111,21 @@ static int64_t fit(int size)
     return size < 0 ? 1 : size > 4096 ? 4096 : size;
 }
 
-static void add_tensor(reader *r, fixture *f, const char *name, int n_dims, int64_t a, int64_t b, int64_t c)
+typedef struct {
+    reader *r;
+    fixture *f;
+} tensor_maker;
+
+/* A g4_tensor_fn. Some tensors are missing, some have another shape. */
+static void add_tensor(void *context, const char *name, const int64_t *shape, int n_dims)
 {
     static const g4_dtype types[] = {G4_F32, G4_F32, G4_BF16, G4_F16, G4_Q8_0, G4_Q4_0, G4_Q5_1, G4_MXFP4};
+    reader *r = ((tensor_maker *)context)->r;
+    fixture *f = ((tensor_maker *)context)->f;
     if (f->n_tensors == MAX_TENSORS || next(r) == 255)
         return;
     g4_named_tensor *t = &f->tensors[f->n_tensors];
     *t = (g4_named_tensor){.dtype = n_dims > 1 ? types[next(r) % 8] : types[next(r) % 4], .n_dims = n_dims};
-    const int64_t shape[] = {a, b, c};
     size_t n = 1;
     for (int i = 0; i < n_dims; i++) {
         t->shape[i] = fit(mostly(r, (int)shape[i]));
@@ -134,61 +141,6 @@ static void add_tensor(reader *r, fixture *f, const char *name, int n_dims, int6
     t->data = data;
     t->name = f->names[f->n_tensors];
     snprintf(f->names[f->n_tensors++], sizeof f->names[0], "%s", name);
-}
-
-static void add_layer(reader *r, fixture *f, int layer, const char *name, int n_dims, int64_t a, int64_t b, int64_t c)
-{
-    char full[80];
-    snprintf(full, sizeof full, "layers.%d.%s", layer, name);
-    add_tensor(r, f, full, n_dims, a, b, c);
-}
-
-static void add_layer_tensors(reader *r, fixture *f, int i)
-{
-    const g4_config *c = &f->config;
-    const g4_layer_config *l = &f->layers[i];
-    static const char *const gains[] = {"input_layernorm.weight",
-                                        "post_attention_layernorm.weight",
-                                        "pre_feedforward_layernorm.weight",
-                                        "post_feedforward_layernorm.weight",
-                                        "post_per_layer_input_norm.weight",
-                                        "pre_feedforward_layernorm_2.weight",
-                                        "router.scale",
-                                        "post_feedforward_layernorm_1.weight",
-                                        "post_feedforward_layernorm_2.weight"};
-    const int64_t d = fit(c->d_model), h = fit(l->head_dim), q = fit(c->n_heads) * h, kv = fit(l->n_kv_heads) * h;
-    for (size_t g = 0; g < sizeof gains / sizeof *gains; g++)
-        add_layer(r, f, i, gains[g], 1, d, 1, 1);
-    add_layer(r, f, i, "self_attn.q_proj.weight", 2, q, d, 1);
-    add_layer(r, f, i, "self_attn.k_proj.weight", 2, kv, d, 1);
-    add_layer(r, f, i, "self_attn.v_proj.weight", 2, kv, d, 1);
-    add_layer(r, f, i, "self_attn.o_proj.weight", 2, d, q, 1);
-    add_layer(r, f, i, "self_attn.q_norm.weight", 1, h, 1, 1);
-    add_layer(r, f, i, "self_attn.k_norm.weight", 1, h, 1, 1);
-    add_layer(r, f, i, "mlp.gate_proj.weight", 2, fit(l->d_mlp), d, 1);
-    add_layer(r, f, i, "mlp.up_proj.weight", 2, fit(l->d_mlp), d, 1);
-    add_layer(r, f, i, "mlp.down_proj.weight", 2, d, fit(l->d_mlp), 1);
-    add_layer(r, f, i, "layer_scalar", 1, 1, 1, 1);
-    add_layer(r, f, i, "per_layer_input_gate.weight", 2, fit(c->d_ple), d, 1);
-    add_layer(r, f, i, "per_layer_projection.weight", 2, d, fit(c->d_ple), 1);
-    add_layer(r, f, i, "router.proj.weight", 2, fit(c->n_experts), d, 1);
-    add_layer(r, f, i, "router.per_expert_scale", 1, fit(c->n_experts), 1, 1);
-    add_layer(r, f, i, "experts.gate_up_proj", 3, fit(c->n_experts), 2 * fit(c->d_expert), d);
-    add_layer(r, f, i, "experts.down_proj", 3, fit(c->n_experts), d, fit(c->d_expert));
-}
-
-static void make_tensors(reader *r, fixture *f)
-{
-    const g4_config *c = &f->config;
-    const int64_t d = fit(c->d_model), wide = fit(c->n_layers) * fit(c->d_ple);
-    add_tensor(r, f, "embed_tokens.weight", 2, fit(c->d_vocab), d, 1);
-    add_tensor(r, f, "norm.weight", 1, d, 1, 1);
-    add_tensor(r, f, "lm_head.weight", 2, fit(c->d_vocab), d, 1);
-    add_tensor(r, f, "embed_tokens_per_layer.weight", 2, fit(c->d_vocab_ple), wide, 1);
-    add_tensor(r, f, "per_layer_model_projection.weight", 2, wide, d, 1);
-    add_tensor(r, f, "per_layer_projection_norm.weight", 1, fit(c->d_ple), 1, 1);
-    for (int i = 0; i < c->n_layers; i++)
-        add_layer_tensors(r, f, i);
 }
 
 /* ---- a step ------------------------------------------------------------------------------------------------------ */
@@ -327,7 +279,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     g4_error err = {0};
     g4_model *model = NULL;
     make_config(&r, f);
-    make_tensors(&r, f);
+    (void)g4_text_tensors(&f->config, add_tensor, &(tensor_maker){&r, f}, &err); /* an invalid config has none */
+    err = (g4_error){0};
     const g4_model_options options = {.n_threads = mostly(&r, 1), .fast = below(&r, 2)};
     g4_status status = g4_model_new(&f->config, f->tensors, (size_t)f->n_tensors, &options, &model, &err);
     if (status != G4_OK && !err.message[0])

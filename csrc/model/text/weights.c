@@ -176,6 +176,7 @@ g4_status g4_weights_bind(g4_weights *weights, const g4_config *config, const g4
 g4_status g4_text_tensors(const g4_config *config, g4_tensor_fn each, void *context, g4_error *err)
 {
     g4_weights weights;
+    G4_TRY(g4_config_check(config, err));
     g4_arena *arena = g4_arena_new();
     if (!arena)
         return g4_fail_nomem(err, sizeof(void *));
