@@ -283,7 +283,7 @@ OPS = [
     ),
     Mistake(
         "norms forget eps",
-        "float scale = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n + o->factor);",
+        "float scale = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n + o->eps);",
         "float scale = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n);",
         SITES,
     ),
@@ -363,9 +363,9 @@ ENCODERS = [
     ),
     Mistake("an odd last frame of sound is dropped", "return (n + 1) / 2;", "return n / 2;", AUDIO),
     Mistake(
-        "maps of one lower bound share their clamped input",
-        "maps[j]->input_min == map->input_min && maps[j]->input_max == map->input_max",
-        "maps[j]->input_min == map->input_min",
+        "layers of one lower bound share their clamped input",
+        "linears[j]->input_min == linear->input_min && linears[j]->input_max == linear->input_max",
+        "linears[j]->input_min == linear->input_min",
         f"{VISION} {AUDIO}",
     ),
     Mistake(

@@ -16,13 +16,13 @@ typedef struct {
     g4_linear_job jobs[N_JOBS];
     float *x[2], *out[N_JOBS];
     void *w[N_JOBS];
-} map_jobs;
+} test_jobs;
 
 static const int columns[N_JOBS] = {70, 17, 33, 9};
 
-static map_jobs jobs_new(g4_dtype dtype, int m)
+static test_jobs jobs_new(g4_dtype dtype, int m)
 {
-    map_jobs t;
+    test_jobs t;
     for (int i = 0; i < 2; i++)
         t.x[i] = random_row(NORMAL, (size_t)MOST_ROWS * (K + 5));
     for (int j = 0; j < N_JOBS; j++) {
@@ -36,7 +36,7 @@ static map_jobs jobs_new(g4_dtype dtype, int m)
     return t;
 }
 
-static void jobs_free(map_jobs *t)
+static void jobs_free(test_jobs *t)
 {
     free(t->x[0]), free(t->x[1]);
     for (int j = 0; j < N_JOBS; j++)
@@ -81,7 +81,7 @@ static bool wants_tiles(const g4_kernels *t, g4_dtype dtype, int m)
 
 static void check_linear(const g4_kernels *t, g4_dtype dtype, int m, bool fast)
 {
-    map_jobs maps = jobs_new(dtype, m);
+    test_jobs layers = jobs_new(dtype, m);
     float *first = NULL;
     const size_t n_out = (size_t)MOST_ROWS * (size_t)(columns[0] + 2);
     for (int n_threads = 1; n_threads <= 3; n_threads += 2) {
@@ -90,24 +90,25 @@ static void check_linear(const g4_kernels *t, g4_dtype dtype, int m, bool fast)
         g4_exec exec = {.kernels = t, .fast = fast, .profile = &profile, .err = &err};
         exec.pool = g4_pool_new(n_threads);
         exec.arena = g4_arena_new();
-        memset(maps.out[0], 0, n_out * 4);
-        bool good = g4_linear_jobs(&exec, maps.jobs, N_JOBS) == G4_OK;
+        memset(layers.out[0], 0, n_out * 4);
+        bool good = g4_linear_jobs(&exec, layers.jobs, N_JOBS) == G4_OK;
         for (int j = 0; j < N_JOBS; j++)
-            good &= all_near(&maps.jobs[j], fast);
-        check(good, t, fast ? "linear maps, fast" : "linear maps, exact", g4_dtype_name(dtype), m, n_threads, K);
-        check((profile.ops[G4_OP_QKV].bf16_work > 0) == (fast && wants_tiles(t, dtype, m)), t, "work of linear maps",
+            good &= all_near(&layers.jobs[j], fast);
+        check(good, t, fast ? "linear layers, fast" : "linear layers, exact", g4_dtype_name(dtype), m, n_threads, K);
+        check((profile.ops[G4_OP_QKV].bf16_work > 0) == (fast && wants_tiles(t, dtype, m)), t, "work of linear layers",
               g4_dtype_name(dtype), m, n_threads, K);
         if (first)
-            check(same(first, maps.out[0], n_out), t, "linear maps, threads", g4_dtype_name(dtype), m, n_threads, K);
+            check(same(first, layers.out[0], n_out), t, "linear layers, threads", g4_dtype_name(dtype), m, n_threads,
+                  K);
         else {
             first = allocate(n_out * 4);
-            memcpy(first, maps.out[0], n_out * 4);
+            memcpy(first, layers.out[0], n_out * 4);
         }
         g4_pool_free(exec.pool);
         g4_arena_free(exec.arena);
     }
     free(first);
-    jobs_free(&maps);
+    jobs_free(&layers);
 }
 
 void test_linear(void)

@@ -136,14 +136,14 @@ static float *transposed(g4_binder *b, const float *x, size_t outer, size_t rows
 }
 
 /* Transposes the stored [C, I, 3, 3] to [C, 3, 3, I], for g4_conv_3x3. */
-static g4_status make_conv_maps(g4_binder *b, const g4_encoder_config *c, g4_audio_weights *w)
+static g4_status make_conv_matrices(g4_binder *b, const g4_encoder_config *c, g4_audio_weights *w)
 {
     for (int i = 0; i < 2; i++) {
         const size_t inputs = i ? (size_t)c->conv_channels[0] : 1, outputs = (size_t)c->conv_channels[i];
-        const float *map = transposed(b, w->conv[i], outputs, inputs, 9);
-        if (!map)
+        const float *matrix = transposed(b, w->conv[i], outputs, inputs, 9);
+        if (!matrix)
             return G4_ENOMEM;
-        w->conv_maps[i] = (g4_matrix){map, G4_F32, outputs, 9 * inputs, 9 * inputs, G4_OP_INPUT};
+        w->conv_matrices[i] = (g4_matrix){matrix, G4_F32, outputs, 9 * inputs, 9 * inputs, G4_OP_INPUT};
     }
     return G4_OK;
 }
@@ -211,7 +211,7 @@ static g4_status finish(g4_encoder *encoder, g4_binder *b)
 {
     const g4_encoder_config *c = &encoder->config;
     g4_audio_weights *w = &encoder->audio;
-    G4_TRY(make_conv_maps(b, c, w));
+    G4_TRY(make_conv_matrices(b, c, w));
     G4_TRY(make_distances(b, c, w));
     for (int layer = 0; layer < c->n_layers; layer++) {
         G4_TRY(make_q_factors(b, c, &w->layers[layer]));
@@ -249,9 +249,9 @@ static g4_status convolve(tower *t, int medium, float *x)
     g4_arena_mark mark = g4_arena_save(p->exec.arena);
     float *between;
     G4_ALLOC(&p->exec, between, (size_t)frames * (size_t)bins * (size_t)channels);
-    G4_TRY(g4_conv_3x3(&p->exec, audio->rows, audio->n_rows, c->d_in, 1, &t->weights->conv_maps[0], between));
+    G4_TRY(g4_conv_3x3(&p->exec, audio->rows, audio->n_rows, c->d_in, 1, &t->weights->conv_matrices[0], between));
     G4_TRY(finish_conv(p, t->weights->conv_norm[0], frames * bins, channels, G4_SITE_A_CONV0, medium, between));
-    G4_TRY(g4_conv_3x3(&p->exec, between, frames, bins, channels, &t->weights->conv_maps[1], x));
+    G4_TRY(g4_conv_3x3(&p->exec, between, frames, bins, channels, &t->weights->conv_matrices[1], x));
     G4_TRY(finish_conv(p, t->weights->conv_norm[1], halved(frames) * halved(bins), c->conv_channels[1], G4_SITE_A_CONV1,
                        medium, x));
     g4_arena_restore(p->exec.arena, mark);
@@ -286,9 +286,9 @@ static g4_status norm(g4_encode_pass *p, const float *x, const float *gain, floa
     return g4_rms_norm(&p->exec, x, gain, p->n_soft, p->config->d_model, eps, out);
 }
 
-static g4_status clipped(g4_encode_pass *p, const float *x, const g4_clipped *map, float *out)
+static g4_status clipped(g4_encode_pass *p, const float *x, const g4_clipped *linear, float *out)
 {
-    return g4_clipped_jobs(&p->exec, x, p->n_soft, &map, &out, 1);
+    return g4_clipped_jobs(&p->exec, x, p->n_soft, &linear, &out, 1);
 }
 
 static g4_status add_to_residual(tower *t, const float *branch)
@@ -400,9 +400,9 @@ static g4_status attention(tower *t, int layer)
     G4_TRY(limit(p, t->resid, x));
     G4_TRY(norm(p, x, w->ln1, EPS, x));
     TAP(A_LN1_OUT, layer, x);
-    const g4_clipped *maps[] = {&w->q, &w->k, &w->v};
+    const g4_clipped *linears[] = {&w->q, &w->k, &w->v};
     float *outs[] = {q, k, v};
-    G4_TRY(g4_clipped_jobs(&p->exec, x, p->n_soft, maps, outs, 3));
+    G4_TRY(g4_clipped_jobs(&p->exec, x, p->n_soft, linears, outs, 3));
     TAP(A_Q, layer, q);
     TAP(A_K, layer, k);
     TAP(A_V, layer, v);

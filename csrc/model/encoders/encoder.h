@@ -41,7 +41,7 @@ typedef struct {
 
 typedef struct {
     const float *conv[2], *conv_norm[2]; /* [C, I, 3, 3] as stored, [C] */
-    g4_matrix conv_maps[2];              /* [C, 3 * 3 * I] made from conv */
+    g4_matrix conv_matrices[2];          /* [C, 3 * 3 * I] made from conv */
     g4_matrix input, output;             /* [D, b*c] [I, D] */
     const float *output_bias;            /* [I] */
     float *distances;                    /* [n_distances, D] sinusoids */
@@ -121,7 +121,7 @@ g4_status g4_encoder_tap_one(g4_encode_pass *p, g4_site site, int layer, int med
 bool g4_encoder_tapped(const g4_encode_pass *p, g4_site site, int layer);
 
 /* outs[i] = clip(W_i clip(x)) for n linear layers that share x [m, n_cols], in one parallel region. */
-g4_status g4_clipped_jobs(g4_exec *exec, const float *x, int m, const g4_clipped *const *maps, float *const *outs,
+g4_status g4_clipped_jobs(g4_exec *exec, const float *x, int m, const g4_clipped *const *linears, float *const *outs,
                           int n);
 
 /* g4_encoder_project normalizes soft [N, I] in place and projects it into each medium's `soft`. */

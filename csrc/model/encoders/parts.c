@@ -87,62 +87,62 @@ static bool clips(float low, float high)
 }
 
 /* *input: x clamped to the bounds of layer i; reuses the input of an earlier layer with the same bounds. */
-static g4_status clipped_input(g4_exec *exec, const float *x, int m, const g4_clipped *const *maps, int i,
+static g4_status clipped_input(g4_exec *exec, const float *x, int m, const g4_clipped *const *linears, int i,
                                const g4_linear_job *jobs, const float **input)
 {
-    const g4_clipped *map = maps[i];
+    const g4_clipped *linear = linears[i];
     float *copy;
     *input = x;
-    if (!clips(map->input_min, map->input_max))
+    if (!clips(linear->input_min, linear->input_max))
         return G4_OK;
     for (int j = 0; j < i; j++)
-        if (maps[j]->input_min == map->input_min && maps[j]->input_max == map->input_max) {
+        if (linears[j]->input_min == linear->input_min && linears[j]->input_max == linear->input_max) {
             *input = jobs[j].x;
             return G4_OK;
         }
-    G4_ALLOC(exec, copy, (size_t)m * map->w.n_cols);
+    G4_ALLOC(exec, copy, (size_t)m * linear->w.n_cols);
     *input = copy;
-    return g4_clamp_rows(exec, x, map->input_min, map->input_max, m, (int)map->w.n_cols, copy);
+    return g4_clamp_rows(exec, x, linear->input_min, linear->input_max, m, (int)linear->w.n_cols, copy);
 }
 
 /* g4_clipped_jobs on the layers' 16-bit copies, which clamp inputs and outputs themselves. */
-static g4_status clipped_jobs16(g4_exec *exec, const float *x, int m, const g4_clipped *const *maps, float *const *outs,
-                                int n)
+static g4_status clipped_jobs16(g4_exec *exec, const float *x, int m, const g4_clipped *const *linears,
+                                float *const *outs, int n)
 {
     g4_arena_mark mark = g4_arena_save(exec->arena);
     g4_job16 *jobs;
     G4_ALLOC(exec, jobs, (size_t)n);
     for (int i = 0; i < n; i++)
-        jobs[i] = (g4_job16){.w = maps[i]->w16,
-                             .input_min = maps[i]->input_min,
-                             .input_max = maps[i]->input_max,
-                             .output_min = maps[i]->output_min,
-                             .output_max = maps[i]->output_max,
+        jobs[i] = (g4_job16){.w = linears[i]->w16,
+                             .input_min = linears[i]->input_min,
+                             .input_max = linears[i]->input_max,
+                             .output_min = linears[i]->output_min,
+                             .output_max = linears[i]->output_max,
                              .out = outs[i]};
     G4_TRY(g4_jobs16(exec, x, m, jobs, n));
     g4_arena_restore(exec->arena, mark);
     return G4_OK;
 }
 
-g4_status g4_clipped_jobs(g4_exec *exec, const float *x, int m, const g4_clipped *const *maps, float *const *outs,
+g4_status g4_clipped_jobs(g4_exec *exec, const float *x, int m, const g4_clipped *const *linears, float *const *outs,
                           int n)
 {
-    if (maps[0]->w16)
-        return clipped_jobs16(exec, x, m, maps, outs, n);
+    if (linears[0]->w16)
+        return clipped_jobs16(exec, x, m, linears, outs, n);
     g4_arena_mark mark = g4_arena_save(exec->arena);
     g4_linear_job *jobs;
     G4_ALLOC(exec, jobs, (size_t)n);
     for (int i = 0; i < n; i++) {
-        const g4_matrix *w = &maps[i]->w;
+        const g4_matrix *w = &linears[i]->w;
         const float *input;
-        G4_TRY(clipped_input(exec, x, m, maps, i, jobs, &input));
+        G4_TRY(clipped_input(exec, x, m, linears, i, jobs, &input));
         jobs[i] = (g4_linear_job){input, w->n_cols, m, *w, outs[i], w->n_rows};
     }
     G4_TRY(g4_panel_jobs(exec, jobs, n));
     for (int i = 0; i < n; i++)
-        if (clips(maps[i]->output_min, maps[i]->output_max))
-            G4_TRY(g4_clamp_rows(exec, outs[i], maps[i]->output_min, maps[i]->output_max, m, (int)maps[i]->w.n_rows,
-                                 outs[i]));
+        if (clips(linears[i]->output_min, linears[i]->output_max))
+            G4_TRY(g4_clamp_rows(exec, outs[i], linears[i]->output_min, linears[i]->output_max, m,
+                                 (int)linears[i]->w.n_rows, outs[i]));
     g4_arena_restore(exec->arena, mark);
     return G4_OK;
 }
@@ -181,12 +181,12 @@ g4_status g4_encoder_project(g4_encode_pass *p, const g4_soft_sites *sites, floa
 
 /* ---- tensors ----------------------------------------------------------------------------------------------------- */
 
-static g4_status copy_map(g4_binder *b, g4_clipped *map)
+static g4_status copy_linear(g4_binder *b, g4_clipped *linear)
 {
-    G4_TRY(g4_matrix16_new(b->copy_with, b->arena, &map->w, &map->w16));
-    b->n_copied += g4_matrix16_bytes(map->w16);
+    G4_TRY(g4_matrix16_new(b->copy_with, b->arena, &linear->w, &linear->w16));
+    b->n_copied += g4_matrix16_bytes(linear->w16);
     if (((const g4_encoder_config *)b->config)->on_disk) /* else the original and the copy would both stay in memory */
-        g4_pages_release(map->w.data, g4_dtype_bytes(map->w.dtype, map->w.n_rows * map->w.n_cols));
+        g4_pages_release(linear->w.data, g4_dtype_bytes(linear->w.dtype, linear->w.n_rows * linear->w.n_cols));
     return G4_OK;
 }
 
@@ -197,7 +197,7 @@ g4_status g4_bind_table(g4_binder *b, const g4_bind_row *rows, int n_rows, const
         snprintf(name, sizeof name, "%s%s", prefix, rows[i].name);
         G4_TRY(g4_bind(b, &rows[i], name, layer, owner));
         if (b->copy_with && rows[i].kind == G4_BIND_CLIPPED)
-            G4_TRY(copy_map(b, (g4_clipped *)((char *)owner + rows[i].offset)));
+            G4_TRY(copy_linear(b, (g4_clipped *)((char *)owner + rows[i].offset)));
     }
     return G4_OK;
 }

@@ -241,9 +241,9 @@ static g4_status attention(tower *t, int layer, float *out)
     G4_ALLOC(&p->exec, z, n * w->q.w.n_rows);
     G4_TRY(g4_rms_norm(&p->exec, t->resid, w->ln1, p->n_rows, c->d_model, c->rms_norm_eps, x));
     TAP(V_LN1_OUT, layer, x);
-    const g4_clipped *maps[] = {&w->q, &w->k, &w->v};
+    const g4_clipped *linears[] = {&w->q, &w->k, &w->v};
     float *outs[] = {q, k, v};
-    G4_TRY(g4_clipped_jobs(&p->exec, x, p->n_rows, maps, outs, 3));
+    G4_TRY(g4_clipped_jobs(&p->exec, x, p->n_rows, linears, outs, 3));
     TAP(V_Q, layer, q);
     TAP(V_K, layer, k);
     TAP(V_V, layer, v);
@@ -267,9 +267,9 @@ static g4_status mlp_rows(tower *t, int layer, const float *x, int n, float *out
     float *gate, *up;
     G4_ALLOC(&p->exec, gate, (size_t)n * (size_t)width);
     G4_ALLOC(&p->exec, up, (size_t)n * (size_t)width);
-    const g4_clipped *maps[] = {&w->gate, &w->up}, *down[] = {&w->down};
+    const g4_clipped *linears[] = {&w->gate, &w->up}, *down[] = {&w->down};
     float *outs[] = {gate, up};
-    G4_TRY(g4_clipped_jobs(&p->exec, x, n, maps, outs, 2));
+    G4_TRY(g4_clipped_jobs(&p->exec, x, n, linears, outs, 2));
     if (n == p->n_rows) {
         TAP(V_MLP_PRE, layer, gate);
         TAP(V_MLP_PRE_LINEAR, layer, up);
