@@ -164,6 +164,7 @@ static int plan_chunk(const step *s, int *take)
     return n_rows;
 }
 
+/* The run's row of logits for `row`, or -1. */
 static int find_logits_slot(const g4_run *run, int row)
 {
     int low = 0, high = run->n_logits;
@@ -204,7 +205,7 @@ static void fill_segment(g4_forward *f, const step *s, int r, int first_row, int
         const int row = first_row + i, in_run = s->done[r] + i;
         f->positions[row] = position + i;
         f->row_in_run[row] = in_run;
-        f->logits_slot[row] = run->n_logits ? find_logits_slot(run, in_run) : -1;
+        f->logits_slot[row] = find_logits_slot(run, in_run);
         tokens[row] = token_at(f->config, run, in_run);
         embeddings[row] = is_soft(run, in_run) ? run->embeddings + (size_t)in_run * (size_t)f->config->d_model : NULL;
         if (f->ends)
@@ -289,10 +290,9 @@ static g4_status prepare(step *s)
         s->start[r] = run->seq->length;
         s->done[r] = 0;
         s->whole[r] = false;
-        if (run->n_rows > run->seq->capacity - run->seq->length)
-            G4_TRY(g4_kv_reserve(run->seq, run->n_rows, s->err)); /* fails, before anything is computed */
-        /* with stop_at_layer the lengths are restored at the end: no ring may overwrite cached positions */
-        if (s->options->stop_at_layer >= 0)
+        /* Rows beyond the capacity fail here, before anything is computed. With stop_at_layer the lengths are restored
+         * at the end: no ring may overwrite cached positions. */
+        if (s->options->stop_at_layer >= 0 || run->n_rows > run->seq->capacity - run->seq->length)
             G4_TRY(g4_kv_reserve(run->seq, run->n_rows, s->err));
     }
     for (int t = 0; t < s->n_taps; t++)

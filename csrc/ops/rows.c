@@ -8,11 +8,12 @@
 /* Operands of the row operations; each operation uses some of them. */
 typedef struct {
     float *out;
-    const float *a, *b, *scale;
+    const float *a, *b, *scale, *bias;
     const g4_matrix *table;
     const int32_t *ids;
-    float factor;
+    float factor, eps, low, high;
     int n, n_heads;
+    size_t stride;
 } operands;
 
 #define ROW(pointer, i) ((pointer) + (size_t)(i) * (size_t)o->n)
@@ -38,12 +39,12 @@ static void rms_scale_rows(const g4_exec *exec, void *context, int first, int en
 {
     const operands *o = context;
     for (int i = first; i < end; i++)
-        o->out[i] = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n + o->factor);
+        o->out[i] = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n + o->eps);
 }
 
 g4_status g4_rms_scale(g4_exec *exec, const float *x, int n_rows, int n, float eps, float *scale)
 {
-    operands o = {.out = scale, .a = x, .factor = eps, .n = n};
+    operands o = {.out = scale, .a = x, .eps = eps, .n = n};
     return run_rows(exec, (row_cost){G4_OP_NORM, 2, 1}, n_rows, (size_t)n, rms_scale_rows, &o);
 }
 
@@ -77,14 +78,14 @@ static void rms_norm_rows(const g4_exec *exec, void *context, int first, int end
 {
     const operands *o = context;
     for (int i = first; i < end; i++) {
-        float scale = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n + o->factor);
+        float scale = sqrtf(exec->kernels->sum_squares(ROW(o->a, i), o->n) / (float)o->n + o->eps);
         exec->kernels->scale_mul(ROW(o->out, i), ROW(o->a, i), 1.0f / scale, o->b, o->n);
     }
 }
 
 g4_status g4_rms_norm(g4_exec *exec, const float *x, const float *gain, int n_rows, int n, float eps, float *out)
 {
-    operands o = {.out = out, .a = x, .b = gain, .factor = eps, .n = n};
+    operands o = {.out = out, .a = x, .b = gain, .eps = eps, .n = n};
     return run_rows(exec, (row_cost){G4_OP_NORM, 4, 2}, n_rows, (size_t)n, rms_norm_rows, &o);
 }
 
@@ -148,35 +149,27 @@ g4_status g4_gelu_mul_rows(g4_exec *exec, const float *gate, const float *up, in
 
 static void glu_rows(const g4_exec *exec, void *context, int first, int end)
 {
-    const operands *o = context; /* a = x, b = gate; n_heads = the stride of both */
+    const operands *o = context;
     for (int i = first; i < end; i++)
-        exec->kernels->glu(ROW(o->out, i), o->a + (size_t)i * (size_t)o->n_heads, o->b + (size_t)i * (size_t)o->n_heads,
-                           o->n);
+        exec->kernels->glu(ROW(o->out, i), o->a + (size_t)i * o->stride, o->b + (size_t)i * o->stride, o->n);
 }
 
 g4_status g4_glu_rows(g4_exec *exec, const float *x, const float *gate, size_t stride, int n_rows, int n, float *out)
 {
-    operands o = {.out = out, .a = x, .b = gate, .n = n, .n_heads = (int)stride};
+    operands o = {.out = out, .a = x, .b = gate, .n = n, .stride = stride};
     return run_rows(exec, (row_cost){G4_OP_GLU, EXP_WORK + 3, 3}, n_rows, (size_t)n, glu_rows, &o);
 }
 
-typedef struct {
-    float *out;
-    const float *x, *gain, *bias;
-    float low, high; /* bounds of clamp; low is eps of layer_norm */
-    int n;
-} row_operands;
-
 static void clamp_rows(const g4_exec *exec, void *context, int first, int end)
 {
-    const row_operands *o = context;
+    const operands *o = context;
     for (int i = first; i < end; i++)
-        exec->kernels->clamp(ROW(o->out, i), ROW(o->x, i), o->low, o->high, o->n);
+        exec->kernels->clamp(ROW(o->out, i), ROW(o->a, i), o->low, o->high, o->n);
 }
 
 g4_status g4_clamp_rows(g4_exec *exec, const float *x, float low, float high, int n_rows, int n, float *out)
 {
-    row_operands o = {.out = out, .x = x, .low = low, .high = high, .n = n};
+    operands o = {.out = out, .a = x, .low = low, .high = high, .n = n};
     const double start = g4_profile_start(exec), n_values = (double)n_rows * (double)n;
     G4_TRY(g4_exec_rows(exec, n_rows, (size_t)n / 4 + 1, clamp_rows, &o));
     g4_profile_end(exec, G4_OP_CLAMP, start, 2 * n_values, 2 * n_values * (double)sizeof(float));
@@ -185,15 +178,15 @@ g4_status g4_clamp_rows(g4_exec *exec, const float *x, float low, float high, in
 
 static void layer_norm_rows(const g4_exec *exec, void *context, int first, int end)
 {
-    const row_operands *o = context;
+    const operands *o = context; /* b = gain */
     for (int i = first; i < end; i++)
-        exec->kernels->layer_norm(ROW(o->out, i), ROW(o->x, i), o->gain, o->bias, o->low, o->n);
+        exec->kernels->layer_norm(ROW(o->out, i), ROW(o->a, i), o->b, o->bias, o->eps, o->n);
 }
 
 g4_status g4_layer_norm_rows(g4_exec *exec, const float *x, const float *gain, const float *bias, float eps, int n_rows,
                              int n, float *out)
 {
-    row_operands o = {out, x, gain, bias, eps, 0, n};
+    operands o = {.out = out, .a = x, .b = gain, .bias = bias, .eps = eps, .n = n};
     return run_rows(exec, (row_cost){G4_OP_NORM, 8, 2}, n_rows, (size_t)n, layer_norm_rows, &o);
 }
 

@@ -334,7 +334,7 @@ static PyObject *test_quantize_rows16(PyObject *self, PyObject *args)
     return Py_BuildValue("(NN)", q, scale);
 }
 
-/* softmax_rows16(isa, x [m, n], changed) -> q int16 [m, stride], scale [m, groups] */
+/* softmax_rows16(isa, x [m, n]) -> q int16 [m, stride], scale [m, groups]; x is overwritten */
 static PyObject *test_softmax_rows16(PyObject *self, PyObject *args)
 {
     PyArrayObject *x;
@@ -587,7 +587,8 @@ static PyMethodDef testing_methods[] = {
     {"matmul_tiles", test_matmul_tiles, METH_VARARGS, "matmul_tiles(isa, x [m, k], w [n, k]) -> [m, n]"},
     {"pack_panel", test_pack_panel, METH_VARARGS, "pack_panel(isa, w [n, k]) -> [k, 16]"},
     {"quantize_rows16", test_quantize_rows16, METH_VARARGS, "quantize_rows16(isa, x [m, k], low, high) -> q, scale"},
-    {"softmax_rows16", test_softmax_rows16, METH_VARARGS, "softmax_rows16(isa, x [m, n], changed) -> q, scale"},
+    {"softmax_rows16", test_softmax_rows16, METH_VARARGS,
+     "softmax_rows16(isa, x [m, n]) -> q, scale; x is overwritten"},
     {"pack_panel16", test_pack_panel16, METH_VARARGS, "pack_panel16(isa, w [n, k]) -> q, scale"},
     {"matmul_panel16", test_matmul_panel16, METH_VARARGS,
      "matmul_panel16(isa, quantize_rows16(…), pack_panel16(…), n, groups at once) -> [m, n]"},

@@ -16,13 +16,9 @@ void g4_profile_end_attention(g4_exec *exec, double start, const g4_attention *r
     for (int r = 0; r < n_runs; r++) {
         const g4_attention *a = &runs[r];
         double pairs = 0;
-        int first = a->n_keys;
-        for (int i = 0; i < a->n_rows; i++) {
-            const int end = a->positions[i] + 1, seen = a->window && end > a->window ? a->window : end;
-            pairs += seen;
-            first = end - seen < first ? end - seen : first;
-        }
-        const double n_keys = a->n_rows ? a->positions[a->n_rows - 1] + 1 - first : 0;
+        for (int i = 0; i < a->n_rows; i++)
+            pairs += g4_end_key(a, i) - g4_first_key(a, i);
+        const double n_keys = a->n_rows ? g4_end_key(a, a->n_rows - 1) - g4_first_key(a, 0) : 0;
         work[g4_wants_tiles(exec, a)] += 4.0 * pairs * a->n_heads * a->head_dim;
         bytes += 2.0 * n_keys * a->n_kv_heads * (double)g4_dtype_bytes(a->kv.dtype, (size_t)a->head_dim);
     }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Causal attention of one run's queries over its cached keys, sliding window or not, grouped heads.
+/* Attention of one run's queries over its cached keys: causal or up to g4_attention.ends, sliding window or not, grouped
+ * heads.
  *
  * bf16 prompts use tiles.h, all other runs rows.h. In rows.h each query depends only on its own keys, in position order
  * from the first key it sees. Chunking, other runs of the step, the cache's capacity and the number of threads change
