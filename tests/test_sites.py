@@ -74,3 +74,16 @@ def test_sites_come_layer_by_layer_in_forward_order(model):
     assert inner == sorted(inner)
     first, last = layers.index(0), len(layers) - layers[::-1].index(inner[-1])
     assert set(layers[:first]) == set(layers[last:]) == {-1}
+
+
+def test_an_edit_of_every_site_changes_the_logits(model):
+    """A row that said EDIT of a value that nothing reads, or a TAP on a copy, would take edits and ignore them."""
+    plain, rng = model.forward(IDS), np.random.default_rng(0)
+
+    def change(array: np.ndarray, site: Site) -> np.ndarray:
+        if array.dtype == np.int32:  # another expert for every token
+            return np.roll(array, 1, axis=0)
+        return array * rng.uniform(0.5, 1.5, array.shape).astype(np.float32)
+
+    for site in filter(lambda site: site.writable, model.sites.values()):
+        assert not np.array_equal(model.run_with_hooks(IDS, [(site.name, change)]), plain), site.name
