@@ -221,6 +221,17 @@ static void check_narrow(g4_dtype dtype, int kind, int n)
     free(x), free(wanted), free(got);
 }
 
+/* Whether factors_of has the factors of this type: other bytes as factors make infinities, which hide mistakes. */
+static void check_size_of_weights(g4_dtype dtype, const void *rows, int n)
+{
+    float *values = allocate((size_t)n * 4), largest = 0;
+    g4_widen_for(scalar, dtype)(values, rows, n);
+    for (int i = 0; i < n; i++)
+        largest = isnan(values[i]) ? INFINITY : fmaxf(largest, fabsf(values[i]));
+    check(largest < 1000, scalar, "factors_of", g4_dtype_name(dtype), 0, 0, n);
+    free(values);
+}
+
 static void test_conversions(void)
 {
     static uint16_t every[1 << 16];
@@ -234,6 +245,7 @@ static void test_conversions(void)
         void *rows = random_weights(dtype, NORMAL, 4096);
         for (int n = 256; n <= 4096; n *= 4)
             check_widen(dtype, rows, n);
+        check_size_of_weights(dtype, rows, 4096);
         free(rows);
         for (int kind = 0; g4_narrow_for(scalar, dtype) && kind < N_KINDS; kind++)
             for (int n = 32; n <= 4096; n *= 2)
