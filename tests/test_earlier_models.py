@@ -17,6 +17,7 @@ from small_models import F, S, random_tensors, write_checkpoint
 import gemma4
 from gemma4 import FormatError, SiteError
 from gemma4.interp.lens import final_norm, logit_lens
+from gemma4.load.config import EARLIER
 from gemma4.quantization.gguf_file import head
 
 SHARED: dict[str, Any] = {
@@ -58,6 +59,10 @@ EVERY = pytest.mark.parametrize("name", CONFIGS)
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("earlier")
     return {name: write_checkpoint(root / name, config) for name, config in CONFIGS.items()}
+
+
+def test_every_family_is_here() -> None:
+    assert {EARLIER[raw["model_type"]] for raw in CONFIGS.values()} == set(EARLIER.values())
 
 
 @EVERY

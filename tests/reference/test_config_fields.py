@@ -35,6 +35,12 @@ COMBINATIONS: list[dict[str, Any]] = [
     {"unit_gains": True, "attention_scale": 0.25},
     PLAIN | {"unit_gains": True, "attention_scale": 0.1, "attention_softcap": 0.7},
 ]
+# Fields that are no option of the forward pass, or that variants.py varies with the shapes of weights
+IN_VARIANTS = frozenset(
+    {"d_model", "n_heads", "d_vocab", "d_ple", "d_vocab_ple", "n_experts", "top_k_experts", "d_expert", "layers"}
+    | {"rms_norm_eps", "logit_softcap", "embed_scale", "ple_scale", "pad_token", "ple_on_disk", "tied"}
+    | {"context_length", "rope_inv_freq"}
+)
 # "moe26b" and "everything" have values that are the keys' projection, and pairs that do not rotate
 NAMES = ["moe26b", "everything", "odd-e", "gemma3"]
 
@@ -48,6 +54,12 @@ def with_fields(model: gemma4.Model, fields: dict[str, Any]) -> gemma4.Model:
     other.engine_config, other.engine = config, _engine.Model(config, model.checkpoint.engine_tensors, threads=1)
     other.sites = SiteTable(other.engine.sites(), config["layers"])
     return other
+
+
+def test_every_field_is_varied(loaded: Load) -> None:
+    """A new field fails here until a combination above has it, or the list of those that variants.py varies."""
+    combined = {key for fields in COMBINATIONS for key in fields}
+    assert set(loaded("gemma2").engine_config) == combined | IN_VARIANTS
 
 
 def rms(x: NDArray[Any], eps: float) -> NDArray[Any]:

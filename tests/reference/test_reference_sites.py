@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import gemma4
+from gemma4.load.config import EARLIER
 
 from . import site_list, variants
 from .compare import difference, first_failures
@@ -17,6 +18,12 @@ from .oracle import text_model
 Get = Callable[[str, int], Reference]
 Load = Callable[[str], gemma4.Model]
 CASES = [(v.name, n) for v in variants.VARIANTS for n in v.prompt_lengths]
+
+
+def test_every_family_has_variants() -> None:
+    families = {variant.family for variant in variants.VARIANTS}
+    assert families == set(variants.TEXT_CLASSES)
+    assert {EARLIER[family] for family in families & set(EARLIER)} == set(EARLIER.values())
 
 
 @pytest.mark.parametrize(("name", "n_tokens"), CASES)
