@@ -3,7 +3,7 @@
  * Include with the macros of body_blocks.h and
  *   HAS_MIN        whether the format has minima
  *   F16_FACTOR     whether a block begins with its scale as f16
- *   SUMS_IN_INT16  how many products of 2 * 127 * the largest q fit 16 bits; 0 if q is signed
+ *   SUMS_IN_INT16  how many products of 2 * 127 * the largest q fit 16 bits, as INT8_TILES has it; 0 if q is signed
  *
  *   sum_l x_l w_l = sum over groups of dx (scale * sum q_x q_w - min * sum q_x)
  *
