@@ -74,7 +74,7 @@ class Benchmark:
     weights: tuple[int, int]
     limits: Limits
     notes: tuple[str, ...] = field(default=())
-    media: dict[str, Speed] = field(default_factory=dict)
+    media: dict[str, Speed] = field(default_factory=dict[str, Speed])
     inputs: tuple[Path, ...] = ()
 
     @property
@@ -109,7 +109,7 @@ class Benchmark:
         took = f"{1e3 * median(speed.seconds):.4g} ms"
         return f"{file}: {took}, {_speed(speed)}, {speed.tokens} soft tokens, {arithmetic:.0%} of peak arithmetic"
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Plain numbers, for JSON."""
         speeds = {
             name: {
@@ -121,7 +121,7 @@ class Benchmark:
             }
             for name, speed in self.phases.items()
         }
-        record = {"model": self.model, "how": self.how, "prompt": self.prompt, "load_s": self.load_s}
+        record: dict[str, object] = {"model": self.model, "how": self.how, "prompt": self.prompt, "load_s": self.load_s}
         record |= {"peak_bytes": self.peak_bytes, "weights": list(self.weights)}
         return record | {"limits": self.limits.__dict__, **speeds}
 
@@ -218,7 +218,7 @@ def bench(
     threads: int = 0,
     precision: Precision | None = None,
     kv_dtype: KVDtype | None = None,
-    media: Sequence[Mapping[str, Any]] = (),
+    media: Sequence[Mapping[str, object]] = (),
     image_tokens: int | None = None,
 ) -> Benchmark:
     """Load a model and measure it: `repeats` prompts of `prompt` random tokens, then `decode` tokens after one, then
@@ -232,8 +232,12 @@ def bench(
     if prompt < 1 or repeats < 1 or decode < 4:
         raise ValueError(f"prompt {prompt}, repeats {repeats}, decode {decode}: expected at least 1, 1 and 4")
     opened: list[Model] = []
-    options = {"mmproj": mmproj, "threads": threads, "precision": precision, "kv_dtype": kv_dtype}
-    load_s = _timed(lambda: opened.append(load(name_or_path, **options)))  # type: ignore[arg-type]
+
+    def open_it() -> None:
+        model = load(name_or_path, mmproj=mmproj, threads=threads, precision=precision, kv_dtype=kv_dtype)
+        opened.append(model)
+
+    load_s = _timed(open_it)
     with opened[0] as model:
         budget = model.image_tokens if image_tokens is None else image_tokens
         found = read_media([{"content": list(media)}], modalities=model.modalities, image_tokens=budget)

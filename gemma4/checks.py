@@ -5,30 +5,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
+
+from gemma4.narrow import is_integer, is_iterable, is_mapping, is_number
 
 MAX_TOKEN_ID = (1 << 31) - 1
 MAX_THREADS = 1024  # of the engine
 _MAX_BIAS = 1e38  # logits are float32
 
 
-def fail(name: str, value: Any, expected: str) -> NoReturn:
+def fail(name: str, value: object, expected: str) -> NoReturn:
     raise ValueError(f"{name} must be {expected}, got {shown(value)}")
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A short repr() of whatever a caller may have passed."""
     try:
         return f"{value!r:.80}"
     except Exception:  # an integer of more digits than Python prints, or an object whose repr() fails
         return f"a {type(value).__name__}"
-
-
-def is_integer(value: Any) -> bool:
-    """Whether it is an integer of Python or NumPy, which a truth value is not."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def integer(name: str, value: Any, low: int, high: int) -> int:
@@ -40,32 +37,34 @@ def integer(name: str, value: Any, low: int, high: int) -> int:
 
 def number(name: str, value: Any, low: float, high: float) -> float:
     """value, a number in low..high, which NaN is never."""
-    known = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not known or not low <= value <= high:
+    if not is_number(value) or not low <= value <= high:
         fail(name, value, f"a number in {low:g}..{high:g}")
     return float(value)
 
 
 def boolean(name: str, value: Any) -> bool:
     """value as a bool; 0 and 1 are taken, too."""
-    if not isinstance(value, bool | np.bool_) and not (isinstance(value, int | np.integer) and value in (0, 1)):
+    if not _is_boolean(value):
         fail(name, value, "True or False")
     return bool(value)
 
 
+def _is_boolean(value: object) -> bool:
+    return isinstance(value, bool | np.bool_) or (is_integer(value) and value in (0, 1))
+
+
 def token_ids(name: str, value: Any) -> tuple[int, ...]:
     """One token id, or any number of them."""
-    if isinstance(value, int | np.integer):
-        value = (value,)
-    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    ids: Any = (value,) if isinstance(value, bool) or is_integer(value) else value
+    if isinstance(ids, str | bytes | Mapping) or not is_iterable(ids):
         fail(name, value, "a token id or several (integers)")
-    return tuple(integer(f"each of {name}", token, 0, MAX_TOKEN_ID) for token in value)
+    return tuple(integer(f"each of {name}", token, 0, MAX_TOKEN_ID) for token in ids)
 
 
 def strings(name: str, value: Any) -> tuple[str, ...]:
     """One string that is not empty, or any number of them."""
-    texts = (value,) if isinstance(value, str) else value
-    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
+    texts: Any = (value,) if isinstance(value, str) else value
+    if isinstance(texts, bytes | Mapping) or not is_iterable(texts):
         fail(name, value, "a string or several")
     texts = tuple(texts)
     for text in texts:
@@ -76,7 +75,7 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
 
 def functions(name: str, value: Any) -> tuple[Any, ...]:
     """One function, or any number of them."""
-    found = (value,) if callable(value) else tuple(value) if isinstance(value, Iterable) else None
+    found: tuple[Any, ...] | None = (value,) if callable(value) else tuple(value) if is_iterable(value) else None
     if found is None or not all(callable(function) for function in found):
         fail(name, value, "functions (ids, logits) -> logits or None")
     return found
@@ -84,14 +83,13 @@ def functions(name: str, value: Any) -> tuple[Any, ...]:
 
 def logit_bias(name: str, value: Any) -> dict[int, float]:
     """Token id -> a number, -inf to ban. Keys may be text, as in JSON."""
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         fail(name, value, "a mapping of token ids to numbers")
-    out = {}
+    out: dict[int, float] = {}
     for key, bias in value.items():
         text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20
         token = integer(f"a token id in {name}", int(key) if text else key, 0, MAX_TOKEN_ID)
-        known = isinstance(bias, int | float | np.integer | np.floating) and not isinstance(bias, bool)
-        if not known or not bias <= _MAX_BIAS:
+        if not is_number(bias) or not bias <= _MAX_BIAS:
             fail(f"{name}[{token}]", bias, f"a number up to {_MAX_BIAS:g}")
         out[token] = float(bias) if bias >= -_MAX_BIAS else -np.inf
     return out
@@ -114,13 +112,17 @@ def text(name: str, value: Any) -> str:
 
 def texts(name: str, value: Any) -> dict[str, str]:
     """A mapping of strings to strings."""
-    if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
+    if not is_mapping(value) or not all(isinstance(part, str) for pair in value.items() for part in pair):
         fail(name, value, "a mapping of strings to strings")
     return dict(value)
 
 
 def path(name: str, value: Any) -> str | os.PathLike[str]:
     """A path as text or path object."""
-    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+    if not _is_path(value):
         fail(name, value, "a path (str or os.PathLike)")
     return value
+
+
+def _is_path(value: object) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)

@@ -63,7 +63,7 @@ class Core:
         self.checkpoint = checkpoint
         self.engine_config = checkpoint.engine_config
         self.engine = _engine.Model(
-            checkpoint.engine_config,  # type: ignore[arg-type]
+            checkpoint.engine_config,
             checkpoint.engine_tensors,
             threads=threads,
             precision=precision,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from gemma4.encoders.hooks import EncoderTaps
 from gemma4.errors import CapacityError, StateError
 from gemma4.media.medium import read_media
 from gemma4.media.prompt import TokenizedPrompt, expander, locate
+from gemma4.narrow import is_array, is_sequence
 from gemma4.sequence import Sequence, new_sequence
 from gemma4.step import Prompt
 from gemma4.text.chat import check_messages, encode_chat
@@ -28,13 +29,13 @@ Messages: TypeAlias = Seq[Mapping[str, object]]
 PromptLike: TypeAlias = Single | Messages
 
 
-def is_batch(ids: TokensLike) -> bool:
+def is_batch(ids: object) -> TypeGuard[Seq[Single]]:
     """True for a list of prompts, False for one prompt (text, ids, a 1-D array)."""
     if isinstance(ids, str | TokenizedPrompt):
         return False
     if isinstance(ids, np.ndarray):
         return ids.ndim > 1
-    return isinstance(ids, Seq) and len(ids) > 0 and not all(_is_id(item) for item in ids)
+    return is_sequence(ids) and len(ids) > 0 and not all(_is_id(item) for item in ids)
 
 
 def _is_id(item: object) -> bool:
@@ -51,7 +52,7 @@ def as_tokenized(model: Core, prompt: Single, *, bos: bool = True) -> TokenizedP
 
 def as_ids(model: Core, prompt: TextOrIds, *, bos: bool = True) -> NDArray[np.int32]:
     """One prompt as int32 [T]. Raises ValueError (empty, id out of range), TypeError (not integers)."""
-    if not isinstance(prompt, str | Seq | np.ndarray) or isinstance(prompt, bytes):
+    if not (is_sequence(prompt) or is_array(prompt)) or isinstance(prompt, bytes):
         raise TypeError(f"a prompt must be text, token ids, or a list of those, got {prompt!r:.80}")
     ids = model.to_tokens(prompt, bos=bos) if isinstance(prompt, str) else np.asarray(prompt)
     if ids.ndim != 1:
@@ -77,7 +78,7 @@ def opened_prompts(
     needed size are used and closed at the end.
     """
     many = is_batch(ids)
-    prompts: list[Any] = list(ids) if many else [ids]  # type: ignore[arg-type]
+    prompts = list(ids) if is_batch(ids) else [cast("Single", ids)]
     given = _given_sequences(model, sequence, len(prompts), many)
     begins = [s.length == 0 for s in given or ()] or [True] * len(prompts)
     rows = [
@@ -129,7 +130,7 @@ def tokenize_prompt(
     model: Core,
     prompt: PromptLike,
     *,
-    tools: Seq[Mapping[str, Any]] | None = None,
+    tools: Seq[Mapping[str, object]] | None = None,
     think: bool | None = None,
     image_tokens: int | None = None,
 ) -> TokenizedPrompt:
@@ -141,10 +142,10 @@ def tokenize_prompt(
     if not is_messages(prompt):
         if isinstance(prompt, str) and not prompt:
             raise ValueError("empty prompt: there must be at least one token")
-        return as_tokenized(model, prompt)  # type: ignore[arg-type]
+        return as_tokenized(model, cast("Single", prompt))
     if model.chat_template is None:
         raise StateError(f"{model.checkpoint.path} has no chat template: pass text or token ids instead of messages")
-    messages = canonical(prompt)  # type: ignore[arg-type]
+    messages = canonical(prompt)
     check_messages(messages)
     budget = model.image_tokens if image_tokens is None else image_tokens
     media = read_media(messages, image_tokens=budget, modalities=model.modalities)
@@ -159,11 +160,9 @@ def tokenize_prompt(
     return locate(as_ids(model, ids), media, model.tokenizer)
 
 
-def is_messages(prompt: object) -> bool:
-    return (
-        isinstance(prompt, Seq) and not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-    )
+def is_messages(prompt: object) -> TypeGuard[Messages]:
+    return is_sequence(prompt) and not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
-def is_prompt_list(prompt: Any) -> bool:
+def is_prompt_list(prompt: object) -> TypeGuard[Seq[PromptLike]]:
     return not is_messages(prompt) and is_batch(prompt)

@@ -27,6 +27,7 @@ from gemma4.media.audio import AudioLike
 from gemma4.media.image import ImageLike
 from gemma4.media.prompt import TokenizedPrompt
 from gemma4.media.video import FRAME_TOKENS, NUM_FRAMES, Sampling, VideoLike
+from gemma4.narrow import is_integer
 from gemma4.profile import Profile, profiling
 from gemma4.sequence import Sequence, new_sequence, restore
 from gemma4.step import Output, Positions, Rows, run_step
@@ -166,8 +167,7 @@ class Model(Core):
         Raises ValueError (empty prompt, id out of range), CapacityError, StateError (sequence closed or in use by
         another thread), KeyboardInterrupt within 100 ms of Ctrl-C.
         """
-        outputs = self._run(ids, sequence, logits=logits)
-        return cast("list[F32]", [out.logits for out in outputs]) if is_batch(ids) else outputs[0].logits
+        return self._forward(ids, logits, sequence)
 
     @overload
     def run_with_cache(
@@ -292,7 +292,7 @@ class Model(Core):
     ) -> F32 | None | list[F32] | list[None]:
         """`forward` with hooks: pairs (site name, glob or predicate; fn(array, site)). See gemma4.interp.hooks."""
         with self.hooks(hooks):
-            return self.forward(ids, logits=logits, sequence=sequence)  # type: ignore[call-overload]
+            return self._forward(ids, logits, sequence)
 
     def hooks(self, hooks: Iterable[Hook]) -> AbstractContextManager[None]:
         """`with model.hooks([...]):` forward, run_with_cache, generate and stream run with these hooks. Nestable.
@@ -309,9 +309,15 @@ class Model(Core):
         return profiling(self)
 
     def _checked_stop(self, layer: int) -> int:
-        if not checks.is_integer(layer) or not 0 <= layer <= self.n_layers:
+        if not is_integer(layer) or not 0 <= layer <= self.n_layers:
             checks.fail("stop_at_layer", layer, f"0 to {self.n_layers} (the number of layers)")
         return int(layer)
+
+    def _forward(
+        self, ids: TokensLike, logits: Positions, sequence: Sequence | Seq[Sequence] | None
+    ) -> F32 | None | list[F32] | list[None]:
+        outputs = self._run(ids, sequence, logits=logits)
+        return cast("list[F32]", [out.logits for out in outputs]) if is_batch(ids) else outputs[0].logits
 
     def _run(
         self,
@@ -379,7 +385,7 @@ class Model(Core):
         template, text without a tokenizer), FormatError (a damaged image or sound), NotImplementedError (media that the
         model has no encoder for), KeyboardInterrupt within 100 ms of Ctrl-C.
         """
-        return generate(self, prompt, **options)  # type: ignore[call-overload]
+        return generate(self, prompt, **options)
 
     def stream(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> TextStream:
         """Continue one prompt piece by piece: an iterator of `str`, whose `result` is the `Generation` at its end.

@@ -17,6 +17,7 @@ from gemma4.core import Core, KVDtype
 from gemma4.errors import FormatError, StateError
 from gemma4.files import new_file
 from gemma4.media.keys import is_soft, run_start
+from gemma4.narrow import is_dict
 from gemma4.npz import NpzFile
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class Sequence:
         self._engine = engine
         self._tokens: list[int] = list(tokens)
         self._keys: list[int] = list(keys)  # token ids; for soft tokens numbers from the content (TokenizedPrompt.keys)
+
+    @property
+    def engine(self) -> EngineSequence:
+        """The C engine's sequence, as a step takes it."""
+        return self._engine
 
     @property
     def length(self) -> int:
@@ -153,10 +159,10 @@ class Sequence:
         }
         arrays["meta"] = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
         with new_file(path, force=True, inputs=self._model.checkpoint.inputs) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]  # its stub takes any of them for allow_pickle
         return Path(path)
 
-    def _record(self, ids: NDArray[np.int32], keys: NDArray[np.int64] | None, before: int) -> None:
+    def record(self, ids: NDArray[np.int32], keys: NDArray[np.int64] | None, before: int) -> None:
         """Note which of `ids` the engine has processed since the cache held `before` positions. keys None: the ids."""
         taken = self._engine.length - before
         self._tokens.extend(ids[:taken].tolist())
@@ -192,13 +198,11 @@ def restore(model: Core, path: str | os.PathLike[str]) -> Sequence:
             keys_and_values = saved.layers()
             tokens = saved.tokens()
             keys = saved.keys(tokens)
-        sequence = new_sequence(model, kv_dtype=saved.kv_dtype)
-        state = {"length": saved.length, "kv_dtype": saved.kv_dtype, "layers": keys_and_values}
-        sequence._engine.load_state(state)
+        engine = model.engine.new_sequence(kv_dtype=saved.kv_dtype)
+        engine.load_state({"length": saved.length, "kv_dtype": saved.kv_dtype, "layers": keys_and_values})
     except ValueError as error:
         raise FormatError(f"{os.fspath(path)} is not a saved sequence, or is damaged: {error}") from None
-    sequence._tokens, sequence._keys = tokens.tolist(), keys.tolist()
-    return sequence
+    return Sequence(model, engine, tokens.tolist(), keys.tolist())
 
 
 class _Saved:
@@ -218,7 +222,7 @@ class _Saved:
     def _first_positions(self, table: Any) -> dict[int, int]:
         """Layer -> the first position whose keys are kept, of every layer that has keys of its own."""
         own = [i for i, layer in enumerate(self._config["layers"]) if layer["kv_source"] == i]
-        if not isinstance(table, dict) or set(table) != set(map(str, own)):
+        if not is_dict(table) or set(table) != set(map(str, own)):
             raise FormatError(f"first_positions must have one entry for each of the layers {own}")
         return {i: _integer(table[str(i)], f"the first position of layer {i}", self.length) for i in own}
 
@@ -263,7 +267,7 @@ def _parse_meta(text: bytes) -> dict[str, Any]:
         meta = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"its description is no JSON: {str(error)[:120]}") from None
-    if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
+    if not is_dict(meta) or meta.get("format") != _FORMAT:
         raise FormatError(f"its description is not of the format {_FORMAT!r}")
     return meta
 

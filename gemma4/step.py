@@ -17,6 +17,7 @@ from gemma4.errors import CapacityError, StateError
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import HookPoint, SiteHooks, make_edit
 from gemma4.interp.sites import Site
+from gemma4.narrow import is_array, is_iterable
 from gemma4.profile import step_array
 from gemma4.sequence import Sequence
 
@@ -40,7 +41,7 @@ class Prompt:
     logits: Positions = "all"  # positions within `ids` whose next-token logits to return; None: no array at all
     capture: Seq[Site] | None = None  # sites to keep; None: no cache at all
     pos: Positions = "all"  # at which positions within `ids`
-    hooks: SiteHooks = field(default_factory=list)  # sites to edit, those of other prompts stay as they are
+    hooks: SiteHooks = field(default_factory=SiteHooks)  # sites to edit, those of other prompts stay as they are
 
 
 class Output(NamedTuple):
@@ -60,7 +61,7 @@ def select_positions(spec: Positions, length: int, what: str = "pos") -> I32:
         return np.arange(0 if spec == "all" else length - 1, length, dtype=np.int32)
     if isinstance(spec, slice):
         return np.arange(*spec.indices(length), dtype=np.int32)
-    given: Any = spec if isinstance(spec, np.ndarray) or not isinstance(spec, Iterable) else list(spec)
+    given: Any = spec if is_array(spec) or not is_iterable(spec) else list(spec)
     wanted = np.atleast_1d(np.asarray(given))
     if wanted.dtype.kind not in "iu" and wanted.size:
         raise TypeError(f"{what} must hold whole numbers, got {wanted.dtype}")
@@ -97,7 +98,7 @@ class _Plan:
         return {site.name: np.zeros(site.shape(rows, keys), dtype=site.dtype) for site in sites}
 
     def run(self) -> Run:
-        sequence, soft = self.prompt.sequence._engine, self.prompt.soft
+        sequence, soft = self.prompt.sequence.engine, self.prompt.soft
         rows, logits = (self.rows, self.logits) if len(self.rows) else (None, None)
         if soft is None:
             return sequence, self.prompt.ids, None, rows, logits
@@ -162,7 +163,7 @@ def _record(plans: list[_Plan]) -> None:
     for plan in plans:
         if not plan.prompt.sequence.closed:
             soft = plan.prompt.soft
-            plan.prompt.sequence._record(plan.prompt.ids, None if soft is None else soft.keys, plan.before)
+            plan.prompt.sequence.record(plan.prompt.ids, None if soft is None else soft.keys, plan.before)
 
 
 def _check_capacity(prompts: Seq[Prompt]) -> None:

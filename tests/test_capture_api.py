@@ -432,3 +432,17 @@ def test_every_site_is_documented():
     names = re.findall(r'^G4_SITE\([A-Z0-9_]+,\s*"([^"]+)"', (root / "csrc/model/sites.inc").read_text(), re.M)
     documented = set(re.findall(r"`([\w.]+)`", (root / "docs/sites.md").read_text()))
     assert len(names) > 60 and not {name.replace("{}", "L") for name in names} - documented
+
+
+def test_caches_of_consecutive_steps_join(tiny):
+    """Two steps' caches are one run's; the keys that the first step did not see yet are 0 for it."""
+    ids, names = tiny.to_tokens("Once upon a time"), ["hook_embed", "blocks.0.attn.hook_pattern"]
+    whole = tiny.run_with_cache(ids, names, logits=None)[1]
+    with tiny.new_sequence() as sequence:
+        first = tiny.run_with_cache(ids[:2], names, logits=None, sequence=sequence)[1]
+        later = tiny.run_with_cache(ids[2:], names, logits=None, sequence=sequence)[1]
+    joined = first.join([later])
+    assert first.join([]) is first
+    assert (joined.tokens == ids).all() and (joined.positions == np.arange(len(ids))).all()
+    for name in names:
+        assert np.array_equal(joined[name], whole[name])

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import typing
 from dataclasses import fields
 from importlib.util import find_spec
@@ -21,6 +23,19 @@ from gemma4.generation import GenerateOptions, Options
 
 USER_CODE = Path(__file__).parent / "typing" / "user_code.py"
 FACE = [getattr(gemma4, name) for name in gemma4.__all__]
+ROOT = Path(__file__).parents[1]
+
+# Rules that a file may switch off for all of its lines; everything else is strict everywhere.
+SWITCHED_OFF = {
+    "interp/media_plots.py": {"reportUnknownMemberType=false"},  # matplotlib's untyped **kwargs
+    "interp/plots.py": {"reportUnknownMemberType=false"},
+    "text/sandbox.py": {"reportUnknownArgumentType=false", "reportUnknownVariableType=false"},  # any value, hot path
+}
+# Modules that no user imports: readers and writers of files, the command line, helpers.
+INSIDE = re.compile(
+    r"(load|cli|quantization)\.(?!__init__|divergence|result)|narrow|npz|files|_moved|__main__|"
+    r"checks|generation\.defaults|media\.(container|source)|text\.(literals|parts|repair|sandbox|tokenizer_file)"
+)
 
 
 @pytest.mark.slow
@@ -39,6 +54,65 @@ def test_user_code(tmp_path):
     said = "\n".join(f"{one['range']['start']['line'] + 1}: {one['message']}" for one in report["generalDiagnostics"])
     assert {line for line, _ in found} == {line for line, _ in wanted} and wanted <= found, said
     assert len(wanted) > 10
+
+
+def modules():
+    """(path below gemma4/, text) of every module."""
+    for path in sorted((ROOT / "gemma4").rglob("*.py")):
+        yield path.relative_to(ROOT / "gemma4").as_posix(), path.read_text(encoding="utf-8")
+
+
+def test_the_whole_package_is_strict():
+    """A new module is strict by itself: the mode is, nothing is left out, and no file lowers it for itself."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pyright"]
+    assert settings == {
+        "include": ["gemma4"],
+        "pythonVersion": "3.11",
+        "typeCheckingMode": "strict",
+        "enableTypeIgnoreComments": False,
+        "reportMissingModuleSource": "none",
+    }
+    for name, text in modules():
+        said = re.findall(r"^\s*#\s*pyright:\s*(.*)$", text, re.MULTILINE)
+        assert {word for one in said for word in re.split(r",\s*", one)} == SWITCHED_OFF.get(name, set()), name
+
+
+def test_exceptions_name_their_rule_and_their_reason():
+    for name, text in modules():
+        for line in text.splitlines():
+            where = f"{name}: {line.strip()}"
+            assert not re.search(r"#\s*type:\s*ignore", line), where
+            if re.search(r"\S.*#\s*pyright:", line):
+                assert re.search(r"# pyright: ignore\[report\w+\]  # \w", line), where
+
+
+def annotations(tree, prefix=""):
+    """(name of function, argument or "return", annotation) of everything public in a module's or class's body."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from annotations(node, f"{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__init__"):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            for one in given:
+                if one is not None and one.annotation is not None:
+                    yield prefix + node.name, one.arg, ast.unparse(one.annotation)
+            if node.returns is not None:
+                yield prefix + node.name, "return", ast.unparse(node.returns)
+
+
+def test_no_any_in_what_public_modules_take():
+    """Parameters of public functions have types; what they return may hold JSON, or be a module without types."""
+    n_checked = 0
+    for name, text in modules():
+        module = name.removesuffix(".py").replace("/", ".")
+        if INSIDE.match(module):
+            continue
+        for function, argument, annotation in annotations(ast.parse(text)):
+            n_checked += 1
+            if re.search(r"\bAny\b", annotation):
+                of_json = argument == "return" and "dict[str, Any]" in annotation
+                assert of_json or function == "pyplot", f"{module}.{function}({argument}: {annotation})"
+    assert n_checked > 500
 
 
 def public_functions():

@@ -146,7 +146,8 @@ def _plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) ->
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # the font lacks some scripts
-            plots.overview(lens, tokens).savefig(image, format=output.suffix[1:] or "png", dpi=130)
+            kind = output.suffix[1:] or "png"
+            plots.overview(lens, tokens).savefig(image, format=kind, dpi=130)  # pyright: ignore[reportUnknownMemberType]  # its **kwargs
     except ImportError as error:
         console.print(styled(f"no heat map: {error}", console, "yellow"))
         return None

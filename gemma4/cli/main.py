@@ -357,7 +357,7 @@ def _chat(args: argparse.Namespace) -> None:
     model = _load(args)
     out = console(soft_wrap=True)
     if sys.stdin.isatty():
-        import readline  # noqa: F401  line editing in input()
+        import readline  # noqa: F401  # pyright: ignore[reportUnusedImport]  # line editing in input()
 
         out.print(_HELP, style="dim")
     with model.new_sequence() as sequence:

@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gemma4.cli.terminal import emit, status
 from gemma4.files import free_name, write_file
@@ -83,7 +83,7 @@ def attach_line(model: Model, line: str, args: argparse.Namespace, say: Callable
     """The file that "/image FILE" names; an error is printed, and the conversation goes on."""
     kind, _, path = line[1:].partition(" ")
     try:
-        return [attachment(model, kind, path.strip(), args.image_tokens)]  # type: ignore[arg-type]
+        return [attachment(model, cast("Kind", kind), path.strip(), args.image_tokens)]  # the commands are the kinds
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         say(f"error: {error}")
         return []
@@ -100,13 +100,13 @@ def with_media(text: str, media: list[Medium]) -> str | list[dict[str, Any]]:
 
 def run_detect(model: Model, args: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Print the found objects, one line each, and draw them."""
-    from gemma4.media.boxes import draw_boxes
+    from gemma4.media.boxes import Found, draw_boxes
     from gemma4.media.image import load_image
     from gemma4.media.tasks import detect
 
     pixels = load_image(args.image)
     options = {"image_tokens": args.image_tokens, "prompt": args.prompt, "max_tokens": args.max_tokens}
-    found = []
+    found: list[Found] = []
     for what in args.what:  # one question each: the picture is encoded once
         here, answer = detect(model, pixels, what, **options)
         found += here

@@ -122,9 +122,13 @@ def _streams_that_never_fail() -> Iterator[None]:
     for stream in _text_streams(sys.stdin):
         if stream.encoding.lower().replace("-", "") in ("ascii", "usascii", "ansi_x3.41968", "646"):
             stream.reconfigure(encoding="utf-8")  # a terminal sends UTF-8 whatever the locale is
+
+    def show(message: Warning | str, *_: object) -> None:
+        say(f"warning: {' '.join(str(message).split())}")
+
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: say(f"warning: {' '.join(str(message).split())}")
+            warnings.showwarning = show
             yield
     finally:
         for stream, errors in before:

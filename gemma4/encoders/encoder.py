@@ -19,6 +19,7 @@ from gemma4.core import Core
 from gemma4.interp.hooks import HookPoint, SiteHooks, active_hooks, bind_hooks, hooks_of, make_edit
 from gemma4.interp.sites import Names, Site, SiteTable
 from gemma4.load.encoder_config import EncoderConfig, Modality
+from gemma4.narrow import is_sequence
 from gemma4.profile import step_array
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Encoder:
         copied = [buffer for name, (_, _, buffer, _) in tensors.items() if name.endswith(".linear.weight")]
         on_disk = all(isinstance(buffer, _engine.GuardedMap) for buffer in copied)
         self.engine = _engine.Encoder(model.engine, self.config.engine(on_disk), tensors)
-        self.sites = SiteTable(self.engine.sites(), [{}] * self.config.n_layers)
+        self.sites = SiteTable(self.engine.sites(), [dict[str, object]()] * self.config.n_layers)
 
     def __repr__(self) -> str:
         layers = f", {self.config.n_layers} layers" if self.config.n_layers else ""
@@ -87,12 +88,13 @@ class Encoder:
         """The hooks of every open `model.hooks` block that name sites of this encoder."""
         return bind_hooks(self.sites, hooks_of(active_hooks(self._model), f"{self.modality}."))
 
-    def _checked(self, medium: Any, index: int) -> tuple[F32, I32 | None]:
+    def _checked(self, medium: object, index: int) -> tuple[F32, I32 | None]:
         if self.modality == "audio":
             return self._rows(medium, f"audio {index}"), None
-        if not isinstance(medium, Sequence) or len(medium) != 2:
+        if not is_sequence(medium) or len(medium) != 2:
             raise TypeError(f"image {index}: expected a pair (patches, positions), got {type(medium).__name__}")
-        patches, positions = self._rows(medium[0], f"image {index}"), np.asarray(medium[1])
+        patches = self._rows(medium[0], f"image {index}")
+        positions: NDArray[Any] = np.asarray(medium[1])
         if positions.shape != (len(patches), 2) or positions.dtype.kind not in "iu":
             raise ValueError(
                 f"image {index}: positions are {positions.dtype} {positions.shape}, expected integers {len(patches), 2}"
@@ -104,8 +106,8 @@ class Encoder:
             )
         return patches, np.ascontiguousarray(positions, dtype=np.int32)
 
-    def _rows(self, rows: Any, what: str) -> F32:
-        array = np.asarray(rows)
+    def _rows(self, rows: object, what: str) -> F32:
+        array: NDArray[Any] = np.asarray(rows)
         if array.ndim != 2 or array.shape[1] != self.config.d_in or array.dtype.kind not in "fiu":
             raise ValueError(f"{what}: got {array.dtype} {array.shape}, expected float32 [n, {self.config.d_in}]")
         if not len(array):

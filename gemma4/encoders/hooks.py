@@ -41,7 +41,7 @@ class EncoderTaps:
         hooks = tuple(hooks)
         for modality in MODALITIES:
             named = [hook for hook in hooks_of(hooks, f"{modality}.") if not callable(hook[0])]
-            wanted = [] if callable(names) else names_of(names, f"{modality}.")
+            wanted: Names = [] if callable(names) else names_of(names, f"{modality}.")
             if named or wanted:
                 encoder = encoder_of(model, modality)
                 bind_hooks(encoder.sites, named)

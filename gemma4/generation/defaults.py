@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma4 import checks
+from gemma4.narrow import is_list
 
 if TYPE_CHECKING:
     from gemma4.core import Core
@@ -33,7 +34,7 @@ _UNSET_IDS = (-1, (1 << 32) - 1)  # written by converters where there is no such
 _WAITS = "<|tool_response>"
 
 
-def read_defaults(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def read_defaults(config: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
     """(sampling parameters, with "stop_ids" if there are any; unusable entries) of a generation_config.json.
 
     As in transformers, do_sample absent or false means greedy. `suppress_tokens` become biases of -inf.
@@ -109,7 +110,7 @@ def turn_ends(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
         after = template.render(asked, add_generation_prompt=False).rpartition(said)[2]
     except ValueError:  # a template that needs more than a question and an answer
         after = ""
-    ids = tokenizer.encode(after.lstrip(), bos=False)[:1].tolist() if after.strip() else []
+    ids: list[int] = tokenizer.encode(after.lstrip(), bos=False)[:1].tolist() if after.strip() else []
     if _WAITS in template.source:
         ids += tokenizer.encode(_WAITS, bos=False)[:1].tolist()
     return tuple(token for token in ids if token in tokenizer.special_ids and token != tokenizer.bos_id)
@@ -140,5 +141,5 @@ def _top_k(value: Any) -> int:
 
 def _as_ids(value: Any) -> tuple[int, ...]:
     """One id or a list of them, also as text; those that are unset left out."""
-    ids = [_as_integer(one) for one in (value if isinstance(value, list) else [value]) if one is not None]
+    ids = [_as_integer(one) for one in (value if is_list(value) else [value]) if one is not None]
     return checks.token_ids("ids", [token for token in ids if token not in _UNSET_IDS])

@@ -10,8 +10,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict, cast
 
-import numpy as np
-
 from gemma4 import checks
 from gemma4.core import Core
 from gemma4.generation.defaults import Defaults
@@ -19,6 +17,7 @@ from gemma4.generation.sampling import Processor, SamplingParams, StopCriteria
 from gemma4.interp.hooks import Hook
 from gemma4.interp.sites import Names
 from gemma4.media.image import BUDGETS, check_budget
+from gemma4.narrow import is_integer, is_iterable, is_list_or_tuple
 from gemma4.sequence import Sequence
 
 
@@ -111,7 +110,7 @@ class Options:
         unknown = [name for name in given if name not in known]
         if unknown:
             raise TypeError("; ".join(_what_is(name, known) for name in unknown))
-        return cls(**given)  # type: ignore[arg-type]  # __post_init__ replaces None by the default
+        return cls(**cast("dict[str, Any]", given))  # None is typed nowhere: __post_init__ replaces it by the default
 
     def sampling(self, model: Core) -> SamplingParams:
         """The checkpoint's defaults, overridden by these options."""
@@ -140,13 +139,13 @@ def _what_is(name: str, known: Seq[str]) -> str:
 
 
 def _max_tokens(name: str, value: Any) -> int:
-    if isinstance(value, int | np.integer) and not isinstance(value, bool) and value < 1:
+    if is_integer(value) and value < 1:
         raise ValueError(f"{name} must be at least 1, got {checks.shown(value)}")
     return checks.integer(name, value, 1, sys.maxsize)
 
 
 def _hooks(name: str, value: Any) -> tuple[Hook, ...]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, str) or not is_iterable(value):
         checks.fail(name, value, "pairs (site name, glob or predicate; function)")
     return tuple(value)
 
@@ -154,7 +153,7 @@ def _hooks(name: str, value: Any) -> tuple[Hook, ...]:
 def _capture(name: str, value: Any) -> Names:
     if isinstance(value, str) or callable(value):
         return value
-    names = list(value) if isinstance(value, Iterable) else [value]
+    names = list(value) if is_iterable(value) else [value]
     if not all(isinstance(site, str) for site in names):
         checks.fail(name, value, "a site name or glob, several of them, or a predicate")
     return names
@@ -167,7 +166,7 @@ def _sequence(name: str, value: Any) -> Sequence:
 
 
 def _tools(name: str, value: Any) -> Seq[Mapping[str, Any]]:
-    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+    if not is_list_or_tuple(value) or not all(isinstance(tool, Mapping) for tool in value):
         checks.fail(name, value, "a list of JSON schemas (mappings)")
     return value
 

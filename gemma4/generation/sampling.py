@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from gemma4 import checks
 from gemma4.checks import shown
 from gemma4.generation.defaults import MAX_TOP_K, NUMBERS, read_defaults, warn_of
+from gemma4.narrow import is_integer
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -49,7 +50,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     seed: int | None = None
     processors: tuple[Processor, ...] = ()
     logprobs: int | None = None
@@ -66,7 +67,7 @@ class SamplingParams:
         object.__setattr__(self, "processors", checks.functions("processors", self.processors))
 
     @classmethod
-    def from_generation_config(cls, config: Mapping[str, Any], **overrides: Any) -> SamplingParams:
+    def from_generation_config(cls, config: Mapping[str, object], **overrides: object) -> SamplingParams:
         """A checkpoint's generation_config.json with `overrides` (those that are not None) on top.
 
         As in transformers, do_sample absent or false means greedy, unless a temperature is given in `overrides`.
@@ -79,14 +80,15 @@ class SamplingParams:
         return cls.with_defaults(defaults, **overrides)
 
     @classmethod
-    def with_defaults(cls, defaults: Mapping[str, Any], **overrides: Any) -> SamplingParams:
+    def with_defaults(cls, defaults: Mapping[str, object], **overrides: object) -> SamplingParams:
         """`defaults` with `overrides` (those that are not None) on top; biases are joined. top_k=-1 means all."""
-        given = {name: value for name, value in overrides.items() if value is not None}
-        if "logit_bias" in given and "logit_bias" in defaults:
-            given["logit_bias"] = defaults["logit_bias"] | checks.logit_bias("logit_bias", given["logit_bias"])
-        if isinstance(given.get("top_k"), int | np.integer) and given["top_k"] == -1:
+        values: dict[str, Any] = dict(defaults)
+        given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+        if "logit_bias" in given and "logit_bias" in values:
+            given["logit_bias"] = values["logit_bias"] | checks.logit_bias("logit_bias", given["logit_bias"])
+        if is_integer(given.get("top_k")) and given["top_k"] == -1:
             given["top_k"] = 0
-        return cls(**{**defaults, **given})
+        return cls(**(values | given))
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ def _index_of_sum(weights: F32, wanted: float, beyond: bool) -> int:
 def _first_reaching(sums: NDArray[np.float64], wanted: float, beyond: bool) -> int:
     """A weight of 0 does not change the sum, so it is never the first to reach a value above 0."""
     at = int(np.searchsorted(sums, wanted, side="right" if beyond else "left"))
-    return min(at, int(np.searchsorted(sums, sums[-1])))
+    return min(at, int(np.searchsorted(sums, float(sums[-1]))))
 
 
 class StopCriteria:

@@ -37,7 +37,7 @@ def generate(
     """See `Model.generate`."""
     opts = Options.of(options)
     many = is_prompt_list(prompt)
-    prompts = cast("list[PromptLike]", list(prompt) if many else [prompt])  # type: ignore[arg-type]
+    prompts = list(prompt) if is_prompt_list(prompt) else [cast("PromptLike", prompt)]
     if many and opts.sequence is not None:
         raise ValueError("sequence= goes with one prompt, not a list")
     with Batch(model) as batch:

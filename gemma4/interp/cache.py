@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,10 @@ class Detached:
         return self._scalars[layer]
 
 
+def _is_pair(key: object) -> bool:
+    return isinstance(key, tuple) and len(cast("tuple[object, ...]", key)) == 2
+
+
 class ActivationCache(CapturedArrays):
     """Site name -> float32 array (int32 for expert ids), in forward order.
 
@@ -154,7 +158,7 @@ class ActivationCache(CapturedArrays):
     def _name(self, key: str | tuple[str, int]) -> str:
         if isinstance(key, str):
             return canonical_name(key)
-        if not isinstance(key, tuple) or len(key) != 2:
+        if not _is_pair(key):
             raise TypeError(f"a cache's key is a site name, or (name inside a block, layer), got {key!r:.80}")
         stem, layer = key
         for name in (f"blocks.{layer}.{stem}", f"blocks.{layer}.hook_{stem}", f"blocks.{layer}.attn.hook_{stem}"):
@@ -205,7 +209,8 @@ class ActivationCache(CapturedArrays):
         """
         n_layers = self._model.n_layers
         last = n_layers if layer is None else self._checked(layer)
-        values, labels = [], []
+        values: list[F32] = []
+        labels: list[str] = []
         for i in range(last + 1):
             values.append(self._resid(i))
             labels.append(f"{i}_pre" if i < n_layers else "final_post")
@@ -269,6 +274,24 @@ class ActivationCache(CapturedArrays):
         normed = values / scale * model.gain("norm")
         return np.einsum("npd,pd->np", normed, np.broadcast_to(direction, final.shape))
 
+    def join(self, later: Sequence[ActivationCache]) -> ActivationCache:
+        """One cache of this step of a sequence and the steps that followed it (prompt, then token by token).
+
+        Axis T is concatenated. Where there is a key axis S, earlier steps saw fewer keys: their missing columns are 0
+        (-inf in attn.hook_attn_scores), as for keys in the future; keys and values in use (no axis T) are the last
+        step's. Raises SiteError if a later step did not capture a site of this one.
+        """
+        if not later:
+            return self
+        caches = [self, *later]
+        return ActivationCache(
+            self._weights,
+            {name: _join(self._model.sites[name], [cache[name] for cache in caches]) for name in self},
+            np.concatenate([cache.tokens for cache in caches]),
+            np.concatenate([cache.positions for cache in caches]),
+            tuple(medium for cache in caches for medium in cache.media),
+        )
+
     @property
     def _weights(self) -> Core:
         if isinstance(self._model, Detached):
@@ -297,22 +320,8 @@ class ActivationCache(CapturedArrays):
 
 
 def join_caches(caches: Sequence[ActivationCache]) -> ActivationCache:
-    """Join the caches of consecutive steps of one sequence (prompt, then token by token) into one.
-
-    Axis T is concatenated. Where there is a key axis S, earlier steps saw fewer keys: their missing columns are 0 (-inf
-    in attn.hook_attn_scores), as for keys in the future; keys and values in use (no axis T) are the last step's.
-    """
-    first = caches[0]
-    if len(caches) == 1:
-        return first
-    arrays = {name: _join(first._model.sites[name], [cache[name] for cache in caches]) for name in first}
-    return ActivationCache(
-        first._weights,
-        arrays,
-        np.concatenate([cache.tokens for cache in caches]),
-        np.concatenate([cache.positions for cache in caches]),
-        tuple(medium for cache in caches for medium in cache.media),
-    )
+    """The caches of consecutive steps of one sequence as one: see `ActivationCache.join`."""
+    return caches[0].join(caches[1:])
 
 
 def _join(site: Site, parts: list[F32]) -> F32:

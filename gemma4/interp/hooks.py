@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gemma4.interp.sites import Names, Site, SiteTable, names_of
+from gemma4.narrow import is_iterable, is_sequence
 
 Array: TypeAlias = NDArray[Any]
 HookFn: TypeAlias = Callable[[NDArray[np.float32], "HookPoint"], ArrayLike | None]
@@ -84,15 +85,15 @@ def bind_hooks(table: SiteTable, hooks: Iterable[Hook], *, stop_at_layer: int | 
     return [bound[name] for name in table if name in bound]
 
 
-def checked_hooks(hooks: Any) -> list[Hook]:
+def checked_hooks(hooks: object) -> list[Hook]:
     """The hooks as a list of pairs. Raises TypeError."""
-    if isinstance(hooks, str) or not isinstance(hooks, Iterable):
+    if isinstance(hooks, str) or not is_iterable(hooks):
         raise TypeError(f"hooks are pairs (site name, glob or predicate; function), got {hooks!r:.80}")
     return [_checked_pair(hook) for hook in hooks]
 
 
 def _checked_pair(hook: Any) -> Hook:
-    if not isinstance(hook, Sequence) or isinstance(hook, str) or len(hook) != 2 or not callable(hook[1]):
+    if not is_sequence(hook) or isinstance(hook, str) or len(hook) != 2 or not callable(hook[1]):
         raise TypeError(f"a hook is a pair (site name, glob or predicate; function), got {hook!r}")
     if hook[0] is None:
         raise TypeError('a hook needs a site name, glob or predicate; "*" means every site')
@@ -107,8 +108,7 @@ def hooks_of(hooks: Iterable[Hook], prefix: str = "") -> list[Hook]:
     chosen: list[Hook] = []
     for hook in hooks:
         names, fn = _checked_pair(hook)
-        if not callable(names):
-            names = list(names_of(names, prefix))  # type: ignore[arg-type]
+        names = names_of(names, prefix)
         if callable(names) or names:
             chosen.append((names, fn))
     return chosen

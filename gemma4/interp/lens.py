@@ -19,6 +19,7 @@ from gemma4.interp.cache import ActivationCache
 
 if TYPE_CHECKING:
     from gemma4.model import Model
+    from gemma4.step import Positions
 
 F32 = NDArray[np.float32]
 _BLOCK_ROWS = 8192  # rows of the head converted to float32 at a time: 50 MB for d_model 1536
@@ -54,7 +55,7 @@ def logit_lens(
     *,
     top_k: int = 5,
     target: int | str | None = None,
-    pos: Any = None,
+    pos: Positions = None,
 ) -> LogitLens:
     """Apply the logit lens to every layer.
 
@@ -80,8 +81,8 @@ def logit_lens(
     )
 
 
-def _run(model: Model, prompt: str | Iterable[int], pos: Any) -> ActivationCache:
-    ids: Any = prompt if isinstance(prompt, str) else np.asarray(list(prompt))
+def _run(model: Model, prompt: str | Iterable[int], pos: Positions) -> ActivationCache:
+    ids: str | NDArray[Any] = prompt if isinstance(prompt, str) else np.asarray(list(prompt))
     return model.run_with_cache(ids, LENS_SITES, pos=pos, logits=None)[1]
 
 

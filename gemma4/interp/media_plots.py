@@ -5,19 +5,23 @@ Any number per soft token can be plotted: attention from an answer, a feature's 
 `gemma4.interp.plots.picture`, `.frames` and `.spectrogram`.
 """
 
+# matplotlib leaves its **kwargs untyped:
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeGuard, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from gemma4.media import audio as sounds
 from gemma4.media import image as images
 from gemma4.media import video as videos
 from gemma4.media.prompt import SoftRun
+from gemma4.narrow import is_sequence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +35,7 @@ _HERTZ = (250, 500, 1000, 2000, 4000)  # ticks
 
 
 def pyplot() -> Any:
+    """matplotlib.pyplot. Raises ImportError with the package to install."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -39,7 +44,7 @@ def pyplot() -> Any:
 
 
 def picture(
-    values: Any,
+    values: ArrayLike,
     image: images.ImageLike | SoftRun,
     *,
     image_tokens: int = 280,
@@ -74,7 +79,7 @@ def picture(
 
 
 def frames(
-    values: Any,
+    values: ArrayLike,
     video: videos.VideoLike | Sequence[SoftRun],
     *,
     image_tokens: int = videos.FRAME_TOKENS,
@@ -107,7 +112,7 @@ def frames(
 
 
 def spectrogram(
-    values: Any,
+    values: ArrayLike,
     audio: sounds.AudioLike | SoftRun,
     rate: int | None = None,
     *,
@@ -226,14 +231,17 @@ def _of_run(run: SoftRun) -> tuple[NDArray[np.uint8], tuple[int, int]]:
     return pixels, medium.grid
 
 
+def _are_runs(video: object) -> TypeGuard[Sequence[SoftRun]]:
+    return is_sequence(video) and len(video) > 0 and isinstance(video[0], SoftRun)
+
+
 def _of_video(
     video: videos.VideoLike | Sequence[SoftRun], image_tokens: int
 ) -> tuple[list[NDArray[np.uint8]], list[float], tuple[int, int]]:
     """Frames, their seconds, and the grid of each."""
-    if isinstance(video, Sequence) and len(video) and isinstance(video[0], SoftRun):
-        runs: Any = video
-        return [_of_run(run)[0] for run in runs], [float(run.seconds()[0, 0]) for run in runs], runs[0].medium.grid
-    found = videos.load_video(video)  # type: ignore[arg-type]
+    if _are_runs(video):
+        return [_of_run(run)[0] for run in video], [float(run.seconds()[0, 0]) for run in video], video[0].medium.grid
+    found = videos.load_video(cast("videos.VideoLike", video))
     return found.frames, found.seconds, _grid(found.frames[0], image_tokens)
 
 
@@ -252,14 +260,14 @@ def _grid(pixels: NDArray[np.uint8], image_tokens: int) -> tuple[int, int]:
     return height // images.SIDE, width // images.SIDE
 
 
-def _numbers(values: Any) -> F32:
+def _numbers(values: ArrayLike) -> F32:
     array = np.asarray(values)
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
         raise TypeError(f"values must be real numbers, got {array.dtype}")
     return array.astype(np.float32)
 
 
-def _rows(values: Any, grid: tuple[int, int], what: str) -> F32:
+def _rows(values: ArrayLike, grid: tuple[int, int], what: str) -> F32:
     """float32 [rows, n or 9 n]. Raises ValueError."""
     array, n = _numbers(values), grid[0] * grid[1]
     rows = array[None] if array.ndim == 1 else array
@@ -271,7 +279,7 @@ def _rows(values: Any, grid: tuple[int, int], what: str) -> F32:
     return rows
 
 
-def _over_time(values: Any, n: int, n_halves: int, n_samples: int) -> tuple[F32, float]:
+def _over_time(values: ArrayLike, n: int, n_halves: int, n_samples: int) -> tuple[F32, float]:
     """float32 [rows, n or n_halves], and the seconds that each value stands for. Raises ValueError."""
     array = _numbers(values)
     rows = array[None] if array.ndim == 1 else array

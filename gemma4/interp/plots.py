@@ -4,6 +4,9 @@
 Plots over pictures, videos and sound are in gemma4/interp/media_plots.py and are also available here.
 """
 
+# matplotlib leaves its **kwargs untyped:
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from gemma4.errors import SiteError
+from gemma4.narrow import is_iterable
 
 Names: TypeAlias = str | Iterable[str] | Callable[[str], object] | None
 # The engine's facts on a site: `SiteRow` of _engine.pyi
@@ -96,7 +97,7 @@ _HF_MODEL = {
 
 def reusable(names: Names) -> Names:
     """The same names, safe to iterate more than once."""
-    return list(names) if isinstance(names, Iterable) and not isinstance(names, str) else names
+    return list(names) if is_iterable(names) and not isinstance(names, str) else names
 
 
 def names_of(names: Names, prefix: str = "") -> Names:
@@ -108,7 +109,7 @@ def names_of(names: Names, prefix: str = "") -> Names:
         return [] if prefix else None
     if callable(names):
         return names
-    if not isinstance(names, Iterable):
+    if not is_iterable(names):
         raise TypeError(f"names must be a site name or glob, several of them, or a predicate, got {names!r:.80}")
     return [name for name in ([names] if isinstance(names, str) else names) if _is_of(name, prefix)]
 
@@ -158,7 +159,7 @@ class SiteTable(Mapping[str, Site]):
     rows: what the engine's `Model.sites()` returns; layers: the engine configuration's list of layers.
     """
 
-    def __init__(self, rows: Iterable[SiteRow], layers: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, rows: Iterable[SiteRow], layers: Sequence[Mapping[str, object]]) -> None:
         self._layers = layers
         self._sites = {
             name: Site(
@@ -208,7 +209,7 @@ class SiteTable(Mapping[str, Site]):
             in_blocks = site.layer is not None
         return reached
 
-    def _matches(self, pattern: str, reached: Mapping[str, Site], stop_at_layer: int | None) -> list[str]:
+    def _matches(self, pattern: object, reached: Mapping[str, Site], stop_at_layer: int | None) -> list[str]:
         if not isinstance(pattern, str):
             raise TypeError(f"a site name is a string, got {type(pattern).__name__}")
         if not _GLOB.search(pattern):

@@ -26,6 +26,7 @@ from gemma4.errors import FormatError
 from gemma4.load.checkpoint import EngineTensor
 from gemma4.load.fields import Fields
 from gemma4.load.patterns import Pattern
+from gemma4.narrow import is_dict, is_list
 
 Array: TypeAlias = NDArray[Any]
 PACKED, SCALE, ZERO, SHAPE, ORDER = (f"weight_{part}" for part in ("packed", "scale", "zero_point", "shape", "g_idx"))
@@ -54,7 +55,7 @@ class CompressedConfig:
     """
 
     def __init__(self, raw: Any) -> None:
-        table = raw if isinstance(raw, dict) else {"quant_method": raw}
+        table = raw if is_dict(raw) else {"quant_method": raw}
         method, format = table.get("quant_method"), table.get("format")
         if method != "compressed-tensors":
             raise NotImplementedError(
@@ -62,7 +63,7 @@ class CompressedConfig:
                 "(pack-quantized) can be read, and GGUF files of many types"
             )
         groups = table.get("config_groups")
-        if not isinstance(groups, dict) or not groups:
+        if not is_dict(groups) or not groups:
             raise FormatError('quantization_config: expected a non-empty "config_groups" object')
         self.schemes = [_scheme(str(name), group, format) for name, group in groups.items()]
         self._patterns = {
@@ -92,8 +93,8 @@ def _is_class(target: str, module: str) -> bool:
 
 def _scheme(name: str, group: Any, default_format: Any) -> Scheme:
     where = f"quantization_config: {name:.40}"
-    weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict):
+    weights = group.get("weights") if is_dict(group) else None
+    if not is_dict(weights):
         raise FormatError(f'{where}: expected an object with "weights"')
     format = group.get("format") or default_format
     if format != "pack-quantized":
@@ -114,7 +115,7 @@ def _scheme(name: str, group: Any, default_format: Any) -> Scheme:
 
 
 def _targets(targets: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(targets, list) or not all(isinstance(t, str) and len(t) < 1000 for t in targets):
+    if not is_list(targets) or not all(isinstance(t, str) and len(t) < 1000 for t in targets):
         raise FormatError(f"{where}: targets must be a list of names")
     return tuple(targets)
 

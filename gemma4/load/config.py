@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
 from gemma4.load.fields import Fields
+from gemma4.narrow import is_dict, is_list
 
 if TYPE_CHECKING:
     from gemma4._engine import Config, LayerConfig
@@ -205,13 +206,13 @@ def parse_config(raw: Any) -> TextConfig:
     Raises FormatError (a value is missing, of the wrong type or out of range: the message names it and its range) and
     NotImplementedError (an architecture or option that this engine lacks: the message names it).
     """
-    if not isinstance(raw, dict):
+    if not is_dict(raw):
         raise FormatError(f"config.json: expected a JSON object, found {type(raw).__name__}")
     model_type = _model_type(raw)
     text = raw
     if model_type in _NESTED:
         text = raw.get("text_config")
-        if not isinstance(text, dict):
+        if not is_dict(text):
             raise FormatError(
                 f'config.json: model_type "{model_type}" needs an object "text_config", found {text!r:.60}'
             )
@@ -356,8 +357,8 @@ def _layer_types(f: Fields, n_layers: int, period: int) -> tuple[str, ...]:
     types = f.get("layer_types", None)
     if types is None:
         types = [SLIDING if (i + 1) % period else FULL for i in range(n_layers)]
-    if not isinstance(types, list) or len(types) != n_layers:
-        found = f"{len(types)} entries" if isinstance(types, list) else types
+    if not is_list(types) or len(types) != n_layers:
+        found = f"{len(types)} entries" if is_list(types) else types
         f.fail("layer_types", found, f"a list of num_hidden_layers = {n_layers} entries")
     for i, kind in enumerate(types):
         if kind not in (SLIDING, FULL):
@@ -404,7 +405,7 @@ def _per_layer_overrides(f: Fields, types: tuple[str, ...]) -> dict[int, dict[st
     table = f.get("per_layer_config", None)
     if table is None:
         return {}
-    if not isinstance(table, dict):
+    if not is_dict(table):
         f.fail("per_layer_config", table, "an object keyed by layer index")
     out: dict[int, dict[str, int]] = {}
     for key, override in table.items():
@@ -412,7 +413,7 @@ def _per_layer_overrides(f: Fields, types: tuple[str, ...]) -> dict[int, dict[st
         index = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 8 else -1
         if not 0 <= index < len(types) or index in out:
             f.fail(where, key, f"each layer index in 0..{len(types) - 1} once")
-        if not isinstance(override, dict):
+        if not is_dict(override):
             f.fail(where, override, "an object")
         out[index] = _one_override(f, where, override)
     return out
@@ -460,7 +461,7 @@ def _ropes(f: Fields, types: tuple[str, ...]) -> dict[str, Rope]:
     table = f.get("rope_parameters", None)
     if table is None:
         table = _ROPE_DEFAULTS
-    if not isinstance(table, dict):
+    if not is_dict(table):
         f.fail("rope_parameters", table, "an object with one entry per layer type")
     theta = f.number("rope_theta", None, 1.0, 1e12) if "rope_theta" in f else None
     return {kind: _rope(f"rope_parameters.{kind}", f, table.get(kind), theta) for kind in sorted(set(types))}
@@ -471,23 +472,23 @@ def _ropes_by_type(f: Fields, types: tuple[str, ...]) -> dict[str, Rope]:
 
     Ref: transformers Gemma3TextConfig.convert_rope_params_to_dict.
     """
-    table = f.get("rope_parameters", None)
+    table: Any = f.get("rope_parameters", None)
     if table is None:
-        table = {}
-    if not isinstance(table, dict) or not set(table) <= {SLIDING, FULL}:
+        table = dict[str, Any]()
+    if not is_dict(table) or not set(table) <= {SLIDING, FULL}:
         f.fail("rope_parameters", table, "an object with one entry per layer type")
     scaling = f.get("rope_scaling", None)
     thetas = {
         SLIDING: f.number("rope_local_base_freq", 10_000.0, 1.0, 1e12),
         FULL: f.number("rope_theta", 1_000_000.0, 1.0, 1e12),
     }
-    out = {}
+    out: dict[str, Rope] = {}
     for kind in sorted(set(types)):
-        raw = table.get(kind)
+        raw: Any = table.get(kind)
         if raw is None:
-            raw = {}
-        if kind == FULL and scaling is not None and isinstance(raw, dict):
-            raw = raw | scaling if isinstance(scaling, dict) else scaling
+            raw = dict[str, Any]()
+        if kind == FULL and scaling is not None and is_dict(raw):
+            raw = raw | scaling if is_dict(scaling) else scaling
         out[kind] = _rope(f"rope_parameters.{kind}", f, raw, thetas[kind])
     return out
 
@@ -497,14 +498,14 @@ def _one_rope(f: Fields, types: tuple[str, ...]) -> dict[str, Rope]:
     raw = f.get("rope_parameters", None)
     if raw is None:
         raw = f.get("rope_scaling", None)
-    if isinstance(raw, dict) and set(raw) & {SLIDING, FULL}:
+    if is_dict(raw) and set(raw) & {SLIDING, FULL}:
         f.fail("rope_parameters", raw, "one object for all layers")
     rope = _rope("rope_parameters", f, {} if raw is None else raw, f.number("rope_theta", 10_000.0, 1.0, 1e12))
     return dict.fromkeys(sorted(set(types)), rope)
 
 
 def _rope(where: str, f: Fields, raw: Any, default_theta: float | None) -> Rope:
-    if not isinstance(raw, dict):
+    if not is_dict(raw):
         f.fail(where, raw, 'an object such as {"rope_type": "default", "rope_theta": 10000.0}')
     r = Fields(raw, f"config.json: {where}")
     rope_type = r.get("rope_type", r.get("type", "default"))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gemma4.errors import FormatError
 from gemma4.load.config import EARLIER, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_MLP, TextConfig
 from gemma4.load.fields import Fields
+from gemma4.narrow import is_dict, is_list
 
 if TYPE_CHECKING:
     from gemma4 import _engine
@@ -123,7 +124,7 @@ def parse_encoders(raw: dict[str, Any], text: TextConfig) -> dict[Modality, Enco
         config = raw.get(f"{modality}_config")
         if config is None:
             continue
-        if not isinstance(config, dict):
+        if not is_dict(config):
             raise FormatError(f"config.json: {modality}_config is {config!r:.60}, expected an object or null")
         out[modality] = parse_encoder(kind, config, text.d_model, f"config.json: {modality}_config")
     return out
@@ -178,7 +179,7 @@ def _axial_theta(f: Fields) -> float:
     raw = f.get("rope_parameters", None)
     if raw is None:
         return 100.0
-    if not isinstance(raw, dict):
+    if not is_dict(raw):
         f.fail("rope_parameters", raw, "an object")
     rope = Fields(raw, f"{f.where}.rope_parameters")
     rope_type = rope.get("rope_type", "axial")
@@ -224,7 +225,7 @@ def _audio_tower(f: Fields, d_out: int) -> EncoderConfig:
     d_model = f.integer("hidden_size", 1024, 2, _MAX_WIDTH)
     n_heads = f.integer("num_attention_heads", 8, 1, MAX_HEADS)
     channels = f.get("subsampling_conv_channels", [128, 32])
-    if not isinstance(channels, list) or len(channels) != 2:
+    if not is_list(channels) or len(channels) != 2:
         f.fail("subsampling_conv_channels", channels, "a list of two integers")
     first, second = (Fields({"c": c}, f"{f.where}.channels[{i}]") for i, c in enumerate(channels))
     if d_model % n_heads or d_model % 2:

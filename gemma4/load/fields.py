@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from gemma4.errors import FormatError
+from gemma4.narrow import is_list
 
 
 class Fields:
@@ -44,7 +45,7 @@ class Fields:
     def token_ids(self, name: str, default: tuple[int, ...], high: int) -> tuple[int, ...]:
         """As `integers`, without those that are unset."""
         value = self._raw.get(name)
-        items = value if isinstance(value, list) else [value]
+        items = value if is_list(value) else [value]
         found = [item for item in items if not is_unset(item)]
         return Fields({name: found}, self.where).integers(name, (), 0, high) if found or value == [] else default
 
@@ -53,7 +54,7 @@ class Fields:
         value = self._raw.get(name)
         if value is None:
             return default
-        items = value if isinstance(value, list) else [value]
+        items = value if is_list(value) else [value]
         if len(items) > 64:
             self.fail(name, f"a list of {len(items)}", "at most 64 integers")
         return tuple(Fields({name: item}, self.where).integer(name, None, low, high) for item in items)

@@ -69,7 +69,7 @@ class GgufCheckpoint(Checkpoint):
             self.engine_tensors.setdefault(f"layers.{layer}.layer_scalar", ("F32", (1,), _ONE, 0))
 
     @cached_property
-    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+    def notes(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]  # made at first use
         """The notes of any checkpoint, and the count of duplicate tokens."""
         with self.reading():
             n_same = gguf_tokenizer.count_same_tokens(self.metadata)

@@ -33,6 +33,7 @@ from gemma4.load.config import (
 from gemma4.load.fields import Fields
 from gemma4.load.mapped import TensorInfo
 from gemma4.load.names import PLE_TABLE, text_tensors
+from gemma4.narrow import is_list
 
 ARCHITECTURE = "gemma4"
 ROPE_FREQS = "rope_freqs.weight"
@@ -156,7 +157,7 @@ class _Keys(Fields):
     def per_layer(self, name: str, n_layers: int, high: int) -> tuple[int, ...]:
         """A number for all layers, or an array with one for each."""
         value = self.get(name, None)
-        if not isinstance(value, list):
+        if not is_list(value):
             return (self.integer(name, None, 1, high),) * n_layers
         if len(value) != n_layers:
             self.fail(name, f"an array of {len(value)}", f"one entry for each of {n_layers} layers")
@@ -192,8 +193,8 @@ def _layer_types(f: _Keys, n_layers: int) -> tuple[str, ...]:
     if isinstance(pattern, int) and not isinstance(pattern, bool):  # every n-th layer is global
         period = f.integer(name, None, 1, MAX_LAYERS)
         pattern = [bool((i + 1) % period) for i in range(n_layers)]
-    if not isinstance(pattern, list) or len(pattern) != n_layers or not all(x in (0, 1) for x in pattern):
-        found = f"{len(pattern)} entries" if isinstance(pattern, list) else pattern
+    if not is_list(pattern) or len(pattern) != n_layers or not all(x in (0, 1) for x in pattern):
+        found = f"{len(pattern)} entries" if is_list(pattern) else pattern
         f.fail(name, found, f"true (sliding) or false (global) for each of {n_layers} layers")
     return tuple(SLIDING if sliding else FULL for sliding in pattern)
 
@@ -206,7 +207,7 @@ def _one_for_all(f: _Keys, name: str, n_layers: int, high: int) -> int:
 
 
 def _head_dims(f: _Keys, types: tuple[str, ...]) -> tuple[int, ...]:
-    by_type = {}
+    by_type: dict[str, int] = {}
     for kind, suffix in ((FULL, ""), (SLIDING, "_swa")):
         key = f"gemma4.attention.key_length{suffix}"
         if kind not in types:
@@ -260,7 +261,7 @@ def _ropes(
     if scaling != "none" and not (scaling == "linear" and factor in (0, 1)):
         what = f"gemma4.rope.scaling.type {scaling!r:.60}, factor {factor!r:.40}"
         raise NotImplementedError(f"{what}: only unscaled positions are supported")
-    out = {}
+    out: dict[str, Rope] = {}
     if SLIDING in types:
         out[SLIDING] = Rope("default", f.number("gemma4.rope.freq_base_swa", 10_000.0, 1.0, 1e12))
     if FULL in types:

@@ -101,7 +101,7 @@ def _numbers(metadata: Mapping[str, Any], name: str, count: int, where: str) -> 
 
 def _merges(lines: list[str], vocab: Mapping[str, int], where: str) -> list[tuple[str, str]]:
     """ "left right" each; a piece may begin with a space, but no token of this kind of vocabulary holds one."""
-    out = []
+    out: list[tuple[str, str]] = []
     for i, line in enumerate(lines):
         left, _, right = line.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:

@@ -28,6 +28,7 @@ from gemma4.load.dtypes import PLAIN
 from gemma4.load.encoder_config import EncoderConfig, Modality, parse_encoders
 from gemma4.load.names import encoder_names, text_prefix, text_tensors
 from gemma4.load.safetensors import SafetensorsFile
+from gemma4.narrow import is_dict
 
 if TYPE_CHECKING:
     from gemma4.text.chat import ChatTemplate
@@ -194,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
         table = json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not valid JSON: {str(error)[:200]}") from None
-    if not isinstance(table, dict):
+    if not is_dict(table):
         raise FormatError(f"{path}: expected a JSON object, found {type(table).__name__}")
     return table
 
@@ -211,7 +212,7 @@ def _shard_names(path: Path) -> dict[str, list[str]]:
     if not index.is_file():
         raise FileNotFoundError(f"{path} has neither model.safetensors nor {index.name}{_other_weights(path)}")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not is_dict(weight_map) or not weight_map:
         raise FormatError(f'{index}: expected a non-empty "weight_map" object')
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
@@ -267,14 +268,14 @@ def _packed(raw: dict[str, Any], stored: Mapping[str, SafetensorsFile]) -> tuple
     Raises NotImplementedError for a checkpoint quantised by MLX, which declares that under another name.
     """
     inner = raw.get("text_config")
-    inner = inner if isinstance(inner, dict) else {}
+    inner = inner if is_dict(inner) else {}
     tables = [table.get(name) for name in ("quantization_config", "quantization") for table in (raw, inner)]
     table = next((table for table in tables if table), None)
     if not table:
         return None, ()
     is_plain = all(file.tensors[name].dtype in PLAIN for name, file in stored.items())
     if is_plain and not any(name.endswith(f".{PACKED}") for name in stored):
-        method = table.get("quant_method") if isinstance(table, dict) else table
+        method = table.get("quant_method") if is_dict(table) else table
         return None, (f"config.json says that the weights are quantised ({method!r:.60}); they are not",)
     if any(name.endswith(".scales") for name in stored) and any(name.endswith(".biases") for name in stored):
         raise NotImplementedError(
@@ -312,7 +313,7 @@ def _sources(
 ) -> tuple[dict[str, str], dict[str, EngineTensor]]:
     """Engine name -> stored name of the tensors the text decoder needs, and those that had to be unpacked; shapes
     checked."""
-    unpacked = packed.names() if packed else set()
+    unpacked: set[str] = set(packed.names()) if packed else set()
     prefix, head = text_prefix({*stored, *unpacked})
     source: dict[str, str] = {}
     made: dict[str, EngineTensor] = {}

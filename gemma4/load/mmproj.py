@@ -136,7 +136,7 @@ class Mmproj:
             )
 
     def _check_tensors(self, modality: Modality) -> None:
-        used = set()
+        used: set[str] = set()
         for _, stored, shape in self._wanted(modality):
             if stored not in self.file.tensors:
                 kind = self.encoders[modality].kind

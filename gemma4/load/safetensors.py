@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
 from gemma4.load.mapped import MappedFile, TensorInfo
+from gemma4.narrow import is_dict, is_list
 
 MAX_HEADER = 16 << 20  # bytes: three times that of 35,000 tensors. More would take minutes and gigabytes to parse
 _MAX_RANK, _MAX_NAME = 8, 1024
@@ -55,7 +56,7 @@ def parse_header(head: bytes, file_size: int, where: str = "file") -> tuple[dict
     """
     table = _parse_json(head, where)
     metadata = table.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    if not is_dict(metadata) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{where}: __metadata__ must map strings to strings")
     data_start = 8 + len(head)
     found = (_tensor_info(name, entry, data_start, where) for name, entry in table.items())
@@ -71,7 +72,7 @@ def _parse_json(head: bytes, where: str) -> dict[str, Any]:
         raise FormatError(f"{where}: the header's JSON is nested too deeply") from None
     except ValueError as error:  # JSON and UTF-8 errors, duplicate keys, numbers of thousands of digits
         raise FormatError(f"{where}: the header is not valid JSON: {str(error)[:200]}") from None
-    if not isinstance(table, dict):
+    if not is_dict(table):
         raise FormatError(f"{where}: the header must be a JSON object, found {type(table).__name__}")
     return table
 
@@ -93,7 +94,7 @@ def _tensor_info(name: str, entry: Any, data_start: int, where: str) -> TensorIn
     what = f"{where}: tensor {name!r:.120}"
     if not name or len(name) > _MAX_NAME:
         raise FormatError(f"{what}: a name must have 1 to {_MAX_NAME} characters")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not is_dict(entry) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{what}: expected exactly dtype, shape and data_offsets, found {_brief(entry)}")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -111,7 +112,7 @@ def _tensor_info(name: str, entry: Any, data_start: int, where: str) -> TensorIn
 
 def _naturals(value: Any) -> bool:
     """Whether value is a list of integers in 0..2^63-1 (JSON true is not one). Python's products cannot overflow."""
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
+    return is_list(value) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
 def _brief(value: Any) -> str:

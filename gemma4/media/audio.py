@@ -22,11 +22,12 @@ from itertools import chain
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from gemma4.errors import FormatError
 from gemma4.media.container import open_container, stream_kinds
 from gemma4.media.source import FileLike, is_file, name_of, open_source, reason, require
+from gemma4.narrow import is_integer
 
 RATE = 16_000  # samples per second of the encoders' input
 MAX_SAMPLES = 30 * RATE  # limit of one log_mel: 750 soft tokens
@@ -71,7 +72,7 @@ def load_audio(audio: AudioLike, rate: int | None = None, *, max_seconds: float 
     return samples
 
 
-def log_mel(samples: NDArray[np.floating[Any]]) -> F32:
+def log_mel(samples: NDArray[np.floating]) -> F32:
     """float32 [frames, 128]: ln(mel + 0.001) of magnitudes, mono 16 kHz samples, at most 30 s.
 
     Frame i covers samples 160 i - 160 to 160 i + 160 (zeros before the start) under a periodic Hann window; 128 HTK mel
@@ -116,7 +117,7 @@ def n_soft_tokens(n_samples: int) -> int:
     return math.ceil(math.ceil(frames / 2) / 2)
 
 
-def raw_frames(samples: NDArray[np.floating[Any]]) -> F32:
+def raw_frames(samples: NDArray[np.floating]) -> F32:
     """float32 [ceil(n / 640), 640]: the unified model's input, the last frame padded with zeros."""
     samples = check_samples(samples)
     frames = np.zeros((math.ceil(len(samples) / UNIFIED_FRAME), UNIFIED_FRAME), np.float32)
@@ -124,12 +125,12 @@ def raw_frames(samples: NDArray[np.floating[Any]]) -> F32:
     return frames
 
 
-def check_samples(samples: NDArray[Any]) -> F32:
+def check_samples(samples: ArrayLike) -> F32:
     """float32 [n], n > 0. Raises ValueError."""
-    samples = np.asarray(samples)
-    if samples.ndim != 1 or not len(samples) or samples.dtype.kind != "f":
-        raise ValueError(f"samples must be floats [n] at 16 kHz, got {samples.dtype} {samples.shape}; see load_audio")
-    return samples.astype(np.float32, copy=False)
+    array: NDArray[Any] = np.asarray(samples)
+    if array.ndim != 1 or not len(array) or array.dtype.kind != "f":
+        raise ValueError(f"samples must be floats [n] at 16 kHz, got {array.dtype} {array.shape}; see load_audio")
+    return array.astype(np.float32, copy=False)
 
 
 @lru_cache(maxsize=1)
@@ -289,14 +290,14 @@ class _Track:
 
     def join(self, most: float) -> F32:
         """Mono at 16 kHz, up to a limit in seconds. Raises FormatError, ValueError for the rate of an array."""
-        if not isinstance(self.rate, int | np.integer) or not MIN_RATE <= self.rate <= MAX_RATE:
+        if not is_integer(self.rate) or not MIN_RATE <= self.rate <= MAX_RATE:
             words = f"{self.name}: a rate of {self.rate} samples per second; expected {MIN_RATE} to {MAX_RATE}"
             raise ValueError(words) if self.n_bytes is None else FormatError(words)
         self._check_length(self.promised, most, f"{self.promised / self.rate:.1f} s of audio")
         if self.rate == RATE:
             return np.concatenate([np.zeros(0, np.float32), *map(_mono, self._checked(most))])
         stream = require("soxr").ResampleStream(int(self.rate), RATE, 1, dtype="float32", quality="HQ")
-        total, out = 0, []
+        total, out = 0, list[F32]()
         for block in self._checked(most):
             total += len(block)
             out.append(stream.resample_chunk(_mono(block)))

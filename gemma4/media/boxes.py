@@ -12,12 +12,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.media.source import require
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SCALE = 1000
 # A string ends on its line and within 300 characters, so that the apostrophe in a "Here's" does not swallow the rest.
@@ -120,7 +123,7 @@ def _unquoted(string: str) -> str:
         return string[1:-1]
 
 
-def draw_boxes(pixels: NDArray[np.uint8], found: Sequence[Found]) -> Any:
+def draw_boxes(pixels: NDArray[np.uint8], found: Sequence[Found]) -> Image.Image:
     """A PIL image: the picture uint8 [height, width, 3] with every box and point, one colour per label."""
     image = require("PIL.Image").fromarray(pixels)
     pen = require("PIL.ImageDraw").Draw(image)

@@ -253,7 +253,7 @@ def _narrowed(image: Any, signed: bool) -> U8:
     )
 
 
-def from_array(array: NDArray[Any]) -> U8:
+def from_array(array: NDArray[np.generic]) -> U8:
     """uint8 [height, width, 3] of an array of pixels."""
     if array.ndim == 2:
         array = array[:, :, None]

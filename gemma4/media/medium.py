@@ -20,6 +20,7 @@ from gemma4.media import audio as sounds
 from gemma4.media import image as images
 from gemma4.media import video as videos
 from gemma4.media.source import is_file, name_of
+from gemma4.narrow import is_list_or_tuple, is_mapping
 from gemma4.text.parts import canonical
 
 Kind: TypeAlias = Literal["image", "audio", "video"]
@@ -98,7 +99,7 @@ class Medium:
 
 
 def read_media(
-    messages: Sequence[Mapping[str, Any]], *, modalities: Modalities, image_tokens: int = 280
+    messages: Sequence[Mapping[str, object]], *, modalities: Modalities, image_tokens: int = 280
 ) -> list[Medium]:
     """Every medium of a conversation, in order: parts {"type": "image" | "audio" | "video", that type: the medium, …},
     or in other clients' formats (gemma4/text/parts.py).
@@ -108,11 +109,11 @@ def read_media(
     Raises what `load_image`, `load_audio`, `load_video` raise, ValueError for invalid parts, and
     NotImplementedError for a kind that the model has no encoder for.
     """
-    found = []
+    found: list[Medium] = []
     for i, message in enumerate(canonical(messages)):
         content = message.get("content")
-        for j, part in enumerate(content if isinstance(content, list | tuple) else ()):
-            if isinstance(part, Mapping) and part.get("type") in KINDS:
+        for j, part in enumerate(content if is_list_or_tuple(content) else ()):
+            if is_mapping(part) and part.get("type") in KINDS:
                 found.append(_read_part(part, f"message {i}, part {j}", image_tokens, modalities))
     return found
 

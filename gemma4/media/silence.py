@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +33,7 @@ class Segment:
         return self.start / RATE, self.stop / RATE
 
 
-def split(samples: NDArray[np.floating[Any]], max_samples: int = MAX_SAMPLES) -> list[Segment]:
+def split(samples: NDArray[np.floating], max_samples: int = MAX_SAMPLES) -> list[Segment]:
     """Segments of at most max_samples that cover a recording, cut in the quietest 300 ms near each one's end.
 
     samples: float [n] at 16 kHz. Raises ValueError if they are not, or max_samples is under one second.
@@ -44,7 +43,8 @@ def split(samples: NDArray[np.floating[Any]], max_samples: int = MAX_SAMPLES) ->
         raise ValueError(f"max_samples must be at least {RATE} (one second), got {max_samples}")
     level = _loudness(samples)
     loud = float(np.percentile(level, 95))
-    segments, start = [], 0
+    segments: list[Segment] = []
+    start = 0
     while len(samples) - start > max_samples:
         stop, pause = _cut(level, start, max_samples, loud - _QUIET_DB)
         segments.append(_segment(level, start, stop, pause))

@@ -35,12 +35,20 @@ def is_file(source: object) -> TypeGuard[FileLike]:
     return isinstance(source, (str, os.PathLike, *_BYTES))
 
 
+def _is_path(source: object) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(source, str | os.PathLike)
+
+
+def _is_bytes(source: object) -> TypeGuard[bytes]:
+    return isinstance(source, _BYTES)
+
+
 def name_of(source: object, kind: str) -> str:
     """Its name in errors: the path, or "the image" with its size where there is no name."""
-    if isinstance(source, str | os.PathLike):
+    if _is_path(source):
         name = os.fspath(source)
         return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}… ({len(name)} characters)"
-    if isinstance(source, _BYTES):
+    if _is_bytes(source):
         return f"the {kind} ({len(source)} bytes)"
     return f"the {kind}"
 

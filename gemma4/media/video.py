@@ -19,6 +19,7 @@ from gemma4.errors import FormatError
 from gemma4.media import image as images
 from gemma4.media.container import open_container, stream_kinds
 from gemma4.media.source import FileLike, is_file, name_of, open_source, reason, require
+from gemma4.narrow import is_array, is_integer, is_sequence
 
 Sampling: TypeAlias = Literal["time", "index"]
 NUM_FRAMES, FRAME_TOKENS = 32, 70  # defaults: frames per video, soft tokens per frame
@@ -70,7 +71,7 @@ def load_video(
     fps: of frames given one by one, None = 24; files state their own. The sound track is not read.
     Raises FormatError (damaged, no video stream, too large, too many frames), ValueError, OSError, ImportError.
     """
-    if isinstance(num_frames, bool) or not isinstance(num_frames, int | np.integer) or num_frames < 1:
+    if not _is_count(num_frames):
         raise ValueError(f"num_frames must be a whole number of at least 1, got {num_frames!r}")
     if sampling not in get_args(Sampling):
         raise ValueError(f'sampling must be "time" or "index", got {sampling!r}')
@@ -101,11 +102,19 @@ def timestamp(seconds: float) -> str:
     return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
 
 
-def _from_frames(video: Any, num_frames: int, fps: float) -> VideoFrames:
-    if not isinstance(video, Seq | np.ndarray):
+def _is_count(value: object) -> bool:
+    return bool(is_integer(value) and value >= 1)
+
+
+def _check_frames(video: object) -> None:
+    if not (is_sequence(video) or is_array(video)):
         raise ValueError(f"a video must be a path, bytes or frames, got {type(video).__name__}")
-    if isinstance(video, np.ndarray) and video.ndim != 4:
+    if is_array(video) and video.ndim != 4:
         raise ValueError(f"a video array must be [frames, height, width, channels], got {video.shape}")
+
+
+def _from_frames(video: Any, num_frames: int, fps: float) -> VideoFrames:
+    _check_frames(video)
     if not len(video):
         raise FormatError("the video has no frames")
     indices = sample_indices(len(video), num_frames)
@@ -212,13 +221,13 @@ def _is_even(shown: NDArray[np.int64]) -> bool:
     """Whether the frame rate is constant up to a unit of the times; true if times are unknown."""
     if len(shown) < 3 or shown[0] == _NO_TIME:
         return True
-    even = np.linspace(shown[0], shown[-1], len(shown))
+    even: NDArray[np.float64] = np.linspace(int(shown[0]), int(shown[-1]), len(shown))
     return bool(np.abs(shown - even).max() <= 1)
 
 
 def _sample_times(shown: NDArray[np.int64], length: int, num_frames: int) -> NDArray[np.int64]:
     """int64 [at most num_frames]: the frames shown at i / n of the length, each once."""
-    wanted = shown[0] + np.arange(num_frames) * length // num_frames
+    wanted: NDArray[np.int64] = shown[0] + np.arange(num_frames) * length // num_frames
     return np.unique(np.searchsorted(shown, wanted, side="right") - 1)
 
 

@@ -103,7 +103,12 @@ def _freqs_entry(checkpoint: Checkpoint) -> tuple[str, str, tuple[int, ...]]:
 
 def _scaled(progress: Progress | None, start: int, total: int) -> Progress:
     """From bytes of data to bytes of the file."""
-    return (lambda done, _, name: progress(start + done, total, name)) if progress else (lambda *_: None)
+
+    def report(done: int, _: int, name: str) -> None:
+        if progress:
+            progress(start + done, total, name)
+
+    return report
 
 
 def _write_tensors(

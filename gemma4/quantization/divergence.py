@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +48,9 @@ class Comparison:
         )
 
 
-def compare(reference: Model, model: Model, ids: Sequence[int] | NDArray[Any] | str, *, chunk: int = 512) -> Comparison:
+def compare(
+    reference: Model, model: Model, ids: Sequence[int] | NDArray[np.integer] | str, *, chunk: int = 512
+) -> Comparison:
     """Run both models over token ids (or a text) and compare their predictions.
 
     ids: int [n]. They are run in pieces of at most `chunk` positions, each on its own; if they start with BOS, so does

@@ -12,6 +12,7 @@ import numpy as np
 from gemma4.load.dtypes import ENGINE_DTYPES, row_bytes
 from gemma4.load.gguf import TENSOR_TYPES, GgufArray
 from gemma4.load.mapped import TensorInfo
+from gemma4.narrow import is_list
 
 ALIGNMENT = 32
 _VERSION = 3
@@ -68,7 +69,7 @@ def _value(key: str, value: Any) -> bytes:
         return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + value.raw()
     if isinstance(value, GgufArray):
         value = value.values()
-    if isinstance(value, list):
+    if is_list(value):
         return struct.pack("<I", _ARRAY) + _list(key, value)
     number, letter = _number_type(key, [value], _UINT32)
     return struct.pack(f"<I{letter}", number, value)

@@ -8,6 +8,8 @@ Ref: ggml's ggml-common.h (layouts) and ggml-quants.c (the weights, and the idea
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from gemma4.quantization.blocks import F32, U8, half_bytes, inverse, stored_half
@@ -43,7 +45,7 @@ def _affine_search(x: F32, weight: F32, top: int) -> tuple[F32, F32]:
         sum_q, sum_qq, sum_qx = weighted.sum(0), (weighted * q).sum(0), (weighted * x).sum(0)
         det = inverse(sum_w * sum_qq - sum_q * sum_q)
         base = np.minimum((sum_qq * sum_x - sum_q * sum_qx) * det, np.float32(0))
-        slope = np.where(base < 0, (sum_w * sum_qx - sum_x * sum_q) * det, sum_qx * inverse(sum_qq))
+        slope = cast("F32", np.where(base < 0, (sum_w * sum_qx - sum_x * sum_q) * det, sum_qx * inverse(sum_qq)))
         gain = slope * sum_qx + base * sum_x
         better = gain > best
         best[better], scale[better], offset[better] = gain[better], slope[better], -base[better]

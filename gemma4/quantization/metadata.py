@@ -23,6 +23,7 @@ from gemma4.load.gguf_checkpoint import SAMPLING_KEYS, TOKEN_KEYS, TURN_ENDS, Gg
 from gemma4.load.gguf_config import ARCHITECTURE, parse_metadata
 from gemma4.load.gguf_tokenizer import NAMED, PREFIX
 from gemma4.load.mapped import TensorInfo
+from gemma4.narrow import is_list
 from gemma4.text.tokenizer import CONTROL, Tokenizer
 from gemma4.text.tokenizer_file import MAX_FILE, read_table, steps_of, texts_overlap
 
@@ -71,7 +72,7 @@ def check(table: Mapping[str, Any], tensors: Iterable[TensorInfo], config: TextC
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, list) and a and isinstance(a[0], np.ndarray):
+    if is_list(a) and a and isinstance(a[0], np.ndarray):
         return len(a) == len(b) and all(map(np.array_equal, a, b))
     return bool(np.float32(a) == np.float32(b)) if isinstance(a, float) else a == b
 
@@ -234,7 +235,7 @@ def _special_ids(ids: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, An
 def _suppressed(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """Ids that are never to be generated, of which 12B has two."""
     ids = checkpoint.generation_config.get("suppress_tokens")
-    if not isinstance(ids, list) or not ids:
+    if not is_list(ids) or not ids:
         return {}
     valid = all(type(i) is int and 0 <= i < checkpoint.config.d_vocab for i in ids)
     return {f"{PREFIX}suppress_tokens": ids} if valid else {}

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
+from gemma4.narrow import is_dict, is_list, is_list_or_tuple, is_mapping, is_sequence
 from gemma4.text.parts import canonical
 from gemma4.text.sandbox import Meter, Sandbox, metered
 from gemma4.text.tokenizer import Tokenizer
@@ -76,12 +77,12 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> str:
         """The prompt, which starts with bos_token exactly once.
 
@@ -133,9 +134,9 @@ def _words(error: Exception) -> str:
 
 def _length(value: Any) -> int:
     """Characters of a plain JSON value."""
-    if isinstance(value, dict):
+    if is_dict(value):
         return sum(len(key) + _length(item) for key, item in value.items() if isinstance(key, str))
-    if isinstance(value, list):
+    if is_list(value):
         return sum(map(_length, value))
     return len(value) if isinstance(value, str) else 8
 
@@ -143,13 +144,16 @@ def _length(value: Any) -> int:
 def encode_chat(
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Mapping[str, object]],
     *,
     trust_content: bool = True,
     expand: Callable[[str], str] | None = None,
-    **kwargs: Any,
+    tools: Sequence[Mapping[str, object]] | None = None,
+    enable_thinking: bool | None = None,
+    add_generation_prompt: bool = True,
+    **kwargs: object,
 ) -> NDArray[np.int32]:
-    """Messages to token ids, int32 [pos], <bos> exactly once. `kwargs` as in `ChatTemplate.render`.
+    """Messages to token ids, int32 [pos], <bos> exactly once. Other options as in `ChatTemplate.render`.
 
     trust_content=False keeps user and tool messages from writing control tokens: "<|turn>" in them becomes characters.
     expand: rewrites the rendered prompt, replacing the template's <|image|>, <|audio|>, <|video|> by media; in the
@@ -161,9 +165,15 @@ def encode_chat(
         places = _any_of(_PLACES if expand else ())
         control = places if trust_content else _any_of(tokenizer.id_to_piece(token) for token in tokenizer.special_ids)
         messages = [_guard(m, control if m["role"] in ("user", "tool") else places) for m in messages]
-    text = template.render(messages, **kwargs)
+    text = template.render(
+        messages,
+        tools=tools,
+        enable_thinking=enable_thinking,
+        add_generation_prompt=add_generation_prompt,
+        **kwargs,
+    )
     _check_kept(messages, text.removeprefix(template.tokens["bos_token"]))
-    _check_tools_kept(_tools(kwargs.get("tools")) or (), text)
+    _check_tools_kept(_tools(tools) or (), text)
     if trust_content and expand is None:
         return tokenizer.encode(text)
     # A control token cut in two is encoded as two texts, neither of which is one.
@@ -171,7 +181,7 @@ def encode_chat(
     return np.concatenate([tokenizer.encode(first), *(tokenizer.encode(text, bos=False) for text in rest)])
 
 
-def _check_kept(messages: Sequence[Mapping[str, Any]], prompt: str) -> None:
+def _check_kept(messages: Sequence[Mapping[str, object]], prompt: str) -> None:
     """Raise ValueError if a template omitted part of a message; the model's own turns may lose their thoughts.
 
     White space does not count: templates trim. Texts usually follow the order of the messages.
@@ -200,7 +210,7 @@ def _check_tools_kept(tools: Iterable[Mapping[str, Any]], prompt: str) -> None:
 
 
 def _texts(content: Any) -> list[str]:
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    parts = content if is_list(content) else [{"type": "text", "text": content}]
     return [part["text"] for part in parts if part["type"] == "text" and isinstance(part.get("text"), str)]
 
 
@@ -215,12 +225,12 @@ def _any_of(pieces: Iterable[str]) -> re.Pattern[str]:
 def _guard(value: Any, pattern: re.Pattern[str]) -> Any:
     if isinstance(value, str):
         return pattern.sub(lambda m: m[0][0] + _SEAM + m[0][1:], value.replace(_SEAM, ""))
-    if isinstance(value, dict):
+    if is_dict(value):
         return {key: item if key in ("role", "type") else _guard(item, pattern) for key, item in value.items()}
-    return [_guard(item, pattern) for item in value] if isinstance(value, list) else value
+    return [_guard(item, pattern) for item in value] if is_list(value) else value
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]], *, others: bool = False) -> list[dict[str, Any]]:
+def check_messages(messages: Sequence[Mapping[str, object]], *, others: bool = False) -> list[dict[str, Any]]:
     """A copy of the messages in plain JSON types, checked. "model" is read as "assistant".
 
     Each needs a known role and content: a string, or a list of parts (gemma4/text/parts.py), or (assistant) tool_calls
@@ -228,7 +238,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]], *, others: bool = Fals
     Thoughts under "thinking" or "reasoning" also go to "reasoning_content". others: parts of unknown types
     are accepted. Raises ValueError naming the message.
     """
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+    if isinstance(messages, str | bytes | Mapping) or not is_sequence(messages):
         raise ValueError(f'messages must be a list of {{"role", "content"}} objects, got {type(messages).__name__}')
     if not messages:
         raise ValueError("there are no messages")
@@ -236,7 +246,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]], *, others: bool = Fals
 
 
 def _check_message(i: int, message: Any) -> dict[str, Any]:
-    if not isinstance(message, dict):
+    if not is_dict(message):
         raise ValueError(f"message {i} must be an object with role and content, got {message!r:.80}")
     role = "assistant" if message.get("role") == "model" else message.get("role")
     if role not in ROLES:
@@ -254,10 +264,10 @@ def _check_message(i: int, message: Any) -> dict[str, Any]:
 
 
 def _check_calls(i: int, calls: Any) -> list[dict[str, Any]]:
-    out = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    out: list[dict[str, Any]] = []
+    for call in calls if is_list(calls) else [calls]:
+        function = call.get("function", call) if is_dict(call) else None
+        if not is_dict(call) or not is_dict(function) or not isinstance(function.get("name"), str):
             wanted = '{"function": {"name", "arguments"}}'
             raise ValueError(f"message {i}: a tool call must be {wanted}, got {call!r:.80}")
         arguments = function.get("arguments", {})
@@ -274,22 +284,18 @@ def _json_arguments(i: int, text: str) -> dict[str, Any]:
         arguments = json.loads(text or "{}")
     except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
+    if not is_dict(arguments):
         raise ValueError(f"message {i}: the arguments of a tool call must be a JSON object, got {text!r:.80}")
     return arguments
 
 
-def _tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    out = []
+def _tools(tools: Sequence[Mapping[str, object]] | None) -> list[dict[str, Any]] | None:
+    out: list[dict[str, Any]] = []
     for tool in tools or ():
-        plain = _plain(tool) if isinstance(tool, Mapping) else None
+        plain: Any = _plain(tool) if is_mapping(tool) else None
         if plain is not None and "function" not in plain and "name" in plain:
             plain = {"type": "function", "function": plain}
-        if (
-            plain is None
-            or not isinstance(plain.get("function"), dict)
-            or not isinstance(plain["function"].get("name"), str)
-        ):
+        if plain is None or not is_dict(function := plain.get("function")) or not isinstance(function.get("name"), str):
             raise ValueError(f'a tool must be {{"type": "function", "function": {{"name", …}}}}, got {tool!r:.80}')
         out.append(plain)
     return out or None
@@ -301,9 +307,9 @@ def _plain(value: Any, depth: int = 0) -> Any:
         raise ValueError(f"messages, tools and template arguments may be nested {_MAX_DEPTH} deep")
     if value is None or type(value) in (str, int, float, bool):
         return value
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if is_list_or_tuple(value):
         return [_plain(item, depth + 1) for item in value]
     if isinstance(value, np.generic):
         return _plain(value.item(), depth + 1)
@@ -335,14 +341,14 @@ def _json_object(file: Path) -> dict[str, Any]:
         table = json.loads(file.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file} is not valid JSON: {str(error)[:200]}") from None
-    if not isinstance(table, dict):
+    if not is_dict(table):
         raise FormatError(f"{file}: expected a JSON object, found {type(table).__name__}")
     return table
 
 
 def _token_text(value: Any) -> str | None:
     """A token of tokenizer_config.json: a string, or {"content": string}."""
-    text = value.get("content") if isinstance(value, dict) else value
+    text = value.get("content") if is_dict(value) else value
     return text if isinstance(text, str) else None
 
 
@@ -350,8 +356,8 @@ def _named_template(value: Any) -> str | None:
     """A template, or the one named "default" of a list of {"name", "template"}."""
     if value is None or isinstance(value, str):
         return value
-    if isinstance(value, list):
+    if is_list(value):
         for entry in value:
-            if isinstance(entry, dict) and entry.get("name") == "default" and isinstance(entry.get("template"), str):
+            if is_dict(entry) and entry.get("name") == "default" and isinstance(entry.get("template"), str):
                 return entry["template"]
     raise FormatError('"chat_template" must be a string or a list with a template named "default"')

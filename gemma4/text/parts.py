@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote_to_bytes, urlsplit
 
+from gemma4.narrow import is_list_or_tuple, is_mapping, is_sequence
+
 MEDIA_TYPES = ("image", "audio", "video")
 _TEXT = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}  # key of each type's text
 _SOURCES = ("url", "path", "base64", "data", "source")  # keys of Hugging Face's, Anthropic's and MCP's media
@@ -47,7 +49,7 @@ class _Place(NamedTuple):
         return f"message {self.message}, part {self.part}" + (f" ({self.role})" if isinstance(self.role, str) else "")
 
 
-def canonical(messages: Sequence[Any], *, others: bool = False) -> list[Any]:
+def canonical(messages: Sequence[object], *, others: bool = False) -> list[Any]:
     """The messages with every part in this module's form; entries that are not messages are left to the caller.
 
     Anthropic's thinking and tool_use parts become fields of their message, each tool_result a message of role "tool".
@@ -58,12 +60,12 @@ def canonical(messages: Sequence[Any], *, others: bool = False) -> list[Any]:
     found: list[Any] = []
     names: dict[Any, str] = {}  # names of the tools, by the ids of their calls
     for i, message in enumerate(messages):
-        if not isinstance(message, Mapping):
+        if not is_mapping(message):
             found.append(message)
             continue
         message = _with_own_fields(i, message, others)
         content = message.get("content")
-        if isinstance(content, list | tuple):
+        if is_list_or_tuple(content):
             found += _Split(i, message, names, others).messages(content)
         elif message.get("role") == "tool" and isinstance(content, int | float):
             found.append({**message, "content": json.dumps(content)})  # templates support texts and objects
@@ -98,7 +100,7 @@ def _with_own_fields(i: int, message: Mapping[str, Any], others: bool) -> Mappin
 
 def _is_given(value: Any) -> bool:
     """Whether a field holds anything; arrays have no truth value."""
-    return value is not None and not (isinstance(value, Sequence | Mapping) and len(value) == 0)
+    return value is not None and not ((is_sequence(value) or is_mapping(value)) and len(value) == 0)
 
 
 class _Split:
@@ -114,7 +116,7 @@ class _Split:
     def messages(self, content: Sequence[Any]) -> list[dict[str, Any]]:
         for j, part in enumerate(content):
             place = _Place(self.index, j, self.message.get("role"))
-            kind = part.get("type") if isinstance(part, Mapping) else None
+            kind = part.get("type") if is_mapping(part) else None
             if not isinstance(kind, str):
                 raise ValueError(
                     f'message {place.message} ({place.role}): each part of content must be an object with a "type"; '
@@ -148,14 +150,14 @@ class _Split:
         name = _text(part, "name", place)
         self.names[_call_id(part, "id", place)] = name
         _check_known(part, "input", ("id", "name"), place)
-        function = {"name": name, "arguments": {} if part.get("input") is None else part["input"]}
+        function: dict[str, Any] = {"name": name, "arguments": {} if part.get("input") is None else part["input"]}
         self.calls.append({"id": part.get("id"), "type": "function", "function": function})
 
     def _tool_result(self, part: Mapping[str, Any], place: _Place) -> None:
         self._check_role(part, place, "user", "tool")
         _check_known(part, "content", ("tool_use_id", "is_error"), place)
-        content = "" if part.get("content") is None else part["content"]
-        if isinstance(content, list | tuple):
+        content: Any = "" if part.get("content") is None else part["content"]
+        if is_list_or_tuple(content):
             content = [_inner_part(inner, place) for inner in content]
             if all(inner["type"] == "text" for inner in content):
                 content = "\n".join(inner["text"] for inner in content)
@@ -173,7 +175,7 @@ class _Split:
 
 
 def _inner_part(part: Any, place: _Place) -> dict[str, Any]:
-    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+    if not is_mapping(part) or not isinstance(part.get("type"), str):
         raise ValueError(f'{place}: the content of a tool_result must be parts with a "type", got {part!r:.80}')
     return _canonical_part(part, part["type"], place)
 
@@ -230,14 +232,13 @@ def _medium(part: Mapping[str, Any], kind: str, keys: tuple[str, ...], place: _P
         raise ValueError(f"{place}: {words} (it has {', '.join(map(str, part))})")
 
     key, value = given[0], part[given[0]]
-    frames = isinstance(value, list | tuple)
-    source = [_source(key, one, refuse) for one in value] if frames else _source(key, value, refuse)
+    source = [_source(key, one, refuse) for one in value] if is_list_or_tuple(value) else _source(key, value, refuse)
     return {"type": kind, kind: source, **options}
 
 
 def _source(key: str, value: Any, refuse: Callable[[str], NoReturn]) -> Any:
     """The path, bytes or object under a key of a part."""
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         inside = next((name for name in _INSIDE if value.get(name) is not None), None)
         if inside is None or isinstance(value[inside], Mapping):
             refuse(f'"{key}" needs one of {", ".join(_INSIDE)}; found {", ".join(map(str, value)) or "nothing"}')

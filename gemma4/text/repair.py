@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from gemma4.narrow import is_dict, is_list
 from gemma4.text.literals import LITERAL, QUOTE, Malformed, add_member, literal, unique_members
 
 _Q = re.escape(QUOTE)
@@ -91,15 +92,15 @@ def repair_calls(body: str, ended: bool, tools: Collection[str]) -> list[tuple[s
 
 def _calls_of(value: Any, tools: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """{"name", "arguments"}, also inside {"function": …}, or a list of those. Raises Malformed for anything else."""
-    for entry in value if isinstance(value, list) else [value]:
-        call = entry.get("function", entry) if isinstance(entry, dict) else None
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+    for entry in value if is_list(value) else [value]:
+        call = entry.get("function", entry) if is_dict(entry) else None
+        if not is_dict(call) or not isinstance(call.get("name"), str):
             raise Malformed
         name, given = offered(call["name"], tools), [key for key in _ARGUMENTS if key in call]
         beside = {*call, *(entry if call is not entry else ())} - {"name", *given, *_UNUSED}
         if name is None or len(given) > 1 or beside - {"function"}:
             raise Malformed
-        arguments = call[given[0]] if given else {}
+        arguments: Any = call[given[0]] if given else dict[str, Any]()
         if isinstance(arguments, str):  # as in OpenAI's API
             arguments = _decoded(arguments)
         if not isinstance(arguments, dict):

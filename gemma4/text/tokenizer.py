@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as _Backend
 
 from gemma4 import checks
 from gemma4.files import check_no_pointer, read_limited
+from gemma4.narrow import is_iterable
 from gemma4.text.tokenizer_file import MAX_FILE, make_backend, need_memory, panics_are_errors, read_table
 
 I32 = NDArray[np.int32]
@@ -46,7 +47,7 @@ class Tokenizer:
         plain = [token for token in control.values() if not token.special]
         for token in plain:
             token.special = True
-        backend.add_special_tokens(plain)
+        backend.add_special_tokens(plain)  # pyright: ignore[reportUnknownMemberType]  # its stub says List alone
         same = {i for i, text in same_tokens.items() if backend.token_to_id(text) in control}
         self.special_ids: frozenset[int] = frozenset(control) | same
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True) + len(same_tokens)
@@ -78,7 +79,7 @@ class Tokenizer:
         return cls.from_table(read_table(text, where), where)
 
     @classmethod
-    def from_table(cls, table: Mapping[str, Any], where: str) -> Tokenizer:
+    def from_table(cls, table: Mapping[str, object], where: str) -> Tokenizer:
         """From a parsed tokenizer.json. Raises as `load`."""
         tokenizer = cls(*make_backend(table, where))
         _return_free_memory()
@@ -150,7 +151,7 @@ class DecodeStream:
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._skip = tokenizer.special_ids if skip_special else frozenset()
+        self._skip = tokenizer.special_ids if skip_special else frozenset[int]()
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
@@ -181,7 +182,7 @@ def _return_free_memory() -> None:
 
 def _as_ids(ids: Any) -> list[int]:
     """Token ids as a list of int. Raises ValueError for anything but integers in one row."""
-    found = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) and getattr(ids, "ndim", 1) else None
+    found = list(ids) if is_iterable(ids) and not isinstance(ids, str) and getattr(ids, "ndim", 1) else None
     if found is None or not all(isinstance(token, int | np.integer) for token in found):
         checks.fail("token ids", ids, "integers [pos]")
     return [int(token) for token in found]

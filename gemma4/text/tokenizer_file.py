@@ -19,6 +19,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from gemma4.errors import FormatError
+from gemma4.narrow import is_dict, is_list, is_list_or_tuple
 
 MAX_FILE = 128 << 20  # bytes; a file of 262,144 pieces has 14 to 33 MB
 _MAX_ID = 1 << 24
@@ -46,12 +47,12 @@ def read_table(text: bytes | str, where: str) -> dict[str, Any]:
             table = json.loads(text, object_pairs_hook=_no_duplicates)
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{where} is not a tokenizer this package can read: {str(error)[:200]}") from None
-    if not isinstance(table, dict):
+    if not is_dict(table):
         raise FormatError(f"{where} is not a tokenizer this package can read: it is no JSON object")
     return table
 
 
-def make_backend(table: Mapping[str, Any], where: str) -> tuple[Backend, dict[int, str]]:
+def make_backend(table: Mapping[str, object], where: str) -> tuple[Backend, dict[int, str]]:
     """The library's tokenizer of a parsed file, and the texts of ids whose text encodes to another id.
 
     Raises FormatError (a part is missing, damaged or contradicts another), NotImplementedError (a part absent from
@@ -67,10 +68,10 @@ def make_backend(table: Mapping[str, Any], where: str) -> tuple[Backend, dict[in
 
 
 class _Parts:
-    def __init__(self, table: Mapping[str, Any], where: str) -> None:
+    def __init__(self, table: Mapping[str, object], where: str) -> None:
         self._table, self._where = table, where
         model = table.get("model")
-        if not isinstance(model, dict):
+        if not is_dict(model):
             self._fail('"model" is no object')
         self._model: dict[str, Any] = model
         for name, allowed in _MODEL.items():
@@ -94,15 +95,15 @@ class _Parts:
                 if step != plain:
                     self._refuse(name, step)
         for step in steps_of(self._table.get("decoder"), "decoders"):  # our decoder does the same
-            if not isinstance(step, dict) or step.get("type") not in _DECODERS:
+            if not is_dict(step) or step.get("type") not in _DECODERS:
                 self._refuse("decoder", step)
         found = self._table.get("post_processor")  # never used: <bos> is added by `Tokenizer.encode`
-        if found is not None and not (isinstance(found, dict) and found.get("type") == "TemplateProcessing"):
+        if found is not None and not (is_dict(found) and found.get("type") == "TemplateProcessing"):
             self._refuse("post_processor", found)
 
     def vocab(self) -> dict[str, int]:
         vocab = self._model.get("vocab")
-        if not isinstance(vocab, dict) or not vocab:
+        if not is_dict(vocab) or not vocab:
             self._fail("its vocabulary is empty, or no object")
         if not all(type(i) is int and 0 <= i < _MAX_ID for i in vocab.values()):
             self._fail(f"token ids must be integers in 0..{_MAX_ID - 1}")
@@ -116,19 +117,19 @@ class _Parts:
     def merges(self) -> list[tuple[str, str]]:
         """The library checks that they are tokens."""
         merges = self._model.get("merges")
-        if not isinstance(merges, list):
+        if not is_list(merges):
             self._fail('"merges" is no list')
-        pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
+        pairs: list[Any] = [tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in merges]
         if not all(
-            isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)
+            is_list_or_tuple(pair) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)
             for pair in pairs
         ):
             self._fail("a merge is not of two pieces")
         return [(left, right) for left, right in pairs]
 
     def added(self) -> list[dict[str, Any]]:
-        tokens = self._table.get("added_tokens") or []
-        if not isinstance(tokens, list) or not all(map(_is_added_token, tokens)):
+        tokens: Any = self._table.get("added_tokens") or list[Any]()
+        if not is_list(tokens) or not all(map(_is_added_token, tokens)):
             self._fail("added_tokens must be objects with an id, content and flags")
         vocab = self._model["vocab"]
         own = {token["id"]: token["content"] for token in tokens}
@@ -145,18 +146,19 @@ class _Parts:
         fuse, fallback = bool(self._model.get("fuse_unk")), bool(self._model.get("byte_fallback"))
         backend = Backend(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=fuse, byte_fallback=fallback))
         if steps_of(self._table.get("normalizer"), "normalizers"):
-            backend.normalizer = normalizers.Replace(" ", "▁")  # type: ignore[assignment]
+            backend.normalizer = normalizers.Replace(" ", "▁")
         if steps_of(self._table.get("pre_tokenizer"), "pre_tokenizers"):
-            backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")  # type: ignore[assignment]
-        backend.add_tokens([AddedToken(t["content"], **{flag: t.get(flag, False) for flag in _FLAGS}) for t in added])
+            backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokens = [AddedToken(t["content"], **{flag: t.get(flag, False) for flag in _FLAGS}) for t in added]
+        backend.add_tokens(tokens)  # pyright: ignore[reportUnknownMemberType]  # its stub says List alone
         for token in added:
             if backend.token_to_id(token["content"]) != vocab.get(token["content"], token["id"]):  # as in transformers
                 self._fail(f"the id {token['id']} of {token['content'][:80]!r} leaves a gap after the vocabulary")
         return backend
 
     def same_tokens(self, backend: Backend) -> dict[int, str]:
-        pairs = self._table.get(SAME_TOKENS) or []
-        if not isinstance(pairs, list) or not all(map(_is_same_token, pairs)):
+        pairs: Any = self._table.get(SAME_TOKENS) or list[Any]()
+        if not is_list(pairs) or not all(map(_is_same_token, pairs)):
             self._fail(f"{SAME_TOKENS} must be pairs of an id and a text")
         same: dict[int, str] = dict(pairs)
         if not all(
@@ -170,13 +172,13 @@ def steps_of(part: Any, inner: str) -> list[Any]:
     """The steps of a normalizer or similar part, in order."""
     if part is None:
         return []
-    steps = part.get(inner) if isinstance(part, dict) and part.get("type") == "Sequence" else [part]
-    return steps if isinstance(steps, list) else [part]
+    steps: Any = part.get(inner) if is_dict(part) and part.get("type") == "Sequence" else [part]
+    return steps if is_list(steps) else [part]
 
 
 def _is_added_token(token: Any) -> bool:
     return (
-        isinstance(token, dict)
+        is_dict(token)
         and type(token.get("id")) is int
         and 0 <= token["id"] < _MAX_ID
         and isinstance(token.get("content"), str)
@@ -186,8 +188,9 @@ def _is_added_token(token: Any) -> bool:
 
 
 def _is_same_token(pair: Any) -> bool:
-    is_pair = isinstance(pair, list) and len(pair) == 2
-    return is_pair and type(pair[0]) is int and 0 <= pair[0] < _MAX_ID and isinstance(pair[1], str)
+    if not is_list(pair) or len(pair) != 2:
+        return False
+    return type(pair[0]) is int and 0 <= pair[0] < _MAX_ID and isinstance(pair[1], str)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from gemma4.narrow import is_dict, is_list_or_tuple
 from gemma4.text.literals import QUOTE, Malformed, add_member, literal
 from gemma4.text.repair import offered, repair_calls
 
@@ -47,7 +48,7 @@ _MAX_DEPTH = 64
 @dataclass(frozen=True)
 class ToolCall:
     name: str
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,9 @@ def as_written(turn: ModelTurn) -> ModelTurn:
 def _as_written(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace(_SEAM, "")
-    if isinstance(value, dict):
+    if is_dict(value):
         return {_as_written(key): _as_written(item) for key, item in value.items()}
-    return [_as_written(item) for item in value] if isinstance(value, list | tuple) else value
+    return [_as_written(item) for item in value] if is_list_or_tuple(value) else value
 
 
 def may_be_bare_call(text: str, tools: Collection[str]) -> bool:
@@ -113,7 +114,7 @@ def may_be_bare_call(text: str, tools: Collection[str]) -> bool:
 
 def is_bare_call(text: str, tools: Collection[str]) -> bool:
     """Whether `text`, which a closing token follows, is a call of one of the tools."""
-    return _Reader("", frozenset(tools), in_thought=False)._bare_call(text)
+    return _Reader("", frozenset(tools), in_thought=False).bare_call(text)
 
 
 class _Reader:
@@ -144,10 +145,10 @@ class _Reader:
     def _text(self, text: str, closer: str) -> None:
         if self.in_thought:
             self.thoughts.append(text)
-        elif closer != "<tool_call|>" or not self._bare_call(text):
+        elif closer != "<tool_call|>" or not self.bare_call(text):
             self.content.append(text)
 
-    def _bare_call(self, text: str) -> bool:
+    def bare_call(self, text: str) -> bool:
         """Text before a closer without opener: a call if it parses as one of the offered tools."""
         if not _BARE_CALL.match(text):
             return False

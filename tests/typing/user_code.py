@@ -8,6 +8,12 @@ from numpy.typing import NDArray
 
 import gemma4
 from gemma4.generation import Batch, Continuation, Options
+from gemma4.generation.sampling import SamplingParams
+from gemma4.interp.lens import LogitLens, logit_lens
+from gemma4.media import image
+from gemma4.media.boxes import draw_boxes, parse_boxes
+from gemma4.media.tasks import detect
+from gemma4.quantization import compare
 
 F32 = NDArray[np.float32]
 
@@ -93,6 +99,21 @@ with Batch(model) as batch:
     one.propose([5, 6])
     batch.step()
     assert_type(one.result(), gemma4.Generation)
+
+# ---- modules that users import
+assert_type(logit_lens(model, "Once", target=" upon", pos=-1), LogitLens)
+logit_lens(model, "Once", pos="first")  # error: reportArgumentType
+assert_type(cache.join([cache]), gemma4.ActivationCache)
+boxes = parse_boxes(out.text)
+assert_type(boxes[0].box, tuple[float, float, float, float] | None)
+draw_boxes(np.zeros((48, 48, 3), np.uint8), boxes).save("boxes.png")
+assert_type(image.preprocess("a.png", 70).patches, F32)
+image.preprocess("a.png", "70")  # error: reportArgumentType
+found, answer = detect(model, "a.png", "a car", max_tokens=200)
+assert_type(answer, gemma4.Generation)
+detect(model, "a.png", "a car", max_new_tokens=200)  # error: reportCallIssue
+assert_type(compare(model, model, ids).kl_mean, float)
+SamplingParams(temperature="0")  # error: reportArgumentType
 
 # ---- the rest of the face
 assert_type(model.encode_image("a.png", image_tokens=70), F32)

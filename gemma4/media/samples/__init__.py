@@ -33,14 +33,14 @@ class Sample:
     box: tuple[int, ...] = ()
 
     @property
-    def part(self) -> dict[str, Any]:
+    def part(self) -> dict[str, object]:
         """The picture, clip or recording as a part of a message."""
         if self.kind == "video":
             return {"type": "video", "video": list(self.files), "fps": 1.0}
         return {"type": self.kind, self.kind: self.files[0]}
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> list[dict[str, object]]:
         """The question as a chat: pictures before the text, sound after it, as the model cards advise."""
         parts = [self.part, {"type": "text", "text": self.question}]
         return [{"role": "user", "content": parts[::-1] if self.kind == "audio" else parts}]
