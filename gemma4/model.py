@@ -44,19 +44,28 @@ def load(
     kv_dtype: KVDtype | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Model:
-    """Open a checkpoint: a shipped model's name ("tiny-e", "tiny-moe"), a Hugging Face directory, or a .gguf file (any
-    part of a split one; tokenizer and chat template come from its metadata).
+    """Open a checkpoint.
 
-    The files are mapped, not read, so loading is fast for any size. mmproj: the file with a .gguf model's image and
-    audio encoders; None: the only mmproj*.gguf beside it, if there is one that fits. threads: 0 = the physical cores
-    this process may use, at most its CPU quota. precision: "exact" (the same bits for any thread count, batch and
-    chunking), "fast" (the fastest method), or None: "fast" if a weight is quantised, else "exact". kv_dtype: type of
-    new sequences' keys and values: "f32", "f16", "bf16" or "q8_0" (heads of a multiple of 32); None: "f16" when fast,
-    else "f32". progress(files done, files in all, file name) is called while the files of a checkpoint in parts are
-    opened.
+        model = gemma4.load("tiny-e")
+        model = gemma4.load("/models/gemma-4-E2B-it-Q4_0.gguf", threads=4, kv_dtype="q8_0")
 
-    Raises FileNotFoundError, FormatError (damaged, missing or misshapen files, an mmproj of another model),
-    NotImplementedError (an architecture that this engine does not run; the message lists those it does).
+    The files are mapped, not read, so loading is fast for any size.
+
+    name_or_path  a shipped model ("tiny-e", "tiny-moe"), a Hugging Face directory, a hub id that is in the local cache
+                  (nothing is downloaded), or a .gguf file: any part of a split one; tokenizer and chat template come
+                  from its metadata
+    mmproj        path of the file with a .gguf model's image and audio encoders; None = the only mmproj*.gguf beside
+                  it, if there is one that fits
+    threads       1 to 1024; 0 = the physical cores that this process may use, at most its CPU quota
+    precision     "exact": the same bits for any thread count, batch and chunking; "fast": the fastest method; None =
+                  "fast" if a weight is quantised, else "exact"
+    kv_dtype      type of new sequences' keys and values: "f32", "f16", "bf16" or "q8_0" (heads of a multiple of 32);
+                  None = "f16" when fast, else "f32"
+    progress      function (files done, files in all, file name), called while a checkpoint in parts is opened
+
+    Raises FileNotFoundError (no such model, or a part is missing), FormatError (damaged or misshapen files, an mmproj
+    of another model), NotImplementedError (an architecture, dtype or file format that this engine does not run),
+    ValueError (an option out of range, an mmproj for a directory), MemoryError.
     """
     checkpoint = open_checkpoint(name_or_path, mmproj=mmproj, progress=progress)
     return Model(checkpoint, threads=threads, precision=precision, kv_dtype=kv_dtype)
@@ -89,17 +98,24 @@ class Model(Core):
     def encode_image(self, image: ImageLike, image_tokens: int | None = None) -> F32:
         """Soft tokens of one picture, float32 [n, d_model], n <= image_tokens: the input of the text model.
 
-        image_tokens: None = `Model.image_tokens`. `gemma4.media.image.preprocess` says what an image may be and what is
-        raised; besides, NotImplementedError if the model has no vision encoder. `model.vision.run_with_cache` shows
-        the inside.
+        image         path, bytes of a file, PIL image, or array [height, width(, 1|3|4)] of uint8, uint16 or floats in
+                      0..1
+        image_tokens  70, 140, 280, 560 or 1120; None = `Model.image_tokens`
+
+        Raises NotImplementedError (no vision encoder), and as `gemma4.media.image.preprocess`: FormatError (damaged, no
+        picture, too many pixels), ValueError, OSError, ImportError. `model.vision.run_with_cache` shows the inside.
         """
         return encode_image(self, image, self.image_tokens if image_tokens is None else image_tokens)
 
     def encode_audio(self, audio: AudioLike, rate: int | None = None) -> F32:
         """Soft tokens of one recording, float32 [n, d_model], one for every 40 ms.
 
-        audio, rate: see `gemma4.media.audio.load_audio`. Raises what that and `log_mel` raise (over 30 s, too short),
-        and NotImplementedError if the model has no audio encoder.
+        audio  path, bytes of a file, or array [n] or [n, channels] of floats in -1..1 or of integers of full scale
+        rate   samples per second of an array, None = 16,000; files state their own
+
+        Raises NotImplementedError (no audio encoder), and as `gemma4.media.audio.load_audio` and `log_mel`: FormatError
+        (damaged), ValueError (array, rate, over 30 s, too short), OSError, ImportError. `model.audio.run_with_cache`
+        shows the inside.
         """
         return encode_audio(self, audio, rate)
 
@@ -136,12 +152,21 @@ class Model(Core):
     # -- the forward pass ----------------------------------------------------------------------------------------
 
     def new_sequence(self, *, capacity: int = 0, kv_dtype: KVDtype | None = None) -> Sequence:
-        """An empty cached sequence; capacity in positions, 0 = the model's context. Raises FormatError (a weight file
-        changed since it was loaded)."""
+        """An empty cached sequence: what it has read is not run again.
+
+        capacity  the most positions it can hold; 0 = the model's context
+        kv_dtype  type of its keys and values, "f32", "f16", "bf16" or "q8_0"; None = the model's
+
+        Raises ValueError (capacity beyond the context, unknown type), FormatError (a weight file changed since it was
+        loaded).
+        """
         return new_sequence(self, capacity=capacity, kv_dtype=kv_dtype)
 
     def restore(self, path: str | os.PathLike[str]) -> Sequence:
-        """A sequence from a file that `Sequence.save` wrote; see `gemma4.sequence.restore`."""
+        """A sequence from a file that `Sequence.save` wrote, of the same weights; it continues with the same bits.
+
+        Raises FormatError (no such file's format, or damaged), StateError (saved by another model), OSError.
+        """
         return restore(self, path)
 
     @overload
@@ -159,13 +184,18 @@ class Model(Core):
     ) -> F32 | None | list[F32] | list[None]:
         """Next-token logits, float32 [n, d_vocab]; a list of prompts gives a list (ragged, never padded).
 
-        ids: token ids, text (BOS is added unless the sequence continues), what `to_prompt` made, or a list of those,
-            all run in one step.
-        logits: "all", "last", positions within `ids`, or None (nothing is returned; only the sequence grows).
-        sequence: continue this cached sequence (one per prompt for a list); None = a fresh one that is dropped.
+            model.forward("Once upon a time", logits="last").argmax()
 
-        Raises ValueError (empty prompt, id out of range), CapacityError, StateError (sequence closed or in use by
-        another thread), KeyboardInterrupt within 100 ms of Ctrl-C.
+        ids       text (BOS is added unless the sequence continues), token ids int [pos], what `to_prompt` made, or a
+                  list of those, all run in one step
+        logits    positions within `ids` to return, n of them: "all", "last", an int, a slice, a list (negative counts
+                  from the end), or None: nothing is returned, only the sequence grows
+        sequence  cached sequence to continue, a list of them for a list of prompts; None = a fresh one that is dropped
+
+        Raises ValueError (empty prompt, id or position out of range, other numbers of prompts and sequences), TypeError
+        (ids that are no integers), CapacityError (longer than the context, before anything is computed), StateError
+        (sequence closed or in use by another thread, text without a tokenizer), FormatError (weight files changed),
+        KeyboardInterrupt within 100 ms of Ctrl-C.
         """
         return self._forward(ids, logits, sequence)
 
@@ -247,13 +277,22 @@ class Model(Core):
     ) -> tuple[F32 | None | list[F32] | list[None], ActivationCache | list[ActivationCache]]:
         """Logits as `forward` gives them, and the activations: (logits, ActivationCache), lists of both for a list.
 
-        names: None = every site of the text model except those that grow with T*S, T*heads*d_model or d_vocab
-            (attn.hook_attn_scores, attn.hook_pattern, attn.hook_result, hook_logits_raw, hook_logits); a name or glob
-            ("*" is really every one); a list of those; a predicate on the name. Only what is named is stored. Names
-            that begin with "vision." or "audio." are of the encoders: see `ActivationCache.media`.
-        pos: keep only these positions of `ids` (int, slice, list; negative counts from the end). None = all.
-        stop_at_layer: run blocks 0..n-1 only; logits are None and the sequence does not grow.
-        Raises SiteError for an unknown name, with the closest ones.
+            logits, cache = model.run_with_cache("Once upon a time", "blocks.*.hook_resid_post", pos=-1)
+            cache["blocks.3.hook_resid_post"]  # float32 [1, d_model]
+
+        ids, logits, sequence: as for `forward`.
+
+        names          sites to keep: a name or glob ("*" is really every one), several, or a predicate on the name;
+                       None = every site of the text model except those that grow with T*S, T*heads*d_model or d_vocab
+                       (attn.hook_attn_scores, attn.hook_pattern, attn.hook_result, hook_logits_raw, hook_logits). Only
+                       what is named is stored. `model.sites` lists the names, docs/sites.md explains them. Names that
+                       begin with "vision." or "audio." are of the encoders: see `ActivationCache.media`
+        pos            keep only these positions of `ids`: an int, a slice, a list (negative counts from the end); None:
+                       all of them
+        stop_at_layer  run blocks 0..n-1 only: logits are None, and the sequence does not grow; None = all blocks
+
+        Raises as `forward`, and SiteError (a name that matches no site, with the closest ones; a site that
+        stop_at_layer leaves out), ValueError (pos or stop_at_layer out of range), TypeError (names that are no names).
         """
         if stop_at_layer is not None:
             stop_at_layer, logits = self._checked_stop(stop_at_layer), None
@@ -290,14 +329,28 @@ class Model(Core):
         logits: Positions = "all",
         sequence: Sequence | Seq[Sequence] | None = None,
     ) -> F32 | None | list[F32] | list[None]:
-        """`forward` with hooks: pairs (site name, glob or predicate; fn(array, site)). See gemma4.interp.hooks."""
+        """`forward` with hooks, which read or edit activations while the model runs.
+
+            model.run_with_hooks("Once upon a time", [("blocks.3.hook_mlp_out", lambda array, site: 0 * array)])
+
+        ids, logits, sequence: as for `forward`.
+
+        hooks  pairs (names, fn): names as for `run_with_cache`, but not None. fn(array, site) gets float32 with the
+               site's shape and a `HookPoint`, and edits the array in place (returning None) or returns one of the same
+               shape
+
+        Raises as `forward`, and SiteError (a name that matches no site), TypeError (no pair, or an array of text or
+        objects returned), ValueError (another shape), and whatever a hook raises. Warns NaNWarning once per site.
+        """
         with self.hooks(hooks):
             return self._forward(ids, logits, sequence)
 
     def hooks(self, hooks: Iterable[Hook]) -> AbstractContextManager[None]:
         """`with model.hooks([...]):` forward, run_with_cache, generate and stream run with these hooks. Nestable.
 
-        Hooks of outer blocks act first; captured values are those after all edits.
+        hooks: pairs (names, fn), as for `run_with_hooks`. Hooks of outer blocks act first; captured values are those
+        after all edits. Raises SiteError and TypeError here, not at the first run, and NotImplementedError for a name
+        of an encoder that the model does not have.
         """
         hooks = checked_hooks(hooks)
         bind_hooks(self.sites, hooks_of(hooks))  # raises here for a wrong name, not at the first forward pass
@@ -359,26 +412,35 @@ class Model(Core):
         Options are given by name (omitted ones, or None, come from the checkpoint's generation_config, else from the
         defaults in brackets):
 
-        max_tokens      most tokens to generate [256]
-        temperature     divides the logits before a token is drawn; 0 = greedy: the likeliest one [1, or 0 if the
-                        checkpoint does not say that it samples]
-        top_k           draw from the k likeliest tokens only; 0 or -1 = all [0]
-        top_p           draw from the fewest tokens whose probabilities sum to this [1 = all]
-        min_p           not from tokens less probable than this share of the likeliest one's probability [0]
-        repetition_penalty   tokens that prompt or answer hold: logits > 0 divided, others multiplied by it [1 = off]
-        presence_penalty, frequency_penalty   subtracted from logits of tokens in the answer, once or per occurrence [0]
-        logit_bias      {token id: number added to its logit}; -inf bans it
-        seed            int: the same draws each time; each prompt of a list has its own [None = unpredictable]
+        max_tokens      int >= 1: most tokens to generate [256]
+        temperature     float, 0 to 10,000: divides the logits before a token is drawn; 0 = greedy: the likeliest one
+                        [1, or 0 if the checkpoint does not say that it samples]
+        top_k           int: draw from the k likeliest tokens only; 0 or -1 = all [0]
+        top_p           float, 0 to 1: draw from the fewest tokens whose probabilities sum to this [1 = all]
+        min_p           float, 0 to 1: not from tokens less probable than this share of the likeliest one's probability
+                        [0]
+        repetition_penalty   float, 0.001 to 1,000, for tokens that prompt or answer hold: logits > 0 divided, others
+                        multiplied by it [1 = off]
+        presence_penalty, frequency_penalty   floats, -1,000 to 1,000: subtracted from logits of tokens in the answer,
+                        once or per occurrence [0]
+        logit_bias      {token id: float added to its logit}; -inf bans it [none]
+        seed            int >= 0: the same draws each time; each prompt of a list has its own [None = unpredictable]
         processors      functions (ids int32 [pos], logits float32 [d_vocab]) -> logits, or None after an edit in place
-        logprobs        int: result.logprobs holds each token's log-probability (nats) and that many alternatives
-        stop            text, or several, that end the answer and are not part of it
-        stop_ids        token ids that end it [the checkpoint's, and for messages the end of the template's turn]
-        hooks           pairs (site, fn(array, site)) that read or edit activations; see `hooks`
+                        [none]
+        logprobs        int >= 0: result.logprobs holds each token's log-probability (nats) and that many alternatives
+                        [None = neither]
+        stop            str, or several, that end the answer and are not part of it [none]
+        stop_ids        int, or several: token ids that end it [the checkpoint's, and for messages the end of the
+                        template's turn]
+        hooks           pairs (site, fn(array, site)) that read or edit activations; see `run_with_hooks` [none]
         capture         sites to keep in result.cache: a name, glob, list of them, or predicate, as for `run_with_cache`
-        sequence        a `Sequence` that keeps the cache: what the prompt shares with it is not run again (chat turns)
-        tools, think    of messages: JSON schemas of functions, and whether to think first; for the chat template
+                        [None = no cache]
+        sequence        a `Sequence` that keeps the cache, for one prompt: what the prompt shares with it is not run
+                        again (chat turns) [None]
+        tools           of messages: JSON schemas (dicts) of functions that the model may call [none]
+        think           of messages: bool, whether to think first [what the chat template does by itself]
         image_tokens    of messages: soft tokens for each image at most: 70, 140, 280, 560 or 1120 [the model's own]
-        show_thinking   `stream` also yields pieces of the thoughts (`piece.channel == "thinking"`) [False]
+        show_thinking   bool: `stream` also yields pieces of the thoughts (`piece.channel == "thinking"`) [False]
 
         Raises TypeError (no such option; its message names the nearest), ValueError (empty prompt, bad value),
         CapacityError (prompt longer than the context, before anything is computed), StateError (messages without a chat
@@ -390,9 +452,19 @@ class Model(Core):
     def stream(self, prompt: PromptLike, **options: Unpack[GenerateOptions]) -> TextStream:
         """Continue one prompt piece by piece: an iterator of `str`, whose `result` is the `Generation` at its end.
 
-            for piece in model.stream("Once upon a time", max_tokens=40):
+            stream = model.stream("Once upon a time", max_tokens=40)
+            for piece in stream:
                 print(piece, end="", flush=True)
+            print(stream.result.finish_reason)
 
-        Prompt, options and errors as for `generate`; errors are raised here, not at the first piece.
+        prompt: one prompt, as for `generate`. Pieces are whole characters; `piece.channel` is "text" or, with
+        show_thinking, "thinking". `close()`, or leaving a `with` block, stops early.
+
+        Options and their defaults are those of `generate`: max_tokens, temperature, top_k, top_p, min_p,
+        repetition_penalty, presence_penalty, frequency_penalty, logit_bias, seed, processors, logprobs, stop, stop_ids,
+        hooks, capture, sequence, tools, think, image_tokens, show_thinking.
+
+        Raises as `generate`, here and not at the first piece, and ValueError for a list of prompts. Errors of a hook, a
+        processor or Ctrl-C are raised at the piece.
         """
         return stream(self, prompt, **options)

@@ -20,6 +20,7 @@ import pytest
 
 import gemma4
 from gemma4.generation import GenerateOptions, Options
+from gemma4.interp.lens import logit_lens
 
 USER_CODE = Path(__file__).parent / "typing" / "user_code.py"
 FACE = [getattr(gemma4, name) for name in gemma4.__all__]
@@ -178,3 +179,30 @@ def test_unknown_options_are_all_named(tiny):
         TypeError, match=r"^max_new_tokens: did you mean max_tokens\?; wibble: no such option; max_tokens,"
     ):
         tiny.generate("Once", max_new_tokens=5, wibble=1, top_k=3)
+
+
+DOCUMENTED = [
+    gemma4.load, gemma4.quantize, logit_lens, *(getattr(gemma4.Model, name) for name in (
+        "encode_audio", "encode_image", "encode_video", "forward", "hooks", "new_sequence", "restore", "run_with_cache",
+        "run_with_hooks", "stream", "to_prompt",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", DOCUMENTED, ids=lambda function: function.__name__)
+def test_help_names_every_parameter_and_what_is_raised(function):
+    text = inspect.getdoc(function)
+    for name in inspect.signature(function).parameters:
+        assert name in ("self", "options", "path") or re.search(rf"\b{name}\b", text), name
+    assert re.search(r"\bRaises\b", text)
+
+
+def test_stream_names_every_option():
+    for name in GenerateOptions.__annotations__:
+        assert re.search(rf"\b{name}\b", gemma4.Model.stream.__doc__), name
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 1.5, "3", True])
+def test_the_lens_keeps_at_least_one_token(tiny, top_k):
+    with pytest.raises(ValueError, match=r"^top_k must be an integer in 1\.\."):
+        logit_lens(tiny, "Once", top_k=top_k)

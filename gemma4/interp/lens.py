@@ -59,9 +59,18 @@ def logit_lens(
 ) -> LogitLens:
     """Apply the logit lens to every layer.
 
-    source: a cache that holds `LENS_SITES`, or a prompt to run. target: a token (id, or text that is one token) whose
-    probability is also computed. pos: for a prompt, the positions to keep (None = all).
+        lens = logit_lens(model, "Once upon a", target=" time")
+        lens.tokens[-1][-1][0]  # the likeliest token after the last block, at the last position
+
+    source  a cache that holds `LENS_SITES`, or a prompt to run: text, or token ids
+    top_k   int >= 1: tokens to keep for each layer and position [5]
+    target  a token whose probability is also computed: its id, or text that is exactly one token [none]
+    pos     for a prompt, the positions to keep: an int, a slice, a list; None = all
+
+    Raises ValueError (top_k, target or pos out of range, a target of several tokens), SiteError (a cache without one of
+    `LENS_SITES`), and what `Model.run_with_cache` raises.
     """
+    top_k = checks.integer("top_k", top_k, 1, checks.MAX_TOKEN_ID)
     cache = source if isinstance(source, ActivationCache) else _run(model, source, pos)
     resid = cache.accumulated_resid().values  # [n, pos, d_model]
     goal = model.to_single_token(target) if isinstance(target, str) else target

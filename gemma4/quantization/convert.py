@@ -51,20 +51,25 @@ def quantize(
 ) -> QuantizationResult:
     """Write the text decoder of an unquantised checkpoint as a GGUF file that this package and llama.cpp read.
 
-    source: anything `gemma4.load` takes. type: one for all matrices (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1,
-    Q2_K to Q6_K, IQ4_NL, IQ4_XS, MXFP4) or a mix of llama-quantize (Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M). Norms,
-    scales and the router are F32. Tensors whose rows are not a multiple of a type's block size get another type; the
-    result's `notes` say so.
-    overrides: tensor -> type, e.g. {"per_layer_token_embd": "Q8_0", "blk.0.*": "Q6_K"}: GGUF names or globs, with or
-    without "blk.N." and ".weight"; of several that apply, the last. force: replace a file that exists. threads: 0 = the
-    CPUs this process may use. progress(bytes written, bytes in all, tensor) is called during the work.
+        result = gemma4.quantize("/models/gemma-4-E2B-it", "e2b-Q4_K_M.gguf", type="Q4_K_M")
+        print(result)  # per type: tensors, size, bits per weight, error
 
-    The file appears under its name only when complete; after an error nothing is left behind. Memory stays within
-    some tens of MB besides the source's mapped pages.
+    source     anything `gemma4.load` takes
+    out        path of the file; it appears under this name only when complete, and after an error nothing is left
+    type       one for all matrices (F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K to Q6_K, IQ4_NL, IQ4_XS, MXFP4)
+               or a mix of llama-quantize (Q4_K_S, Q4_K_M, Q5_K_S, Q5_K_M). Norms, scales and the router are F32.
+               Tensors whose rows are not a multiple of a type's block size get another type: see the result's `notes`
+    overrides  {tensor: type}, e.g. {"per_layer_token_embd": "Q8_0", "blk.0.*": "Q6_K"}: GGUF names or globs, with or
+               without "blk.N." and ".weight"; of several that apply, the last [none]
+    force      replace a file that exists [False]
+    threads    0 = the CPUs this process may use
+    progress   function (bytes written, bytes in all, tensor), called during the work [none]
 
-    Raises ValueError (unknown type, an override that applies to nothing, a source that is quantised already),
-    FileExistsError, FileNotFoundError (source, or the folder of `out`), FormatError (a damaged source, or values that
-    the type cannot hold), NotImplementedError, OSError (the disk is full, …).
+    Memory stays within some tens of MB besides the source's mapped pages.
+
+    Raises ValueError (unknown type, threads below 0, an override that applies to nothing, a source that is quantised
+    already), FileExistsError, FileNotFoundError (source, or the folder of `out`), FormatError (a damaged source, or
+    values that the type cannot hold), NotImplementedError (what GGUF cannot say), OSError (the disk is full, …).
     """
     kind, path = checked_type(type, KINDS), Path(checks.path("out", out))
     overrides = checks.texts("overrides", overrides or {})
