@@ -140,7 +140,7 @@ class Copy:
             failure = self._failure([*pytest, *paths], r"^(?:FAILED|ERROR) (\S+)")
         if failure is None and C_TESTS in names.split():
             self._build("csrc_test")
-            failure = self._failure([str(self.build_folder / "csrc_test")], r"^(\S+): failed: ")
+            failure = self._failure([str(self.build_folder / "csrc_test")], r"^\S*?(csrc/tests/\S+): failed: ")
         return failure
 
     def _failure(self, command: list[str], pattern: str) -> str | None:

@@ -264,6 +264,12 @@ STEPS = [
         "(size_t)(p - kv->first) * n_bytes, target =",
         EXACT,
     ),
+    Mistake(
+        "keys and values without memory are not noticed",
+        "return *buffer ? G4_OK : g4_fail_nomem(err, n_bytes);",
+        "return G4_OK;",
+        "csrc",
+    ),
 ]
 
 # ---- operations and kernels -----------------------------------------------------------------------------------------
