@@ -189,6 +189,19 @@ def test_token_id_out_of_range(random_e, bad):
         random_e.forward([2, bad])
 
 
+@pytest.mark.parametrize("n", [320, 300])
+def test_the_engine_checks_ids_itself(n, tmp_path):
+    """Against the smaller of both embedding tables, whoever calls it."""
+    model = gemma4.load(write_checkpoint(tmp_path / "tables", E_LIKE | {"vocab_size_per_layer_input": n}))
+    sequence = model.engine.new_sequence()
+    for wrong in (-1, n, n + 100):
+        with pytest.raises(ValueError, match=rf"token id {wrong} at position 1 of run 0: expected 0 to {n - 1}"):
+            model.engine.step([(sequence, np.array([2, wrong], np.int32), None, None, None)])
+    assert sequence.length == 0
+    model.engine.step([(sequence, np.array([2, n - 1], np.int32), None, None, None)])
+    assert sequence.length == 2
+
+
 @pytest.mark.parametrize("empty", [[], np.array([], dtype=np.int32), [[2], []]])
 def test_empty_prompt(random_e, empty):
     with pytest.raises(ValueError, match="empty prompt"):
