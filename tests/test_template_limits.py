@@ -18,6 +18,7 @@ from gemma4.text.chat import ChatTemplate, encode_chat
 
 USER = {"role": "user", "content": "x"}
 NS = "{% set ns = namespace(s='ab', l=['ab'], x=10**60, d={}) %}"
+BIG = "{% set big = ['a' * 1000000] * 99999 %}{% set same = ['a' * 999999 ~ 'a'] * 99999 %}"
 UP = "{% for i in range(60) %}"
 END = "{% endfor %}"
 
@@ -89,6 +90,18 @@ BOMBS = {
     "lazily": UP * 4 + "{% set x = range(99999) " + "| map('string') " * 50 + "| list %}" + END * 4,
     "one half over the constructor": "{{ [1] | batch(600000000, 0) | first }}",
     "infinity": "{{ 1e400 | int }}",
+    "the least of long texts": BIG + "{{ big | min }}",
+    "sorted long texts": BIG + "{{ big | sort | length }}",
+    "sorted lazily": BIG + "{{ big | map('string') | sort | length }}",
+    "unique long texts": BIG + "{{ big | unique | list | length }}",
+    "grouped long texts": "{{ ([{'a': 'a' * 1000000}] * 9999) | groupby('a') | list | length }}",
+    "equal lists of long texts": BIG + "{{ big == same }}",
+    "a long text in others": BIG + "{{ big[0] ~ 'b' in big }}",
+    "long texts in others": BIG + "{{ same | select('in', big) | list | length }}",
+    "equal to others": BIG + "{{ big | select('equalto', same[0]) | list | length }}",
+    "equal by a test": BIG + "{{ big is eq same }}",
+    "counted": BIG + "{{ big.count(same[0]) }}",
+    "found": BIG + "{{ big.index(same[0] ~ 'b') }}",
     "branches": "{% if 0 %}" + "{% elif 0 %}" * 15_000 + "{% endif %}",
     "negative lengths": "{{ 'abc' | truncate(-1) }}",
     "a long integer": "{{ " + "9" * 9000 + " }}",

@@ -151,6 +151,18 @@ def _counted(items: Iterator[Any]) -> Iterator[Any]:
         yield item
 
 
+def _seen(value: Any) -> Any:
+    """Account for an operation that may look at all of a value, such as a comparison; returns the value."""
+    if isinstance(value, str):
+        _charge(len(value))
+    elif _items(value) is not None:
+        entries, text, _ = size_of(value)
+        _charge(text + _ENTRY * entries)
+    elif hasattr(value, "__next__"):
+        return map(_seen, value)
+    return value
+
+
 class _Accounting(NodeTransformer):
     """Rewrites a template so that operations hidden from the environment go through a filter, or are charged for.
 
@@ -170,6 +182,13 @@ class _Accounting(NodeTransformer):
         self.generic_visit(node)
         text = sum(len(part.data) for child in node.body for part in _text_within(child))
         node.body.insert(0, nodes.ExprStmt(_toll_of(text, node), lineno=node.lineno))
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        self.generic_visit(node)
+        node.expr = _filter(node.expr, "a view")
+        for operand in node.ops:
+            operand.expr = _filter(operand.expr, "a view")
         return node
 
     def visit_If(self, node: nodes.If) -> nodes.If:
@@ -258,6 +277,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters |= _OWN_FILTERS
         self.filters = {name: _accounted(name, function) for name, function in self.filters.items()}
         self.filters |= {"a toll": _toll, "a concat": _concat, "a value": _made, "a slice": _slice}
+        self.filters["a view"] = _seen
+        self.tests = {name: _accounted_test(function) for name, function in self.tests.items()}
         functions = cast("dict[str, Any]", self.globals)  # jinja2 types it by its own entries alone
         functions["raise_exception"] = _raise
         functions["strftime_now"] = _now
@@ -287,7 +308,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             args = _accounted_method(owner, __obj.__name__, args)
         else:
-            _charge(0)
+            _seen(owner) if isinstance(owner, list | tuple) else _charge(0)
         return _made(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Any:
@@ -337,6 +358,7 @@ def _accounted_method(text: str, name: str, args: tuple[Any, ...]) -> tuple[Any,
 _ELEMENT_FILTERS = (  # filters that return existing elements or numbers
     "abs", "attr", "count", "d", "default", "first", "float", "int", "last", "length", "max", "min", "random",
 )  # fmt: skip
+_COMPARING_FILTERS = ("min", "max", "sort", "unique", "groupby", "dictsort")  # and make a key of each entry
 _TEXT_FILTERS = {  # and the maximal number of characters from one
     "capitalize": 3, "lower": 3, "title": 3, "upper": 3, "e": 6, "escape": 6, "forceescape": 6, "urlencode": 12,
     "indent": 1, "replace": 1, "safe": 1, "string": 1, "trim": 1, "truncate": 1, "wordcount": 1,
@@ -354,8 +376,20 @@ def _accounted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             value = args[at] if name == "urlencode" else _text(args[at])  # which takes pairs, too
             _charge(growth * size_of(value)[1])
             args = (*args[:at], value, *args[at + 1 :])
+        elif name in _COMPARING_FILTERS:
+            args = (*args[:at], _seen(args[at]), *args[at + 1 :])
         result = function(*args, **kwargs)
         return result if name in _ELEMENT_FILTERS else _made(result)
+
+    return call
+
+
+def _accounted_test(function: Callable[..., bool]) -> Callable[..., bool]:
+    """A test, such as "equalto" and "in", whose values are accounted for."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> bool:
+        return function(*map(_seen, args), **kwargs)
 
     return call
 
