@@ -352,6 +352,7 @@ else:
 @pytest.mark.parametrize(("before", "action"), [
     ("", "model.to_tokens('hello world ' * 20_000)"),
     ("model.tokenizer", "model.to_tokens('hello world ' * 20_000)"),
+    ("import os; os.environ['GEMMA4_CACHE'] = '0'", "gemma4.load('tiny-e', threads=2).forward([2, 5])"),
 ])  # fmt: skip
 def test_little_memory(extra, before, action):
     code = LIMITED.format(before=before, action=action)

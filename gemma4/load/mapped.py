@@ -9,6 +9,7 @@ it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import sys
@@ -33,6 +34,16 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+def _map_of(fd: int, path: Path) -> mmap.mmap:
+    """The whole file, mapped. Raises MemoryError if the process may not have that much address space, OSError."""
+    try:
+        return mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(f"{path} cannot be mapped: {error.strerror}") from None
+        raise
 
 
 class MappedFile(ABC):
@@ -62,7 +73,7 @@ class MappedFile(ABC):
             if self.nbytes < self.least:
                 need = f"{self.nbytes} bytes, at least {self.least} are needed"
                 raise FormatError(f"{self.path} is not a {self.kind} file: {need}")
-            self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+            self._map = _map_of(self._fd, self.path)
             self._guarded = _engine.GuardedMap(self._map)
             self._advise("MADV_HUGEPAGE", 0, self.nbytes)
             self._parse()
