@@ -352,6 +352,8 @@ else:
 @pytest.mark.parametrize(("before", "action"), [
     ("", "model.to_tokens('hello world ' * 20_000)"),
     ("model.tokenizer", "model.to_tokens('hello world ' * 20_000)"),
+    ("import numpy; x = numpy.zeros(48_000, 'f4')", "model.encode_audio(x)"),
+    ("from gemma4.interp.lens import logit_lens; model.tokenizer", "logit_lens(model, list(range(2, 200)))"),
     ("import os; os.environ['GEMMA4_CACHE'] = '0'", "gemma4.load('tiny-e', threads=2).forward([2, 5])"),
 ])  # fmt: skip
 def test_little_memory(extra, before, action):

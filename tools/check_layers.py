@@ -30,15 +30,16 @@ ROOMS = {
     "_engine": "",
     "_moved": "",
     "errors": "",
+    "memory": "",
     "units": "",
     "narrow": "",
     "checks": "narrow",
     "profile": "_engine",
     "files": "errors",
     "npz": "errors files",
-    "text": "narrow checks errors files",
+    "text": "narrow checks memory errors files",
     "load": "narrow checks errors files text _engine",
-    "media": "narrow checks errors text load.encoder_config _moved",
+    "media": "narrow checks memory errors text load.encoder_config _moved",
     "interp.sites": "narrow errors",
     "interp.hooks": "narrow interp.sites",
     "core": "checks errors text load media interp.sites interp.hooks _engine",
@@ -53,7 +54,7 @@ ROOMS = {
     "info": "units core",
     "model": "narrow checks load media interp.sites interp.hooks interp.cache core profile encoders sequence step "
     "inputs generation info",
-    "interp": "narrow checks media interp.sites interp.hooks interp.cache step model",  # these run a model
+    "interp": "narrow checks memory media interp.sites interp.hooks interp.cache step model",  # these run a model
     "media.tasks": "errors load media generation model",
     "quantization": "narrow checks errors units files text load inputs model _engine",
     "bench": "checks errors units media encoders sequence profile info model _engine",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gemma4 import checks
 from gemma4.interp.cache import ActivationCache
+from gemma4.memory import ready_blas
 
 if TYPE_CHECKING:
     from gemma4.model import Model
@@ -104,6 +105,7 @@ def final_norm(model: Model, resid: F32) -> F32:
 
 def lens_logits(model: Model, normed: F32) -> Iterator[tuple[int, F32]]:
     """Logits after the softcap in blocks of the vocabulary: (first id, float32 [rows, ids])."""
+    ready_blas()
     cap = np.float32(model.engine_config["logit_softcap"])
     for first in range(0, model.d_vocab, _BLOCK_ROWS):
         logits = normed @ model.unembed(slice(first, first + _BLOCK_ROWS)).T

@@ -27,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from gemma4.errors import FormatError
 from gemma4.media.container import open_container, stream_kinds
 from gemma4.media.source import FileLike, is_file, name_of, open_source, reason, require
+from gemma4.memory import ready_blas
 from gemma4.narrow import is_integer
 
 RATE = 16_000  # samples per second of the encoders' input
@@ -88,6 +89,7 @@ def log_mel(samples: NDArray[np.floating]) -> F32:
     # The reference cuts frames of 321 samples and drops the last: a frame needs that sample to exist.
     frames = np.lib.stride_tricks.sliding_window_view(padded, FRAME + 1)[::HOP, :-1]
     magnitudes = np.abs(np.fft.rfft(frames * _window(), n=FFT, axis=-1))
+    ready_blas()
     return np.log(magnitudes @ _filters() + MEL_FLOOR).astype(np.float32)
 
 

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer as _Backend
 
 from gemma4 import checks
 from gemma4.files import check_no_pointer, read_limited
+from gemma4.memory import need_memory
 from gemma4.narrow import is_iterable
-from gemma4.text.tokenizer_file import MAX_FILE, make_backend, need_memory, panics_are_errors, read_table
+from gemma4.text.tokenizer_file import MAX_FILE, make_backend, panics_are_errors, read_table
 
 I32 = NDArray[np.int32]
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -97,7 +98,7 @@ class Tokenizer:
             n_bytes = len(text.encode())
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not valid Unicode: {error}") from None
-        need_memory(_BYTES_PER_BYTE * n_bytes)
+        need_memory(_BYTES_PER_BYTE * n_bytes, "the tokenizer")
         with self._lock, panics_are_errors("the tokenizer failed on this text"):
             self._backend.encode_special_tokens = not parse_special
             # Without the file's post-processor: whether it adds <bos> differs between checkpoints.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -19,6 +18,7 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from gemma4.errors import FormatError
+from gemma4.memory import need_memory
 from gemma4.narrow import is_dict, is_list, is_list_or_tuple
 
 MAX_FILE = 128 << 20  # bytes; a file of 262,144 pieces has 14 to 33 MB
@@ -61,7 +61,7 @@ def make_backend(table: Mapping[str, object], where: str) -> tuple[Backend, dict
     parts = _Parts(table, where)
     with _without_collecting():
         vocab, merges, added = parts.vocab(), parts.merges(), parts.added()
-        need_memory(512 * (len(vocab) + len(merges) + len(added)))
+        need_memory(512 * (len(vocab) + len(merges) + len(added)), "the tokenizer")
         with panics_are_errors(f"{where} is not a tokenizer this package can read"):
             backend = parts.backend(vocab, merges, added)
     return backend, parts.same_tokens(backend)
@@ -224,15 +224,6 @@ def panics_are_errors(what: str) -> Iterator[None]:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise FormatError(f"{what}: {str(error)[:300]}") from None
         raise
-
-
-def need_memory(n_bytes: int) -> None:
-    """Raise MemoryError unless the process may have that much more: the library aborts when memory runs out."""
-    n_bytes += 1 << 20
-    try:
-        mmap.mmap(-1, n_bytes).close()
-    except (OSError, OverflowError, ValueError):
-        raise MemoryError(f"the tokenizer needs up to {n_bytes:,} bytes, which this process cannot have") from None
 
 
 def texts_overlap(text: str, others: Iterable[str]) -> bool:
