@@ -112,6 +112,13 @@ def test_a_path_beside_the_mounted_group(tmp_path: Path) -> None:
     assert quota(tmp_path, "0::/docker/abcdef\n", mounts, files) == 3
 
 
+def test_of_several_mounts_the_one_that_holds_the_group(tmp_path: Path) -> None:
+    other = "29 24 0:26 /docker/y /mnt/other rw - cgroup2 cgroup2 rw\n"
+    files = {"mnt/other/cpu.max": "max 100000", "sys/fs/cgroup/docker/x/cpu.max": "200000 100000"}
+    for mounts in (other + V2, V2 + other):
+        assert quota(tmp_path, "0::/docker/x\n", mounts, files) == 2
+
+
 def test_hybrid_systems_have_both_versions(tmp_path: Path) -> None:
     mounts = V1 + "34 31 0:30 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
     files = {

@@ -115,14 +115,30 @@ static bool parse_mount(char *line, hierarchy *h)
     return true;
 }
 
-static bool find_mount(const char *root, hierarchy *h)
+/* The rest of `path` below the cgroup that is mounted, or NULL if it lies elsewhere. */
+static const char *path_inside(const hierarchy *h, const char *path)
+{
+    const size_t n_root = strcmp(h->root, "/") == 0 ? 0 : strlen(h->root);
+    const bool inside = strncmp(path, h->root, n_root) == 0 && (path[n_root] == '/' || path[n_root] == '\0');
+    return inside ? path + n_root : NULL;
+}
+
+/* Containers bind several mounts: the first that holds the cgroup at `path` is taken, else the first of all. */
+static bool find_mount(const char *root, hierarchy *h, const char *path)
 {
     FILE *file = open_under(root, "/proc/self/mountinfo");
     char *line = NULL;
     size_t size = 0;
-    bool found = false;
-    while (file && !found && getline(&line, &size, file) > 0)
-        found = parse_mount(line, h);
+    bool found = false, holds = false;
+    while (file && !holds && getline(&line, &size, file) > 0) {
+        hierarchy mount = {.v2 = h->v2};
+        if (!parse_mount(line, &mount))
+            continue;
+        holds = path_inside(&mount, path) != NULL;
+        if (!found || holds)
+            *h = mount;
+        found = true;
+    }
     free(line);
     if (file)
         fclose(file);
@@ -164,10 +180,9 @@ static long long tighter(long long a, long long b)
 static long long quota_in(const char *root, const hierarchy *h, const char *path)
 {
     char group[PATH_MAX];
-    const size_t n_root = strcmp(h->root, "/") == 0 ? 0 : strlen(h->root);
-    const bool inside = strncmp(path, h->root, n_root) == 0 && (path[n_root] == '/' || path[n_root] == '\0');
+    const char *inside = path_inside(h, path);
     const int n_mount = snprintf(group, sizeof group, "%s%s", root, h->mount);
-    const int n = snprintf(group, sizeof group, "%s%s%s", root, h->mount, inside ? path + n_root : "");
+    const int n = snprintf(group, sizeof group, "%s%s%s", root, h->mount, inside ? inside : "");
     if (n < 0 || (size_t)n >= sizeof group)
         return 0;
     long long least = quota_of(group, h->v2);
@@ -189,7 +204,7 @@ static long long quota_of_line(const char *root, char *line)
     h.v2 = strcmp(id, "0") == 0 && !*controllers;
     if (!h.v2 && !has_item(controllers, "cpu"))
         return 0;
-    return find_mount(root, &h) ? quota_in(root, &h, line) : 0;
+    return find_mount(root, &h, line) ? quota_in(root, &h, line) : 0;
 }
 
 int g4_cpu_quota(const char *root)
