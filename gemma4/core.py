@@ -144,6 +144,15 @@ class Core:
             return 1.0
         return float(self._rows(f"layers.{layer}.layer_scalar", slice(0, 1))[0])
 
+    @cached_property
+    def layer_scalars(self) -> list[float]:
+        """`layer_scalar` of every block. Read when the first sequence is made, so that captures can be pickled whatever
+        becomes of the files."""
+        if not self.engine_config["layer_scalar"]:
+            return [1.0] * self.n_layers
+        with self.checkpoint.reading():
+            return [float(self._view(f"layers.{i}.layer_scalar")[0]) for i in range(self.n_layers)]
+
     def unembed(self, ids: NDArray[np.integer] | slice) -> F32:
         """Rows of the output head, float32 [n, d_model]: logit before the softcap = row . ln_final.hook_out."""
         tied = "lm_head.weight" not in self.checkpoint.engine_tensors

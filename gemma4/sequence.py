@@ -174,7 +174,7 @@ def new_sequence(model: Core, *, capacity: int = 0, kv_dtype: KVDtype | None = N
     checks.integer("capacity", capacity, 0, model.context_length)
     if kv_dtype is not None:
         checks.choice("kv_dtype", kv_dtype, get_args(KVDtype))
-    _ = model.fingerprint  # a file truncated later could no longer give it
+    _ = model.fingerprint, model.layer_scalars  # a file truncated later could no longer give them
     return Sequence(model, model.engine.new_sequence(kv_dtype=kv_dtype or model.kv_dtype, capacity=capacity))
 
 

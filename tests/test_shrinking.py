@@ -124,6 +124,18 @@ def test_a_live_sequence_is_saved_and_restored(source, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["gguf", "directory"])
+def test_captures_are_pickled(source, tmp_path, kind):
+    """They do not depend on the file any more, nor does what an unpickled one can do."""
+    action = (
+        "\n    cut(); import pickle; again = pickle.loads(pickle.dumps(cache))"
+        "\n    values = again.decompose_resid().values.sum(axis=0)"
+        "\n    assert np.allclose(values, cache['resid_post', 9], atol=1e-3)"
+    )
+    done = run(source, kind, tmp_path, action)
+    assert done.stdout == "no error\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", ["gguf", "directory"])
 def test_shrinking_under_quantize(source, tmp_path, kind):
     """What was read of pages that are gone is never published."""
     progress = "progress=lambda done, total, name: done < 100_000 or cut()"

@@ -85,7 +85,7 @@ class Detached:
     def of(cls, model: Core | Detached) -> Detached:
         if isinstance(model, Detached):
             return model
-        return cls(model.sites, model.n_layers, [model.layer_scalar(i) for i in range(model.n_layers)])
+        return cls(model.sites, model.n_layers, model.layer_scalars)
 
     def layer_scalar(self, layer: int) -> float:
         return self._scalars[layer]
