@@ -77,10 +77,17 @@ Run: TypeAlias = (
 #          length after the step. Rows that the step never reaches are not written: pass zeros.
 #   rows   int32 [T]: where in `array` each position of the run goes, -1 = not kept; None = all, in order.
 #          ("SKh" sites ignore it.)
-# Edit a site: site id · layer · run index · callable · None. It gets a fresh array with the site's dims and returns
-# None (no change, or edited in place) or an array of the same shape. A run with an edit is never split into chunks, and
-# none of its positions is skipped in shared-KV layers.
-Tap: TypeAlias = tuple[int, int, int, NDArray[Any] | Callable[[NDArray[Any]], Any], I32 | None]
+# Edit a site with a function: site id · layer · run index · callable · None. It gets a fresh array with the site's dims
+# and returns None (no change, or edited in place) or an array of the same shape. A run with a function is never split
+# into chunks, and none of its positions is skipped in shared-KV layers.
+# Edit a site by arithmetic: site id · layer · run index · Edit · rows. Without Python and the GIL, chunks or no chunks.
+#   rows   int32 [T]: for each position its index on the values' row axis, -1 = unchanged; None = 0, 1, 2, ...
+Tap: TypeAlias = tuple[int, int, int, "NDArray[Any] | Callable[[NDArray[Any]], Any] | Edit", I32 | None]
+
+# "add" (x += factor * value), "scale" (x *= factor), "set" (x = value), "project_out" (x -= factor * (x.v)/(v.v) * v
+# along the last axis), "clamp" (min(max(x, low), high)) · factor · low · high · values, float32 with the site's number
+# of dims and strides >= 0 (0: broadcast), or None · for each axis the span (first, end) that is edited, (0, 0): all
+Edit: TypeAlias = tuple[str, float, float, float, F32 | None, tuple[tuple[int, int], ...]]
 
 # A row of csrc/model/sites.inc: name · site id · layer (0 for model-wide sites) · dims ("T", "S" or a size) · "float32"
 # or "int32" · meaning of "S": "" (there is none), "cached", "scores" or "pattern" · whether rows are pruned before it,

@@ -12,6 +12,8 @@ from typing import Unpack, cast, overload
 
 from gemma4 import checks, info
 from gemma4.core import F32, Core, KVDtype, Precision
+from gemma4.edits.base import Edit, checked_edits
+from gemma4.edits.scope import Extent
 from gemma4.encoders.encoder import Encoder, encoder_of
 from gemma4.encoders.hooks import EncoderTaps
 from gemma4.encoders.soft_tokens import EncodedMedia, encode_audio, encode_image, encode_video
@@ -20,7 +22,7 @@ from gemma4.generation.options import GenerateOptions
 from gemma4.generation.stream import TextStream, generate, stream
 from gemma4.inputs import PromptLike, Single, TokensLike, is_batch, opened_prompts, tokenize_prompt
 from gemma4.interp.cache import ActivationCache
-from gemma4.interp.hooks import Hook, activated, active_hooks, bind_hooks, checked_hooks, hooks_of
+from gemma4.interp.hooks import Hook, activated, active_hooks, bind_hooks, check_hooks, checked_hooks, hooks_of
 from gemma4.interp.sites import Names, Site, names_of, reusable
 from gemma4.load import open_checkpoint
 from gemma4.media.audio import AudioLike
@@ -337,7 +339,7 @@ class Model(Core):
 
         hooks  pairs (names, fn): names as for `run_with_cache`, but not None. fn(array, site) gets float32 with the
                site's shape and a `HookPoint`, and edits the array in place (returning None) or returns one of the same
-               shape
+               shape. Edits of `gemma4.edits` may stand among them.
 
         Raises as `forward`, and SiteError (a name that matches no site), TypeError (no pair, or an array of text or
         objects returned), ValueError (another shape), and whatever a hook raises. Warns NaNWarning once per site.
@@ -356,6 +358,13 @@ class Model(Core):
         bind_hooks(self.sites, hooks_of(hooks))  # raises here for a wrong name, not at the first forward pass
         EncoderTaps.of(self, hooks)
         return activated(self, hooks)
+
+    def edit(self, edits: Edit | Iterable[Edit]) -> AbstractContextManager[None]:
+        """`with model.edit([Steer(...), Ablate(...)]):` the same as `hooks`, for edits as data: see gemma4.edits.
+
+        Raises TypeError for what is no edit, SiteError and ValueError for one that does not fit this model.
+        """
+        return self.hooks(checked_edits(edits))
 
     def profile(self) -> AbstractContextManager[Profile]:
         """`with model.profile() as profile:` notes the time of every operation run inside; see gemma4.profile."""
@@ -387,6 +396,10 @@ class Model(Core):
         hooks = bind_hooks(self.sites, hooks_of(active_hooks(self)), stop_at_layer=stop_at_layer)
         taps = EncoderTaps.of(self, active_hooks(self), names)
         with opened_prompts(self, ids, sequence, taps) as prompts:
+            for prompt in prompts:
+                end = prompt.sequence.length + len(prompt.ids)
+                extent = Extent(prompt.sequence.length, end, end, prompt=prompt.number, n_prompts=len(prompts))
+                check_hooks(hooks, extent)
             wanted = [replace(prompt, logits=logits, capture=capture, pos=pos, hooks=hooks) for prompt in prompts]
             return run_step(self, wanted, stop_at_layer=stop_at_layer)
 
@@ -432,7 +445,8 @@ class Model(Core):
         stop            str, or several, that end the answer and are not part of it [none]
         stop_ids        int, or several: token ids that end it [the checkpoint's, and for messages the end of the
                         template's turn]
-        hooks           pairs (site, fn(array, site)) that read or edit activations; see `run_with_hooks` [none]
+        hooks           pairs (site, fn(array, site)) that read or edit activations, see `run_with_hooks`; or edits of
+                        gemma4.edits [none]
         capture         sites to keep in result.cache: a name, glob, list of them, or predicate, as for `run_with_cache`
                         [None = no cache]
         sequence        a `Sequence` that keeps the cache, for one prompt: what the prompt shares with it is not run

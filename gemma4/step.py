@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.core import Core
+from gemma4.edits.base import SiteEdit
+from gemma4.edits.scope import Place
 from gemma4.encoders.soft_tokens import SoftRows
 from gemma4.errors import CapacityError, StateError
 from gemma4.interp.cache import ActivationCache
-from gemma4.interp.hooks import HookPoint, SiteHooks, make_edit
+from gemma4.interp.hooks import HookFn, HookPoint, SiteHooks, make_edit
 from gemma4.interp.sites import Site
 from gemma4.narrow import is_array, is_iterable
 from gemma4.profile import step_array
@@ -42,6 +45,8 @@ class Prompt:
     capture: Seq[Site] | None = None  # sites to keep; None: no cache at all
     pos: Positions = "all"  # at which positions within `ids`
     hooks: SiteHooks = field(default_factory=SiteHooks)  # sites to edit, those of other prompts stay as they are
+    n_prompt: int | None = None  # length of the prompt that these tokens belong to, for edits; None: it ends with them
+    step: int = 0  # of a generation, for edits; 0: the prompt itself
 
 
 class Output(NamedTuple):
@@ -105,16 +110,29 @@ class _Plan:
         return sequence, soft.ids, soft.embeddings, rows, logits, soft.ends
 
     def taps(self, model: Core) -> list[Tap]:
-        edits: list[Tap] = [
-            (site.id, site.layer or 0, self.run_index, make_edit(site, fns, self._point(site), model.nan_log), None)
-            for site, fns in self.prompt.hooks
-        ]
+        edits = [tap for site, acts in self.prompt.hooks for tap in self._edits(site, acts, model)]
         rows = self._row_map()
         copies: list[Tap] = [
             (site.id, site.layer or 0, self.run_index, self.arrays[site.name], rows if "T" in site.dims else None)
             for site in self.prompt.capture or ()
         ]
         return edits + copies
+
+    def _edits(self, site: Site, acts: list[HookFn | SiteEdit], model: Core) -> Iterator[Tap]:
+        """Functions and edits in their order; functions that follow each other are one call."""
+        where = site.id, site.layer or 0, self.run_index
+        for are_edits, group in groupby(acts, lambda act: isinstance(act, SiteEdit)):
+            if are_edits:
+                for edit in cast("Iterator[SiteEdit]", group):
+                    yield from ((*where, *tap) for tap in edit.taps(self._place()))
+            else:
+                fns = cast("list[HookFn]", list(group))
+                yield *where, make_edit(site, fns, self._point(site), model.nan_log), None
+
+    def _place(self) -> Place:
+        n_new = len(self.prompt.ids)
+        n_prompt = self.before + n_new if self.prompt.n_prompt is None else self.prompt.n_prompt
+        return Place(self.before, n_new, n_prompt, self.prompt.step, self.prompt.number)
 
     def _point(self, site: Site) -> HookPoint:
         positions = np.arange(self.before, self.before + len(self.prompt.ids))

@@ -41,19 +41,21 @@ ROOMS = {
     "load": "narrow checks errors files text _engine",
     "media": "narrow checks memory errors text load.encoder_config _moved",
     "interp.sites": "narrow errors",
-    "interp.hooks": "narrow interp.sites",
+    "edits": "narrow errors files load interp.sites",
+    "interp.hooks": "narrow interp.sites edits",
     "core": "checks errors text load media interp.sites interp.hooks _engine",
     "interp.cache": "checks errors units media interp.sites core",
-    "encoders": "narrow checks media interp.sites interp.hooks core interp.cache profile load.encoder_config _engine",
+    "encoders": "narrow checks edits media interp.sites interp.hooks core interp.cache profile "
+    "load.encoder_config _engine",
     "sequence": "narrow checks errors files npz media.keys core _engine",
-    "step": "narrow checks errors interp.sites interp.hooks interp.cache core encoders.soft_tokens sequence "
+    "step": "narrow checks edits errors interp.sites interp.hooks interp.cache core encoders.soft_tokens sequence "
     "profile _engine",
     "inputs": "narrow checks errors text media core encoders sequence step",
-    "generation": "narrow checks errors text media interp.sites interp.hooks interp.cache core encoders sequence step "
-    "inputs",
+    "generation": "narrow checks edits errors text media interp.sites interp.hooks interp.cache core encoders sequence "
+    "step inputs",
     "info": "units core",
-    "model": "narrow checks load media interp.sites interp.hooks interp.cache core profile encoders sequence step "
-    "inputs generation info",
+    "model": "narrow checks edits load media interp.sites interp.hooks interp.cache core profile encoders sequence "
+    "step inputs generation info",
     "interp": "narrow checks memory media interp.sites interp.hooks interp.cache step model",  # these run a model
     "media.tasks": "errors load media generation model",
     "quantization": "narrow checks errors units files text load inputs model _engine",

@@ -83,7 +83,7 @@ typedef struct {
     int n;
 } engine_taps;
 
-/* Reads tuples (site, layer, run, array or callable[, rows]). Call engine_release_taps also after a failure. */
+/* Reads tuples (site, layer, run, array, callable or edit[, rows]); an edit is a tuple of its own (read_edit). Call engine_release_taps also after a failure. */
 int engine_read_taps(PyObject *object, const engine_tap_owner *owner, engine_taps *taps);
 void engine_release_taps(engine_taps *taps);
 

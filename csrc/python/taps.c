@@ -66,6 +66,86 @@ static int read_rows(const engine_tap_owner *owner, g4_tap *tap, PyObject *rows)
     return 0;
 }
 
+/* ---- edits ------------------------------------------------------------------------------------------------------- */
+
+static const char *const edit_names[G4_N_TAP_KINDS] = {[G4_TAP_ADD] = "add",
+                                                       [G4_TAP_SCALE] = "scale",
+                                                       [G4_TAP_SET] = "set",
+                                                       [G4_TAP_PROJECT_OUT] = "project_out",
+                                                       [G4_TAP_CLAMP] = "clamp"};
+
+static g4_tap_kind edit_kind(const char *name)
+{
+    int kind = G4_TAP_ADD;
+    while (kind < G4_N_TAP_KINDS && strcmp(edit_names[kind], name) != 0)
+        kind++;
+    return (g4_tap_kind)kind;
+}
+
+/* A view of float32 values with any strides >= 0: broadcast axes have a stride of 0. The engine checks the extent. */
+static int read_values(g4_edit *edit, PyObject *object, const char *name, int n_dims)
+{
+    PyArrayObject *array = (PyArrayObject *)object;
+    if (object == Py_None)
+        return 0;
+    if (!PyArray_Check(object) || PyArray_TYPE(array) != NPY_FLOAT32 || PyArray_NDIM(array) != n_dims ||
+        !PyArray_ISALIGNED(array) || !PyArray_ISNOTSWAPPED(array)) {
+        PyErr_Format(PyExc_TypeError, "%s: an edit's values must be a float32 array of %d dimensions", name, n_dims);
+        return -1;
+    }
+    edit->values = PyArray_DATA(array);
+    edit->n_values = PyArray_SIZE(array) > 0;
+    for (int i = 0; i < n_dims; i++) {
+        const npy_intp stride = PyArray_STRIDE(array, i);
+        if (stride < 0 || stride % (npy_intp)sizeof(float)) {
+            PyErr_Format(PyExc_ValueError, "%s: an edit's values have a stride of %zd bytes on axis %d", name,
+                         (Py_ssize_t)stride, i);
+            return -1;
+        }
+        edit->stride[i] = stride / (npy_intp)sizeof(float);
+        if (edit->n_values)
+            edit->n_values += (size_t)((PyArray_DIM(array, i) - 1) * edit->stride[i]);
+    }
+    return 0;
+}
+
+/* A pair (first, end) for each axis; (0, 0): all of it. */
+static int read_spans(g4_edit *edit, PyObject *spans, const char *name, int n_dims)
+{
+    if (!PyTuple_Check(spans) || PyTuple_Size(spans) != n_dims) {
+        PyErr_Format(PyExc_ValueError, "%s: an edit has %d spans (first, end), one for each axis", name, n_dims);
+        return -1;
+    }
+    for (int i = 0; i < n_dims; i++) {
+        PyObject *span = PyTuple_GetItem(spans, i);
+        if (!PyTuple_Check(span) || !PyArg_ParseTuple(span, "ii", &edit->span[i].first, &edit->span[i].end)) {
+            PyErr_Format(PyExc_TypeError, "%s: the span of axis %d is no pair (first, end) of integers", name, i);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* (kind, factor, low, high, values or None, spans) */
+static int read_edit(const engine_tap_owner *owner, g4_tap *tap, PyObject *tuple)
+{
+    const char *kind;
+    PyObject *values, *spans;
+    int64_t shape[G4_MAX_DIMS];
+    char name[G4_SITE_NAME];
+    if (!PyArg_ParseTuple(tuple, "sfffOO", &kind, &tap->edit.factor, &tap->edit.low, &tap->edit.high, &values, &spans))
+        return -1;
+    tap->kind = edit_kind(kind);
+    if (tap->kind == G4_N_TAP_KINDS) {
+        PyErr_Format(PyExc_ValueError, "an edit is \"add\", \"scale\", \"set\", \"project_out\" or \"clamp\", not %s",
+                     kind);
+        return -1;
+    }
+    g4_site_name(tap->site, tap->layer, name);
+    const int n_dims = owner->shape(owner->context, tap, shape);
+    return read_values(&tap->edit, values, name, n_dims) || read_spans(&tap->edit, spans, name, n_dims) ? -1 : 0;
+}
+
 static int read_tap(const engine_tap_owner *owner, PyObject *tuple, g4_tap *tap, engine_edit *edit)
 {
     PyObject *target, *rows = Py_None;
@@ -73,7 +153,7 @@ static int read_tap(const engine_tap_owner *owner, PyObject *tuple, g4_tap *tap,
     if (!PyTuple_Check(tuple) ||
         !PyArg_ParseTuple(tuple, owner->n_rows ? "iiiOO" : "iiiO", &site, &tap->layer, &tap->run, &target, &rows)) {
         PyErr_Clear();
-        PyErr_Format(PyExc_TypeError, "a tap is a tuple (site, layer, %s, array or callable%s)", owner->run_name,
+        PyErr_Format(PyExc_TypeError, "a tap is a tuple (site, layer, %s, array, callable or edit%s)", owner->run_name,
                      owner->n_rows ? ", rows" : "");
         return -1;
     }
@@ -93,7 +173,9 @@ static int read_tap(const engine_tap_owner *owner, PyObject *tuple, g4_tap *tap,
         tap->context = edit;
         return 0;
     }
-    return owner->n_rows && read_rows(owner, tap, rows) ? -1 : read_destination(owner, tap, target);
+    if (owner->n_rows && read_rows(owner, tap, rows))
+        return -1;
+    return PyTuple_Check(target) ? read_edit(owner, tap, target) : read_destination(owner, tap, target);
 }
 
 int engine_read_taps(PyObject *object, const engine_tap_owner *owner, engine_taps *taps)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.core import Core
+from gemma4.edits.base import Edit
 from gemma4.encoders.encoder import encoder_of
 from gemma4.encoders.soft_tokens import BOTH_WAYS, SOFT_ID, EncodedMedia, SoftRows, encode, stretch_ends
 from gemma4.interp.cache import EncoderCache
@@ -40,7 +41,9 @@ class EncoderTaps:
         """
         hooks = tuple(hooks)
         for modality in MODALITIES:
-            named = [hook for hook in hooks_of(hooks, f"{modality}.") if not callable(hook[0])]
+            named = [
+                hook for hook in hooks_of(hooks, f"{modality}.") if not isinstance(hook, Edit) and not callable(hook[0])
+            ]
             wanted: Names = [] if callable(names) else names_of(names, f"{modality}.")
             if named or wanted:
                 encoder = encoder_of(model, modality)

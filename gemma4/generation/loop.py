@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from gemma4 import checks
 from gemma4.core import Core
+from gemma4.edits.scope import Extent
 from gemma4.encoders.hooks import EncoderTaps
 from gemma4.generation.options import Options
 from gemma4.generation.pieces import ContinuationText, Piece, TurnText
 from gemma4.generation.sampling import Sample, Sampler, StopCriteria
 from gemma4.inputs import PromptLike, as_ids, check_fits, is_messages, tokenize_prompt
 from gemma4.interp.cache import ActivationCache, join_caches
-from gemma4.interp.hooks import SiteHooks, active_hooks, bind_hooks, hooks_of
+from gemma4.interp.hooks import SiteHooks, active_hooks, bind_hooks, check_hooks, hooks_of
 from gemma4.interp.sites import Site, names_of, reusable
 from gemma4.media.prompt import TokenizedPrompt
 from gemma4.sequence import Sequence, new_sequence
@@ -137,7 +138,17 @@ class Continuation:
         stop = self.n_ids + len(self.guesses)
         self.buffer[self.n_ids : stop] = self.guesses
         rows = slice(self.n_ids - 1 - start, None)
-        return Prompt(self.sequence, self.buffer[start:stop], self.number, soft, rows, self.capture, hooks=self.hooks)
+        return Prompt(
+            self.sequence,
+            self.buffer[start:stop],
+            self.number,
+            soft,
+            logits=rows,
+            capture=self.capture,
+            hooks=self.hooks,
+            n_prompt=self.n_prompt,
+            step=len(self.samples),
+        )
 
     def accept(self, output: Output) -> None:
         """Sample from a step's logits: one token, and one more after each correct guess."""
@@ -329,6 +340,7 @@ def _continuation(model: Core, prompt: PromptLike, options: Options, number: int
         owns_sequence=given is None,
     )
     joined.reused = joined.sequence.rewind_to(tokenized.keys())
+    check_hooks(joined.hooks, Extent(joined.reused, len(joined.buffer) - 1, len(ids), room, number))
     return joined
 
 

@@ -4,6 +4,7 @@
 A hook is a pair (names, fn). `fn(array, site)` gets the activation as a writable float32 array of its own and either
 edits it in place (and returns None) or returns a new array of the same shape; the forward pass goes on with that.
 It always sees every new position of its sequence at once, also where the pass would otherwise have skipped some.
+Wherever a hook can stand, an edit of `gemma4.edits` can, too: it is data, and the engine applies it without Python.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gemma4.edits.base import Edit, SiteEdit, check_edits
+from gemma4.edits.scope import Extent
 from gemma4.interp.sites import Names, Site, SiteTable, names_of
 from gemma4.narrow import is_iterable, is_sequence
 
 Array: TypeAlias = NDArray[Any]
 HookFn: TypeAlias = Callable[[NDArray[np.float32], "HookPoint"], ArrayLike | None]
-Hook: TypeAlias = tuple[Names, HookFn]
-SiteHooks: TypeAlias = list[tuple[Site, list[HookFn]]]
+NamedFn: TypeAlias = tuple[Names, HookFn]
+Hook: TypeAlias = NamedFn | Edit
+SiteHooks: TypeAlias = list[tuple[Site, list[HookFn | SiteEdit]]]
 
 
 class NaNWarning(RuntimeWarning):
@@ -77,8 +81,12 @@ def bind_hooks(table: SiteTable, hooks: Iterable[Hook], *, stop_at_layer: int | 
 
     Raises SiteError for a name that matches no site, TypeError for something that is not a (names, function) pair.
     """
-    bound: dict[str, tuple[Site, list[HookFn]]] = {}
+    bound: dict[str, tuple[Site, list[HookFn | SiteEdit]]] = {}
     for hook in hooks:
+        if isinstance(hook, Edit):
+            for part in hook.bound(table, stop_at_layer=stop_at_layer):
+                bound.setdefault(part.site.name, (part.site, []))[1].append(part)
+            continue
         names, fn = _checked_pair(hook)
         for site in table.select(names, stop_at_layer=stop_at_layer):
             bound.setdefault(site.name, (site, []))[1].append(fn)
@@ -86,18 +94,25 @@ def bind_hooks(table: SiteTable, hooks: Iterable[Hook], *, stop_at_layer: int | 
 
 
 def checked_hooks(hooks: object) -> list[Hook]:
-    """The hooks as a list of pairs. Raises TypeError."""
-    if isinstance(hooks, str) or not is_iterable(hooks):
-        raise TypeError(f"hooks are pairs (site name, glob or predicate; function), got {hooks!r:.80}")
-    return [_checked_pair(hook) for hook in hooks]
+    """The hooks as a list of pairs and edits. Raises TypeError."""
+    if isinstance(hooks, str | Edit) or not is_iterable(hooks):
+        raise TypeError(f"hooks are a list of pairs (site name, glob or predicate; function), got {hooks!r:.80}")
+    return [hook if isinstance(hook, Edit) else _checked_pair(hook) for hook in hooks]
 
 
-def _checked_pair(hook: Any) -> Hook:
+def check_hooks(hooks: SiteHooks, extent: Extent) -> None:
+    """Raise ValueError for an edit that cannot act on a prompt, or that contradicts another. Functions always can."""
+    check_edits((act for _, acts in hooks for act in acts if isinstance(act, SiteEdit)), extent)
+
+
+def _checked_pair(hook: Any) -> NamedFn:
     if not is_sequence(hook) or isinstance(hook, str) or len(hook) != 2 or not callable(hook[1]):
-        raise TypeError(f"a hook is a pair (site name, glob or predicate; function), got {hook!r}")
+        raise TypeError(
+            f"a hook is a pair (site name, glob or predicate; function) or an edit of gemma4.edits, got {hook!r}"
+        )
     if hook[0] is None:
         raise TypeError('a hook needs a site name, glob or predicate; "*" means every site')
-    return cast("Hook", (hook[0], hook[1]))
+    return cast("NamedFn", (hook[0], hook[1]))
 
 
 def hooks_of(hooks: Iterable[Hook], prefix: str = "") -> list[Hook]:
@@ -107,6 +122,9 @@ def hooks_of(hooks: Iterable[Hook], prefix: str = "") -> list[Hook]:
     """
     chosen: list[Hook] = []
     for hook in hooks:
+        if isinstance(hook, Edit):  # of the text model
+            chosen += [] if prefix else [hook]
+            continue
         names, fn = _checked_pair(hook)
         names = names_of(names, prefix)
         if callable(names) or names:

@@ -12,7 +12,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -180,6 +180,10 @@ class SiteTable(Mapping[str, Site]):
         if canonical not in self._sites:
             raise SiteError(self._explain(name, canonical))
         return self._sites[canonical]
+
+    def window(self, layer: int) -> int:
+        """How many keys, up to its own, a query of this layer sees; 0 = all."""
+        return cast(int, self._layers[layer]["window"])
 
     def select(self, names: Names = None, *, stop_at_layer: int | None = None) -> list[Site]:
         """The selected sites, in forward order.

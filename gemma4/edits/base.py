@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base of all edits, and what the engine gets of one: arithmetic on a site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.edits.scope import (
+    Bools,
+    Checked,
+    Extent,
+    Place,
+    Span,
+    Where,
+    absolute,
+    as_set,
+    checked_where,
+    listed,
+    mask_of,
+    stretches,
+)
+from gemma4.interp.sites import Site, SiteTable
+from gemma4.narrow import is_iterable
+
+F32: TypeAlias = NDArray[np.float32]
+I32: TypeAlias = NDArray[np.int32]
+Kind: TypeAlias = Literal["add", "scale", "set", "project_out", "clamp"]
+Arithmetic: TypeAlias = tuple[str, float, float, float, F32 | None, tuple[Span, ...]]  # `Edit` of _engine.pyi
+WHOLE: Span = (0, 0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Edit:
+    """The base of all edits: the scope. See the module for `pos`, `steps` and `prompts`."""
+
+    pos: Where = None
+    steps: int | Iterable[int] | None = None
+    prompts: int | Iterable[int] | None = None
+
+    overwrites = False  # whether it leaves nothing of what it edits
+
+    def __post_init__(self) -> None:
+        self._set("pos", checked_where(self.pos, "pos"))
+        for name in ("steps", "prompts"):
+            given = getattr(self, name)
+            checked = checked_where(given, name)
+            if isinstance(checked, slice) or min(listed(checked) or (0,)) < 0:
+                raise ValueError(f"{name} must be whole numbers from 0 on, or None, got {given!r}")
+            self._set(name, checked)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
+        """The edits of each site. Raises SiteError (unknown name), ValueError (values that do not fit)."""
+        raise NotImplementedError
+
+    @property
+    def where(self) -> Checked:
+        return cast("Checked", self.pos)
+
+    @property
+    def step_set(self) -> frozenset[int] | None:
+        return as_set(self.steps)
+
+    @property
+    def prompt_set(self) -> frozenset[int] | None:
+        return as_set(self.prompts)
+
+    def acts(self, step: int, prompt: int) -> bool:
+        return (self.step_set is None or step in self.step_set) and (
+            self.prompt_set is None or prompt in self.prompt_set
+        )
+
+    def check_prompts(self, n_prompts: int | None) -> None:
+        if n_prompts is not None and self.prompt_set and max(self.prompt_set) >= n_prompts:
+            raise ValueError(f"{self}: there is no prompt {max(self.prompt_set)}, only 0 to {n_prompts - 1}")
+
+    def check_extent(self, extent: Extent, *, cached: bool) -> Bools:
+        """Which of the extent's positions the edit acts on. Raises ValueError (none, or one that is not there)."""
+        steps = self.step_set
+        if steps is not None and max(steps) >= extent.n_steps:
+            raise ValueError(
+                f"{self}: there is no step {max(steps)}, only 0 (the prompt) to {extent.n_steps - 1}"
+                if extent.n_steps > 1
+                else f"{self}: a forward pass is step 0 alone, step {max(steps)} is one of a generation"
+            )
+        first = 0 if cached else extent.first
+        for named, position in zip(
+            listed(self.where) or (), absolute(listed(self.where) or (), extent.n_prompt), strict=True
+        ):
+            if not first <= position < extent.end:
+                why = (
+                    "it is in the cached prefix, which is not computed again"
+                    if 0 <= position < first
+                    else "there is none"
+                )
+                raise ValueError(
+                    f"{self}: position {named} cannot be edited: {why}; "
+                    f"this call computes positions {extent.first} to {extent.end - 1}"
+                )
+        chosen = mask_of(self.where, np.arange(first, extent.end), extent.n_prompt)
+        if not chosen.any():
+            raise ValueError(
+                f"{self}: no position of {self.pos} is computed: this call computes {extent.first} to {extent.end - 1}"
+            )
+        return chosen
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteEdit:
+    """The arithmetic of an edit on one site.
+
+    edit     whose scope it has
+    values   float32, to be broadcast to the site's dims with the row axis of size 1, or of len(rows)
+    rows     the positions of the rows of `values`, in order; None: one row for all
+    spans    axis -> (first, end); the engine changes only that part
+    keys     positions along axis "S" to change, for scores and patterns; None = all
+    window   with keys: how many keys, up to its own, a query of the layer sees; 0 = all
+    """
+
+    edit: Edit
+    site: Site
+    kind: Kind
+    factor: float = 1.0
+    low: float = -math.inf
+    high: float = math.inf
+    values: F32 | None = None
+    rows: tuple[int, ...] | None = None
+    spans: tuple[tuple[int, Span], ...] = ()
+    keys: Checked = None
+    window: int = 0
+
+    def taps(self, place: Place) -> list[tuple[Arithmetic, I32 | None]]:
+        """The work for the engine in this run: pairs (arithmetic, rows), see `_engine.Tap`; [] if the edit rests."""
+        if not self.edit.acts(place.step, place.prompt):
+            return []
+        if "T" not in self.site.dims:
+            return self._cached_taps(place)
+        rows = self._row_map(place)
+        if (rows < 0).all():
+            return []
+        n_keys = place.first + place.n
+        of_keys: Iterable[Span] = (WHOLE,)
+        if self.keys is not None:
+            of_keys = stretches(mask_of(self.keys, np.arange(n_keys), place.n_prompt))
+        return [(self._arithmetic(n_keys, keys), rows) for keys in of_keys]
+
+    def _row_map(self, place: Place) -> I32:
+        positions = np.arange(place.first, place.first + place.n)
+        chosen = mask_of(self.edit.where, positions, place.n_prompt)
+        rows = np.where(chosen, 0, -1).astype(np.int32)
+        if self.rows is not None:
+            index = {int(p): i for i, p in enumerate(absolute(self.rows, place.n_prompt))}
+            rows[chosen] = [index.get(int(p), -1) for p in positions[chosen]]
+        return rows
+
+    def _cached_taps(self, place: Place) -> list[tuple[Arithmetic, I32 | None]]:
+        """Keys or values in use, dims "SKh": `pos` chooses along their first axis."""
+        positions = np.arange(place.first + place.n)
+        taps: list[tuple[Arithmetic, I32 | None]] = []
+        for first, end in stretches(mask_of(self.edit.where, positions, place.n_prompt)):
+            part = self
+            if self.rows is not None and self.values is not None:
+                index = {int(p): i for i, p in enumerate(absolute(self.rows, place.n_prompt))}
+                part = replace(self, values=self.values[[index[p] for p in range(first, end)]])
+            taps.append((part._arithmetic(len(positions), (first, end)), None))
+        return taps
+
+    def _arithmetic(self, n_keys: int, keys: Span) -> Arithmetic:
+        spans, sizes = [WHOLE] * len(self.site.dims), list[int]()
+        for axis, dim in enumerate(self.site.dims):
+            spans[axis] = keys if dim == "S" else dict(self.spans).get(axis, WHOLE)
+            size = n_keys if dim == "S" else (1 if self.rows is None else len(self.rows)) if dim == "T" else int(dim)
+            sizes.append(size if spans[axis] == WHOLE else spans[axis][1] - spans[axis][0])
+        values = self.values
+        if values is not None:
+            try:
+                values = np.broadcast_to(values, sizes)
+            except ValueError:
+                axes = ", ".join(map(str, self.site.dims))
+                raise ValueError(
+                    f"{self.edit}: values of shape {values.shape} do not fit {self.site.name} [{axes}], of which "
+                    f"{tuple(sizes)} is edited"
+                ) from None
+        return self.kind, self.factor, self.low, self.high, values, tuple(spans)
+
+    def check_shape(self) -> SiteEdit:
+        """Raises ValueError at once if values cannot fit, where the site's shape is known without a run."""
+        if "S" not in self.site.dims:
+            self._arithmetic(0, WHOLE)
+        return self
+
+
+def checked_edits(edits: object) -> list[Edit]:
+    """One edit or several as a list. Raises TypeError."""
+    found: list[Edit] = []
+    for edit in edits if is_iterable(edits) else [edits]:
+        if not isinstance(edit, Edit):
+            raise TypeError(f"an edit is one of gemma4.edits, got {edit!r:.80}; functions go to Model.hooks")
+        found.append(edit)
+    return found
+
+
+def check_edits(edits: Iterable[SiteEdit], extent: Extent) -> None:
+    """Raise ValueError for an edit that cannot act on this prompt, and for edits that contradict."""
+    written: dict[str, list[tuple[SiteEdit, Bools]]] = {}
+    for part in edits:
+        edit = part.edit
+        edit.check_prompts(extent.n_prompts)
+        if edit.prompt_set is not None and extent.prompt not in edit.prompt_set:
+            continue
+        chosen = edit.check_extent(extent, cached="T" not in part.site.dims)
+        if part.kind == "set" and edit.overwrites:
+            before = written.setdefault(part.site.name, [])
+            for other, rows in before:
+                if _overlap(part, other) and (rows & chosen).any():
+                    raise ValueError(
+                        f"{other.edit} and {edit} both set {part.site.name}, so the first would have no effect; "
+                        "remove one, or let them differ in pos, head, index, steps or prompts"
+                    )
+            before.append((part, chosen))
+        elif part.keys is not None:
+            written.setdefault(f"{part.site.name} {part.spans}", []).append((part, chosen))
+    for parts in written.values():
+        if parts[0][0].keys is not None:
+            _check_keys_left(parts, extent)
+
+
+def _check_keys_left(parts: list[tuple[SiteEdit, Bools]], extent: Extent) -> None:
+    """Raise ValueError if these edits together take every key from a query: its softmax would be NaN."""
+    part = parts[0][0]
+    positions = np.arange(extent.end)
+    cuts = [mask_of(other.keys, positions, extent.n_prompt) for other, _ in parts]
+    for query in extent.first + np.flatnonzero(np.any([rows for _, rows in parts], axis=0)):
+        seen = slice(max(0, query - part.window + 1) if part.window else 0, query + 1)
+        cut = [keys[seen] for keys, (_, rows) in zip(cuts, parts, strict=True) if rows[query - extent.first]]
+        if np.any(cut, axis=0).all():
+            raise ValueError(
+                f"{part.edit}: in {part.site.name} position {query} would keep no key: it sees {seen.start} to {query}"
+            )
+
+
+def _overlap(a: SiteEdit, b: SiteEdit) -> bool:
+    if a.edit is b.edit:
+        return False
+    for first, second in ((a.edit.step_set, b.edit.step_set), (a.edit.prompt_set, b.edit.prompt_set)):
+        if first is not None and second is not None and not first & second:
+            return False
+    others = dict(b.spans)
+    return all(axis not in others or max(s[0], others[axis][0]) < min(s[1], others[axis][1]) for axis, s in a.spans)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edits in files: one safetensors file, whose metadata holds them as JSON; and control vectors of GGUF files."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from gemma4.edits import arithmetic, recipes
+from gemma4.edits.base import Edit, checked_edits
+from gemma4.edits.recipes import Cache, Steer
+from gemma4.edits.scope import checked_where, listed
+from gemma4.errors import FormatError
+from gemma4.files import StrPath, write_file
+from gemma4.interp.sites import canonical_name
+from gemma4.load.gguf import GgufFile
+from gemma4.load.safetensors import SafetensorsFile
+
+F32: TypeAlias = NDArray[np.float32]
+Tensors: TypeAlias = dict[str, NDArray[Any]]
+_FORMAT, _VERSION = "gemma4.edits", "1"
+_KINDS: dict[str, Callable[..., Edit]] = {
+    kind.__name__: kind
+    for kind in (
+        *(arithmetic.Add, arithmetic.Clamp, arithmetic.ProjectOut, arithmetic.Scale, arithmetic.Set),
+        *(recipes.Ablate, recipes.ForbidExperts, recipes.KnockOut, recipes.Patch, recipes.ScalePerLayerEmbedding),
+        Steer,
+    )
+}
+
+
+class SavedCache(Mapping[str, F32]):
+    """The part of a cache that a saved edit uses: its positions, and the arrays of the edited sites."""
+
+    def __init__(self, positions: NDArray[np.int64], arrays: Mapping[str, F32]) -> None:
+        self.positions, self._arrays = positions, dict(arrays)
+
+    def __getitem__(self, name: str) -> F32:
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def save_edits(edits: Edit | Iterable[Edit], path: StrPath, *, force: bool = False) -> Path:
+    """Write edits to one .safetensors file, which `load_edits` reads. Returns the path.
+
+    Of a cache only the arrays of edited sites are written. Raises TypeError (a site chosen by a predicate, which is not
+    data), FileExistsError unless force.
+    """
+    tensors: Tensors = {}
+    rows = [_as_json(edit, f"{i}", tensors) for i, edit in enumerate(checked_edits(edits))]
+    metadata = {"format": _FORMAT, "version": _VERSION, "edits": json.dumps(rows, allow_nan=False)}
+    write_file(path, save(tensors, metadata), force=force)
+    return Path(path)
+
+
+def _as_json(edit: Edit, number: str, tensors: Tensors) -> dict[str, Any]:
+    kind = type(edit).__name__
+    if _KINDS.get(kind) is not type(edit):
+        raise TypeError(f"only edits of gemma4.edits can be saved, got {kind}")
+    row: dict[str, Any] = {"kind": kind}
+    for field in dataclasses.fields(edit):
+        value = getattr(edit, field.name)
+        if kind == "KnockOut" and field.name == "pos":  # it is in the edge
+            continue
+        if value is not None:
+            row[field.name] = _plain(value, f"{number}.{field.name}", edit, tensors)
+    return row
+
+
+def _plain(value: Any, name: str, edit: Edit, tensors: Tensors) -> Any:
+    if isinstance(value, np.ndarray):
+        tensors[name] = np.ascontiguousarray(cast("NDArray[Any]", value))
+        return {"tensor": name}
+    if isinstance(value, Cache):
+        return {"cache": name, "sites": _save_cache(value, name, edit, tensors)}
+    if isinstance(value, slice):
+        ends = cast("slice[int | None, int | None, int | None]", value)
+        return {"slice": [ends.start, ends.stop, ends.step]}
+    if isinstance(value, list | tuple):
+        many = cast("Seq[Any]", value)
+        return [_plain(one, f"{name}.{i}", edit, tensors) for i, one in enumerate(many)]
+    if callable(value):
+        raise TypeError(f"{edit}: a predicate is no data; name the sites, and it can be saved")
+    if isinstance(value, float | np.floating):
+        number = float(cast(float, value))
+        return number if np.isfinite(number) else {"number": str(number)}
+    return value
+
+
+def _save_cache(cache: Cache, name: str, edit: Edit, tensors: Tensors) -> list[str]:
+    head, site = cast("tuple[int, int] | None", getattr(edit, "head", None)), getattr(edit, "site", None)
+    names: Any = f"blocks.{head[0]}.attn.hook_z" if site is None and head else site
+    if callable(names):
+        raise TypeError(f"{edit}: a predicate is no data; name the sites, and it can be saved")
+    patterns = [canonical_name(one) for one in ([names] if isinstance(names, str) else names)]
+    held = cast("Mapping[str, F32]", cache)
+    chosen = [one for one in held if any(fnmatch.fnmatchcase(one, pattern) for pattern in patterns)]
+    tensors[f"{name}.positions"] = np.asarray(cache.positions, np.int64)
+    for one in chosen:
+        tensors[f"{name}.{one}"] = np.ascontiguousarray(held[one])
+    return chosen
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def load_edits(path: StrPath) -> list[Edit]:
+    """The edits of a file that `save_edits` wrote. Raises FormatError (no such file, or damaged), OSError."""
+    file = SafetensorsFile(Path(path))
+    try:
+        if file.metadata.get("format") != _FORMAT or file.metadata.get("version") != _VERSION:
+            found = f"format {file.metadata.get('format')!r:.40}, version {file.metadata.get('version')!r:.20}"
+            raise FormatError(f"{path} holds no edits: {found}, expected {_FORMAT!r}, {_VERSION!r}")
+        return [_edit(row, file, f"{path}: edit {i}") for i, row in enumerate(_rows(file, str(path)))]
+    finally:
+        file.close()
+
+
+def _rows(file: SafetensorsFile, where: str) -> list[dict[str, Any]]:
+    try:
+        rows: Any = json.loads(file.metadata.get("edits", ""))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: the list of edits is no JSON: {str(error)[:120]}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in cast("list[Any]", rows)):
+        raise FormatError(f"{where}: the list of edits must hold JSON objects")
+    return cast("list[dict[str, Any]]", rows)
+
+
+def _edit(row: dict[str, Any], file: SafetensorsFile, where: str) -> Edit:
+    kind = row.get("kind")
+    make = _KINDS.get(kind) if isinstance(kind, str) else None
+    if make is None:
+        raise FormatError(f"{where} is of the unknown kind {kind!r:.60}; known: {', '.join(_KINDS)}")
+    fields = {field.name for field in dataclasses.fields(cast(Any, make))}
+    unknown = [name for name in row if name not in fields | {"kind"}]
+    if unknown:
+        raise FormatError(f"{where}: {kind} has no {unknown[0]!r:.60}; it has {', '.join(sorted(fields))}")
+    try:
+        return make(**{name: _value(value, file) for name, value in row.items() if name != "kind"})
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise FormatError(f"{where}: {error}") from None
+
+
+def _value(value: Any, file: SafetensorsFile) -> Any:
+    if isinstance(value, list):
+        return tuple(_value(one, file) for one in cast("list[Any]", value))
+    if not isinstance(value, dict):
+        return value
+    entry = cast("dict[str, Any]", value)
+    if set(entry) == {"tensor"}:
+        return _tensor(file, entry["tensor"])
+    if set(entry) == {"slice"}:
+        return slice(*entry["slice"])
+    if set(entry) == {"number"}:
+        return float(entry["number"])
+    if set(entry) == {"cache", "sites"}:
+        name, sites = entry["cache"], entry["sites"]
+        arrays = {site: _tensor(file, f"{name}.{site}") for site in sites}
+        return SavedCache(_tensor(file, f"{name}.positions"), arrays)
+    raise ValueError(f"a value of the unknown form {str(entry)[:60]}")
+
+
+def _tensor(file: SafetensorsFile, name: Any) -> NDArray[Any]:
+    if name not in file.tensors:
+        raise ValueError(f"the file has no tensor {name!r:.80}")
+    return file.array(name).copy()
+
+
+# -- control vectors ---------------------------------------------------------------------------------------------------
+
+_DIRECTION = re.compile(r"direction\.(\d+)")
+
+
+def load_control_vector(
+    path: StrPath, scale: float = 1.0, *, layers: int | Iterable[int] | None = None, shift: int = 0
+) -> list[Steer]:
+    """The directions of a GGUF control vector (llama.cpp's --control-vector, repeng), a `Steer` for each layer.
+
+    direction.N is added to the output of block N (0-based), as llama.cpp does. layers: only these blocks; None = all in
+    the file. shift: add direction.N to block N + shift instead: llama.cpp's cvector-generator measures it one block
+    earlier than it is applied, so shift=-1 applies its vectors where they were measured.
+    Raises FormatError (no control vector, or damaged), ValueError (the file has no direction for a layer), OSError.
+    """
+    file = GgufFile(Path(path))
+    try:
+        kind = file.metadata.get("general.architecture")
+        if kind != "controlvector":
+            raise FormatError(f"{path} is of the architecture {kind!r:.60}, expected 'controlvector'")
+        found: dict[int, F32] = {}
+        for name, info in file.tensors.items():
+            match = _DIRECTION.fullmatch(name)
+            if not match or info.dtype not in ("F32", "F16") or len(info.shape) != 1:
+                found_here = f"{name!r:.60} is {info.dtype} {list(info.shape)}"
+                raise FormatError(f"{path}: {found_here}, expected direction.N, F32 or F16 [d_model]")
+            found[int(match[1]) + shift] = file.array(name).astype(np.float32)
+    finally:
+        file.close()
+    chosen = sorted(found) if layers is None else listed(checked_where(layers, "layers")) or ()
+    missing = [layer for layer in chosen if layer not in found]
+    if missing or not chosen:
+        raise ValueError(f"{path} has no direction for layer {missing or ''}; it has {sorted(found)}")
+    return [Steer(found[layer], layer, scale) for layer in chosen]

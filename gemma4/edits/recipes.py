@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edits by their names in the literature: patching, steering, ablation, knocking out attention, forbidding experts."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeAlias, cast, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gemma4.edits.arithmetic import OnSites, Scale, Set, finite, frozen
+from gemma4.edits.base import Edit, SiteEdit
+from gemma4.edits.scope import Checked, Where, checked_where, listed
+from gemma4.interp.sites import Names, Site, SiteTable, reusable
+from gemma4.narrow import is_list_or_tuple
+
+F32: TypeAlias = NDArray[np.float32]
+Layers: TypeAlias = int | Iterable[int] | None
+End: TypeAlias = Where | str  # of an edge
+_MASKED = np.full(1, -math.inf, np.float32)  # a score or logit whose softmax is 0
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """The face of an `ActivationCache` that edits use."""
+
+    positions: NDArray[np.int64]
+
+    def __getitem__(self, name: str, /) -> F32: ...
+    def __contains__(self, name: object, /) -> bool: ...
+
+
+def _positions_axis(site: Site) -> int:
+    """The axis of positions, or of key positions where there is no other."""
+    return site.dims.index("T" if "T" in site.dims else "S")
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(OnSites):
+    """x = value, taken from another run.
+
+    value       an `ActivationCache`, or an array as for `Set`
+    source_pos  positions in the cache, as many as `pos` names, in its order; None = the same. Negative ones count from
+                the cache's end.
+
+    pos=None means every position that the cache holds.
+    """
+
+    value: Cache | ArrayLike = 0.0
+    source_pos: Where = field(default=None, kw_only=True)
+
+    overwrites = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        source = checked_where(self.source_pos, "source_pos")
+        if not isinstance(self.value, Cache):
+            if source is not None:
+                raise ValueError("Patch: source_pos needs a cache as value; of an array give the rows themselves")
+            self._set("value", frozen(self.value, "Patch"))
+            return
+        if isinstance(source, slice) or isinstance(self.where, slice):
+            raise TypeError("Patch: with a cache, pos and source_pos must be positions, not slices")
+        if self.where is None:
+            self._set("pos", tuple(int(p) for p in self.value.positions) if source is None else source)
+        self._set("source_pos", source)
+        if source is not None and len(listed(source) or ()) != len(listed(self.where) or ()):
+            raise ValueError(
+                f"Patch: source_pos names {len(listed(source) or ())} positions, pos {len(listed(self.where) or ())}"
+            )
+
+    def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
+        if not isinstance(self.value, Cache):
+            same = Set(self.site, self.value, head=self.head, index=self.index, pos=self.where)
+            return [replace(part, edit=self) for part in same.bound(table, stop_at_layer=stop_at_layer)]
+        parts = self.parts_of(table, stop_at_layer, "set")
+        return [replace(part, values=self._rows(part), rows=listed(self.where)).check_shape() for part in parts]
+
+    def _rows(self, part: SiteEdit) -> F32:
+        """The rows to write at `pos`, cut to the part that is edited."""
+        cache, site = cast(Cache, self.value), part.site
+        if site.name not in cache:
+            raise ValueError(f"{self}: the cache holds no {site.name}; capture it with names=")
+        array, axis = cache[site.name], _positions_axis(site)
+        held = [int(p) for p in (cache.positions if "T" in site.dims else range(array.shape[axis]))]
+        index = {p: i for i, p in enumerate(held)}
+        end = held[-1] + 1 if held else 0
+        source = [p + end if p < 0 else p for p in listed(self.source_pos) or listed(self.where) or ()]
+        missing = [p for p in source if p not in index]
+        if missing:
+            raise ValueError(f"{self}: the cache holds no position {missing[0]} of {site.name}")
+        array = array.take([index[p] for p in source], axis=axis)
+        for axis, (first, end) in part.spans:
+            array = array.take(range(first, end), axis=axis)
+        return frozen(array, str(self))
+
+
+@dataclass(frozen=True, eq=False)
+class Steer(Edit):
+    """x += scale * direction at the end of a block: activation steering.
+
+    direction  float32 [d_model]
+    layer      the block or blocks
+    at         another site of the block to add it to
+    """
+
+    direction: ArrayLike
+    layer: int | Iterable[int]
+    scale: float = 1.0
+    at: str = field(default="hook_resid_post", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("direction", frozen(self.direction, "Steer"))
+        self._set("layer", _checked_layers(self.layer))
+        self._set("scale", finite(self.scale, "Steer: scale"))
+        if cast(F32, self.direction).ndim != 1:
+            raise ValueError(f"Steer: a direction is [d_model], got shape {cast(F32, self.direction).shape}")
+
+    def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
+        names = [f"blocks.{layer}.{self.at}" for layer in listed(self.layer) or ()]
+        values, factor = cast(F32, self.direction), self.scale
+        return [
+            SiteEdit(self, site, "add", factor=factor, values=values).check_shape()
+            for site in table.select(names, stop_at_layer=stop_at_layer)
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Ablate(Edit):
+    """x = 0, the mean, or what another run has: zero, mean and resample ablation.
+
+        Ablate("blocks.3.hook_mlp_out")
+        Ablate(head=(2, 3), mean=[cache, other_cache])
+        Ablate("blocks.*.hook_attn_out", resample=cache)
+
+    site      what to ablate; or head: (layer, head), whose part of attn.hook_z it is
+    mean      caches of other runs: their mean over all positions; or the mean itself, an array
+    resample  the cache of another run, whose value at the same position is used
+    """
+
+    site: Names = None
+    head: tuple[int, int] | None = field(default=None, kw_only=True)
+    mean: Cache | Seq[Cache] | ArrayLike | None = field(default=None, kw_only=True)
+    resample: Cache | None = field(default=None, kw_only=True)
+
+    overwrites = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("site", reusable(self.site))
+        if (self.site is None) == (self.head is None):
+            raise TypeError("Ablate needs either a site or head=(layer, head)")
+        if self.mean is not None and self.resample is not None:
+            raise TypeError("Ablate takes mean= or resample=, not both")
+        if self.head is not None:
+            pair = listed(checked_where(self.head, "head")) or ()
+            if len(pair) != 2:
+                raise TypeError(f"head must be a pair (layer, head), got {self.head!r}")
+            self._set("head", pair)
+        if isinstance(self.resample, Cache):
+            if self.where is None:
+                self._set("pos", tuple(int(p) for p in self.resample.positions))
+        elif self.resample is not None:
+            raise TypeError(f"resample must be an ActivationCache, got {type(self.resample).__name__}")
+        if self.mean is not None and not _caches(self.mean):
+            self._set("mean", frozen(self.mean, "Ablate"))
+
+    def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
+        layer, head = self.head or (0, None)
+        names = self.site if head is None else f"blocks.{layer}.attn.hook_z"
+        if self.resample is not None:
+            parts = Patch(names, self.resample, head=head, pos=self.where).bound(table, stop_at_layer=stop_at_layer)
+        else:
+            parts = Set(names, 0.0, head=head).bound(table, stop_at_layer=stop_at_layer)
+        parts = [replace(part, edit=self) for part in parts]
+        return parts if self.mean is None else [self._at_mean(part) for part in parts]
+
+    def _at_mean(self, part: SiteEdit) -> SiteEdit:
+        caches, site = _caches(self.mean), part.site
+        if not caches:
+            return replace(part, values=cast(F32, self.mean)).check_shape()
+        if "S" in site.dims and "T" in site.dims:
+            raise ValueError(f"{self}: {site.name} has one value for each pair of positions, of which there is no mean")
+        missing = [cache for cache in caches if site.name not in cache]
+        if missing:
+            raise ValueError(f"{self}: a cache holds no {site.name}; capture it with names=")
+        axis = _positions_axis(site)
+        rows = np.concatenate([cache[site.name] for cache in caches], axis=axis)
+        mean = rows.mean(axis=axis, keepdims=True, dtype=np.float64)
+        for along, (first, end) in part.spans:
+            mean = mean.take(range(first, end), axis=along)
+        return replace(part, values=frozen(mean, str(self))).check_shape()
+
+    def __str__(self) -> str:
+        return f"Ablate(head={self.head})" if self.head else f"Ablate({self.site!r})"
+
+
+def _caches(value: object) -> list[Cache]:
+    if isinstance(value, Cache):
+        return [value]
+    if not is_list_or_tuple(value):
+        return []
+    caches = [one for one in value if isinstance(one, Cache)]
+    return caches if len(caches) == len(value) else []
+
+
+@dataclass(frozen=True, eq=False)
+class KnockOut(Edit):
+    """No attention along an edge: the scores of these queries for these keys are -inf before the softmax.
+
+        KnockOut(edge=("pos 9", "pos 5"), layers=range(4))      # position 9 does not see position 5
+        KnockOut(edge=(-1, slice(0, 4)), heads=[2])             # the last token does not see the first four
+
+    edge    (query positions, key positions), each as `pos`, or text: "pos 5", "pos 5-9"
+    layers  None = all
+    heads   None = all
+
+    Keys that a query cannot see anyway (later ones, and those outside a sliding window) are unaffected. Each query must
+    keep a key, else ValueError: attention to nothing is NaN.
+    """
+
+    edge: tuple[End, End]
+    layers: Layers = None
+    heads: int | Iterable[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not is_list_or_tuple(self.edge) or len(self.edge) != 2:
+            raise TypeError(f"edge must be a pair (query positions, key positions), got {self.edge!r}")
+        if self.pos is not None:
+            raise TypeError("KnockOut has its positions in edge, not in pos")
+        query, key = (_parsed(end) for end in self.edge)
+        self._set("pos", query)
+        super().__post_init__()
+        self._set("edge", (self.where, checked_where(key, "a key position")))
+        self._set("layers", _checked_layers(self.layers))
+        self._set("heads", checked_where(self.heads, "heads"))
+        queries, keys = (listed(end) for end in self.edge)
+        if queries and keys and min(keys) >= 0 and 0 <= max(queries) < min(keys):
+            raise ValueError(f"{self}: no query sees a later key, so nothing would change; edge is (query, key)")
+
+    def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
+        chosen = listed(self.layers)
+        names = "blocks.*.attn.hook_attn_scores"
+        sites = OnSites(
+            names if chosen is None else [names.replace("*", str(layer)) for layer in chosen],
+            head=self.heads,
+        ).parts_of(table, stop_at_layer, "set")
+        keys = slice(None) if self.edge[1] is None else cast(Checked, self.edge[1])
+        return [
+            replace(part, edit=self, values=_MASKED, keys=keys, window=table.window(cast(int, part.site.layer)))
+            for part in sites
+        ]
+
+    def __str__(self) -> str:
+        return f"KnockOut(edge={self.edge})"
+
+
+_POSITIONS = re.compile(r"\s*pos\s+(-?\d+)(?:\s*-\s*(\d+))?\s*")
+
+
+def _parsed(end: End) -> Where:
+    if not isinstance(end, str):
+        return end
+    match = _POSITIONS.fullmatch(end)
+    if not match:
+        raise ValueError(f'an end of an edge is positions or text like "pos 5" or "pos 5-9", got {end!r}')
+    first = int(match[1])
+    return first if match[2] is None else range(first, int(match[2]) + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class ForbidExperts(Edit):
+    """The router cannot choose these experts: their logits are -inf before its softmax.
+
+    experts  one index or several; layers  None = all that have experts
+    """
+
+    experts: int | Iterable[int]
+    layers: Layers = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        experts = checked_where(self.experts, "experts")
+        if not listed(experts):
+            raise TypeError(f"experts must be one index or several, got {self.experts!r}")
+        self._set("experts", experts)
+        self._set("layers", _checked_layers(self.layers))
+
+    def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
+        chosen, experts = listed(self.layers), listed(self.experts) or ()
+        names = "blocks.*.moe.hook_router_logits"
+        parts: list[SiteEdit] = []
+        for expert in experts:
+            sites = OnSites(
+                names if chosen is None else [names.replace("*", str(layer)) for layer in chosen], index=expert
+            )
+            parts += sites.parts_of(table, stop_at_layer, "set")
+        for part in parts:
+            n_experts, top_k = (
+                int(part.site.dims[-1]),
+                int(table[f"blocks.{part.site.layer}.moe.hook_expert_ids"].dims[-1]),
+            )
+            if n_experts - len({expert % n_experts for expert in experts}) < top_k:
+                raise ValueError(f"{self}: {len(experts)} of {n_experts} are forbidden, but a token needs {top_k}")
+        return [replace(part, edit=self, values=_MASKED) for part in parts]
+
+
+@dataclass(frozen=True, eq=False)
+class ScalePerLayerEmbedding(Edit):
+    """A block's per-layer embedding times a factor; 0 takes it away. layers: None = all."""
+
+    factor: float
+    layers: Layers = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("factor", finite(self.factor, "ScalePerLayerEmbedding: factor"))
+        self._set("layers", _checked_layers(self.layers))
+
+    def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
+        chosen = listed(self.layers)
+        names = "blocks.*.hook_ple_in"
+        scale = Scale(names if chosen is None else [names.replace("*", str(layer)) for layer in chosen], self.factor)
+        return [replace(part, edit=self) for part in scale.bound(table, stop_at_layer=stop_at_layer)]
+
+
+def _checked_layers(layers: object) -> int | tuple[int, ...] | None:
+    checked = checked_where(layers, "layers")
+    if isinstance(checked, slice) or min(listed(checked) or (0,)) < 0:
+        raise ValueError(f"layers must be whole numbers from 0 on, or None, got {layers!r}")
+    return checked

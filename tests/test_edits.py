@@ -1,0 +1,438 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edits as data: each does what a Python function does, to the bit, wherever a hook can stand."""
+
+import re
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+import gemma4
+from gemma4.edits import (
+    Ablate,
+    Add,
+    Clamp,
+    ForbidExperts,
+    KnockOut,
+    Patch,
+    ProjectOut,
+    Scale,
+    ScalePerLayerEmbedding,
+    Set,
+    Steer,
+    load_control_vector,
+    load_edits,
+    save_edits,
+)
+
+TEXT = "Once upon a time there was a little girl named Lily who liked to play"
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module", params=["tiny-e", "tiny-moe"])
+def model(request):
+    return gemma4.load(request.param)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return gemma4.load("tiny-e")
+
+
+@pytest.fixture(scope="module")
+def moe():
+    return gemma4.load("tiny-moe")
+
+
+def vector(n):
+    return RNG.standard_normal(n).astype(np.float32)
+
+
+ALL = slice(None)
+RESID, Z, SCORES = "blocks.2.hook_resid_post", "blocks.1.attn.hook_z", "blocks.0.attn.hook_attn_scores"
+
+
+def hook(names, new, at=ALL):
+    """A hook that replaces array[at]."""
+
+    def fn(array, site):
+        array[at] = new(array[at])
+
+    return [(names, fn)]
+
+
+def times(factor):
+    return lambda x: x * np.float32(factor)
+
+
+def plus(v, factor=1.0):
+    return lambda x: x + np.float32(factor) * v
+
+
+def fill(value):
+    return lambda x: np.broadcast_to(value, x.shape)
+
+
+def outside(low, high):
+    return lambda x: np.clip(x, np.float32(low), np.float32(high))
+
+
+def without(v, factor):
+    """x - factor * (x.v)/(v.v) * v in the engine's order: products are summed in double, one after the other."""
+
+    def new(x):
+        dot = np.add.accumulate(x.astype(np.float64) * v.astype(np.float64), axis=-1)[..., -1:]
+        norm = np.add.accumulate(v.astype(np.float64) ** 2)[-1]
+        return x - (factor * dot / norm).astype(np.float32) * v
+
+    return new
+
+
+def mean_of(array):
+    return array.mean(0, dtype=np.float64).astype(np.float32)
+
+
+def cases(model):
+    """name -> (edit, hooks that do the same)."""
+    d, other = model.config.d_model, model.run_with_cache("Two cats sat on a mat and looked at a dog")[1]
+    v, rows, held = vector(d), vector(3 * d).reshape(3, d), slice(0, len(other.positions))
+    resid, z = other[RESID], other[Z]
+    steered = [one for i in (1, 3) for one in hook(f"blocks.{i}.hook_resid_post", plus(v, 4))]
+    return {
+        "add": (Add(RESID, v, 1.5), hook(RESID, plus(v, 1.5))),
+        "add rows": (Add(RESID, rows, pos=[5, 0, 2]), hook(RESID, plus(rows), [5, 0, 2])),
+        "scale": (Scale("blocks.*.hook_attn_out", 0.3), hook("blocks.*.hook_attn_out", times(0.3))),
+        "neurons": (
+            Scale("blocks.1.mlp.hook_post", 0.25, index=slice(3, 7)),
+            hook("blocks.1.mlp.hook_post", times(0.25), (ALL, slice(3, 7))),
+        ),
+        "set": (Set("blocks.0.hook_mlp_out", 0), hook("blocks.0.hook_mlp_out", fill(0))),
+        "set last": (Set(RESID, v, pos=-1), hook(RESID, fill(v), [-1])),
+        "clamp": (Clamp(RESID, -1, 2, pos=slice(1, -2)), hook(RESID, outside(-1, 2), slice(1, -2))),
+        "project out": (ProjectOut(RESID, v), hook(RESID, without(v, 1))),
+        "reflect": (ProjectOut(RESID, v, 2), hook(RESID, without(v, 2))),
+        "steer": (Steer(v, [1, 3], 4), steered),
+        "steer elsewhere": (Steer(v, 0, -2, at="hook_resid_mid"), hook("blocks.0.hook_resid_mid", plus(v, -2))),
+        "patch": (Patch(RESID, other, pos=[1, 4]), hook(RESID, fill(resid[[1, 4]]), [1, 4])),
+        "patch all": (Patch(Z, other), hook(Z, fill(z), held)),
+        "patch from elsewhere": (Patch(RESID, other, pos=-1, source_pos=-2), hook(RESID, fill(resid[-2]), [-1])),
+        "patch an array": (Patch(Z, z[:2, :1], pos=[3, 1], head=0), hook(Z, fill(z[:2, 0]), ([3, 1], 0))),
+        "ablate head": (Ablate(head=(1, 2), pos=[1, 5]), hook(Z, fill(0), ([1, 5], 2))),
+        "ablate to mean": (Ablate(RESID, mean=other), hook(RESID, fill(mean_of(resid)))),
+        "ablate head to mean": (Ablate(head=(1, 1), mean=[other]), hook(Z, fill(mean_of(z)[1]), (ALL, 1))),
+        "resample": (Ablate(RESID, resample=other), hook(RESID, fill(resid), held)),
+        "knock out": (KnockOut((slice(4, None), "pos 1-2"), 0), hook(SCORES, fill(-np.inf), np.s_[:, 4:, 1:3])),
+        "knock out of a head": (KnockOut(("pos 6", 2), 0, heads=1), hook(SCORES, fill(-np.inf), np.s_[1, 6, 2])),
+    }
+
+
+NAMES = ["add", "add rows", "scale", "neurons", "set", "set last", "clamp", "project out", "reflect", "steer"]
+NAMES += ["steer elsewhere", "patch", "patch all", "patch from elsewhere", "patch an array", "ablate head"]
+NAMES += ["ablate to mean", "ablate head to mean", "resample", "knock out", "knock out of a head"]
+
+
+def test_every_case_is_tried(model):
+    assert sorted(cases(model)) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edit_equals_the_function(model, name):
+    edit, hooks = cases(model)[name]
+    ids = model.to_tokens(TEXT)
+    plain = model.forward(ids)
+    with model.edit(edit):
+        logits, cache = model.run_with_cache(ids, "*")
+        last = model.forward(ids, logits="last")
+    with model.hooks(hooks):
+        expected, by_hooks = model.run_with_cache(ids, "*")
+    assert not np.array_equal(logits, plain)
+    assert np.array_equal(logits, expected)
+    assert np.array_equal(last, expected[-1:])
+    for site in cache:
+        assert np.array_equal(cache[site], by_hooks[site], equal_nan=True), site
+
+
+@pytest.mark.parametrize("name", ["add", "clamp", "ablate head to mean", "knock out"])
+def test_edit_equals_the_function_while_generating(model, name):
+    edit, hooks = cases(model)[name]
+    if name == "clamp":  # the function's slice would count from the end of each step
+        edit, hooks = (
+            Clamp("blocks.*.hook_mlp_out", -0.1, 0.1),
+            [("blocks.*.hook_mlp_out", lambda x, site: np.clip(x, np.float32(-0.1), np.float32(0.1)))],
+        )
+    if name == "knock out":
+
+        def cut(scores, site):
+            scores[:, site.positions >= 4, 1:3] = -np.inf
+
+        hooks = [("blocks.0.attn.hook_attn_scores", cut)]
+    options = {"max_tokens": 8, "temperature": 0, "capture": "blocks.*.hook_resid_post"}
+    by_data, by_function = (model.generate(TEXT, hooks=given, **options) for given in ([edit], hooks))
+    assert by_data.text == by_function.text
+    for site in by_data.cache:
+        assert np.array_equal(by_data.cache[site], by_function.cache[site]), site
+
+
+def test_a_long_prompt_is_edited_in_chunks(tiny):
+    ids = np.resize(tiny.to_tokens(TEXT), 700)
+    v, pos = vector(tiny.config.d_model), [3, 511, 512, 699]
+
+    def add(x, site):
+        x[pos] += v
+
+    with tiny.edit(Add("blocks.2.hook_resid_post", v, pos=pos)):
+        by_data = tiny.forward(ids, logits="last")
+    assert np.array_equal(by_data, tiny.run_with_hooks(ids, [("blocks.2.hook_resid_post", add)], logits="last"))
+
+
+def test_order_is_the_given_one(tiny):
+    v = vector(tiny.config.d_model)
+    name = "blocks.2.hook_resid_post"
+
+    def halve(x, site):
+        x *= np.float32(0.5)
+
+    for hooks, expected in (
+        ([Add(name, v), (name, halve)], lambda x: (x + v) * np.float32(0.5)),
+        ([(name, halve), Add(name, v)], lambda x: x * np.float32(0.5) + v),
+        ([Add(name, v), Scale(name, 0.5), (name, halve)], lambda x: (x + v) * np.float32(0.25)),
+    ):
+        before = tiny.run_with_cache(TEXT, name)[1][name]
+        with tiny.hooks(hooks):
+            assert np.array_equal(tiny.run_with_cache(TEXT, name)[1][name], expected(before))
+    with tiny.edit(Scale(name, 0.5)), tiny.edit(Add(name, v)):  # outer blocks first
+        assert np.array_equal(tiny.run_with_cache(TEXT, name)[1][name], before * np.float32(0.5) + v)
+
+
+def test_scope_by_prompt(tiny):
+    v = vector(tiny.config.d_model)
+    texts = [TEXT, "A dog", "The sun was"]
+    plain = tiny.forward(texts)
+    edit = Steer(v, 1, 3, prompts=[1])
+    with tiny.edit(edit):
+        logits = tiny.forward(texts)
+    with tiny.edit(Steer(v, 1, 3)):
+        alone = tiny.forward(texts[1])
+    assert np.array_equal(logits[0], plain[0]) and np.array_equal(logits[2], plain[2])
+    assert np.array_equal(logits[1], alone)
+    together = tiny.generate(texts, max_tokens=5, temperature=0, hooks=[edit])
+    one = tiny.generate(texts[1], max_tokens=5, temperature=0, hooks=[Steer(v, 1, 3)])
+    assert [x.text for x in together] == [
+        tiny.generate(texts[0], max_tokens=5, temperature=0).text,
+        one.text,
+        tiny.generate(texts[2], max_tokens=5, temperature=0).text,
+    ]
+
+
+def test_scope_by_step_and_position(tiny):
+    """Step n runs the n-th generated token, which stands at position n_prompt + n - 1."""
+    v, name = vector(tiny.config.d_model), "blocks.1.hook_resid_post"
+    options = {"max_tokens": 6, "temperature": 0, "capture": name}
+    n = len(tiny.to_tokens(TEXT))
+    plain = tiny.generate(TEXT, **options).cache[name]
+    by_step = tiny.generate(TEXT, hooks=[Add(name, v, steps=2)], **options).cache[name]
+    by_pos = tiny.generate(TEXT, hooks=[Add(name, v, pos=n + 1)], **options).cache[name]
+    assert np.array_equal(by_step, by_pos)
+    assert np.array_equal(by_step[: n + 1], plain[: n + 1]) and not np.array_equal(by_step[n + 1], plain[n + 1])
+    last = tiny.generate(TEXT, hooks=[Add(name, v, pos=-1)], **options).cache[name]
+    assert np.array_equal(last[: n - 1], plain[: n - 1]) and np.array_equal(last[n - 1], plain[n - 1] + v)
+
+
+def test_edits_of_cached_keys(tiny):
+    name = "blocks.0.attn.hook_v_used"
+
+    def zero(values, site):
+        values[[1, 2, 5]] = 0
+
+    with tiny.edit(Set(name, 0, pos=[5, 1, 2])):
+        by_data = tiny.forward(TEXT)
+    assert np.array_equal(by_data, tiny.run_with_hooks(TEXT, [(name, zero)]))
+    assert not np.array_equal(by_data, tiny.forward(TEXT))
+
+
+def test_per_layer_embeddings_can_be_taken_away(tiny):
+    def none(x, site):
+        x *= np.float32(0)
+
+    with tiny.edit(ScalePerLayerEmbedding(0, [1, 2])):
+        by_data = tiny.forward(TEXT)
+    hooks = [(f"blocks.{i}.hook_ple_in", none) for i in (1, 2)]
+    assert np.array_equal(by_data, tiny.run_with_hooks(TEXT, hooks))
+
+
+def test_forbidden_experts_are_not_chosen(moe):
+    ids = "blocks.*.moe.hook_expert_ids"
+    chosen = moe.run_with_cache(TEXT, ids)[1]
+    layer = next(iter(chosen)).split(".")[1]
+    favourite = int(np.bincount(chosen[f"blocks.{layer}.moe.hook_expert_ids"].ravel()).argmax())
+    with moe.edit(ForbidExperts(favourite)):
+        now = moe.run_with_cache(TEXT, ids)[1]
+    assert all((now[name] != favourite).all() for name in now)
+    assert any((chosen[name] == favourite).any() for name in chosen)
+
+
+def test_saved_edits_do_the_same(model, tmp_path):
+    ids = model.to_tokens(TEXT)
+    for name, (edit, _) in cases(model).items():
+        path = tmp_path / f"{name}.safetensors"
+        assert save_edits([edit, Steer(np.zeros(model.config.d_model), 0)], path) == path
+        again = load_edits(path)
+        assert [type(one) for one in again] == [type(edit), Steer]
+        with model.edit(edit):
+            expected = model.forward(ids)
+        with model.edit(again):
+            assert np.array_equal(model.forward(ids), expected), name
+
+
+def test_saved_scope(tmp_path, tiny):
+    edit = Clamp("blocks.1.hook_mlp_out", high=0.5, pos=slice(-4, None, 2), steps=[0, 2], prompts=1)
+    save_edits(edit, tmp_path / "e.safetensors")
+    (again,) = load_edits(tmp_path / "e.safetensors")
+    assert (again.pos, again.steps, again.prompts, again.low, again.high) == (
+        slice(-4, None, 2), (0, 2), 1, -np.inf, 0.5,
+    )  # fmt: skip
+    with pytest.raises(FileExistsError):
+        save_edits(edit, tmp_path / "e.safetensors")
+    with pytest.raises(TypeError, match="predicate"):
+        save_edits(Scale(lambda name: True, 2), tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda text: text.replace('"Clamp"', '"Clomp"'), "unknown kind 'Clomp'"),
+        (lambda text: text.replace('"high"', '"hihg"'), "no 'hihg'"),
+        (lambda text: text.replace("0.5", '"much"'), "edit 0"),
+        (lambda text: text[:-3], "no JSON"),
+        (lambda text: '{"a": 1}', "JSON objects"),
+        (lambda text: text.replace("0.5", '{"tensor": "gone"}'), "no tensor 'gone'"),
+    ],
+)
+def test_damaged_files_of_edits(tmp_path, change, complaint):
+    from safetensors.numpy import save_file
+
+    text = '[{"kind": "Clamp", "site": "blocks.1.hook_mlp_out", "high": 0.5}]'
+    metadata = {"format": "gemma4.edits", "version": "1", "edits": text}
+    path = tmp_path / "e.safetensors"
+    save_file({}, path, metadata)
+    assert len(load_edits(path)) == 1
+    save_file({}, path, metadata | {"edits": change(text)})
+    with pytest.raises(gemma4.FormatError, match=re.escape(complaint)):
+        load_edits(path)
+
+
+def control_vector(path, d, layers, arch="controlvector", name="direction"):
+    writer = GGUFWriter(path, arch)
+    for layer in layers:
+        writer.add_tensor(f"{name}.{layer}", np.full(d, layer, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_control_vectors(tiny, tmp_path):
+    path, d = tmp_path / "v.gguf", tiny.config.d_model
+    control_vector(path, d, [1, 2, 3])
+    edits = load_control_vector(path, 0.1)
+    assert [(edit.layer, edit.scale, edit.direction[0]) for edit in edits] == [(1, 0.1, 1), (2, 0.1, 2), (3, 0.1, 3)]
+    assert [edit.layer for edit in load_control_vector(path, shift=-1)] == [0, 1, 2]
+    with tiny.edit(load_control_vector(path, 0.1, layers=[2])):
+        by_file = tiny.forward(TEXT)
+    with tiny.edit(Steer(np.full(d, 2), 2, 0.1)):
+        assert np.array_equal(by_file, tiny.forward(TEXT))
+    with pytest.raises(ValueError, match="no direction for layer"):
+        load_control_vector(path, layers=9)
+    control_vector(tmp_path / "w.gguf", d, [1], arch="gemma4")
+    with pytest.raises(gemma4.FormatError, match="controlvector"):
+        load_control_vector(tmp_path / "w.gguf")
+    control_vector(tmp_path / "x.gguf", d, [1], name="weight")
+    with pytest.raises(gemma4.FormatError, match="direction"):
+        load_control_vector(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    ("edits", "error", "complaint"),
+    [
+        (lambda d: [Steer(np.zeros(d), 1, pos=99)], ValueError, "position 99 cannot be edited: there is none"),
+        (lambda d: [Steer(np.zeros(d), 1, pos=-99)], ValueError, "position -99"),
+        (lambda d: [Steer(np.zeros(d), 1, pos=slice(90, 99))], ValueError, "no position"),
+        (lambda d: [Steer(np.zeros(d), 1, steps=1)], ValueError, "a forward pass is step 0"),
+        (lambda d: [Steer(np.zeros(d), 1, prompts=2)], ValueError, "no prompt 2"),
+        (lambda d: [Steer(np.zeros(d + 1), 1)], ValueError, "do not fit blocks.1.hook_resid_post"),
+        (lambda d: [Steer(np.zeros(d), 99)], gemma4.SiteError, "layers"),
+        (lambda d: [Add("blocks.1.hook_mlp_out", np.zeros((2, d)))], ValueError, "pos must list as many"),
+        (lambda d: [Add("blocks.1.hook_mlp_out", np.zeros((2, d)), pos=[1, 2, 3])], ValueError, "pos must list"),
+        (lambda d: [Scale("blocks.1.hook_mlp_out", 2, head=1)], ValueError, "no heads"),
+        (lambda d: [Scale("blocks.1.attn.hook_z", 2, head=44)], ValueError, "heads 0 to"),
+        (lambda d: [Scale("blocks.1.hook_mlp_out", 2, index=d)], ValueError, "last axis"),
+        (lambda d: [Scale("vision.hook_soft", 2)], NotImplementedError, "text model"),
+        (lambda d: [Set("blocks.1.hook_mlp_out", 0), Ablate("blocks.*.hook_mlp_out")], ValueError, "both set"),
+        (lambda d: [KnockOut((3, slice(None)), 0)], ValueError, "would keep no key"),
+        (lambda d: [KnockOut((1, 0), 0), KnockOut((1, 1), 0)], ValueError, "would keep no key"),
+        (lambda d: [("blocks.1.hook_mlp_out", abs)], TypeError, "functions go to Model.hooks"),
+    ],
+)
+def test_edits_that_cannot_act(tiny, edits, error, complaint):
+    sequence = tiny.new_sequence()
+    with pytest.raises(error, match=re.escape(complaint)), tiny.edit(edits(tiny.config.d_model)):
+        tiny.forward(TEXT, sequence=sequence)
+    assert sequence.length == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "complaint"),
+    [
+        (lambda: Steer([1, np.nan], 0), ValueError, "NaN"),
+        (lambda: Steer([[1, 2]], 0), ValueError, "[d_model]"),
+        (lambda: Steer([1], 0, np.inf), ValueError, "finite"),
+        (lambda: Steer(["a"], 0), TypeError, "numbers"),
+        (lambda: Steer([1], 0, pos=[]), ValueError, "empty"),
+        (lambda: Steer([1], 0, pos=1.5), TypeError, "whole numbers"),
+        (lambda: Steer([1], 0, steps=-1), ValueError, "steps"),
+        (lambda: Steer([1], -1), ValueError, "layers"),
+        (lambda: Scale(None, 2), TypeError, "site name"),
+        (lambda: Ablate(), TypeError, "either a site or head"),
+        (lambda: Ablate("x", head=(1, 2)), TypeError, "either a site or head"),
+        (lambda: Ablate(head=3), TypeError, "pair"),
+        (lambda: Ablate("x", resample=3), TypeError, "ActivationCache"),
+        (lambda: KnockOut((1, 5)), ValueError, "no query sees a later key"),
+        (lambda: KnockOut("pos 1"), TypeError, "pair"),
+        (lambda: KnockOut(("row 1", 0)), ValueError, "pos 5"),
+        (lambda: KnockOut((1, 0), pos=3), TypeError, "edge"),
+        (lambda: ForbidExperts([]), ValueError, "empty"),
+        (lambda: Patch("x", 3.0, source_pos=1), ValueError, "source_pos needs a cache"),
+    ],
+)
+def test_edits_that_make_no_sense(make, error, complaint):
+    with pytest.raises(error, match=re.escape(complaint)):
+        make()
+
+
+def test_a_cached_prefix_cannot_be_edited(tiny):
+    sequence = tiny.new_sequence()
+    tiny.forward(TEXT, sequence=sequence, logits=None)
+    edit = Steer(np.ones(tiny.config.d_model), 1, pos=2)
+    with pytest.raises(ValueError, match="cached prefix"), tiny.edit(edit):
+        tiny.forward([5, 6], sequence=sequence)
+    with pytest.raises(ValueError, match="cached prefix"):
+        tiny.generate(TEXT + " a", sequence=sequence, hooks=[edit], max_tokens=3)
+
+
+def test_too_many_forbidden_experts(moe):
+    n = moe.config.n_experts
+    with pytest.raises(ValueError, match="are forbidden, but a token needs"), moe.edit(ForbidExperts(range(n - 1))):
+        pass
+
+
+def test_a_cache_is_asked_for_what_it_holds(tiny):
+    _, cache = tiny.run_with_cache(TEXT, "blocks.1.hook_resid_post", pos=[2, 3])
+    with (
+        pytest.raises(ValueError, match=r"holds no blocks\.2\.hook_resid_post"),
+        tiny.edit(Patch("blocks.2.hook_resid_post", cache)),
+    ):
+        pass
+    with pytest.raises(ValueError, match="no position 5"), tiny.edit(Patch("blocks.1.hook_resid_post", cache, pos=5)):
+        pass
+    with tiny.edit(Patch("blocks.1.hook_resid_post", cache)):
+        assert np.array_equal(tiny.forward(TEXT), tiny.forward(TEXT))
