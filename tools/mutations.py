@@ -221,6 +221,18 @@ STEPS = [
         "kv->n_slots, 0, kv->n_rotated};",
         f"many_positions {EXACT} api split_keys",
     ),
+    Mistake(
+        "the ring of a sliding layer is one slot short for long steps",
+        "int64_t with_slack = (int64_t)window - 1 +",
+        "int64_t with_slack = (int64_t)window - 2 +",
+        "csrc",
+    ),
+    Mistake(
+        "a step that stops early may overwrite the ring",
+        "if (s->options->stop_at_layer >= 0 || run->n_rows >",
+        "if (run->n_rows >",
+        "csrc",
+    ),
     Mistake("sliding layers keep no slack", "(n_rows > window ? n_rows : window)", "n_rows", f"many_positions {EXACT}"),
     Mistake(
         "one too few positions to go back to",

@@ -140,6 +140,54 @@ static void test_far_apart_rows(fixture *f)
     }
 }
 
+static g4_status refuse(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err)
+{
+    (void)context, (void)data, (void)shape, (void)n_dims;
+    return g4_fail(err, G4_EVALUE, "refused");
+}
+
+/* Steps with stop_at_layer, one that ends and one that fails after some chunks. The sequence must not change. */
+static void stop_early(g4_model *model, g4_sequence *seq, const int32_t *ids)
+{
+    const int before = g4_sequence_length(seq);
+    const g4_step_options options = {.stop_at_layer = 2, .max_chunk = 10};
+    const g4_tap tap = {.kind = G4_TAP_CALL, .site = G4_SITE_RESID_PRE, .layer = 1, .run = 1, .call = refuse};
+    const g4_run runs[] = {{.seq = seq, .n_rows = 100, .tokens = ids},
+                           {.seq = new_sequence_of(model), .n_rows = 3, .tokens = ids}};
+    g4_error err = {0};
+    CHECK(g4_step(model, runs, 1, NULL, 0, &options, &err) == G4_OK && g4_sequence_length(seq) == before);
+    CHECK(g4_step(model, runs, 2, &tap, 1, &options, &err) == G4_EVALUE && strstr(err.message, "refused"));
+    CHECK(g4_sequence_length(seq) == before && g4_sequence_length(runs[1].seq) == 0);
+    g4_sequence_free(runs[1].seq);
+}
+
+/* A chunk longer than a sliding layer's ring, after the ring has wrapped: the same bits as in one step. */
+static void test_steps_beyond_rings(fixture *f)
+{
+    enum { N = 300, N_PIECES = 4 };
+    static const int ends[N_PIECES] = {70, 75, 180, N};
+    static int32_t ids[N], rows[N];
+    static float all[N * VOCAB], logits[N * VOCAB];
+    const g4_step_options options = {.stop_at_layer = -1};
+    g4_error err = {0};
+    for (int i = 0; i < N; i++)
+        ids[i] = (i * 13 + 5) % VOCAB, rows[i] = i;
+    g4_model *model = new_model(f, 2);
+    g4_run run = {new_sequence_of(model), N, ids, NULL, rows, N, all, NULL};
+    CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_OK);
+    g4_sequence_free(run.seq);
+    run = (g4_run){new_sequence_of(model), 0, ids, NULL, rows, 0, logits, NULL};
+    for (int i = 0, at = 0; i < N_PIECES; at = ends[i++]) {
+        stop_early(model, run.seq, ids + 50);
+        run.tokens = ids + at;
+        run.n_rows = run.n_logits = ends[i] - at;
+        CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_OK);
+        CHECK(same(logits, all + at * VOCAB, run.n_rows));
+    }
+    g4_sequence_free(run.seq);
+    g4_model_free(model);
+}
+
 /* A sliding layer continues from window - 1 keys, and from no fewer. */
 static void test_import_of_too_few(fixture *f)
 {
@@ -234,6 +282,15 @@ static void test_errors(fixture *f)
     f->layers[1].n_kv_heads = 3;
     CHECK(g4_model_new(&f->config, f->tensors, f->n_tensors, &model_options, &broken, &err) == G4_EVALUE);
     f->layers[1].n_kv_heads = 2;
+    f->tensors[0].n_dims++; /* [V, D, 1] is no [V, D] */
+    f->tensors[0].shape[2] = 1;
+    CHECK(g4_model_new(&f->config, f->tensors, f->n_tensors, &model_options, &broken, &err) == G4_EFORMAT);
+    f->tensors[0].n_dims--;
+    CHECK(f->layers[4].kv_source == 3);
+    f->layers[4].window++; /* unlike layer 3, whose keys it reads */
+    CHECK(g4_model_new(&f->config, f->tensors, f->n_tensors, &model_options, &broken, &err) == G4_EVALUE &&
+          strstr(err.message, "layer 4 reads keys of layer 3"));
+    f->layers[4].window--;
 }
 
 /* ---- several threads, one model ---------------------------------------------------------------------------------- */
@@ -320,6 +377,7 @@ int main(void)
     test_fast(&f, expected);
     test_token_by_token_fork_and_truncate(&f, expected);
     test_far_apart_rows(&f);
+    test_steps_beyond_rings(&f);
     test_import_of_too_few(&f);
     test_captures(&f, expected);
     test_errors(&f);

@@ -9,16 +9,17 @@
 #include "ops/linear.h"
 #include "tests/kernels_test.h"
 
-enum { K = 768, N_JOBS = 4, MOST_ROWS = 70 };
+enum { K = 768, N_JOBS = 5, MOST_ROWS = 70 };
 
-/* Two linear layers of one x, one of another x with few rows, and one without rows (an expert with no tokens). */
+/* Two linear layers of one x, one of another x with few rows, one without rows (an expert with no tokens), and one
+ * of the first x with another number of rows. */
 typedef struct {
     g4_linear_job jobs[N_JOBS];
     float *x[2], *out[N_JOBS];
     void *w[N_JOBS];
 } test_jobs;
 
-static const int columns[N_JOBS] = {70, 17, 33, 9};
+static const int columns[N_JOBS] = {70, 17, 33, 9, 21};
 
 static test_jobs jobs_new(g4_dtype dtype, int m)
 {
@@ -26,7 +27,7 @@ static test_jobs jobs_new(g4_dtype dtype, int m)
     for (int i = 0; i < 2; i++)
         t.x[i] = random_row(NORMAL, (size_t)MOST_ROWS * (K + 5));
     for (int j = 0; j < N_JOBS; j++) {
-        const int rows = j < 2 ? m : j == 2 ? 5 : 0;
+        const int rows = j < 2 ? m : j == 2 ? 5 : j == 3 ? 0 : 4;
         const size_t n = (size_t)columns[j];
         t.w[j] = random_weights(dtype, NORMAL, n * K);
         t.out[j] = allocate((size_t)MOST_ROWS * (n + 2) * 4);

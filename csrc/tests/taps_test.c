@@ -358,6 +358,10 @@ static void test_refusals(g4_model *model)
     CHECK(refused(model, &tap, "position 5 to row -2"));
     rows[5] = 1 << 20, tap.edit.stride[0] = D;
     CHECK(refused(model, &tap, "beyond"));
+    tap = (g4_tap){.site = good.site, .layer = 1, .dest = bad, .n_dest_rows = 1};
+    CHECK(refused(model, &tap, "copies 37 rows into an array of 1"));
+    rows[5] = 1, tap.rows = rows;
+    CHECK(refused(model, &tap, "position 5 to row 1: expected -1 to 0"));
     tap = good, tap.site = G4_SITE_K_USED, tap.rows = all_rows;
     CHECK(refused(model, &tap, "has none"));
 }

@@ -36,9 +36,8 @@ static int slots_needed(const g4_sequence *seq, int layer, int n_rows)
     int all = seq->length + n_rows;
     if (!window)
         return all;
-    int64_t ring = (int64_t)window - 1 + n_rows;
     int64_t with_slack = (int64_t)window - 1 + (n_rows > window ? n_rows : window);
-    return all <= with_slack ? all : (int)(ring > with_slack ? ring : with_slack);
+    return all <= with_slack ? all : (int)with_slack;
 }
 
 static int grown_slots(const g4_sequence *seq, int layer, int current, int needed)
