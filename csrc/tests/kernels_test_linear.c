@@ -9,7 +9,7 @@
 #include "ops/linear.h"
 #include "tests/kernels_test.h"
 
-enum { K = 768, N_JOBS = 5, MOST_ROWS = 70 };
+enum { K = 768, W_STRIDE = K + 256, N_JOBS = 5, MOST_ROWS = 70 };
 
 /* Two linear layers of one x, one of another x with few rows, one without rows (an expert with no tokens), and one
  * of the first x with another number of rows. */
@@ -29,9 +29,9 @@ static test_jobs jobs_new(g4_dtype dtype, int m)
     for (int j = 0; j < N_JOBS; j++) {
         const int rows = j < 2 ? m : j == 2 ? 5 : j == 3 ? 0 : 4;
         const size_t n = (size_t)columns[j];
-        t.w[j] = random_weights(dtype, NORMAL, n * K);
+        t.w[j] = random_weights(dtype, NORMAL, n * W_STRIDE);
         t.out[j] = allocate((size_t)MOST_ROWS * (n + 2) * 4);
-        t.jobs[j] = (g4_linear_job){t.x[j == 2], K + 5, rows, {t.w[j], dtype, n, K, K, (g4_op)(G4_OP_QKV + j)},
+        t.jobs[j] = (g4_linear_job){t.x[j == 2], K + 5, rows, {t.w[j], dtype, n, K, W_STRIDE, (g4_op)(G4_OP_QKV + j)},
                                     t.out[j],    n + 2};
     }
     return t;
