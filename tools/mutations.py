@@ -522,7 +522,7 @@ PACKAGE = [
         "return array / full",
         "media_audio",
     ),
-    Mistake("16-bit sound in 64 bits is silence", "if peak < 1 << 15:", "if peak < 0:", "media_audio"),
+    Mistake("16-bit sound in 64 bits is silence", "if peak < 1 << 15 and not", "if peak < 0 and not", "media_audio"),
     Mistake("a mirrored film is not mirrored", ":: -1 if a < 0 else 1]", "::1]", "media_video"),
     Mistake("films are sampled by index", "not _is_even(shown)", "False", "media_video"),
     Mistake(
