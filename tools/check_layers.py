@@ -56,7 +56,8 @@ ROOMS = {
     "info": "units core",
     "model": "narrow checks edits load media interp.sites interp.hooks interp.cache core profile encoders sequence "
     "step inputs generation info",
-    "interp": "narrow checks memory media interp.sites interp.hooks interp.cache step model",  # these run a model
+    "interp": "narrow checks memory edits media interp.sites interp.hooks interp.cache sequence step inputs "
+    "model",  # these run a model
     "media.tasks": "errors load media generation model",
     "quantization": "narrow checks errors units files text load inputs model _engine",
     "bench": "checks errors units media encoders sequence profile info model _engine",

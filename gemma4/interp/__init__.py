@@ -1,2 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking inside: activation sites, caches, hooks, lenses, plots."""
+"""Looking inside: activation sites, caches, hooks, lenses, experiments, plots."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemma4.interp.experiments import Grid, head_ablations, head_patching, induction_scores, patching_grid
+    from gemma4.interp.lens import LogitLens, logit_lens
+
+__all__ = [
+    "Grid",
+    "LogitLens",
+    "head_ablations",
+    "head_patching",
+    "induction_scores",
+    "logit_lens",
+    "patching_grid",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import at first use: the modules of hooks and sites are part of the model, on which these build."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gemma4.interp import experiments, lens
+
+    return getattr(lens if "lens" in name.lower() else experiments, name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.interp.experiments import Grid
 from gemma4.interp.lens import LogitLens
 from gemma4.interp.media_plots import frames, picture, pyplot, spectrogram
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "attention_pattern",
     "frames",
+    "grid",
     "lens_heatmap",
     "overview",
     "picture",
@@ -43,6 +45,20 @@ def lens_heatmap(lens: LogitLens, tokens: Sequence[str], ax: Axes | None = None)
     """Heat map of the logit lens: the top token in each cell, its probability as colour."""
     words = [[_label(cell[0]) for cell in layer] for layer in lens.tokens]
     return _heat(lens.probs[:, :, 0], lens.labels, tokens, "logit lens, top token and p", ax, words, limits=(0, 1))
+
+
+def grid(grid: Grid, title: str = "", *, recovered: bool | None = None, ax: Axes | None = None) -> Figure:
+    """Heat map of a `Grid`: the share of the clean run's metric that comes back; for ablations the change.
+
+    recovered: None = the share, unless clean and corrupt are the same run.
+    """
+    share = grid.clean != grid.corrupt if recovered is None else recovered
+    values = grid.recovered if share else grid.change
+    top = float(np.abs(values).max()) or 1.0
+    title = title or ("share of the clean run recovered" if share else "change of the metric")
+    figure = _heat(values, grid.rows, grid.columns, title, ax, color="RdBu", limits=(-top, top))
+    figure.axes[0].set_ylabel("layer")
+    return figure
 
 
 def attention_pattern(

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiments that many papers begin with: activation patching, head ablation, induction scores.
+
+Each runs all of its variants of a prompt in few ragged steps. In `exact`, a variant's logits are those of a run by
+itself, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4 import checks
+from gemma4.edits import Ablate, Patch
+from gemma4.edits.base import Edit
+from gemma4.edits.scope import checked_where, listed
+from gemma4.inputs import TextOrIds, as_ids
+from gemma4.interp.cache import ActivationCache
+from gemma4.interp.hooks import bind_hooks
+from gemma4.narrow import is_list_or_tuple
+from gemma4.step import Prompt, run_step
+
+if TYPE_CHECKING:
+    from gemma4.model import Model
+    from gemma4.sequence import Sequence
+
+F32: TypeAlias = NDArray[np.float32]
+I32: TypeAlias = NDArray[np.int32]
+Metric: TypeAlias = Callable[[F32], float] | tuple[int | str, int | str]
+Chosen: TypeAlias = int | Iterable[int] | None
+_ROWS_PER_STEP = 2048  # of all variants that run together; their keys and values are in memory meanwhile
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A metric for each variant of a run.
+
+    values   float32 [rows, columns]: the metric with the patch or ablation of that cell
+    rows     names of the rows, "0", "1", ... for layers
+    columns  names of the columns: tokens of the positions, or heads
+    clean    the metric of the run that the patches come from; of the plain run for ablations
+    corrupt  the metric of the run that is patched; the same as `clean` for ablations
+    """
+
+    values: F32
+    rows: list[str]
+    columns: list[str]
+    clean: float
+    corrupt: float
+
+    @property
+    def recovered(self) -> F32:
+        """(values - corrupt) / (clean - corrupt): 0 = the patch does nothing, 1 = it brings the clean run back."""
+        return (self.values - np.float32(self.corrupt)) / np.float32(self.clean - self.corrupt)
+
+    @property
+    def change(self) -> F32:
+        """values - corrupt."""
+        return self.values - np.float32(self.corrupt)
+
+
+def patching_grid(
+    model: Model,
+    clean: TextOrIds,
+    corrupt: TextOrIds,
+    metric: Metric,
+    *,
+    site: str = "hook_resid_pre",
+    layers: Chosen = None,
+    positions: Chosen = None,
+) -> Grid:
+    """Activation patching: run `corrupt` once for each layer and position with the activation of `clean` in that place.
+
+        grid = patching_grid(model, "... Mary gave a book to", "... John gave a book to", (" John", " Mary"))
+        plots.grid(grid)
+
+    clean, corrupt  text or ids of equal length
+    metric          function of the last position's logits, float32 [d_vocab]; or a pair of tokens (ids, or text that is
+                    one token): the difference of their logits
+    site            a site of the block: "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_ple_in", ...
+    layers          None = all that have the site; positions: None = all; negative ones count from the end
+
+    Positions before the patched one are computed once for all cells. Returns a `Grid` [layers, positions].
+    Raises ValueError (unequal lengths, no such position), SiteError (no such site).
+    """
+    ids, cache = _clean_run(model, clean, corrupt, site)
+    score = _metric(model, metric)
+    chosen_layers = _layers_with(model, site, layers)
+    where = _chosen(positions, len(ids), "positions")
+    with model.new_sequence(capacity=len(ids)) as base:
+        before = score(_last(model, ids, base))
+
+        def variants() -> Iterator[tuple[Sequence, I32, Edit]]:
+            for position in where:
+                prefix = base.fork()
+                prefix.rewind(position)
+                for layer in chosen_layers:
+                    edit = Patch(f"blocks.{layer}.{site}", cache, pos=position)
+                    yield prefix.fork(), ids[prefix.length :], edit
+                prefix.close()
+
+        values = _scores(model, variants(), score)
+    table = values.reshape(len(where), len(chosen_layers)).T
+    tokens = model.to_str_tokens(ids) if _has_tokenizer(model) else [str(p) for p in range(len(ids))]
+    after = score(_last(model, as_ids(model, clean)))
+    return Grid(np.ascontiguousarray(table), [str(x) for x in chosen_layers], [tokens[p] for p in where], after, before)
+
+
+def head_patching(model: Model, clean: TextOrIds, corrupt: TextOrIds, metric: Metric, *, layers: Chosen = None) -> Grid:
+    """As `patching_grid`, with one head's attn.hook_z at all positions in each cell: [layers, heads]."""
+    ids, cache = _clean_run(model, clean, corrupt, "attn.hook_z")
+    score = _metric(model, metric)
+    chosen, n_heads = _layers_with(model, "attn.hook_z", layers), model.engine_config["n_heads"]
+    edits = [Patch(f"blocks.{i}.attn.hook_z", cache, head=head) for i in chosen for head in range(n_heads)]
+    values = _scores(model, _whole_runs(model, ids, edits), score).reshape(len(chosen), n_heads)
+    heads = [str(head) for head in range(n_heads)]
+    before, after = score(_last(model, ids)), score(_last(model, as_ids(model, clean)))
+    return Grid(values, [str(x) for x in chosen], heads, after, before)
+
+
+def head_ablations(
+    model: Model,
+    prompt: TextOrIds,
+    metric: Metric,
+    *,
+    layers: Chosen = None,
+    mean: ActivationCache | list[ActivationCache] | None = None,
+) -> Grid:
+    """The metric without each head in turn, float32 [layers, heads]: zero ablation, or to the mean of other caches.
+
+    prompt, metric, layers: as for `patching_grid`. mean: caches that hold attn.hook_z of the layers.
+    """
+    ids, score = as_ids(model, prompt), _metric(model, metric)
+    chosen, n_heads = _layers_with(model, "attn.hook_z", layers), model.engine_config["n_heads"]
+    edits = [Ablate(head=(i, head), mean=mean) for i in chosen for head in range(n_heads)]
+    values = _scores(model, _whole_runs(model, ids, edits), score).reshape(len(chosen), n_heads)
+    plain = score(_last(model, ids))
+    return Grid(values, [str(x) for x in chosen], [str(head) for head in range(n_heads)], plain, plain)
+
+
+def induction_scores(model: Model, *, period: int = 24, n_prompts: int = 4, seed: int = 0) -> F32:
+    """How much each head attends to what followed the current token last time, float32 [layers, heads], 0 to 1.
+
+    Random tokens are repeated once; the score is the mean attention from each token of the repetition to the token
+    after its first occurrence (Olsson et al. 2022, "In-context Learning and Induction Heads"). An induction head has a
+    score near 1. period: length of the random stretch; n_prompts: of which the mean is taken.
+    """
+    checks.integer("period", period, 2, model.context_length // 2)
+    checks.integer("n_prompts", n_prompts, 1, 1 << 16)
+    rng = np.random.default_rng(seed)
+    first = [model.tokenizer.bos_id] if _has_tokenizer(model) and model.tokenizer.bos_id is not None else []
+    blocks = [rng.choice(np.arange(8, model.n_token_ids), period, replace=False) for _ in range(n_prompts)]
+    prompts = [np.concatenate([first, block, block]).astype(np.int32) for block in blocks]
+    rows = len(first) + period + np.arange(period - 1)
+    scores = np.zeros((model.n_layers, model.engine_config["n_heads"]), np.float32)
+    for prompt in prompts:
+        _, cache = model.run_with_cache(prompt, "blocks.*.attn.hook_pattern", logits=None)
+        for layer in range(model.n_layers):
+            pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
+            scores[layer] += pattern[:, rows, rows - period + 1].mean(axis=-1) / n_prompts
+    return scores
+
+
+# -- variants of a run -------------------------------------------------------------------------------------------------
+
+
+def _whole_runs(model: Model, ids: I32, edits: Iterable[Edit]) -> Iterator[tuple[Sequence, I32, Edit]]:
+    for edit in edits:
+        yield model.new_sequence(capacity=len(ids)), ids, edit
+
+
+def _scores(
+    model: Model, variants: Iterable[tuple[Sequence, I32, Edit]], score: Callable[[F32], float]
+) -> NDArray[np.float32]:
+    """The metric of each variant (sequence, new tokens, edit), in order; many run in one step."""
+    values: list[float] = []
+    batch: list[Prompt] = []
+
+    def run() -> None:
+        try:
+            values.extend(score(_row(output.logits)) for output in run_step(model, batch))
+        finally:
+            for prompt in batch:
+                prompt.sequence.close()
+            batch.clear()
+
+    for sequence, ids, edit in variants:
+        batch.append(Prompt(sequence, ids, logits="last", hooks=bind_hooks(model.sites, [edit])))
+        if sum(len(prompt.ids) for prompt in batch) >= _ROWS_PER_STEP:
+            run()
+    if batch:
+        run()
+    return np.array(values, np.float32)
+
+
+def _row(logits: F32 | None) -> F32:
+    assert logits is not None
+    return logits[-1]
+
+
+def _last(model: Model, ids: I32, sequence: Sequence | None = None) -> F32:
+    return model.forward(ids, logits="last", sequence=sequence)[0]
+
+
+def _clean_run(model: Model, clean: TextOrIds, corrupt: TextOrIds, site: str) -> tuple[I32, ActivationCache]:
+    """The ids of `corrupt`, and what `clean` has at the site in every layer."""
+    ids, others = as_ids(model, corrupt), as_ids(model, clean)
+    if len(ids) != len(others):
+        raise ValueError(
+            f"clean has {len(others)} tokens, corrupt {len(ids)}: positions correspond only at equal lengths"
+        )
+    return ids, model.run_with_cache(others, f"blocks.*.{site}", logits=None)[1]
+
+
+def _metric(model: Model, metric: Metric) -> Callable[[F32], float]:
+    if is_list_or_tuple(metric):
+        if len(metric) != 2:
+            raise TypeError(f"a metric is a function of logits or a pair of tokens, got {metric!r:.80}")
+        right, wrong = (_token(model, token) for token in metric)
+        return lambda logits: float(logits[right] - logits[wrong])
+    if not callable(metric):
+        raise TypeError(f"a metric is a function of logits or a pair of tokens, got {metric!r:.80}")
+    return lambda logits: float(metric(logits))
+
+
+def _token(model: Model, token: object) -> int:
+    if isinstance(token, str):
+        return model.to_single_token(token)
+    return checks.integer("a token of the metric", token, 0, model.d_vocab - 1)
+
+
+def _layers_with(model: Model, site: str, layers: Chosen) -> list[int]:
+    having = [s.layer for s in model.sites.select(f"blocks.*.{site}") if s.layer is not None]
+    if layers is None:
+        return having
+    chosen = list(listed(checked_where(layers, "layers")) or ())
+    _ = [model.sites[f"blocks.{layer}.{site}"] for layer in chosen]  # raises SiteError
+    return chosen
+
+
+def _chosen(where: Chosen, n: int, what: str) -> list[int]:
+    chosen = list(range(n)) if where is None else list(listed(checked_where(where, what)) or ())
+    for position in chosen:
+        if not -n <= position < n:
+            raise ValueError(f"{what}: there is no {position}, only 0 to {n - 1}")
+    return [position % n for position in chosen]
+
+
+def _has_tokenizer(model: Model) -> bool:
+    return model.checkpoint.tokenizer_path is not None

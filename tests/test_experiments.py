@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patching grids, head ablations and induction scores: each cell is the run that a function hook would give."""
+
+import re
+
+import numpy as np
+import pytest
+
+import gemma4
+from gemma4.interp import head_ablations, head_patching, induction_scores, patching_grid, plots
+
+CLEAN = "When Mary and John went to the store, John gave a book to"
+CORRUPT = "When Mary and John went to the store, Mary gave a book to"
+ANSWERS = (" Mary", " John")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return gemma4.load("tiny-e")
+
+
+@pytest.fixture(scope="module", params=["tiny-e", "tiny-moe"])
+def model(request):
+    return gemma4.load(request.param)
+
+
+def difference(model, logits):
+    mary, john = (model.to_single_token(name) for name in ANSWERS)
+    return np.float32(float(logits[-1, mary] - logits[-1, john]))
+
+
+@pytest.mark.parametrize("site", ["hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_ple_in"])
+def test_a_cell_is_a_patched_run(model, site):
+    if site == "hook_ple_in" and not model.config.d_ple:
+        pytest.skip("no per-layer embeddings")
+    _, cache = model.run_with_cache(CLEAN)
+    layers, positions = [0, 2, model.n_layers - 1], [0, 3, -1, 9]
+    grid = patching_grid(model, CLEAN, CORRUPT, ANSWERS, site=site, layers=layers, positions=positions)
+    assert grid.values.shape == (3, 4) and grid.rows == [str(i) for i in layers]
+    tokens = model.to_str_tokens(CORRUPT)
+    assert grid.columns == [tokens[p] for p in positions]
+    for i, layer in enumerate(layers):
+        for j, position in enumerate(positions):
+
+            def patch(array, site, layer=layer, position=position):
+                array[position] = cache[site.name][position]
+
+            logits = model.run_with_hooks(CORRUPT, [(f"blocks.{layer}.{site}", patch)])
+            assert grid.values[i, j] == difference(model, logits), (layer, position)
+    assert grid.clean == difference(model, model.forward(CLEAN))
+    assert grid.corrupt == difference(model, model.forward(CORRUPT))
+
+
+def test_the_whole_grid_tells_the_story(tiny):
+    """At first the names at the second mention decide, at last the final position does."""
+    grid = patching_grid(tiny, CLEAN, CORRUPT, ANSWERS)
+    n = len(tiny.to_tokens(CLEAN))
+    assert grid.values.shape == (tiny.n_layers, n)
+    second = next(p for p in range(n) if tiny.to_tokens(CLEAN)[p] != tiny.to_tokens(CORRUPT)[p])
+    assert grid.recovered[0, second] > 0.8 and grid.recovered[-1, -1] > 0.8
+    assert np.allclose(grid.recovered[:, :second], 0, atol=1e-4)
+    assert np.allclose(grid.change, grid.values - np.float32(grid.corrupt))
+
+
+def test_long_prompts_take_several_steps(tiny):
+    """More rows than run together, and more than sliding windows hold: the cells are the same."""
+    text = " ".join([CLEAN] * 8)
+    other = " ".join([CLEAN] * 7 + [CORRUPT])
+    few = patching_grid(tiny, text, other, ANSWERS, layers=[0, 5], positions=[1, -5, -1])
+    many = patching_grid(tiny, text, other, ANSWERS)
+    assert np.array_equal(few.values, many.values[[0, 5]][:, [1, -5, -1]])
+
+
+def test_heads(model):
+    _, cache = model.run_with_cache(CLEAN, "blocks.*.attn.hook_z")
+    patched = head_patching(model, CLEAN, CORRUPT, ANSWERS, layers=[1, 3])
+    ablated = head_ablations(model, CLEAN, ANSWERS, layers=3)
+    at_mean = head_ablations(model, CLEAN, ANSWERS, layers=[3], mean=[cache])
+    n_heads = model.config.n_heads
+    assert patched.values.shape == (2, n_heads) and ablated.values.shape == at_mean.values.shape == (1, n_heads)
+    mean = cache["blocks.3.attn.hook_z"].mean(0, dtype=np.float64).astype(np.float32)
+    for head in range(n_heads):
+
+        def patch(z, site, head=head):
+            z[:, head] = cache[site.name][:, head]
+
+        def zero(z, site, head=head):
+            z[:, head] = 0
+
+        def to_mean(z, site, head=head):
+            z[:, head] = mean[head]
+
+        site = "blocks.3.attn.hook_z"
+        assert patched.values[1, head] == difference(model, model.run_with_hooks(CORRUPT, [(site, patch)]))
+        assert ablated.values[0, head] == difference(model, model.run_with_hooks(CLEAN, [(site, zero)]))
+        assert at_mean.values[0, head] == difference(model, model.run_with_hooks(CLEAN, [(site, to_mean)]))
+
+
+def test_induction_scores(tiny):
+    scores = induction_scores(tiny, n_prompts=2)
+    assert scores.shape == (tiny.n_layers, tiny.config.n_heads)
+    assert scores.max() > 0.5 and scores.min() >= 0 and scores.max() <= 1.001
+    assert np.array_equal(scores, induction_scores(tiny, n_prompts=2))
+    assert not np.array_equal(scores, induction_scores(tiny, n_prompts=2, seed=1))
+    # by hand, for one prompt
+    rng = np.random.default_rng(5)
+    block = rng.choice(np.arange(8, tiny.n_token_ids), 10, replace=False)
+    ids = np.concatenate([[tiny.tokenizer.bos_id], block, block]).astype(np.int32)
+    _, cache = tiny.run_with_cache(ids, "blocks.*.attn.hook_pattern")
+    layer = int(scores.max(axis=1).argmax())
+    pattern = cache[f"blocks.{layer}.attn.hook_pattern"]
+    by_hand = np.mean([pattern[:, 11 + i, 2 + i] for i in range(9)], axis=0)
+    assert np.allclose(induction_scores(tiny, period=10, n_prompts=1, seed=5)[layer], by_hand, atol=1e-6)
+
+
+def test_a_metric_may_be_a_function(tiny):
+    mary = tiny.to_single_token(" Mary")
+    grid = patching_grid(tiny, CLEAN, CORRUPT, lambda logits: logits[mary], layers=0, positions=2)
+    by_pair = patching_grid(tiny, CLEAN, CORRUPT, (mary, tiny.to_single_token(" John")), layers=0, positions=2)
+    assert grid.values.shape == (1, 1) and grid.clean != by_pair.clean
+
+
+def test_grids_are_drawn(tiny):
+    pytest.importorskip("matplotlib")
+    grid = patching_grid(tiny, CLEAN, CORRUPT, ANSWERS, layers=[0, 1], positions=[0, 1, 2])
+    axes = plots.grid(grid).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]
+    assert np.array_equal(axes.images[0].get_array(), grid.recovered)
+    ablated = head_ablations(tiny, CLEAN, ANSWERS, layers=[0])
+    assert np.array_equal(plots.grid(ablated).axes[0].images[0].get_array(), ablated.change)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "complaint"),
+    [
+        (lambda: (CLEAN, CORRUPT + " Mary", ANSWERS, {}), ValueError, "equal lengths"),
+        (lambda: (CLEAN, CORRUPT, (" Mary",), {}), TypeError, "pair of tokens"),
+        (lambda: (CLEAN, CORRUPT, 3, {}), TypeError, "pair of tokens"),
+        (lambda: (CLEAN, CORRUPT, (1, 10**9), {}), ValueError, "a token"),
+        (lambda: (CLEAN, CORRUPT, ANSWERS, {"positions": 99}), ValueError, "there is no 99"),
+        (lambda: (CLEAN, CORRUPT, ANSWERS, {"layers": 99}), gemma4.SiteError, "layers"),
+        (lambda: (CLEAN, CORRUPT, ANSWERS, {"site": "hook_nothing"}), gemma4.SiteError, "hook_nothing"),
+        (lambda: (CLEAN, "", ANSWERS, {}), ValueError, "tokens"),
+    ],
+)
+def test_experiments_that_make_no_sense(tiny, arguments, error, complaint):
+    clean, corrupt, metric, options = arguments()
+    with pytest.raises(error, match=re.escape(complaint)):
+        patching_grid(tiny, clean, corrupt, metric, **options)
