@@ -91,8 +91,8 @@ Edit: TypeAlias = tuple[str, float, float, float, F32 | None, tuple[tuple[int, i
 
 # A row of csrc/model/sites.inc: name · site id · layer (0 for model-wide sites) · dims ("T", "S" or a size) · "float32"
 # or "int32" · meaning of "S": "" (there is none), "cached", "scores" or "pattern" · whether rows are pruned before it,
-# in the last layer that computes keys · whether it can be changed
-SiteRow: TypeAlias = tuple[str, int, int, tuple[str | int, ...], str, str, bool, bool]
+# in the last layer that computes keys · whether it can be changed · the axes' letters in sites.inc, as "THh"
+SiteRow: TypeAlias = tuple[str, int, int, tuple[str | int, ...], str, str, bool, bool, str]
 
 class Model:
     def __init__(self, config: Config, tensors: Tensors, *, threads: int = 0, precision: str = "exact") -> None:

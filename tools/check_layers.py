@@ -44,7 +44,8 @@ ROOMS = {
     "edits": "narrow errors files load interp.sites",
     "interp.hooks": "narrow interp.sites edits",
     "core": "checks errors text load media interp.sites interp.hooks _engine",
-    "interp.cache": "checks errors units media interp.sites core",
+    "interp.saved": "narrow checks errors files load interp.sites",
+    "interp.cache": "checks errors units files media interp.sites interp.saved core",
     "encoders": "narrow checks edits media interp.sites interp.hooks core interp.cache profile "
     "load.encoder_config _engine",
     "sequence": "narrow checks errors files npz media.keys core _engine",

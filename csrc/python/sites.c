@@ -27,10 +27,11 @@ static int append_site(PyObject *list, const engine_site_owner *owner, g4_site s
     int64_t shape[G4_MAX_DIMS];
     g4_site_name(site, layer, name);
     PyObject *dims = site_dims(row->dims, shape, owner->shape(owner->context, site, layer, shape));
-    PyObject *tuple = dims ? Py_BuildValue("(siiNssOO)", name, (int)site, layer, dims,
-                                           row->is_int32 ? "int32" : "float32", keys[row->keys],
-                                           row->after_pruning ? Py_True : Py_False, row->writable ? Py_True : Py_False)
-                           : NULL;
+    PyObject *tuple =
+        dims ? Py_BuildValue("(siiNssOOs)", name, (int)site, layer, dims, row->is_int32 ? "int32" : "float32",
+                             keys[row->keys], row->after_pruning ? Py_True : Py_False,
+                             row->writable ? Py_True : Py_False, row->dims)
+             : NULL;
     int failed = tuple ? PyList_Append(list, tuple) : -1;
     Py_XDECREF(tuple);
     return failed;

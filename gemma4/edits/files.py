@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +15,6 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from gemma4.edits import arithmetic, recipes
 from gemma4.edits.base import Edit, checked_edits
@@ -24,7 +24,7 @@ from gemma4.errors import FormatError
 from gemma4.files import StrPath, write_file
 from gemma4.interp.sites import canonical_name
 from gemma4.load.gguf import GgufFile
-from gemma4.load.safetensors import SafetensorsFile
+from gemma4.load.safetensors import SafetensorsFile, write_safetensors
 
 F32: TypeAlias = NDArray[np.float32]
 Tensors: TypeAlias = dict[str, NDArray[Any]]
@@ -67,7 +67,9 @@ def save_edits(edits: Edit | Iterable[Edit], path: StrPath, *, force: bool = Fal
     tensors: Tensors = {}
     rows = [_as_json(edit, f"{i}", tensors) for i, edit in enumerate(checked_edits(edits))]
     metadata = {"format": _FORMAT, "version": _VERSION, "edits": json.dumps(rows, allow_nan=False)}
-    write_file(path, save(tensors, metadata), force=force)
+    data = io.BytesIO()
+    write_safetensors(data, tensors, metadata)
+    write_file(path, data.getvalue(), force=force)
     return Path(path)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from gemma4 import checks
 from gemma4.core import Core
 from gemma4.errors import SiteError, StateError
-from gemma4.interp.sites import ENCODER_PREFIXES, Site, SiteTable, canonical_name
+from gemma4.files import StrPath
+from gemma4.interp.saved import Detached, Saved, SavedDtype, read_cache, write_cache
+from gemma4.interp.sites import ENCODER_PREFIXES, Site, canonical_name
 from gemma4.units import size
 
 if TYPE_CHECKING:
@@ -75,22 +78,6 @@ class EncoderCache(CapturedArrays):
         return f"EncoderCache: {len(self)} arrays of the {run.medium.kind} at positions {run.start} to {run.stop - 1}"
 
 
-class Detached:
-    """A pickled cache's description of its model: sites and layer scalars, no weights."""
-
-    def __init__(self, sites: SiteTable, n_layers: int, scalars: list[float]) -> None:
-        self.sites, self.n_layers, self._scalars = sites, n_layers, scalars
-
-    @classmethod
-    def of(cls, model: Core | Detached) -> Detached:
-        if isinstance(model, Detached):
-            return model
-        return cls(model.sites, model.n_layers, model.layer_scalars)
-
-    def layer_scalar(self, layer: int) -> float:
-        return self._scalars[layer]
-
-
 def _is_pair(key: object) -> bool:
     return isinstance(key, tuple) and len(cast("tuple[object, ...]", key)) == 2
 
@@ -109,14 +96,14 @@ class ActivationCache(CapturedArrays):
 
     def __init__(
         self,
-        model: Core,
+        model: Core | Detached,
         arrays: dict[str, F32],
         tokens: NDArray[np.int32],
         positions: NDArray[np.int64],
         media: tuple[EncoderCache, ...] = (),
     ) -> None:
         super().__init__(arrays)
-        self._model: Core | Detached = model
+        self._model = model
         self.tokens = tokens
         self.positions = positions
         self.media = media
@@ -124,7 +111,7 @@ class ActivationCache(CapturedArrays):
     # Pickles hold the arrays, not the model and its file mapping; copies in one process share the model.
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_model": Detached.of(self._model)}
+        return self.__dict__ | {"_model": self._detached}
 
     def __copy__(self) -> ActivationCache:
         return self._with(self.__dict__)
@@ -137,8 +124,57 @@ class ActivationCache(CapturedArrays):
         copy.__dict__.update({"_model": self._model, **state})
         return copy
 
+    @property
+    def _detached(self) -> Detached:
+        model = self._model
+        if isinstance(model, Detached):
+            return model
+        name = model.checkpoint.path.name
+        return Detached(model.sites, model.n_layers, model.layer_scalars, name, model.fingerprint)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(self, path: StrPath, *, dtype: SavedDtype = "f32", force: bool = False) -> Path:
+        """Write the cache to one .safetensors file, which `ActivationCache.load` reads. Returns the path.
+
+            cache.save("run.safetensors", dtype="bf16")
+
+        dtype  "f32"; or "f16" or "bf16": floats are rounded to nearest, and take half the room
+        force  replace a file that exists
+
+        The tensors are the sites by name, "tokens" int32 and "positions" int64; any reader of safetensors opens them.
+        The file appears when it is complete. Raises ValueError (activations inside encoders, `media`, which only a
+        pickle holds; f16 for numbers beyond 65504), FileExistsError unless force, OSError.
+        """
+        if self.media:
+            raise ValueError(
+                f"this cache holds activations inside encoders of {len(self.media)} pictures or sounds, which a "
+                "safetensors file does not take: capture without vision.* and audio.*, or pickle the cache"
+            )
+        return write_cache(path, Saved(self._detached, self._arrays, self.tokens, self.positions), dtype, force=force)
+
+    @classmethod
+    def load(cls, path: StrPath) -> ActivationCache:
+        """The cache of a file that `save` wrote: float32 arrays in memory, without a model (see `attach`).
+
+        It can be decomposed, and its values patched into other runs. Raises FormatError (damaged, or no such file's
+        format), FileNotFoundError, OSError.
+        """
+        saved = read_cache(path)
+        return cls(saved.model, saved.arrays, saved.tokens, saved.positions)
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model's files; "" in caches pickled by versions that did not note it."""
+        return self._detached.name
+
+    @property
+    def fingerprint(self) -> str:
+        """`Core.fingerprint` of the model that ran, 16 hex digits."""
+        return self._detached.fingerprint
+
     def attach(self, model: Core) -> None:
-        """Attach a model to an unpickled cache, for methods that need weights (`logit_attrs`, `per_head=True`).
+        """Attach a model to a loaded cache, for methods that need weights (`logit_attrs`, `per_head=True`).
 
         Raises ValueError for a model with other sites.
         """
@@ -295,7 +331,7 @@ class ActivationCache(CapturedArrays):
     @property
     def _weights(self) -> Core:
         if isinstance(self._model, Detached):
-            raise StateError("this cache was pickled without its model: give it back with cache.attach(model)")
+            raise StateError("this cache was pickled or saved without its model: give it back with cache.attach(model)")
         return self._model
 
     def _ids(self, tokens: int | str | Sequence[int]) -> NDArray[np.int32]:

@@ -21,7 +21,7 @@ from gemma4.narrow import is_iterable
 
 Names: TypeAlias = str | Iterable[str] | Callable[[str], object] | None
 # The engine's facts on a site: `SiteRow` of _engine.pyi
-SiteRow: TypeAlias = tuple[str, int, int, tuple[str | int, ...], str, str, bool, bool]
+SiteRow: TypeAlias = tuple[str, int, int, tuple[str | int, ...], str, str, bool, bool, str]
 
 ENCODER_PREFIXES = ("vision.", "audio.")  # of the encoders' sites
 
@@ -130,6 +130,7 @@ class Site:
     keys      what "S" means: "cached" (keys or values in use, by position), "scores" or "pattern"; "" without "S"
     pruned    whether, in the last layer that computes keys, only positions needed by some output pass it
     writable  whether a change has an effect
+    axes      one letter for each of dims, that of csrc/model/sites.inc: "THh"
     """
 
     name: str
@@ -140,6 +141,7 @@ class Site:
     keys: str
     pruned: bool
     writable: bool
+    axes: str
 
     @property
     def stem(self) -> str:
@@ -160,12 +162,10 @@ class SiteTable(Mapping[str, Site]):
     """
 
     def __init__(self, rows: Iterable[SiteRow], layers: Sequence[Mapping[str, object]]) -> None:
-        self._layers = layers
+        self.layers = layers
         self._sites = {
-            name: Site(
-                name, number, layer if _BLOCK.fullmatch(name) else None, dims, np.dtype(dtype), keys, pruned, writable
-            )
-            for name, number, layer, dims, dtype, keys, pruned, writable in rows
+            row[0]: Site(*row[:2], row[2] if _BLOCK.fullmatch(row[0]) else None, row[3], np.dtype(row[4]), *row[5:])
+            for row in rows
         }
 
     def __iter__(self) -> Iterator[str]:
@@ -183,7 +183,7 @@ class SiteTable(Mapping[str, Site]):
 
     def window(self, layer: int) -> int:
         """How many keys, up to its own, a query of this layer sees; 0 = all."""
-        return cast(int, self._layers[layer]["window"])
+        return cast(int, self.layers[layer]["window"])
 
     def select(self, names: Names = None, *, stop_at_layer: int | None = None) -> list[Site]:
         """The selected sites, in forward order.
@@ -229,8 +229,8 @@ class SiteTable(Mapping[str, Site]):
     def _explain(self, asked: str, name: str) -> str:
         match = _BLOCK.fullmatch(name)
         layer, stem = (int(match.group(1)), match.group(2)) if match else (None, name)
-        if layer is not None and layer >= len(self._layers):
-            n = len(self._layers)
+        if layer is not None and layer >= len(self.layers):
+            n = len(self.layers)
             return f"no site {asked!r}: this model has {n} layers (blocks.0 to blocks.{n - 1})"
         having = [site.layer for site in self._sites.values() if site.layer is not None and site.stem == stem]
         if layer is not None and having:
@@ -238,7 +238,7 @@ class SiteTable(Mapping[str, Site]):
         return f"no site {asked!r} in this model{self._closest(name)}"
 
     def _why_absent(self, layer: int, stem: str) -> str:
-        config, block = self._layers[layer], f"blocks.{layer}"
+        config, block = self.layers[layer], f"blocks.{layer}"
         source = config["kv_source"]
         if source != layer:
             return (

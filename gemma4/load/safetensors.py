@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A .safetensors file as named, typed, shaped views of one read-only memory mapping. Nothing is copied.
+"""A .safetensors file as named, typed, shaped views of one read-only mapping, without copies; and its writer.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON object
 {name: {"dtype", "shape", "data_offsets": [begin, end)}, "__metadata__": {str: str}}, then the data. The header comes
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -47,6 +48,34 @@ DTYPES: dict[str, tuple[int, Any]] = {
     "F6_E3M2": (6, None),
     "F4": (4, None),
 }
+_NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if dtype is not None}
+
+
+def write_safetensors(
+    file: IO[bytes], tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a whole file, tensor by tensor, the widest types first, so that each is aligned.
+
+    Raises TypeError for a dtype that the format lacks, ValueError for tables that `parse_header` would refuse.
+    """
+    for name, array in tensors.items():
+        if array.dtype.newbyteorder("<") not in _NAMES:
+            raise TypeError(f"{name}: a safetensors file cannot hold {array.dtype}")
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, array in ordered:
+        begin, end = end, end + array.nbytes
+        dtype = _NAMES[array.dtype.newbyteorder("<")]
+        table[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
+    head = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
+    head += b" " * (-len(head) % 8)
+    if len(head) > MAX_HEADER:
+        raise ValueError(f"names and metadata take {len(head):,} bytes, a safetensors file has {MAX_HEADER:,} for them")
+    file.write(len(head).to_bytes(8, "little") + head)
+    for _, array in ordered:
+        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        file.write(little.reshape(-1).view(np.uint8).data)
 
 
 def parse_header(head: bytes, file_size: int, where: str = "file") -> tuple[dict[str, TensorInfo], dict[str, str]]:
