@@ -127,6 +127,7 @@ def test_grids_are_drawn(tiny):
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1"]
     assert np.array_equal(axes.images[0].get_array(), grid.recovered)
     ablated = head_ablations(tiny, CLEAN, ANSWERS, layers=[0])
+    assert axes.get_xlabel() == "position" and plots.grid(ablated).axes[0].get_xlabel() == "head"
     assert np.array_equal(plots.grid(ablated).axes[0].images[0].get_array(), ablated.change)
 
 

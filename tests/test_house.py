@@ -240,7 +240,19 @@ def changelog() -> dict[str, str]:
 
 def test_import_brings_no_heavy_library():
     """Drawing, the network, media and the test oracles are imported where they are used."""
-    heavy = {"PIL", "asyncio", "av", "http", "matplotlib", "rich", "scipy", "ssl", "torch", "transformers"}
+    heavy = {
+        "PIL",
+        "asyncio",
+        "av",
+        "http",
+        "matplotlib",
+        "rich",
+        "safetensors",
+        "scipy",
+        "ssl",
+        "torch",
+        "transformers",
+    }
     code = "import sys, gemma4; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert "gemma4" in done.stdout.split()

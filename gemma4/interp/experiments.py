@@ -44,6 +44,7 @@ class Grid:
     columns  names of the columns: tokens of the positions, or heads
     clean    the metric of the run that the patches come from; of the plain run for ablations
     corrupt  the metric of the run that is patched; the same as `clean` for ablations
+    across   the meaning of the columns: "position" or "head"
     """
 
     values: F32
@@ -51,6 +52,7 @@ class Grid:
     columns: list[str]
     clean: float
     corrupt: float
+    across: str = "head"
 
     @property
     def recovered(self) -> F32:
@@ -107,7 +109,14 @@ def patching_grid(
     table = values.reshape(len(where), len(chosen_layers)).T
     tokens = model.to_str_tokens(ids) if _has_tokenizer(model) else [str(p) for p in range(len(ids))]
     after = score(_last(model, as_ids(model, clean)))
-    return Grid(np.ascontiguousarray(table), [str(x) for x in chosen_layers], [tokens[p] for p in where], after, before)
+    return Grid(
+        np.ascontiguousarray(table),
+        [str(x) for x in chosen_layers],
+        [tokens[p] for p in where],
+        after,
+        before,
+        "position",
+    )
 
 
 def head_patching(model: Model, clean: TextOrIds, corrupt: TextOrIds, metric: Metric, *, layers: Chosen = None) -> Grid:

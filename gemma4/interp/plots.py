@@ -57,7 +57,7 @@ def grid(grid: Grid, title: str = "", *, recovered: bool | None = None, ax: Axes
     top = float(np.abs(values).max()) or 1.0
     title = title or ("share of the clean run recovered" if share else "change of the metric")
     figure = _heat(values, grid.rows, grid.columns, title, ax, color="RdBu", limits=(-top, top))
-    figure.axes[0].set_ylabel("layer")
+    figure.axes[0].set(xlabel=grid.across, ylabel="layer")
     return figure
 
 
