@@ -45,7 +45,9 @@ ROOMS = {
     "interp.hooks": "narrow interp.sites edits",
     "core": "checks errors text load media interp.sites interp.hooks _engine",
     "interp.saved": "narrow checks errors files load interp.sites",
-    "interp.cache": "checks errors units files media interp.sites interp.saved core",
+    "interp.tables": "checks memory interp.sites",
+    "interp.dataset": "media interp.sites",
+    "interp.cache": "checks errors units files media interp.sites interp.saved interp.tables interp.dataset core",
     "encoders": "narrow checks edits media interp.sites interp.hooks core interp.cache profile "
     "load.encoder_config _engine",
     "sequence": "narrow checks errors files npz media.keys core _engine",

@@ -23,11 +23,16 @@ from gemma4 import checks
 from gemma4.core import Core
 from gemma4.errors import SiteError, StateError
 from gemma4.files import StrPath
+from gemma4.interp import tables
+from gemma4.interp.dataset import to_dataset
 from gemma4.interp.saved import Detached, Saved, SavedDtype, read_cache, write_cache
 from gemma4.interp.sites import ENCODER_PREFIXES, Site, canonical_name
+from gemma4.interp.tables import CosinesBy, NormsBy, Table
 from gemma4.units import size
 
 if TYPE_CHECKING:
+    from xarray import Dataset
+
     from gemma4.media.prompt import SoftRun
 
 F32 = NDArray[np.float32]
@@ -228,14 +233,89 @@ class ActivationCache(CapturedArrays):
 
     def stack(self, stem: str) -> F32:
         """The same site of every captured layer: [n_layers, ...]. stem: the name inside a block, "hook_resid_post"."""
-        found = [
-            array for name, array in self._arrays.items() if self._model.sites[name].stem in (stem, f"hook_{stem}")
-        ]
-        if not found:
-            raise SiteError(f"no layer's {stem!r} was captured in this run: ask for it with names=")
+        found = list(self._found(stem).values())
         if len({array.shape for array in found}) > 1:
             raise ValueError(f"{stem!r} has a different shape in different layers: {[array.shape for array in found]}")
         return np.stack(found)
+
+    def _found(self, name: str) -> dict[Site, F32]:
+        """A site by its full name, or the same site of every captured layer by its name inside a block."""
+        full, inside = canonical_name(name), (name, f"hook_{name}", f"attn.hook_{name}")
+        sites = {self._model.sites[one]: array for one, array in self._arrays.items()}
+        found = {site: array for site, array in sites.items() if site.name == full or site.stem in inside}
+        if not found:
+            raise SiteError(f"no layer's {name!r} was captured in this run: ask for it with names=")
+        return found
+
+    # -- tables ------------------------------------------------------------------------------------------------------
+
+    def norms(self, name: str, by: NormsBy = "pos") -> Table:
+        """L2 norms, sqrt(sum of squares), of a site in every captured layer: values float32, labels the sites' names.
+
+            cache.norms("resid_post").values        # [layers, pos]
+            cache.norms("attn.hook_z", by="head").values    # [layers, pos, head]
+
+        name  the name inside a block, as for `stack`, or a site's full name (then values have one row)
+        by    "pos": [n, pos], over all other axes; "head": [n, pos, head], over the last axis alone; "site": [n], over
+              the whole array. For keys and values in use, pos are the positions of the keys.
+
+        Squares are summed in float64. Raises SiteError (not captured), ValueError (no heads, expert ids, masked scores,
+        numbers of heads that differ among layers).
+        """
+        sites = self._found(name)
+        return Table(tables.norms(sites, by), [site.name for site in sites])
+
+    def cosine(self, a: str | tuple[str, int], b: str | tuple[str, int]) -> F32:
+        """Cosine of the angle between two sites' vectors, position by position: a.b / (|a| |b|) along the last axis.
+
+            cache.cosine(("resid_pre", 0), ("resid_post", 3))
+
+        a, b: keys as for `cache[...]`. Returns float32 [pos], or [pos, head] for sites with heads; 0 where a vector is
+        zero. Raises SiteError (not captured), ValueError (other shapes, expert ids, masked scores).
+        """
+        return tables.cosine({self._model.sites[self._name(key)]: self[key] for key in (a, b)})
+
+    def cosine_matrix(self, name: str, by: CosinesBy = "layer") -> Table:
+        """`cosine` between all pairs of layers, or of positions: values float32, labels the sites' names.
+
+        name  as for `norms`
+        by    "layer": values[p, i, j] compares layers i and j at position p, [pos, n, n]; "pos": values[i, p, q]
+              compares positions p and q in layer i, [n, pos, pos]. Sites with heads have the head's axis before the
+              last two.
+
+        Raises as `norms`, and ValueError for a site of different shapes in different layers.
+        """
+        sites = self._found(name)
+        return Table(tables.cosine_matrix(sites, by), [site.name for site in sites])
+
+    def head_results(self, layer: int) -> F32:
+        """Each head's share of a layer's attn.hook_out, float32 [pos, head, d_model].
+
+        attn.hook_result where it was captured; else attn.hook_z through the head's columns of o_proj, which is that up
+        to rounding, and needs d_head/d_model of its memory to keep. Raises SiteError (neither was captured),
+        StateError (no model: `attach`), ValueError (no such layer).
+        """
+        layer = checks.integer("layer", layer, 0, self._model.n_layers - 1)
+        block = f"blocks.{layer}.attn"
+        if f"{block}.hook_result" in self:
+            return self[f"{block}.hook_result"]
+        return tables.head_results(
+            self[f"{block}.hook_z"], self._weights.weight(f"layers.{layer}.self_attn.o_proj.weight")
+        )
+
+    def to_dataset(self) -> Dataset:
+        """The arrays as an `xarray.Dataset`, by site name; they are not copied. Needs gemma4[xarray].
+
+        Dimensions are pos, key, d_model, head, kv_head, d_head, d_mlp, d_ple, layer, expert, choice, d_expert, vocab;
+        one of several sizes carries its size ("d_head_32"). Coordinates: pos (in the sequence), token (id, along pos),
+        key. Attributes: model and fingerprint; of each variable its site, layer and the meaning of its axes.
+        Activations inside encoders (`media`) are left out. Raises ImportError without xarray.
+        """
+        arrays = {self._model.sites[name]: array for name, array in self._arrays.items()}
+        attrs = {"model": self.model_name, "fingerprint": self.fingerprint}
+        return to_dataset(arrays, self.tokens, self.positions, attrs)
+
+    # -- the residual stream -----------------------------------------------------------------------------------------
 
     def accumulated_resid(self, layer: int | None = None, *, incl_mid: bool = False) -> Stack:
         """The residual stream at the input of each block 0..layer (scalars not carried forward).
@@ -259,7 +339,7 @@ class ActivationCache(CapturedArrays):
         """Contribution of each component to the residual stream entering block `layer` (None: to the final one).
 
         The values sum over their first axis to hook_resid_pre of that block, up to rounding. per_head splits each
-        attention into its heads, the norm after it frozen (needs attn.hook_result and ln1_post.hook_scale).
+        attention into its heads, the norm after it frozen (needs ln1_post.hook_scale, and attn.hook_result or hook_z).
         Needs hook_embed, hook_attn_out, hook_mlp_out and (where the model has them) hook_ple_out of the layers before.
         """
         last = self._model.n_layers if layer is None else self._checked(layer)
@@ -274,7 +354,7 @@ class ActivationCache(CapturedArrays):
 
     def _written(self, layer: int, per_head: bool) -> Iterator[tuple[str, F32]]:
         if per_head:
-            heads = self[f"blocks.{layer}.attn.hook_result"]
+            heads = self.head_results(layer)
             if self._weights.engine_config["post_norms"]:
                 scale = self[f"blocks.{layer}.ln1_post.hook_scale"][:, None]  # [T, 1, 1]
                 heads = heads / scale * self._weights.gain(f"layers.{layer}.post_attention_layernorm")
