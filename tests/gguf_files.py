@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GGUF files for tests: a Hugging Face checkpoint written by the gguf package under llama.cpp's conventions
-(conversion/gemma.py), and files put together byte by byte, which may be wrong in any way."""
+"""GGUF files for tests: a Hugging Face checkpoint of Gemma 2, 3 or 4 written by the gguf package under llama.cpp's
+conventions (conversion/gemma.py), and files put together byte by byte, which may be wrong in any way."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from gemma4.load.dtypes import stored_rows
 gguf = pytest.importorskip("gguf")
 
 VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+_EARLIER = {"gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3"}  # model_type -> architecture
 _SCALES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
 
 
@@ -39,7 +40,7 @@ def convert(
     into files of so many tensors. text: with tokenizer and chat template.
     """
     with open_checkpoint(source) as checkpoint:
-        writer = gguf.GGUFWriter(path, "gemma4", split_max_tensors=part_tensors)
+        writer = gguf.GGUFWriter(path, _architecture(checkpoint), split_max_tensors=part_tensors)
         table = metadata(checkpoint) | (vocabulary(checkpoint.path) if text else {}) | (keys or {})
         _write(writer, table, _tensors(checkpoint, apart), dtype)
     return path
@@ -70,9 +71,44 @@ def _add_key(writer: Any, key: str, value: Any) -> None:
     writer.add_key_value(key, value, kind)
 
 
+def _architecture(checkpoint: Any) -> str:
+    return _EARLIER.get(checkpoint.config.model_type, "gemma4")
+
+
 def metadata(checkpoint: Any) -> dict[str, Any]:
     """What the converter writes on the text model and on sampling."""
-    c = checkpoint.config
+    architecture, c = _architecture(checkpoint), checkpoint.config
+    out = _gemma4(c) if architecture == "gemma4" else _earlier(c)
+    sampling = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p"}
+    chosen = {f"general.sampling.{key}": checkpoint.generation_config.get(name) for key, name in sampling.items()}
+    return {f"{architecture}.{key}": value for key, value in out.items()} | chosen
+
+
+def _earlier(c: Any) -> dict[str, Any]:
+    """Gemma 2 and 3. No key has the pattern of layers, the scale of scores or the sliding layers' base."""
+    out = {
+        "block_count": c.n_layers,
+        "context_length": c.context_length,
+        "embedding_length": c.d_model,
+        "feed_forward_length": c.d_mlp[0],
+        "attention.head_count": c.n_heads,
+        "attention.head_count_kv": c.n_kv_heads[0],
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "attention.key_length": c.head_dim[0],
+        "attention.value_length": c.head_dim[0],
+        "attention.sliding_window": c.sliding_window or None,
+        "final_logit_softcapping": c.logit_softcap or None,
+        "attn_logit_softcapping": c.attention_softcap or None,
+    }
+    rope = c.rope.get("full_attention")
+    if "q" in c.head_norms and rope:
+        out["rope.freq_base"] = rope.theta
+    if rope and rope.rope_type == "linear":
+        out |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
+    return out
+
+
+def _gemma4(c: Any) -> dict[str, Any]:
     sliding = [kind == "sliding_attention" for kind in c.layer_types]
     full = sliding.index(False)
     local = sliding.index(True)
@@ -99,9 +135,7 @@ def metadata(checkpoint: Any) -> dict[str, Any]:
     if c.n_experts:
         out |= {"expert_count": c.n_experts, "expert_used_count": c.top_k_experts}
         out["expert_feed_forward_length"] = c.d_expert
-    sampling = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p"}
-    chosen = {f"general.sampling.{key}": checkpoint.generation_config.get(name) for key, name in sampling.items()}
-    return {f"gemma4.{key}": value for key, value in out.items()} | chosen
+    return out
 
 
 def vocabulary(source: Path | str) -> dict[str, Any]:
@@ -148,10 +182,13 @@ def _token_type(token: str, special: set[str]) -> int:
 
 def _tensors(checkpoint: Any, apart: bool) -> dict[str, np.ndarray]:
     """GGUF name -> float32 values. Names from the gguf package's own table."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA4, checkpoint.config.n_layers)
-    out = {"rope_freqs.weight": _rope_freqs(checkpoint.config)}
+    architecture = _architecture(checkpoint)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], checkpoint.config.n_layers)
+    out = {"rope_freqs.weight": _rope_freqs(checkpoint.config)} if architecture == "gemma4" else {}
     for name in checkpoint.engine_tensors:
         values = np.asarray(stored_rows(*checkpoint.engine_tensors[name]), np.float32)
+        if architecture != "gemma4" and name.endswith("norm.weight"):
+            values = values + np.float32(1)
         layer = name.split(".")[1] if name.startswith("layers.") else ""
         scale = next((new for old, new in _SCALES.items() if name.endswith(old)), None)
         if scale:

@@ -580,10 +580,10 @@ def test_rope_factors_other_than_the_known(tmp_path):
             open_checkpoint(tmp_path / "y.gguf")
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "clip", "gemma4-assistant"])
+@pytest.mark.parametrize("name", ["llama", "gemma3n", "clip", "gemma4-assistant"])
 def test_other_architectures(tmp_path, name):
     (tmp_path / "x.gguf").write_bytes(raw([pair("general.architecture", 8, string(name))]))
-    with pytest.raises(NotImplementedError, match=f"'{name}'.*gemma4"):
+    with pytest.raises(NotImplementedError, match=f"'{name}'.*gemma2, gemma3, gemma4"):
         open_checkpoint(tmp_path / "x.gguf")
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, str], None]  # files opened, files in all, name of the file
 EngineTensor = tuple[str, tuple[int, ...], Any, int]  # dtype, shape, buffer, byte offset
 
+TEXT_ALONE = "; of models before Gemma 4 the text model alone is supported"  # an `encoder_advice`
 _RANDOM_FROM = 64 << 20  # bytes: smaller per-layer tables may stay in memory
 
 

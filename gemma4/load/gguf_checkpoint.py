@@ -16,8 +16,8 @@ import numpy as np
 
 from gemma4.errors import FormatError, StateError
 from gemma4.load import cache, gguf_tokenizer
-from gemma4.load.checkpoint import Checkpoint, EngineTensor, Progress, check_shape, no_double_tensors
-from gemma4.load.config import TextConfig
+from gemma4.load.checkpoint import TEXT_ALONE, Checkpoint, EngineTensor, Progress, check_shape, no_double_tensors
+from gemma4.load.config import EARLIER, TextConfig
 from gemma4.load.encoder_config import EncoderConfig, Modality
 from gemma4.load.fields import is_unset
 from gemma4.load.gguf import GgufArray, GgufFile
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE | re.DOTALL)
 _SHOWN = 4096  # elements of an array that hf_config shows
 _ONE = struct.pack("<f", 1.0)
-TURN_ENDS = ("<turn|>", "<|tool_response>")  # end a turn in Gemma 4's chat format; files name <eos> alone
+# end a turn in the chat formats of Gemma 4, Gemma 2 and 3, and FunctionGemma; files name <eos> alone
+TURN_ENDS = ("<turn|>", "<|tool_response>", "<end_of_turn>", "<start_function_response>")
 # names of tokenizer_config.json and generation_config.json -> ends of the metadata's keys
 TOKEN_KEYS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 SAMPLING_KEYS = {
@@ -56,6 +57,8 @@ class GgufCheckpoint(Checkpoint):
         self.generation_config = _generation_config(self.metadata)
         self.tokenizer_path = files[0].path if gguf_tokenizer.has_tokenizer(self.metadata) else None
         config = _config(self.hf_config, self.generation_config, files)
+        if config.model_type in EARLIER:
+            self.encoder_advice = TEXT_ALONE
         self.generation_config |= _suppressed(self.metadata, config.d_vocab, str(path))
         sources = _sources(config, files)
         self._mmproj, self._notes = _open_mmproj(path, config, mmproj)
@@ -65,7 +68,7 @@ class GgufCheckpoint(Checkpoint):
             if self._mmproj:
                 self._mmproj.file.close()
             raise
-        for layer in range(config.n_layers):  # absent in files of models without layer scalars
+        for layer in range(config.n_layers if config.layer_scalar else 0):  # files of older converters have none
             self.engine_tensors.setdefault(f"layers.{layer}.layer_scalar", ("F32", (1,), _ONE, 0))
 
     @cached_property

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metadata and tensor names of a Gemma 4 GGUF file -> `TextConfig` and the engine's tensor names.
+"""Metadata and tensor names of a GGUF file of Gemma 2, 3 or 4 -> `TextConfig` and the engine's tensor names.
 
-Ref: llama.cpp src/models/gemma4.cpp (what is read, what may be absent) and conversion/gemma.py (how it is written).
-The converter changes no value of the text model: norms are stored as they are, nothing is folded in.
+Ref: llama.cpp src/models/gemma{2,3,4}.cpp (what is read, what may be absent) and conversion/gemma.py (how it is
+written). The norms of Gemma 2 and 3 are stored as the factor 1 + w; no other value of a text model is changed.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
 from gemma4.load.config import (
+    EARLIER,
     FULL,
     MAX_CONTEXT,
     MAX_EXPERTS,
@@ -38,6 +41,17 @@ from gemma4.narrow import is_list
 ARCHITECTURE = "gemma4"
 ROPE_FREQS = "rope_freqs.weight"
 _STILL = 1e20  # a pair whose frequency is divided by this or more does not rotate; files have 1e30
+
+
+class Earlier(NamedTuple):
+    """An architecture before Gemma 4: what its files leave unsaid."""
+
+    model_type: str  # of the reference class
+    window: int  # where the file names none; 0: all layers are global
+    n_layers_27b: int  # the model that scales scores by its width per head instead of its head size
+
+
+EARLIER_ARCHITECTURES = {"gemma2": Earlier("gemma2", 4096, 46), "gemma3": Earlier("gemma3_text", 0, 62)}
 
 _MODEL_NAMES = {
     "embed_tokens.weight": "token_embd.weight",
@@ -113,47 +127,133 @@ def parse_metadata(
     Raises FormatError (a key or tensor is missing or out of range), NotImplementedError (another architecture, or an
     option that this engine lacks).
     """
-    _check_architecture(metadata, where)
-    f = _Keys(dict(metadata), where)
-    n_layers = f.integer("gemma4.block_count", None, 1, MAX_LAYERS)
-    types = _layer_types(f, n_layers)
-    n_heads = _one_for_all(f, "gemma4.attention.head_count", n_layers, MAX_HEADS)
+    architecture = _architecture(metadata, where)
+    f = _Keys(metadata, where, architecture)
+    earlier = EARLIER_ARCHITECTURES.get(architecture)
+    if earlier:
+        _refuse_variants(f, tensors)
+    config = _earlier(f, earlier, tensors) if earlier else _gemma4(f, tensors, rope_freqs)
+    special = Fields(dict(metadata), where)
+    return replace(
+        config,
+        bos_token_id=special.token_id("tokenizer.ggml.bos_token_id", None, MAX_VOCAB),
+        eos_token_ids=tuple(eos_token_ids),
+        pad_token_id=special.token_id("tokenizer.ggml.padding_token_id", None, MAX_VOCAB),
+    )
+
+
+def _gemma4(f: _Keys, tensors: Mapping[str, TensorInfo], rope_freqs: NDArray[Any] | None) -> TextConfig:
+    n_layers = f.integer("block_count", None, 1, MAX_LAYERS)
+    types = _layer_types(f, n_layers, None)
+    n_heads = _one_for_all(f, "attention.head_count", n_layers, MAX_HEADS)
     head_dim = _head_dims(f, types)
-    d_model = f.integer("gemma4.embedding_length", None, 1, MAX_WIDTH)
-    sources = kv_sources(f, "gemma4.attention.shared_kv_layers", types)
+    d_model = f.integer("embedding_length", None, 1, MAX_WIDTH)
+    sources = kv_sources(f, "attention.shared_kv_layers", types)
     n_experts, top_k, d_expert = _experts(f, n_layers)
-    d_ple = f.integer("gemma4.embedding_length_per_layer_input", 0, 0, MAX_WIDTH)
+    d_ple = f.integer("embedding_length_per_layer_input", 0, 0, MAX_WIDTH)
     return TextConfig(
         model_type="gemma4_text",
         d_model=d_model,
         n_heads=n_heads,
-        d_vocab=_rows(tensors, "token_embd.weight", where),
+        d_vocab=_rows(tensors, "token_embd.weight", f.where),
         d_ple=d_ple,
-        d_vocab_ple=_rows(tensors, "per_layer_token_embd.weight", where) if d_ple else 0,
-        rms_norm_eps=f.number("gemma4.attention.layer_norm_rms_epsilon", None, 1e-12, 1.0),
-        logit_softcap=_softcap(f),
-        context_length=f.integer("gemma4.context_length", None, 1, MAX_CONTEXT),
+        d_vocab_ple=_rows(tensors, "per_layer_token_embd.weight", f.where) if d_ple else 0,
+        rms_norm_eps=f.number("attention.layer_norm_rms_epsilon", None, 1e-12, 1.0),
+        logit_softcap=_softcap(f, "final_logit_softcapping", None),
+        context_length=f.integer("context_length", None, 1, MAX_CONTEXT),
         n_experts=n_experts,
         top_k_experts=top_k,
         d_expert=d_expert,
         tied="output.weight" not in tensors,
-        sliding_window=f.integer("gemma4.attention.sliding_window", None, 1, MAX_CONTEXT),
+        sliding_window=f.integer("attention.sliding_window", None, 1, MAX_CONTEXT),
         layer_types=types,
         head_dim=head_dim,
         n_kv_heads=_kv_heads(f, n_layers, n_heads),
-        d_mlp=f.per_layer("gemma4.feed_forward_length", n_layers, MAX_MLP),
+        d_mlp=f.per_layer("feed_forward_length", n_layers, MAX_MLP),
         kv_source=sources,
         k_eq_v=tuple(f"blk.{source}.attn_v.weight" not in tensors for source in sources),
         rope=_ropes(f, types, head_dim, rope_freqs),
         # Not in the metadata; llama.cpp infers it from the size, and per-layer embeddings indicate the size.
         bidirectional=None if d_ple else "vision",
-        bos_token_id=f.token_id("tokenizer.ggml.bos_token_id", None, MAX_VOCAB),
-        eos_token_ids=tuple(eos_token_ids),
-        pad_token_id=f.token_id("tokenizer.ggml.padding_token_id", None, MAX_VOCAB),
+        bos_token_id=None,
+        eos_token_ids=(),
+        pad_token_id=None,
     )
 
 
+def _earlier(f: _Keys, earlier: Earlier, tensors: Mapping[str, TensorInfo]) -> TextConfig:
+    """Gemma 2 and 3. Keys that may be absent have llama.cpp's defaults."""
+    family = EARLIER[earlier.model_type]
+    n_layers = f.integer("block_count", None, 1, MAX_LAYERS)
+    window = f.integer("attention.sliding_window", earlier.window, min(earlier.window, 1), MAX_CONTEXT)
+    types = _layer_types(f, n_layers, family.period if window else 1)
+    if SLIDING in types and not window:
+        f.fail("attention.sliding_window", window, "the window's length, as the file has sliding layers")
+    n_heads = _one_for_all(f, "attention.head_count", n_layers, MAX_HEADS)
+    d_model = f.integer("embedding_length", None, 1, MAX_WIDTH)
+    head_dim = _head_dim(f, "", also="_swa")
+    softcap = _softcap(f, "attn_logit_softcapping", family.attention_softcap)
+    return TextConfig(
+        model_type=earlier.model_type,
+        d_model=d_model,
+        n_heads=n_heads,
+        d_vocab=_rows(tensors, "token_embd.weight", f.where),
+        d_ple=0,
+        d_vocab_ple=0,
+        rms_norm_eps=f.number("attention.layer_norm_rms_epsilon", None, 1e-12, 1.0),
+        logit_softcap=_softcap(f, "final_logit_softcapping", family.logit_softcap),
+        context_length=f.integer("context_length", None, 1, MAX_CONTEXT),
+        n_experts=0,
+        top_k_experts=0,
+        d_expert=0,
+        tied="output.weight" not in tensors,
+        sliding_window=window if SLIDING in types else 0,
+        layer_types=types,
+        head_dim=(head_dim,) * n_layers,
+        n_kv_heads=_kv_heads(f, n_layers, n_heads),
+        d_mlp=f.per_layer("feed_forward_length", n_layers, MAX_MLP),
+        kv_source=tuple(range(n_layers)),
+        k_eq_v=(False,) * n_layers,
+        rope=_earlier_ropes(f, types, own_base=family.rope_by_type),
+        bidirectional=None,
+        bos_token_id=None,
+        eos_token_ids=(),
+        pad_token_id=None,
+        bidirectional_global=True,
+        attention_scale=_score_scale(f, d_model // n_heads if n_layers == earlier.n_layers_27b else head_dim),
+        attention_softcap=softcap if family.attention_softcap else 0.0,
+        head_norms=("q", "k") if family.head_norms else (),
+        layer_scalar=False,
+    )
+
+
+def _score_scale(f: _Keys, width: int) -> float:
+    """No key says it: llama.cpp infers the width from the number of layers."""
+    if not width:
+        f.fail("embedding_length", "less than the number of heads", "a width of at least 1 per head")
+    return float(width) ** -0.5
+
+
+def _refuse_variants(f: _Keys, tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse a key or tensor that would change the result, and that this reader has no use for."""
+    if f.get("attention.causal", True) is not True:
+        raise NotImplementedError(f"{f.where}: {f.prefix}attention.causal is false: embedding models are not supported")
+    odd = next((name for name in tensors if re.fullmatch(r"blk\..*\.bias", name) or name == ROPE_FREQS), None)
+    if odd:
+        raise NotImplementedError(f"{f.where}: it holds {odd!r:.80}, which no Gemma 2 or 3 has")
+
+
 class _Keys(Fields):
+    """The keys of one architecture, which are named here without it."""
+
+    def __init__(self, metadata: Mapping[str, Any], where: str, architecture: str) -> None:
+        self.prefix = f"{architecture}."
+        own = {key: value for key, value in metadata.items() if key.startswith(self.prefix)}
+        super().__init__({key.removeprefix(self.prefix): value for key, value in own.items()}, where)
+
+    def fail(self, name: str, found: Any, expected: str) -> NoReturn:
+        super().fail(self.prefix + name, found, expected)
+
     def per_layer(self, name: str, n_layers: int, high: int) -> tuple[int, ...]:
         """A number for all layers, or an array with one for each."""
         value = self.get(name, None)
@@ -161,9 +261,8 @@ class _Keys(Fields):
             return (self.integer(name, None, 1, high),) * n_layers
         if len(value) != n_layers:
             self.fail(name, f"an array of {len(value)}", f"one entry for each of {n_layers} layers")
-        return tuple(
-            _Keys({f"{name}[{i}]": x}, self.where).integer(f"{name}[{i}]", None, 1, high) for i, x in enumerate(value)
-        )
+        entries = {f"{self.prefix}{name}[{i}]": x for i, x in enumerate(value)}
+        return tuple(Fields(entries, self.where).integer(entry, None, 1, high) for entry in entries)
 
 
 # general.type of files that are not models -> their content, and advice
@@ -173,25 +272,27 @@ _NO_MODELS = {
 }
 
 
-def _check_architecture(metadata: Mapping[str, Any], where: str) -> None:
+def _architecture(metadata: Mapping[str, Any], where: str) -> str:
     name, kind = metadata.get("general.architecture"), metadata.get("general.type")
     if isinstance(kind, str) and kind in _NO_MODELS:
         raise NotImplementedError(f"{where} is {_NO_MODELS[kind]}")
-    if name == ARCHITECTURE:
-        return
+    known = (*EARLIER_ARCHITECTURES, ARCHITECTURE)
     if not isinstance(name, str):
         raise FormatError(f"{where}: general.architecture is {name!r:.60}, expected a name such as {ARCHITECTURE}")
+    if name in known:
+        return name
     advice = ": image and audio encoders; load the text model, and these with mmproj=" if name == "clip" else ""
     raise NotImplementedError(
-        f"{where}: unsupported architecture {name!r:.80}{advice}; supported: {ARCHITECTURE} (text)"
+        f"{where}: unsupported architecture {name!r:.80}{advice}; supported: {', '.join(known)} (text)"
     )
 
 
-def _layer_types(f: _Keys, n_layers: int) -> tuple[str, ...]:
-    name = "gemma4.attention.sliding_window_pattern"
-    pattern = f.get(name, None)
+def _layer_types(f: _Keys, n_layers: int, period: int | None) -> tuple[str, ...]:
+    """Every `period`-th layer is global if the file does not say; None: it must."""
+    name = "attention.sliding_window_pattern"
+    pattern = f.get(name, period)
     if isinstance(pattern, int) and not isinstance(pattern, bool):  # every n-th layer is global
-        period = f.integer(name, None, 1, MAX_LAYERS)
+        period = f.integer(name, period, 1, MAX_LAYERS)
         pattern = [bool((i + 1) % period) for i in range(n_layers)]
     if not is_list(pattern) or len(pattern) != n_layers or not all(x in (0, 1) for x in pattern):
         found = f"{len(pattern)} entries" if is_list(pattern) else pattern
@@ -202,27 +303,32 @@ def _layer_types(f: _Keys, n_layers: int) -> tuple[str, ...]:
 def _one_for_all(f: _Keys, name: str, n_layers: int, high: int) -> int:
     values = f.per_layer(name, n_layers, high)
     if len(set(values)) > 1:
-        raise NotImplementedError(f"{name} differs between layers: {sorted(set(values))}")
+        raise NotImplementedError(f"{f.prefix}{name} differs between layers: {sorted(set(values))}")
     return values[0]
 
 
 def _head_dims(f: _Keys, types: tuple[str, ...]) -> tuple[int, ...]:
-    by_type: dict[str, int] = {}
-    for kind, suffix in ((FULL, ""), (SLIDING, "_swa")):
-        key = f"gemma4.attention.key_length{suffix}"
-        if kind not in types:
-            continue
-        by_type[kind] = size = f.integer(key, None, 2, MAX_HEAD_DIM)
-        if size % 2:
-            f.fail(key, size, "an even number (RoPE rotates pairs)")
-        for other in (f"gemma4.attention.value_length{suffix}", f"gemma4.rope.dimension_count{suffix}"):
-            if f.get(other, size) != size:
-                raise NotImplementedError(f"{other} is {f.get(other, None)!r:.60}, but {key} is {size}: only the same")
+    suffixes = {FULL: "", SLIDING: "_swa"}
+    by_type = {kind: _head_dim(f, suffix) for kind, suffix in suffixes.items() if kind in types}
     return tuple(by_type[kind] for kind in types)
 
 
+def _head_dim(f: _Keys, suffix: str, also: str = "") -> int:
+    """The head size of the keys that end so, and, if there are any, of those that end in `also`."""
+    key = f"attention.key_length{suffix}"
+    size = f.integer(key, None, 2, MAX_HEAD_DIM)
+    if size % 2:
+        f.fail(key, size, "an even number (RoPE rotates pairs)")
+    for stem in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+        for other in (stem + suffix, stem + suffix + also):
+            if f.get(other, size) != size:
+                found = f"{f.prefix}{other} is {f.get(other, None)!r:.60}"
+                raise NotImplementedError(f"{found}, but {f.prefix}{key} is {size}: only the same")
+    return size
+
+
 def _kv_heads(f: _Keys, n_layers: int, n_heads: int) -> tuple[int, ...]:
-    name = "gemma4.attention.head_count_kv"
+    name = "attention.head_count_kv"
     heads = f.per_layer(name, n_layers, MAX_HEADS)
     for i, n in enumerate(heads):
         if n_heads % n:
@@ -230,22 +336,22 @@ def _kv_heads(f: _Keys, n_layers: int, n_heads: int) -> tuple[int, ...]:
     return heads
 
 
-def _softcap(f: _Keys) -> float:
-    value = f.optional_number("gemma4.final_logit_softcapping", None, 0.0, 1e6)
-    return value or 0.0
+def _softcap(f: _Keys, name: str, default: float | None) -> float:
+    """0: none."""
+    return f.optional_number(name, default, 0.0, 1e6) or 0.0
 
 
 def _experts(f: _Keys, n_layers: int) -> tuple[int, int, int]:
-    n = f.integer("gemma4.expert_count", 0, 0, MAX_EXPERTS)
+    n = f.integer("expert_count", 0, 0, MAX_EXPERTS)
     if not n:
         return 0, 0, 0
-    width = _one_for_all(f, "gemma4.expert_feed_forward_length", n_layers, MAX_MLP)
-    return n, f.integer("gemma4.expert_used_count", None, 1, n), width
+    width = _one_for_all(f, "expert_feed_forward_length", n_layers, MAX_MLP)
+    return n, f.integer("expert_used_count", None, 1, n), width
 
 
 def _rows(tensors: Mapping[str, TensorInfo], name: str, where: str) -> int:
     if name not in tensors:
-        raise FormatError(f"{where} holds no Gemma 4 text decoder: there is no tensor {name}")
+        raise FormatError(f"{where} holds no text decoder of Gemma: there is no tensor {name}")
     rows = tensors[name].shape[0]
     if rows > MAX_VOCAB:
         raise FormatError(f"{where}: {name} has {rows} rows, the limit is {MAX_VOCAB}")
@@ -255,31 +361,48 @@ def _rows(tensors: Mapping[str, TensorInfo], name: str, where: str) -> int:
 def _ropes(
     f: _Keys, types: tuple[str, ...], head_dim: tuple[int, ...], rope_freqs: NDArray[Any] | None
 ) -> dict[str, Rope]:
-    # As in llama.cpp: without a type the scaling is linear, the older key counts if the newer is absent, 0 is unset.
-    scaling = f.get("gemma4.rope.scaling.type", "linear")
-    factor = f.get("gemma4.rope.scaling.factor", f.get("gemma4.rope.scale_linear", 1))
-    if scaling != "none" and not (scaling == "linear" and factor in (0, 1)):
-        what = f"gemma4.rope.scaling.type {scaling!r:.60}, factor {factor!r:.40}"
-        raise NotImplementedError(f"{what}: only unscaled positions are supported")
+    factor = _linear_factor(f)
+    if factor != 1:
+        raise NotImplementedError(f"{f.prefix}rope.scaling.factor {factor}: only unscaled positions are supported")
     out: dict[str, Rope] = {}
     if SLIDING in types:
-        out[SLIDING] = Rope("default", f.number("gemma4.rope.freq_base_swa", 10_000.0, 1.0, 1e12))
+        out[SLIDING] = Rope("default", f.number("rope.freq_base_swa", 10_000.0, 1.0, 1e12))
     if FULL in types:
-        theta = f.number("gemma4.rope.freq_base", 10_000.0, 1.0, 1e12)
+        theta = f.number("rope.freq_base", 10_000.0, 1.0, 1e12)
         width = head_dim[types.index(FULL)]
         out[FULL] = Rope("proportional", theta, _rotating_share(f, rope_freqs, width))
     return out
 
 
+def _earlier_ropes(f: _Keys, types: tuple[str, ...], *, own_base: bool) -> dict[str, Rope]:
+    """own_base: sliding layers have a base of their own, and unscaled positions; else those of the global layers."""
+    factor = _linear_factor(f)
+    theta = f.number("rope.freq_base", None if own_base else 10_000.0, 1.0, 1e12)
+    rope = Rope("default", theta) if factor == 1 else Rope("linear", theta, factor=factor)
+    name = "rope.freq_base_swa" if "rope.freq_base_swa" in f else "rope.local.freq_base"  # ollama's name
+    local = f.number(name, 10_000.0 if own_base else theta, 1.0, 1e12)
+    ropes = {FULL: rope, SLIDING: Rope("default", local) if own_base else replace(rope, theta=local)}
+    return {kind: ropes[kind] for kind in sorted(set(types))}
+
+
+def _linear_factor(f: _Keys) -> float:
+    """Divisor of positions, 1 if there is none. As in llama.cpp: without a type the scaling is linear, the older key
+    counts if the newer is absent, 0 is unset."""
+    scaling = f.get("rope.scaling.type", "linear")
+    name = "rope.scaling.factor" if "rope.scaling.factor" in f else "rope.scale_linear"
+    if scaling not in ("none", "linear") or f.get("rope.scaling.attn_factor", 1) != 1:
+        what = f"{f.prefix}rope.scaling.type {scaling!r:.60}, factor {f.get(name, 1)!r:.40}"
+        raise NotImplementedError(f"{what}: only linear scaling of positions is supported, and none")
+    return 1.0 if scaling == "none" or f.get(name, 0) == 0 else f.number(name, None, 1e-6, 1e6)
+
+
 def _rotating_share(f: _Keys, freqs: NDArray[Any] | None, head_dim: int) -> float:
     """Share of the global layers' pairs that rotate. freqs: divisors, 1 for those pairs, huge for the others."""
     half = head_dim // 2
-    if freqs is None:
-        f.fail(ROPE_FREQS, "missing", f"a tensor of {half} numbers, as the file has global layers")
-    if freqs.shape != (half,) or freqs.dtype != np.float32:
-        f.fail(
-            ROPE_FREQS, f"{freqs.dtype} {list(freqs.shape)}", f"float32 [{half}], one for each pair of a global head"
-        )
+    if freqs is None or freqs.shape != (half,) or freqs.dtype != np.float32:
+        found = "missing" if freqs is None else f"{freqs.dtype} {list(freqs.shape)}"
+        wanted = f"float32 [{half}], one for each pair of a global layer's head"
+        raise FormatError(f"{f.where}: the tensor {ROPE_FREQS} is {found}, expected {wanted}")
     turning = int(np.count_nonzero(freqs < _STILL))
     if not (np.all(freqs[:turning] == 1) and np.all(freqs[turning:] >= _STILL)):
         raise NotImplementedError(f"{ROPE_FREQS} holds factors other than 1 for the first pairs and 1e30 for the rest")

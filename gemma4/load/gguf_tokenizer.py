@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vocabulary in a GGUF file's metadata -> a tokenizer.json as Hugging Face would have it.
 
-The keys are tokenizer.ggml.{model, tokens, token_type, merges, scores}. Gemma 4's is a byte-fallback BPE whose spaces
-are written "▁"; files call it "gemma4", or "llama" (the name of SentencePiece vocabularies).
+The keys are tokenizer.ggml.{model, tokens, token_type, merges, scores}. Gemma's is a byte-fallback BPE whose spaces are
+written "▁"; files call it "gemma4", or "llama" (the name of SentencePiece vocabularies, which have scores).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from gemma4.text.tokenizer_file import SAME_TOKENS, SPACES
 PREFIX = "tokenizer.ggml."
 _MODELS = ("gemma4", "llama")
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
-NAMED = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+_TURNS = ("<start_of_turn>", "<end_of_turn>")  # the chat format of Gemma 2 and 3; some files call them user-defined
+NAMED = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *_TURNS)
 _ARRAYS = ("tokens", "token_type", "merges", "scores")
-_VERSION = b"3"  # version of the output of `tokenizer_table`
+_VERSION = b"4"  # version of the output of `tokenizer_table`
 _MAX_SPLITS = 1 << 26  # characters of all ways to split tokens in two: 40 times those of 262,144 tokens
 
 
@@ -142,7 +143,8 @@ def _added(tokens: list[str], kinds: list[int]) -> list[dict[str, Any]]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            "special": kind != _USER_DEFINED,  # `gemma4.text.tokenizer.Tokenizer` knows the chat format's among them
+            # `gemma4.text.tokenizer.Tokenizer` knows those of Gemma 4's chat format
+            "special": kind != _USER_DEFINED or token in _TURNS,
         }
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) or token in NAMED or CONTROL.fullmatch(token)

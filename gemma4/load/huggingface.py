@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from gemma4 import checks
 from gemma4.errors import FormatError, StateError
 from gemma4.files import check_no_pointer, read_limited
-from gemma4.load.checkpoint import Checkpoint, EngineTensor, Progress, TensorMap, check_shape, no_double_tensors
+from gemma4.load.checkpoint import (
+    TEXT_ALONE,
+    Checkpoint,
+    EngineTensor,
+    Progress,
+    TensorMap,
+    check_shape,
+    no_double_tensors,
+)
 from gemma4.load.compressed import PACKED, CompressedConfig, Packed
 from gemma4.load.config import EARLIER, TextConfig, parse_config
 from gemma4.load.dtypes import PLAIN
@@ -50,7 +58,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         super().__init__(path, config, files, source, made, packed.used if packed else ())
         self.notes = (*((packed.note(),) if packed else ()), *notes, *head_notes, *self._copy_notes)
         if config.model_type in EARLIER:
-            self.encoder_advice = "; of models before Gemma 4 the text model alone is supported"
+            self.encoder_advice = TEXT_ALONE
         self.hf_config = raw
         self.generation_config = _optional_json(path / "generation_config.json")
         self.processor_config = _optional_json(path / "processor_config.json")
