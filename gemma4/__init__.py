@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from gemma4._engine import cpu_info
 from gemma4._moved import moved
+from gemma4.dictionaries import SAE, Features, Transcoder
 from gemma4.encoders.encoder import Encoder
 from gemma4.errors import CapacityError, FormatError, Gemma4Error, SiteError, StateError
 from gemma4.generation.stream import Generation, TextStream
@@ -30,9 +31,11 @@ if not TYPE_CHECKING:  # modules under their old names; each is imported at firs
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAE",
     "ActivationCache",
     "CapacityError",
     "Encoder",
+    "Features",
     "FormatError",
     "Gemma4Error",
     "Generation",
@@ -44,6 +47,7 @@ __all__ = [
     "SiteError",
     "StateError",
     "TextStream",
+    "Transcoder",
     "cpu_info",
     "load",
     "quantize",

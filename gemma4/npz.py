@@ -11,7 +11,7 @@ import os
 import struct
 import tokenize
 import zipfile
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -23,9 +23,20 @@ _MAX_DIRECTORY = 1 << 20  # bytes of the list of entries: a sequence of 1,000 la
 _END = struct.Struct("<4s4H2IH")  # a ZIP file's end: signature, disks, entries, size and place of their list, comment
 _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
+_LOCAL = struct.Struct("<4s5H3I2H")  # the header before an entry's data: …, lengths of its name and extra field
 # the exceptions of the standard library's reader for a damaged file
 _DAMAGED = (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, OSError, RuntimeError, MemoryError,
             SyntaxError, OverflowError, struct.error, tokenize.TokenError)  # fmt: skip
+
+
+class Located(NamedTuple):
+    """An array in the file: `n_bytes` from `offset` on; in_columns: the order is Fortran's."""
+
+    offset: int
+    n_bytes: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    in_columns: bool
 
 
 class NpzFile:
@@ -79,6 +90,26 @@ class NpzFile:
         if len(shape) != 1 or found != np.uint8:
             raise FormatError(f"{name} is {found.str} {shape}, expected bytes")
         return self.read(name, np.uint8, shape).tobytes()
+
+    def locate(self, name: str) -> Located:
+        """The place of an array in the file, to be mapped; its bytes are not read. Raises FormatError as `read`."""
+        info = self._info(name)
+        try:
+            self._file.seek(info.header_offset)
+            *_, n_name, n_extra = _LOCAL.unpack(self._file.read(_LOCAL.size))
+            with self._zip.open(info) as entry:
+                shape, in_columns, dtype = _read_header(entry)
+                n_header = entry.tell()
+        except FormatError:
+            raise
+        except _DAMAGED as error:
+            raise FormatError(f"{name} is damaged: {error}") from None
+        n_data = dtype.itemsize * int(np.prod(shape, dtype=object))
+        if dtype.hasobject or info.file_size - n_header != n_data:
+            found = f"{info.file_size - n_header} bytes of {dtype.str} {shape}"
+            raise FormatError(f"{name} has {found}, expected {n_data} bytes of numbers")
+        offset = info.header_offset + _LOCAL.size + n_name + n_extra + n_header
+        return Located(offset, n_data, dtype, shape, in_columns)
 
     def close(self) -> None:
         self._zip.close()

@@ -83,6 +83,7 @@ _HF_BLOCK = {
     "mlp.gate_proj.output": "mlp.hook_pre",
     "mlp.up_proj.output": "mlp.hook_pre_linear",
     "mlp.down_proj.input": "mlp.hook_post",
+    "mlp.input": "mlp.hook_in",
     "mlp.output": "mlp.hook_out",
     "post_feedforward_layernorm.output": "hook_mlp_out",
     "per_layer_input_gate.output": "ple.hook_gate_pre",

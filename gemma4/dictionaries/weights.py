@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a dictionary, its encoder and its decoder. Large matrices stay where they are mapped.
+
+pre = (norm(x) - b_in) @ W_enc + b_enc        values = activation(pre), sparse
+out = denorm(values @ W_dec + b_dec) [+ x @ W_skip]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.dictionaries.features import Features, collect, join, strongest
+from gemma4.errors import FormatError
+from gemma4.memory import ready_blas
+
+F32: TypeAlias = NDArray[np.float32]
+Array: TypeAlias = NDArray[Any]
+Norm: TypeAlias = Literal["none", "constant_norm_rescale", "layer_norm"]
+
+_ROWS, _COLUMNS = 512, 4096  # positions and features at a time: 8 MiB of pre-activations
+_LAYER_NORM_EPS = 1e-5  # SAELens's
+
+
+class Entries(NamedTuple):
+    rows: NDArray[np.intp]
+    ids: NDArray[np.int32]
+    values: F32
+
+
+class Activation(Protocol):
+    """k: how many features a position has at most; None = any number."""
+
+    @property
+    def k(self) -> int | None: ...
+
+    def fired(self, raw: F32, block: slice) -> Entries:
+        """The entries of a block of features, ids counted from its start. raw: x @ W_enc without the bias; may be
+        overwritten."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Threshold:
+    """ReLU, and JumpReLU: a feature fires strictly above its threshold."""
+
+    b_enc: F32
+    threshold: F32  # [d_sae], >= 0
+    k: None = None
+
+    def fired(self, raw: F32, block: slice) -> Entries:
+        raw += self.b_enc[block]
+        return _entries(raw, raw > self.threshold[block])
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """The k highest pre-activations, where they are positive."""
+
+    b_enc: F32
+    k: int
+    ranked_by: Array | None = None  # W_dec: they are ranked, and returned, multiplied by the norms of its rows
+
+    @cached_property
+    def norms(self) -> F32 | None:
+        return None if self.ranked_by is None else _row_norms(self.ranked_by)
+
+    def fired(self, raw: F32, block: slice) -> Entries:
+        raw += self.b_enc[block]
+        if self.norms is not None:
+            raw *= self.norms[block]
+        if self.k >= raw.shape[1]:
+            return _entries(raw, raw > 0)
+        least = np.partition(raw, -self.k, axis=1)[:, -self.k, None]  # more than k where several equal it
+        return _entries(raw, (raw >= least) & (raw > 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """A feature fires where gate and magnitude are positive, as strongly as its magnitude."""
+
+    b_gate: F32
+    scale: F32  # exp(r_mag)
+    b_mag: F32
+    k: None = None
+
+    def fired(self, raw: F32, block: slice) -> Entries:
+        gate = raw + self.b_gate[block] > 0
+        raw *= self.scale[block]
+        raw += self.b_mag[block]
+        return _entries(raw, gate & (raw > 0))
+
+
+def _entries(values: F32, mask: NDArray[np.bool_]) -> Entries:
+    rows, ids = np.nonzero(mask)
+    return Entries(rows, ids.astype(np.int32), values[rows, ids])
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """w_enc [d_in, d_sae], w_dec [d_sae, d_out] and w_skip [d_in, d_out] are of any float type, mapped.
+
+    b_in      float32 [d_in], subtracted from the input; None = nothing
+    norm      what is done to the input, and undone at the output of an autoencoder
+    scale     the input is multiplied by this, the output of an autoencoder divided by it
+    by_norm   the decoder's rows count as normalised: values are divided by their norms
+    """
+
+    w_enc: Array
+    w_dec: Array
+    b_dec: F32
+    activation: Activation
+    b_in: F32 | None = None
+    norm: Norm = "none"
+    scale: float = 1.0
+    by_norm: bool = False
+    w_skip: Array | None = None
+    denormalise: bool = True  # transcoders do not: their output is another site's
+
+    @property
+    def d_in(self) -> int:
+        return self.w_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        return self.w_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.w_dec.shape[1]
+
+    def encode(self, x: F32) -> Features:
+        """x: float32 [pos, d_in], finite. Raises FormatError (weights that are NaN), MemoryError."""
+        ready_blas()
+        parts = (self._encode_rows(x[first : first + _ROWS]) for first in range(0, len(x), _ROWS))
+        return join(parts, self.d_sae)
+
+    def _encode_rows(self, x: F32) -> Features:
+        x = self._prepared(x)
+        found = list(self._blocks(x))
+        rows, ids, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        k = self.activation.k
+        if k is None:
+            return collect(rows, ids, values, len(x), self.d_sae)
+        return strongest(rows, ids, values, len(x), self.d_sae, k)
+
+    def _blocks(self, x: F32) -> Iterator[Entries]:
+        for first in range(0, self.d_sae, _COLUMNS):
+            block = slice(first, min(first + _COLUMNS, self.d_sae))
+            raw = matmul(x, self.w_enc[:, block])
+            if np.isnan(raw.min()):  # min() carries NaN through
+                raise FormatError(f"the encoder's weights give NaN for features {first} to {block.stop - 1}")
+            rows, ids, values = self.activation.fired(raw, block)
+            yield Entries(rows, ids + np.int32(first), values)
+
+    def _prepared(self, x: F32) -> F32:
+        factor, shift = self._norm_of(x)
+        if self.norm != "none":
+            eps = np.float32(_LAYER_NORM_EPS if self.norm == "layer_norm" else 0)
+            x = x - shift
+            x /= factor + eps
+        if self.scale != 1:
+            x = x * np.float32(self.scale)
+        return x if self.b_in is None else x - self.b_in
+
+    def _norm_of(self, x: F32) -> tuple[F32, F32]:
+        """Factor and shift [pos, 1] with x = normalised * factor + shift."""
+        one, zero = np.ones((len(x), 1), np.float32), np.zeros((len(x), 1), np.float32)
+        if self.norm == "constant_norm_rescale":
+            norms = np.linalg.norm(x, axis=1, keepdims=True) / np.float32(self.d_in**0.5)
+            return np.where(norms > 0, norms, one), zero
+        if self.norm == "layer_norm":
+            return x.std(axis=1, ddof=1, keepdims=True), x.mean(axis=1, keepdims=True)
+        return one, zero
+
+    def needs_input(self) -> bool:
+        """Whether the output depends on the input besides through the features."""
+        return self.w_skip is not None or (self.norm != "none" and self.denormalise)
+
+    def decode(self, features: Features, x: F32 | None) -> F32:
+        """float32 [pos, d_out]. x: the input, where `needs_input`. Only the rows of features that fired are read."""
+        ready_blas()
+        out = np.empty((len(features), self.d_out), np.float32)
+        for row, (ids, values) in zip(out, features, strict=True):
+            row[:] = self.b_dec
+            if len(ids):
+                row += self._written(ids, values)
+        if self.denormalise and self.scale != 1:
+            out /= np.float32(self.scale)
+        if x is not None and self.denormalise and self.norm != "none":
+            factor, shift = self._norm_of(x)
+            out *= factor
+            out += shift
+        if x is not None and self.w_skip is not None:
+            out += matmul(x, self.w_skip)
+        return out
+
+    def _written(self, ids: NDArray[np.int32], values: F32) -> F32:
+        rows = self.w_dec[ids].astype(np.float32, copy=False)
+        if self.by_norm:
+            values = values / np.linalg.norm(rows, axis=1)
+        return matmul(values[None], rows)[0]
+
+
+def _row_norms(matrix: Array) -> F32:
+    """float32 [rows]; reads all of it."""
+    blocks = (matrix[first : first + _COLUMNS] for first in range(0, len(matrix), _COLUMNS))
+    return np.concatenate([np.linalg.norm(block.astype(np.float32), axis=1) for block in blocks])
+
+
+def matmul(x: F32, weights: Array) -> F32:
+    """float32 [n, k] @ [k, m], the one place where a kernel would go. Weights of other types, or that do not lie
+    aligned in their file, are copied: callers pass blocks."""
+    return np.matmul(x, np.require(weights, np.float32, "A"))

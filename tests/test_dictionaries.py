@@ -1,0 +1,655 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dictionaries of every format: files written here, results by their formula in float64; hostile files."""
+
+import json
+import os
+import pickle
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import gemma4
+from gemma4 import SAE, FormatError, StateError, Transcoder
+from gemma4.dictionaries import Features
+from gemma4.dictionaries.features import join
+
+D, N, OUT = 24, 9000, 16  # N: more than two blocks of features
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((7, D)).astype(np.float32)
+
+
+def numbers(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def weights(d_out=D, n=N):
+    return {"W_enc": numbers(D, n), "W_dec": numbers(n, d_out), "b_enc": numbers(n) - 4, "b_dec": numbers(d_out)}
+
+
+def saelens(folder, tensors, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "sae_weights.safetensors")
+    d_in, d_sae = tensors["W_enc"].shape
+    metadata = {"hook_name": "blocks.2.hook_resid_post", "model_name": "gemma", "sae_lens_version": "6.54.12"}
+    plain = {"architecture": "standard", "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "metadata": metadata}
+    (folder / "cfg.json").write_text(json.dumps(plain | config))
+    return folder
+
+
+def scope_2(folder, tensors, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name.lower(): array for name, array in tensors.items()}, folder / "params.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu", "width": N} | config))
+    return folder
+
+
+def sparsify(folder, tensors, **config):
+    folder.mkdir(parents=True, exist_ok=True)
+    renamed = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
+    tensors = {renamed.get(name, name): array for name, array in tensors.items()}
+    tensors["encoder.weight"] = np.ascontiguousarray(tensors["encoder.weight"].T)
+    save_file(tensors, folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(json.dumps({"d_in": D, "num_latents": N, "k": 8} | config))
+    return folder
+
+
+# ---- the formulas, dense and in float64 -----------------------------------------------------------------------------
+
+
+def wide(tensors):
+    return {name: array.astype(np.float64) for name, array in tensors.items()}
+
+
+def pre_of(w, x, b_in=0.0):
+    return (x.astype(np.float64) - b_in) @ w["W_enc"] + w["b_enc"]
+
+
+def jump(pre, threshold):
+    return np.where(pre > threshold, np.maximum(pre, 0), 0)
+
+
+def top(pre, k):
+    kept = np.zeros_like(pre)
+    for row, out in zip(pre, kept, strict=True):
+        best = np.argsort(-row)[:k]
+        out[best] = np.maximum(row[best], 0)
+    return kept
+
+
+def agrees(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def check(dictionary, activations, out, x=X):
+    features = dictionary.encode(x)
+    assert len(features.ids) and (features.values > 0).all()
+    assert features.ids.dtype == np.int32 and features.values.dtype == np.float32
+    for ids, _ in features:
+        assert (np.diff(ids) > 0).all()
+    agrees(features.dense(), activations)
+    assert ((features.dense() > 0) == (activations > 0)).all()
+    agrees(dictionary.decode(features, x), out)
+    agrees(dictionary(x), out)
+
+
+# ---- Gemma Scope ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_gemma_scope_1(tmp_path, order):
+    tensors = weights() | {"threshold": np.abs(numbers(N)) * 3}
+    tensors["threshold"][:9] = -1.0  # with the ReLU, as 0
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_3" / "width_9k" / "average_l0_7"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{k: np.asarray(v, order=order) for k, v in tensors.items()})
+    w = wide(tensors)
+    expected = jump(pre_of(w, X), w["threshold"])
+    for path in (folder, folder / "params.npz", str(folder)):
+        with SAE.load(path) as sae:
+            assert (sae.site, sae.d_in, sae.d_sae, sae.d_out) == ("blocks.3.hook_resid_post", D, N, D)
+            check(sae, expected, expected @ w["W_dec"] + w["b_dec"])
+            agrees(sae.error(X), X - (expected @ w["W_dec"] + w["b_dec"]))
+
+
+@pytest.mark.parametrize(
+    ("repository", "layer", "site", "site_out"),
+    [
+        ("gemma-scope-9b-pt-mlp", 4, "blocks.4.hook_mlp_out", None),
+        ("models--google--gemma-scope-27b-pt-att", 11, "blocks.11.attn.hook_z", None),
+        ("gemma-scope-2b-pt-transcoders", 0, "blocks.0.ln2.hook_normalized", "blocks.0.hook_mlp_out"),
+        ("elsewhere", 4, None, None),
+    ],
+)
+def test_sites_of_gemma_scope_1(tmp_path, repository, layer, site, site_out):
+    """The transcoders read before the gain: it was folded into them."""
+    folder = tmp_path / repository / f"layer_{layer}" / "width_9k"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **weights(n=32), threshold=np.ones(32, np.float32))
+    kind = Transcoder if site_out else SAE
+    assert kind.load(folder).site == site and getattr(kind.load(folder), "site_out", None) == site_out
+    assert kind.load(folder, site="model.layers.1.output").site == "blocks.1.hook_resid_post"
+    if site_out:
+        with pytest.raises(ValueError, match=r"is a transcoder: open it with gemma4.Transcoder.load"):
+            SAE.load(folder)
+
+
+def test_embeddings_of_gemma_scope_1_are_unscaled(tmp_path):
+    tensors = weights() | {"threshold": np.abs(numbers(N))}
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **tensors)
+    w, root = wide(tensors), D**0.5
+    expected = jump(pre_of(w, X / root), w["threshold"])
+    sae = SAE.load(folder)
+    assert sae.site == "hook_embed"
+    check(sae, expected, (expected @ w["W_dec"] + w["b_dec"]) * root)
+
+
+def test_a_compressed_npz_is_refused(tmp_path):
+    np.savez_compressed(tmp_path / "params.npz", **weights(n=32))
+    with pytest.raises(FormatError, match=r"compressed.*numpy.savez"):
+        SAE.load(tmp_path)
+
+
+HOOKS = {
+    "model.layers.7.output": "blocks.7.hook_resid_post",
+    "model.layers.7.self_attn.o_proj.input": "blocks.7.attn.hook_z",
+    "model.layers.7.post_feedforward_layernorm.output": "blocks.7.hook_mlp_out",
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_gemma_scope_2(tmp_path, hook):
+    tensors = weights() | {"threshold": np.abs(numbers(N))}
+    model = {"model_name": "google/gemma-3-1b-it", "affine_connection": False}
+    sae = SAE.load(scope_2(tmp_path, tensors, hf_hook_point_in=hook, hf_hook_point_out=hook, **model))
+    assert sae.site == HOOKS[hook] and sae.skip_positions == 4 and sae.metadata["width"] == N
+    w = wide(tensors)
+    expected = jump(pre_of(w, X), w["threshold"])
+    check(sae, expected, expected @ w["W_dec"] + w["b_dec"])
+
+
+def test_gemma_scope_2_transcoder(tmp_path):
+    """It reads after the gain, and its affine part is x @ A, not transposed."""
+    tensors = weights() | {"threshold": np.abs(numbers(N)), "affine_skip_connection": numbers(D, D)}
+    ends = {
+        "hf_hook_point_in": "model.layers.7.pre_feedforward_layernorm.output",
+        "hf_hook_point_out": "model.layers.7.post_feedforward_layernorm.output",
+    }
+    folder = scope_2(tmp_path, tensors, affine_connection=True, model_name="google/gemma-3-1b-pt", **ends)
+    transcoder = Transcoder.load(folder)
+    assert (transcoder.site, transcoder.site_out) == ("blocks.7.mlp.hook_in", "blocks.7.hook_mlp_out")
+    assert transcoder.skip_positions == 0
+    w = wide(tensors)
+    expected = jump(pre_of(w, X), w["threshold"])
+    out = expected @ w["W_dec"] + w["b_dec"] + X.astype(np.float64) @ w["affine_skip_connection"]
+    check(transcoder, expected, out)
+    target = numbers(7, D)
+    agrees(transcoder.error(X, target), target - out)
+    with pytest.raises(ValueError, match="needs the input besides"):
+        transcoder.decode(transcoder.encode(X))
+    with pytest.raises(ValueError, match="needs the output besides"):
+        transcoder.error(X)
+
+
+def test_gemma_scope_2_without_its_config(tmp_path):
+    folder = scope_2(tmp_path, weights() | {"threshold": np.ones(N, np.float32)})
+    (folder / "config.json").unlink()
+    assert SAE.load(folder).site is None
+
+
+# ---- SAELens --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("apply", [True, False, None])
+@pytest.mark.parametrize("norm", ["none", "constant_norm_rescale", "layer_norm", None])
+def test_saelens_standard(tmp_path, apply, norm):
+    tensors = weights()
+    config = {"apply_b_dec_to_input": apply, "normalize_activations": norm}
+    sae = SAE.load(saelens(tmp_path, tensors, **{k: v for k, v in config.items() if v is not None}))
+    assert sae.site == "blocks.2.hook_resid_post"
+    w, x = wide(tensors), X.astype(np.float64) + 3
+    shift = x.mean(axis=1, keepdims=True) if norm == "layer_norm" else 0.0
+    factor = np.float64(1)
+    if norm == "layer_norm":
+        factor = x.std(axis=1, ddof=1, keepdims=True)
+    elif norm == "constant_norm_rescale":
+        factor = np.linalg.norm(x, axis=1, keepdims=True) / D**0.5
+    eps = 1e-5 if norm == "layer_norm" else 0
+    expected = jump(pre_of(w, (x - shift) / (factor + eps), w["b_dec"] if apply in (True, None) else 0), 0)
+    check(sae, expected, (expected @ w["W_dec"] + w["b_dec"]) * factor + shift, x)
+
+
+@pytest.mark.parametrize("by_norm", [True, False])
+@pytest.mark.parametrize("k", [1, 40, N])
+def test_saelens_topk(tmp_path, by_norm, k):
+    tensors = weights()
+    tensors["b_enc"] += 3
+    sae = SAE.load(saelens(tmp_path, tensors, architecture="topk", k=k, rescale_acts_by_decoder_norm=by_norm))
+    w = wide(tensors)
+    norms = np.linalg.norm(w["W_dec"], axis=1) if by_norm else np.ones(N)
+    expected = top(pre_of(w, X, w["b_dec"]) * norms, k)
+    check(sae, expected, (expected / norms) @ w["W_dec"] + w["b_dec"])
+
+
+def test_top_k_of_equal_features_is_the_first(tmp_path):
+    tensors = weights()
+    tensors["W_enc"][:] = tensors["W_enc"][:, :1]
+    tensors["b_enc"][:] = 100
+    sae = SAE.load(saelens(tmp_path, tensors, architecture="topk", k=3))
+    assert sae.encode(X).ids.tolist() == [0, 1, 2] * len(X)
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk", "matryoshka_batchtopk"])
+def test_saelens_jumprelu(tmp_path, architecture):
+    """Batch-top-k is saved with a constant threshold; a feature at it does not fire."""
+    tensors = weights() | {"threshold": np.full(N, 1.5, np.float32)}
+    tensors["W_enc"][:, 5], tensors["b_enc"][5] = 0, 1.5
+    tensors["W_enc"][:, 6], tensors["b_enc"][6] = 0, np.nextafter(np.float32(1.5), np.float32(2))
+    sae = SAE.load(saelens(tmp_path, tensors, architecture=architecture))
+    w = wide(tensors)
+    expected = jump(pre_of(w, X, w["b_dec"]), 1.5)
+    assert not expected[:, 5].any() and expected[:, 6].all()
+    check(sae, expected, expected @ w["W_dec"] + w["b_dec"])
+
+
+def test_saelens_gated(tmp_path):
+    tensors = weights()
+    del tensors["b_enc"]
+    tensors |= {"r_mag": numbers(N), "b_mag": numbers(N), "b_gate": numbers(N) - 3}
+    sae = SAE.load(saelens(tmp_path, tensors, architecture="gated"))
+    w = wide(tensors)
+    x = X.astype(np.float64) - w["b_dec"]
+    magnitude = np.maximum(x @ (w["W_enc"] * np.exp(w["r_mag"])) + w["b_mag"], 0)
+    expected = np.where(x @ w["W_enc"] + w["b_gate"] > 0, magnitude, 0)
+    check(sae, expected, expected @ w["W_dec"] + w["b_dec"])
+
+
+@pytest.mark.parametrize("architecture", [j + s + "transcoder" for j in ("", "jumprelu_") for s in ("", "skip_")])
+def test_saelens_transcoder(tmp_path, architecture):
+    """b_dec is of the output's width, and W_skip is [d_out, d_in]."""
+    tensors = weights(OUT) | {"threshold": np.full(N, 1, np.float32), "W_skip": numbers(OUT, D)}
+    named = {"hook_name": "blocks.1.ln2.hook_normalized", "hook_name_out": "blocks.1.hook_mlp_out"}
+    folder = saelens(tmp_path, tensors, architecture=architecture, d_out=OUT, metadata=named, apply_b_dec_to_input=True)
+    transcoder = Transcoder.load(folder)
+    assert (transcoder.site, transcoder.site_out) == (named["hook_name"], named["hook_name_out"])
+    w = wide(tensors)
+    expected = jump(pre_of(w, X), 1 if "jumprelu" in architecture else 0)
+    skip = X @ w["W_skip"].T if "skip" in architecture else 0
+    check(transcoder, expected, expected @ w["W_dec"] + w["b_dec"] + skip)
+    with pytest.raises(ValueError, match="Transcoder"):
+        SAE.load(folder)
+    with pytest.raises(ValueError, match="is an autoencoder"):
+        Transcoder.load(saelens(tmp_path / "sae", weights()))
+
+
+def test_hook_point_of_hugging_face_wins(tmp_path):
+    """SAELens names the wrong input for transcoders of Gemma Scope 2."""
+    named = {"hook_name": "blocks.1.hook_mlp_in", "hf_hook_point_in": "model.layers.1.pre_feedforward_layernorm.output"}
+    sae = Transcoder.load(saelens(tmp_path, weights(), architecture="transcoder", metadata=named))
+    assert sae.site == "blocks.1.mlp.hook_in"
+
+
+@pytest.mark.parametrize(
+    "old", [{"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}}, {"architecture": "topk", "k": 5}]
+)
+def test_saelens_before_6(tmp_path, old):
+    tensors = weights()
+    folder = saelens(tmp_path, tensors, **{"metadata": {}, "hook_point": "blocks.1.hook_resid_pre"} | old)
+    sae = SAE.load(folder)
+    assert sae.site == "blocks.1.hook_resid_pre"
+    assert (sae.encode(X).counts == 5).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_types_are_computed_in_float32(tmp_path, dtype):
+    tensors = {name: array.astype(dtype) for name, array in weights().items()}
+    sae = SAE.load(saelens(tmp_path, tensors))
+    w = wide(tensors)
+    expected = jump(pre_of(w, X, w["b_dec"]), 0)
+    agrees(sae.encode(X).dense(), expected)
+    agrees(sae(X), expected @ w["W_dec"] + w["b_dec"])
+
+
+# ---- sparsify -------------------------------------------------------------------------------------------------------
+
+
+def test_sparsify(tmp_path):
+    """W_dec is [d_sae, d_in], and the encoder is stored transposed."""
+    tensors = weights()
+    sae = SAE.load(sparsify(tmp_path / "layers.5", tensors))
+    assert sae.site == "blocks.5.hook_resid_post"
+    w = wide(tensors)
+    expected = top(pre_of(w, X, w["b_dec"]), 8)
+    check(sae, expected, expected @ w["W_dec"] + w["b_dec"])
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_sparsify_transcoder(tmp_path, skip):
+    tensors = weights() | {"W_skip": numbers(D, D)}
+    config = {"transcode": True, "skip_connection": skip, "num_latents": 0, "expansion_factor": N // D}
+    folder = sparsify(tmp_path / "layers.5.mlp", tensors, **config)
+    transcoder = Transcoder.load(folder / "sae.safetensors")
+    assert (transcoder.site, transcoder.site_out) == ("blocks.5.mlp.hook_in", "blocks.5.mlp.hook_out")
+    w = wide(tensors)
+    expected = top(pre_of(w, X), 8)
+    check(transcoder, expected, expected @ w["W_dec"] + w["b_dec"] + (X @ w["W_skip"].T if skip else 0))
+
+
+# ---- features -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def standard(tmp_path_factory):
+    return SAE.load(saelens(tmp_path_factory.mktemp("standard"), weights()))
+
+
+def test_features(standard):
+    features = standard.encode(X)
+    dense = features.dense()
+    assert len(features) == len(X) and features[2].ids.tolist() == np.flatnonzero(dense[2]).tolist()
+    assert features[-1].values.tolist() == dense[-1][features[-1].ids].tolist()
+    np.testing.assert_array_equal(features[2:5].dense(), dense[2:5])
+    np.testing.assert_array_equal(features[5:2].dense(), dense[5:2])
+    np.testing.assert_array_equal(features.feature(int(features.ids[0])), dense[:, features.ids[0]])
+    best = features.top(3)
+    assert (best.counts == 3).all()
+    for row, (ids, values) in zip(dense, best, strict=True):
+        assert sorted(ids) == sorted(np.argsort(-row)[:3]) and values.tolist() == row[ids].tolist()
+    np.testing.assert_array_equal(join([features[:3], features[3:]], N).dense(), dense)
+    with pytest.raises(IndexError):
+        features[len(X)]
+    with pytest.raises(IndexError, match="0 to 8999"):
+        features.feature(N)
+    with pytest.raises(ValueError, match="k must be"):
+        features.top(0)
+    with pytest.raises(ValueError, match="dictionary of 5"):
+        standard.decode(Features(features.offsets, features.ids, features.values, 5))
+
+
+def test_no_positions(standard):
+    features = standard.encode(X[:0])
+    assert len(features) == 0 and standard.decode(features).shape == (0, D) and features.dense().shape == (0, N)
+
+
+def test_many_positions_are_those_of_few(standard):
+    x = numbers(1100, D)  # more than two blocks of positions
+    features = standard.encode(x)
+    for first in (0, 500, 1000):
+        few = standard.encode(x[first : first + 100])
+        agrees(features[first : first + 100].dense(), few.dense())
+
+
+def test_heads_are_concatenated(standard):
+    np.testing.assert_array_equal(standard.encode(X.reshape(7, 4, 6)).dense(), standard.encode(X).dense())
+
+
+def test_metrics(standard):
+    found = standard.metrics(X)
+    dense, out = standard.encode(X).dense(), standard(X).astype(np.float64)
+    spread = ((X - X.mean(axis=0, dtype=np.float64)) ** 2).sum()
+    assert found.explained_variance == pytest.approx(1 - ((X - out) ** 2).sum() / spread, rel=1e-5)
+    assert found.l0 == pytest.approx((dense > 0).sum(axis=1).mean())
+    assert found.dead == pytest.approx((dense == 0).all(axis=0).mean())
+
+
+def test_a_row_of_the_decoder(standard):
+    only = Features(np.array([0, 1, 1]), np.array([77], np.int32), np.array([2], np.float32), N)
+    with_it, without = standard.decode(only)
+    agrees(with_it - without, 2 * standard.direction(77))
+    with pytest.raises(IndexError, match="no feature 9000"):
+        standard.direction(N)
+
+
+def test_a_cache(tiny, tmp_path):
+    (d_model,) = tiny.sites["blocks.2.hook_resid_post"].dims[1:]
+    tensors = {"w_enc": numbers(d_model, 64), "w_dec": numbers(64, d_model)}
+    tensors |= {"b_enc": numbers(64), "b_dec": numbers(d_model)}
+    hook = "model.layers.2.output"
+    config = {"hf_hook_point_in": hook, "hf_hook_point_out": hook, "width": 64, "model_name": "some-it"}
+    sae = SAE.load(scope_2(tmp_path, tensors | {"threshold": np.zeros(64, np.float32)}, **config))
+    _, cache = tiny.run_with_cache("Once upon a time there was", sae.site)
+    features, plain = sae.encode(cache), sae.encode(cache[sae.site])
+    assert (features.counts[:4] == 0).all() and plain.counts[:4].all()
+    np.testing.assert_array_equal(features[4:].dense(), plain[4:].dense())
+    agrees(sae.error(cache), cache[sae.site] - sae(cache))
+    with pytest.raises(ValueError, match=rf"reads \[pos, {d_model}\]"):
+        sae.encode(cache[sae.site][:, :-1])
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_activations_that_are_no_numbers(standard, bad):
+    x = X.copy()
+    x[3, 2] = bad
+    with pytest.raises(ValueError, match="row 3 hold NaN or infinities"):
+        standard.encode(x)
+    with pytest.raises(TypeError, match="must be numbers"):
+        standard.encode(np.array([["a"] * D]))
+    for shape in ((D,), (2, D + 1), (1, 2, 3, 4)):
+        with pytest.raises(ValueError, match=rf"reads \[pos, {D}\]"):
+            standard.encode(np.zeros(shape, np.float32))
+
+
+def changed(name, change):
+    tensors = weights(n=32) | {"threshold": np.ones(32, np.float32)}
+    tensors[name] = change(tensors[name])
+    return tensors
+
+
+def put(value):
+    def change(array):
+        array = array.copy()
+        array.reshape(-1)[3] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("threshold", put(np.nan), r"threshold\[3\] is nan"),
+        ("b_enc", put(np.inf), r"b_enc\[3\] is inf, expected a finite"),
+        ("b_dec", put(np.nan), r"b_dec\[3\] is nan"),
+        ("b_dec", lambda a: a[:-1], r"b_dec has shape \[23\], expected \[24\]"),
+        ("W_dec", lambda a: a[:-1], r"W_dec has shape \[31, 24\], expected \[32, 24\]"),
+        ("W_enc", lambda a: a.T.copy(), r"W_enc has shape \[32, 24\], expected \[24, 32\]"),
+        ("W_enc", lambda a: a.reshape(-1), r"W_enc has shape \[768\]"),
+        ("W_enc", lambda a: a.astype(np.int32), r"W_enc is <i4, expected one of float32"),
+    ],
+)
+def test_hostile_tensors(tmp_path, name, change, message):
+    saelens(tmp_path, weights(n=32), architecture="jumprelu")
+    save_file(changed(name, change), tmp_path / "sae_weights.safetensors")
+    with pytest.raises(FormatError, match=message):
+        SAE.load(tmp_path)
+
+
+def test_missing_tensor(tmp_path):
+    tensors = weights(n=32)
+    del tensors["b_enc"]
+    with pytest.raises(FormatError, match="no tensor b_enc; it has W_"):
+        SAE.load(saelens(tmp_path, tensors))
+
+
+def test_weights_that_are_nan_are_found_when_used(tmp_path):
+    sae = SAE.load(saelens(tmp_path, changed("W_enc", put(np.nan))))
+    with pytest.raises(FormatError, match="NaN for features 0 to 31"):
+        sae.encode(X)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"architecture": "temporal"}, NotImplementedError, "'temporal' is not read"),
+        ({"architecture": ["standard"]}, NotImplementedError, "is not read"),
+        ({"architecture": "batchtopk"}, NotImplementedError, "no threshold"),
+        ({"activation_fn": "tanh-relu"}, NotImplementedError, "'tanh-relu'"),
+        ({"normalize_activations": "expected_average_only_in"}, NotImplementedError, "fold_activation_norm"),
+        ({"normalize_activations": "covariance_whitening"}, NotImplementedError, "covariance_whitening"),
+        ({"reshape_activations": "odd"}, NotImplementedError, "'odd'"),
+        ({"hook_head_index": 2}, NotImplementedError, "one attention head"),
+        ({"d_in": 25}, FormatError, r"W_enc has shape \[24, 32\], expected \[25, 32\]"),
+        ({"d_sae": "32"}, FormatError, "d_sae is 32, expected an integer"),
+        ({"d_in": None}, FormatError, "d_in is None"),
+        ({"architecture": "topk", "k": 0}, FormatError, r"k is 0, expected an integer in 1..32"),
+        ({"architecture": "topk"}, FormatError, "k is None"),
+        ({"metadata": []}, FormatError, r"metadata is \[\], expected an object"),
+        ({"metadata": {"hook_name": 7}}, FormatError, "hook_name is 7"),
+        ({"apply_b_dec_to_input": "yes"}, FormatError, "expected true or false"),
+    ],
+)
+def test_hostile_configurations(tmp_path, config, error, message):
+    with pytest.raises(error, match=message):
+        SAE.load(saelens(tmp_path, weights(n=32), **config))
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        ({"architecture": "topk"}, NotImplementedError, "'topk' is not read"),
+        ({"width": 7}, FormatError, "w_enc has 9000 features, width in config.json is 7"),
+        ({"affine_connection": True}, FormatError, "no tensor affine_skip_connection"),
+        ({"type": "crosscoder"}, NotImplementedError, "crosscoder"),
+    ],
+)
+def test_hostile_gemma_scope_2(tmp_path, config, error, message):
+    with pytest.raises(error, match=message):
+        SAE.load(scope_2(tmp_path, weights() | {"threshold": np.ones(N, np.float32)}, **config))
+
+
+def test_json_that_is_none(tmp_path):
+    folder = saelens(tmp_path, weights(n=32))
+    for text in ("[" * 100_000, "{", "7", '{"d_in": 1' + "0" * 5000 + "}"):
+        (folder / "cfg.json").write_text(text)
+        with pytest.raises(FormatError):
+            SAE.load(folder)
+    (folder / "cfg.json").write_bytes(b" " * (17 << 20))
+    with pytest.raises(FormatError, match="limit"):
+        SAE.load(folder)
+
+
+def test_files_cut_anywhere(tmp_path):
+    folder = saelens(tmp_path / "a", weights(n=32))
+    np.savez(tmp_path / "params.npz", **weights(n=32), threshold=np.ones(32, np.float32))
+    for file in (folder / "sae_weights.safetensors", tmp_path / "params.npz"):
+        data = file.read_bytes()
+        for end in [*range(0, 400, 13), *range(400, len(data), 997), len(data) - 1]:
+            file.write_bytes(data[:end])
+            with pytest.raises(FormatError):
+                SAE.load(file)
+
+
+def test_damaged_npz(tmp_path):
+    """Every single byte of the headers may be wrong: the file loads with the same shapes, or is a FormatError."""
+    file = tmp_path / "params.npz"
+    np.savez(file, **weights(n=8), threshold=np.ones(8, np.float32))
+    data, refused = bytearray(file.read_bytes()), 0
+    places = [*range(300), *range(len(data) - 600, len(data))]
+    for place in places[::3]:
+        damaged = data.copy()
+        damaged[place] ^= 0xFF
+        file.write_bytes(damaged)
+        try:
+            with SAE.load(file) as sae:
+                sae.encode(X)
+        except (FormatError, NotImplementedError):
+            refused += 1
+    assert refused > 20
+
+
+def test_objects_in_an_npz_are_not_read(tmp_path):
+    np.savez(tmp_path / "params.npz", **weights(n=8) | {"W_enc": np.array([[Evil()]], object)})
+    with pytest.raises(FormatError):
+        SAE.load(tmp_path / "params.npz")
+    assert not Evil.ran
+
+
+class Evil:
+    ran = False
+
+    def __reduce__(self):
+        return (setattr, (Evil, "ran", True))
+
+
+def test_arrays_beyond_the_file(tmp_path):
+    """The list of entries claims more data than the file has."""
+    file = tmp_path / "params.npz"
+    np.savez(file, **weights(n=8), threshold=np.ones(8, np.float32))
+    data = file.read_bytes()
+    sizes = data.rindex(b"PK\x01\x02") + 20
+    file.write_bytes(data[:sizes] + 2 * (1 << 30).to_bytes(4, "little") + data[sizes + 8 :])
+    with pytest.raises(FormatError):
+        SAE.load(file)
+
+
+@pytest.mark.parametrize("name", ["ae.pt", "sae.pkl", "pytorch_model.bin", "w.pth"])
+def test_pickles_are_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(pickle.dumps(Evil()))
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(FormatError, match=r"pickles can run code.*Convert it"):
+            SAE.load(path)
+    assert not Evil.ran
+
+
+def test_what_is_no_dictionary(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        SAE.load(tmp_path / "nowhere")
+    with pytest.raises(FormatError, match=r"holds nothing; expected one of params\.npz"):
+        SAE.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(FormatError, match="no dictionary by its name"):
+        SAE.load(tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "params.npz")
+    with pytest.raises((FormatError, FileNotFoundError)):
+        SAE.load(tmp_path / "params.npz")
+    (tmp_path / "params_layer_0.safetensors").write_bytes(b"x")
+    with pytest.raises(NotImplementedError, match="crosscoder"):
+        SAE.load(tmp_path)
+
+
+def test_a_file_that_changes_or_is_closed(tmp_path):
+    folder = saelens(tmp_path, weights(n=32))
+    sae = SAE.load(folder)
+    file = folder / "sae_weights.safetensors"
+    os.truncate(file, 100)
+    with pytest.raises(FormatError, match="changed size"):
+        sae.encode(X)
+    sae.close()
+    with pytest.raises(StateError, match="closed"):
+        sae.direction(0)
+
+
+@pytest.mark.slow
+def test_opening_does_not_read(tmp_path):
+    """A sparse file of 4 GB opens at once, and takes memory for what is used."""
+    d_in, d_sae = 4096, 131072
+    half = 4 * d_in * d_sae
+    header = {}
+    sizes = {"W_enc": [d_in, d_sae], "W_dec": [d_sae, d_in], "b_enc": [d_sae], "b_dec": [d_in]}
+    end = 0
+    for name, shape in sizes.items():
+        size = 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    saelens(tmp_path, weights(n=32), d_in=d_in, d_sae=d_sae)
+    with open(tmp_path / "sae_weights.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    assert end > 2 * half and Path(tmp_path / "sae_weights.safetensors").stat().st_size > 4 << 30
+    start = time.perf_counter()
+    sae = SAE.load(tmp_path)
+    assert time.perf_counter() - start < 1
+    assert not sae.direction(d_sae - 1).any()
+
+
+def test_public_names():
+    assert {"SAE", "Transcoder", "Features"} <= set(gemma4.__all__)
