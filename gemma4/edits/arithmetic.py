@@ -147,13 +147,13 @@ class WithValue(OnSites):
         axis = next(i for i, dim in enumerate(part.site.dims) if dim in ("T", "S"))
         at = axis - len(part.site.dims) + values.ndim
         if at < 0 or values.shape[at] == 1:
-            return replace(part, values=values).check_shape()
+            return replace(part, values=values)
         rows = listed(self.where)
         if rows is None or len(rows) != values.shape[at]:
             raise ValueError(
                 f"{self}: the value has {values.shape[at]} rows of positions; pos must list as many, got {self.pos}"
             )
-        return replace(part, values=values, rows=rows).check_shape()
+        return replace(part, values=values, rows=rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, cast
 
 import numpy as np
@@ -139,6 +139,12 @@ class SiteEdit:
     spans: tuple[tuple[int, Span], ...] = ()
     keys: Checked = None
     window: int = 0
+    ready: Arithmetic | None = field(init=False, default=None)  # where it is the same in every run
+
+    def __post_init__(self) -> None:
+        """Raises ValueError at once if values cannot fit, where the site's shape is known without a run."""
+        if "S" not in self.site.dims:
+            object.__setattr__(self, "ready", self._arithmetic(0, WHOLE))
 
     def taps(self, place: Place) -> list[tuple[Arithmetic, I32 | None]]:
         """The work for the engine in this run: pairs (arithmetic, rows), see `_engine.Tap`; [] if the edit rests."""
@@ -146,9 +152,13 @@ class SiteEdit:
             return []
         if "T" not in self.site.dims:
             return self._cached_taps(place)
+        if self.ready and self.edit.where is None and self.rows is None:  # all rows, every time: the usual steering
+            return [(self.ready, None)]
         rows = self._row_map(place)
         if (rows < 0).all():
             return []
+        if self.ready:
+            return [(self.ready, rows)]
         n_keys = place.first + place.n
         of_keys: Iterable[Span] = (WHOLE,)
         if self.keys is not None:
@@ -180,7 +190,7 @@ class SiteEdit:
         spans, sizes = [WHOLE] * len(self.site.dims), list[int]()
         for axis, dim in enumerate(self.site.dims):
             spans[axis] = keys if dim == "S" else dict(self.spans).get(axis, WHOLE)
-            size = n_keys if dim == "S" else (1 if self.rows is None else len(self.rows)) if dim == "T" else int(dim)
+            size = n_keys if dim == "S" else self._n_value_rows() if dim == "T" else int(dim)
             sizes.append(size if spans[axis] == WHOLE else spans[axis][1] - spans[axis][0])
         values = self.values
         if values is not None:
@@ -189,16 +199,12 @@ class SiteEdit:
             except ValueError:
                 axes = ", ".join(map(str, self.site.dims))
                 raise ValueError(
-                    f"{self.edit}: values of shape {values.shape} do not fit {self.site.name} [{axes}], of which "
-                    f"{tuple(sizes)} is edited"
+                    f"{self.edit}: values of shape {values.shape} do not fit {self.site.name} [{axes}]"
                 ) from None
         return self.kind, self.factor, self.low, self.high, values, tuple(spans)
 
-    def check_shape(self) -> SiteEdit:
-        """Raises ValueError at once if values cannot fit, where the site's shape is known without a run."""
-        if "S" not in self.site.dims:
-            self._arithmetic(0, WHOLE)
-        return self
+    def _n_value_rows(self) -> int:
+        return 2 if self.rows is None else len(self.rows)  # 2 of one row: broadcasting gives the axis the stride 0
 
 
 def checked_edits(edits: object) -> list[Edit]:

@@ -79,7 +79,7 @@ class Patch(OnSites):
             same = Set(self.site, self.value, head=self.head, index=self.index, pos=self.where)
             return [replace(part, edit=self) for part in same.bound(table, stop_at_layer=stop_at_layer)]
         parts = self.parts_of(table, stop_at_layer, "set")
-        return [replace(part, values=self._rows(part), rows=listed(self.where)).check_shape() for part in parts]
+        return [replace(part, values=self._rows(part), rows=listed(self.where)) for part in parts]
 
     def _rows(self, part: SiteEdit) -> F32:
         """The rows to write at `pos`, cut to the part that is edited."""
@@ -126,7 +126,7 @@ class Steer(Edit):
         names = [f"blocks.{layer}.{self.at}" for layer in listed(self.layer) or ()]
         values, factor = cast(F32, self.direction), self.scale
         return [
-            SiteEdit(self, site, "add", factor=factor, values=values).check_shape()
+            SiteEdit(self, site, "add", factor=factor, values=values)
             for site in table.select(names, stop_at_layer=stop_at_layer)
         ]
 
@@ -184,7 +184,7 @@ class Ablate(Edit):
     def _at_mean(self, part: SiteEdit) -> SiteEdit:
         caches, site = _caches(self.mean), part.site
         if not caches:
-            return replace(part, values=cast(F32, self.mean)).check_shape()
+            return replace(part, values=cast(F32, self.mean))
         if "S" in site.dims and "T" in site.dims:
             raise ValueError(f"{self}: {site.name} has one value for each pair of positions, of which there is no mean")
         missing = [cache for cache in caches if site.name not in cache]
@@ -195,7 +195,7 @@ class Ablate(Edit):
         mean = rows.mean(axis=axis, keepdims=True, dtype=np.float64)
         for along, (first, end) in part.spans:
             mean = mean.take(range(first, end), axis=along)
-        return replace(part, values=frozen(mean, str(self))).check_shape()
+        return replace(part, values=frozen(mean, str(self)))
 
     def __str__(self) -> str:
         return f"Ablate(head={self.head})" if self.head else f"Ablate({self.site!r})"
