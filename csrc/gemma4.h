@@ -216,12 +216,16 @@ typedef struct {
      * beyond its own. Consecutive rows that see each other (an image) form a stretch. Chunks never split a stretch.
      * NULL: causal. */
     const int32_t *ends;
+    /* [n_rows, D] or NULL: the residual stream that enters layer g4_step_options.start_at_layer, in place of what the
+     * layers before it make of the embeddings. All runs of a step have it, or none. */
+    const float *resid;
 } g4_run;
 
 typedef struct {
-    int stop_at_layer;          /* -1: all layers; n: layers [0, n) only, and the sequences do not grow */
-    int max_chunk;              /* maximum rows per chunk; 0: 512 */
-    bool locked;                /* the caller has locked the runs' sequences */
+    int stop_at_layer;  /* -1: all layers; n: layers [0, n) only, and the sequences do not grow */
+    int start_at_layer; /* n, with runs' `resid`: no layer before n runs, and the sequences do not grow; else 0 */
+    int max_chunk;      /* maximum rows per chunk; 0: 512 */
+    bool locked;        /* the caller has locked the runs' sequences */
     int (*poll)(void *context); /* called at most every 20 ms; nonzero cancels the step between parts of a chunk */
     void *poll_context;
     g4_profile *profile; /* the times of this step's operations are added here; may be NULL */

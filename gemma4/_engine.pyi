@@ -67,9 +67,12 @@ Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
 # · positions within the run that need logits int32 [n] ascending (or None) · logits output float32 [n, d_vocab]
 # (or None) · and, if some positions see later ones, ends int32 [T] ascending (or None): position i of the run sees
 # positions before ends[i], i < ends[i] <= T, as far as each layer's `ahead` allows. No chunk divides such a stretch.
+# · and, if layers before start_at_layer do not run, the residual stream resid float32 [T, d_model] that enters it (or
+# None; all runs of a step have one, or none).
 Run: TypeAlias = (
     tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None]
     | tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None, I32 | None]
+    | tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None, I32 | None, F32 | None]
 )
 
 # Copy a site out: site id · layer (0 for model-wide sites) · run index · array · rows.
@@ -115,6 +118,7 @@ class Model:
         taps: Seq[Tap] = (),
         *,
         stop_at_layer: int = -1,
+        start_at_layer: int = 0,
         max_chunk: int = 0,
         profile: F64 | None = None,
     ) -> None:
@@ -122,7 +126,8 @@ class Model:
 
         Long runs are cut into chunks of at most max_chunk rows in all (0 = 512); with precision "exact" results do
         not depend on it. On success every sequence has grown by its run. With stop_at_layer = n only layers 0..n-1 run,
-        nothing is appended to the sequences, and logits must be None.
+        nothing is appended to the sequences, and logits must be None. With runs' resid layers start_at_layer, ... run
+        on it, and nothing is appended either; each must compute its keys, or read those of a layer that runs.
         profile: float64 [len(profile_ops()), 6], to which the step adds each operation's calls, seconds, float32
         operations, integer operations, bfloat16 operations and bytes; the seconds add up to those of the step.
         Raises ValueError (token id out of range, empty run, bad rows), CapacityError (context overflow),

@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Unpack, cast, overload
+from typing import TypeAlias, Unpack, cast, overload
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from gemma4 import checks, info
 from gemma4.core import F32, Core, KVDtype, Precision
@@ -23,7 +26,7 @@ from gemma4.generation.stream import TextStream, generate, stream
 from gemma4.inputs import PromptLike, Single, TokensLike, is_batch, opened_prompts, tokenize_prompt
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import Hook, activated, active_hooks, bind_hooks, check_hooks, checked_hooks, hooks_of
-from gemma4.interp.sites import Names, Site, names_of, reusable
+from gemma4.interp.sites import Names, Site, SiteTable, names_of, reusable
 from gemma4.load import open_checkpoint
 from gemma4.media.audio import AudioLike
 from gemma4.media.image import ImageLike
@@ -32,9 +35,11 @@ from gemma4.media.video import FRAME_TOKENS, NUM_FRAMES, Sampling, VideoLike
 from gemma4.narrow import is_integer
 from gemma4.profile import Profile, profiling
 from gemma4.sequence import Sequence, new_sequence, restore
-from gemma4.step import Output, Positions, Rows, run_step
+from gemma4.step import Output, Positions, Prompt, Rows, run_step
 
 __all__ = ["KVDtype", "Model", "Precision", "load"]
+
+Start: TypeAlias = tuple[int, Seq[ArrayLike]]  # the first layer to run, and what enters it for each prompt
 
 
 def load(
@@ -296,12 +301,134 @@ class Model(Core):
         Raises as `forward`, and SiteError (a name that matches no site, with the closest ones; a site that
         stop_at_layer leaves out), ValueError (pos or stop_at_layer out of range), TypeError (names that are no names).
         """
+        return self._run_with_cache(ids, names, None, pos, stop_at_layer, logits, sequence)
+
+    @overload
+    def run_from(
+        self,
+        resid: ArrayLike,
+        layer: int,
+        ids: Single,
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: None = None,
+        logits: Rows = "all",
+        sequence: Sequence | None = None,
+    ) -> tuple[F32, ActivationCache]: ...
+    @overload
+    def run_from(
+        self,
+        resid: ArrayLike,
+        layer: int,
+        ids: Single,
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: None = None,
+        logits: None,
+        sequence: Sequence | None = None,
+    ) -> tuple[None, ActivationCache]: ...
+    @overload
+    def run_from(
+        self,
+        resid: ArrayLike,
+        layer: int,
+        ids: Single,
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: int,
+        logits: Positions = "all",
+        sequence: Sequence | None = None,
+    ) -> tuple[None, ActivationCache]: ...
+    @overload
+    def run_from(
+        self,
+        resid: Seq[ArrayLike],
+        layer: int,
+        ids: Seq[Single],
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: None = None,
+        logits: Rows = "all",
+        sequence: Seq[Sequence] | None = None,
+    ) -> tuple[list[F32], list[ActivationCache]]: ...
+    @overload
+    def run_from(
+        self,
+        resid: Seq[ArrayLike],
+        layer: int,
+        ids: Seq[Single],
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: None = None,
+        logits: None,
+        sequence: Seq[Sequence] | None = None,
+    ) -> tuple[list[None], list[ActivationCache]]: ...
+    @overload
+    def run_from(
+        self,
+        resid: Seq[ArrayLike],
+        layer: int,
+        ids: Seq[Single],
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: int,
+        logits: Positions = "all",
+        sequence: Seq[Sequence] | None = None,
+    ) -> tuple[list[None], list[ActivationCache]]: ...
+    def run_from(
+        self,
+        resid: ArrayLike | Seq[ArrayLike],
+        layer: int,
+        ids: TokensLike,
+        names: Names = None,
+        *,
+        pos: Positions = None,
+        stop_at_layer: int | None = None,
+        logits: Positions = "all",
+        sequence: Sequence | Seq[Sequence] | None = None,
+    ) -> tuple[F32 | None | list[F32] | list[None], ActivationCache | list[ActivationCache]]:
+        """Run the rest of the model, from a residual stream that you give: what `run_with_cache` returns.
+
+            _, cache = model.run_with_cache(ids, "blocks.3.hook_resid_pre")
+            logits, _ = model.run_from(cache["resid_pre", 3], 3, ids)    # the logits of the whole run, to the bit
+
+        ids, names, pos, stop_at_layer, logits: as for `run_with_cache`; sites of earlier blocks are not reached.
+
+        resid     float32 [pos, d_model], a row for each token of `ids`; for a list of prompts a list of such arrays
+        layer     the first block that runs, 0 to the last one
+        ids       the tokens: per-layer embeddings and the attention among soft tokens need them
+        sequence  its positions stand before the new ones, as for `run_with_cache`; but it does not grow, as blocks
+                  before `layer` compute no keys and values for it
+
+        Raises as `run_with_cache`, and ValueError: resid of another shape, or a block from `layer` on that attends to
+        keys and values of one before it (in models whose last blocks share them), which then do not exist.
+        """
+        layer = checks.integer("layer", layer, 0, self.n_layers - 1)
+        given = cast("Seq[ArrayLike]", resid if is_batch(ids) else [resid])
+        return self._run_with_cache(ids, names, (layer, given), pos, stop_at_layer, logits, sequence)
+
+    def _run_with_cache(
+        self,
+        ids: TokensLike,
+        names: Names,
+        start: Start | None,
+        pos: Positions,
+        stop_at_layer: int | None,
+        logits: Positions,
+        sequence: Sequence | Seq[Sequence] | None,
+    ) -> tuple[F32 | None | list[F32] | list[None], ActivationCache | list[ActivationCache]]:
         if stop_at_layer is not None:
             stop_at_layer, logits = self._checked_stop(stop_at_layer), None
         names = reusable(names)
-        capture = self.sites.select(names_of(names), stop_at_layer=stop_at_layer)
+        capture = self._sites_from(start).select(names_of(names), stop_at_layer=stop_at_layer)
         pos = "all" if pos is None else pos
-        outputs = self._run(ids, sequence, names, stop_at_layer, logits=logits, capture=capture, pos=pos)
+        outputs = self._run(ids, sequence, names, stop_at_layer, start, logits=logits, capture=capture, pos=pos)
         caches = cast("list[ActivationCache]", [out.cache for out in outputs])
         if is_batch(ids):
             return cast("list[F32]", [out.logits for out in outputs]), caches
@@ -387,13 +514,16 @@ class Model(Core):
         sequence: Sequence | Seq[Sequence] | None,
         names: Names = (),
         stop_at_layer: int | None = None,
+        start: Start | None = None,
         *,
         logits: Positions,
         capture: list[Site] | None = None,
         pos: Positions = "all",
     ) -> list[Output]:
         """One step of all prompts, with the same outputs for each."""
-        hooks = bind_hooks(self.sites, hooks_of(active_hooks(self)), stop_at_layer=stop_at_layer)
+        layer, resids = start or (0, None)
+        table = self._sites_from(start)
+        hooks = bind_hooks(table, hooks_of(active_hooks(self)), stop_at_layer=stop_at_layer)
         taps = EncoderTaps.of(self, active_hooks(self), names)
         with opened_prompts(self, ids, sequence, taps) as prompts:
             for prompt in prompts:
@@ -401,7 +531,21 @@ class Model(Core):
                 extent = Extent(prompt.sequence.length, end, end, prompt=prompt.number, n_prompts=len(prompts))
                 check_hooks(hooks, extent)
             wanted = [replace(prompt, logits=logits, capture=capture, pos=pos, hooks=hooks) for prompt in prompts]
-            return run_step(self, wanted, stop_at_layer=stop_at_layer)
+            if resids is not None:
+                wanted = self._with_resids(wanted, resids)
+            return run_step(self, wanted, stop_at_layer=stop_at_layer, start_at_layer=layer)
+
+    def _sites_from(self, start: Start | None) -> SiteTable:
+        return self.sites if start is None else self.sites.starting_at(start[0])
+
+    def _with_resids(self, prompts: list[Prompt], resids: Seq[ArrayLike]) -> list[Prompt]:
+        if len(resids) != len(prompts):
+            raise ValueError(f"resid: {len(prompts)} prompts need {len(prompts)} arrays, got {len(resids)}")
+        d_model = self.engine_config["d_model"]
+        return [
+            replace(one, resid=_stream(resid, len(one.ids), d_model))
+            for one, resid in zip(prompts, resids, strict=True)
+        ]
 
     # -- generation ----------------------------------------------------------------------------------------------
 
@@ -482,3 +626,13 @@ class Model(Core):
         processor or Ctrl-C are raised at the piece.
         """
         return stream(self, prompt, **options)
+
+
+def _stream(resid: ArrayLike, n_rows: int, d_model: int) -> F32:
+    """A residual stream as the engine takes it. Raises TypeError (no numbers), ValueError (another shape)."""
+    array = np.asarray(resid)
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise TypeError(f"resid must hold numbers, got {array.dtype}")
+    if array.shape != (n_rows, d_model):
+        raise ValueError(f"resid must be [{n_rows}, {d_model}], a row for each token of ids, got {list(array.shape)}")
+    return np.ascontiguousarray(array, dtype=np.float32)

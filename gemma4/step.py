@@ -44,6 +44,7 @@ class Prompt:
     logits: Positions = "all"  # positions within `ids` whose next-token logits to return; None: no array at all
     capture: Seq[Site] | None = None  # sites to keep; None: no cache at all
     pos: Positions = "all"  # at which positions within `ids`
+    resid: F32 | None = None  # float32 [T, d_model]: the residual stream that enters the step's start_at_layer
     hooks: SiteHooks = field(default_factory=SiteHooks)  # sites to edit, those of other prompts stay as they are
     n_prompt: int | None = None  # length of the prompt that these tokens belong to, for edits; None: it ends with them
     step: int = 0  # of a generation, for edits; 0: the prompt itself
@@ -103,11 +104,11 @@ class _Plan:
         return {site.name: np.zeros(site.shape(rows, keys), dtype=site.dtype) for site in sites}
 
     def run(self) -> Run:
-        sequence, soft = self.prompt.sequence.engine, self.prompt.soft
+        sequence, soft, resid = self.prompt.sequence.engine, self.prompt.soft, self.prompt.resid
         rows, logits = (self.rows, self.logits) if len(self.rows) else (None, None)
         if soft is None:
-            return sequence, self.prompt.ids, None, rows, logits
-        return sequence, soft.ids, soft.embeddings, rows, logits, soft.ends
+            return sequence, self.prompt.ids, None, rows, logits, None, resid
+        return sequence, soft.ids, soft.embeddings, rows, logits, soft.ends, resid
 
     def taps(self, model: Core) -> list[Tap]:
         edits = [tap for site, acts in self.prompt.hooks for tap in self._edits(site, acts, model)]
@@ -154,10 +155,13 @@ class _Plan:
         return Output(logits, ActivationCache(model, self.arrays, self.prompt.ids[self.kept], positions, media))
 
 
-def run_step(model: Core, prompts: Seq[Prompt], *, stop_at_layer: int | None = None) -> list[Output]:
+def run_step(
+    model: Core, prompts: Seq[Prompt], *, stop_at_layer: int | None = None, start_at_layer: int = 0
+) -> list[Output]:
     """Run every prompt in one engine step; sequences grow by their ids. Each output equals that of the prompt alone.
 
     stop_at_layer: run blocks 0..n-1 only, of all prompts; no sequence grows.
+    start_at_layer: of prompts with resid: run this block and later ones only, on it; no sequence grows.
     Raises CapacityError (numbers in the message) before anything is computed, and what the engine raises.
     """
     _check_capacity(prompts)
@@ -167,7 +171,8 @@ def run_step(model: Core, prompts: Seq[Prompt], *, stop_at_layer: int | None = N
     stop = -1 if stop_at_layer is None else stop_at_layer
     try:
         with step_array(model) as profile:
-            model.engine.step([plan.run() for plan in plans], taps, stop_at_layer=stop, profile=profile)
+            runs = [plan.run() for plan in plans]
+            model.engine.step(runs, taps, stop_at_layer=stop, start_at_layer=start_at_layer, profile=profile)
     except StateError:  # closed, or in use by another thread
         raise
     except BaseException:

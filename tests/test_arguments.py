@@ -40,6 +40,7 @@ COUNTS = {
     "length": (lambda model, value: sequence_of(model).truncate(value), ()),
     "length ": (lambda model, value: sequence_of(model).rewind(value), ()),
     "layer": (lambda model, value: model.run_with_cache(IDS, "*")[1].decompose_resid(value), (None,)),
+    "layer ": (lambda model, value: model.run_from(np.zeros((4, 160)), value, IDS), ()),
     "stop_at_layer": (lambda model, value: model.run_with_cache(IDS, stop_at_layer=value), (None,)),
     "number": (lambda model, value: Batch(model).join("x", number=value), (None,)),
     "target": (lambda model, value: logit_lens(model, IDS, target=value), (None, "2")),

@@ -183,8 +183,8 @@ def test_unknown_options_are_all_named(tiny):
 
 DOCUMENTED = [
     gemma4.load, gemma4.quantize, logit_lens, *(getattr(gemma4.Model, name) for name in (
-        "encode_audio", "encode_image", "encode_video", "forward", "hooks", "new_sequence", "restore", "run_with_cache",
-        "run_with_hooks", "stream", "to_prompt",
+        "encode_audio", "encode_image", "encode_video", "forward", "hooks", "new_sequence", "restore", "run_from",
+        "run_with_cache", "run_with_hooks", "stream", "to_prompt",
     )),
 ]  # fmt: skip
 

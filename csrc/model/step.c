@@ -56,6 +56,14 @@ static g4_status check_tokens(const g4_model *model, const g4_run *run, int r, g
     return G4_OK;
 }
 
+static g4_status check_resid(const step *s, int r)
+{
+    if (!s->runs[r].resid == !s->runs[0].resid && (s->runs[r].resid || s->options->start_at_layer == 0))
+        return G4_OK;
+    return g4_fail(s->err, G4_EVALUE, "run %d has %s residual stream to start layer %d with", r,
+                   s->runs[r].resid ? "alone a" : "no", s->options->start_at_layer);
+}
+
 static g4_status check_ends(const g4_run *run, int r, g4_error *err)
 {
     for (int i = 0; run->ends && i < run->n_rows; i++)
@@ -74,6 +82,7 @@ static g4_status check_run(const step *s, int r)
         return g4_fail(s->err, G4_EVALUE, "the sequence of run %d belongs to another model", r);
     G4_TRY(check_tokens(s->model, run, r, s->err));
     G4_TRY(check_ends(run, r, s->err));
+    G4_TRY(check_resid(s, r));
     if (run->n_logits && s->options->stop_at_layer >= 0)
         return g4_fail(s->err, G4_EVALUE, "run %d wants logits, but the step stops at layer %d", r,
                        s->options->stop_at_layer);
@@ -99,11 +108,37 @@ static g4_status check_tap(const step *s, const g4_tap *tap)
     return g4_tap_check(tap, (int)(tap - s->taps), shape, n_dims, s->err);
 }
 
+static int end_layer(const step *s)
+{
+    return s->options->stop_at_layer < 0 ? s->model->config.n_layers : s->options->stop_at_layer;
+}
+
+/* The layers that run find the keys and values of their own new rows. */
+static g4_status check_start(const step *s)
+{
+    const g4_config *c = &s->model->config;
+    const int start = s->options->start_at_layer, end = end_layer(s);
+    if (start < 0 || start >= c->n_layers || start > end)
+        return g4_fail(s->err, G4_EVALUE, "start_at_layer %d: expected 0 to %d", start,
+                       end < c->n_layers ? end : c->n_layers - 1);
+    int needing = start;
+    for (int layer = start; layer < end; layer++)
+        if (c->layers[layer].kv_source < c->layers[needing].kv_source)
+            needing = layer;
+    if (start < end && c->layers[needing].kv_source < start)
+        return g4_fail(s->err, G4_EVALUE,
+                       "layer %d attends to the keys and values of layer %d, which do not exist when layer %d is "
+                       "the first to run; start at layer %d",
+                       needing, c->layers[needing].kv_source, start, c->layers[needing].kv_source);
+    return G4_OK;
+}
+
 static g4_status check(const step *s)
 {
     if (s->options->stop_at_layer > s->model->config.n_layers)
         return g4_fail(s->err, G4_EVALUE, "stop_at_layer %d: expected 0 to %d", s->options->stop_at_layer,
                        s->model->config.n_layers);
+    G4_TRY(check_start(s));
     for (int r = 0; r < s->n_runs; r++)
         G4_TRY(check_run(s, r));
     for (int t = 0; t < s->n_taps; t++)
@@ -229,7 +264,6 @@ static g4_status run_chunk(step *s, const int *take, int n_rows)
                     .runs = s->runs,
                     .run_start = s->start,
                     .n_rows = n_rows};
-    const int stop = s->options->stop_at_layer;
     int32_t *tokens;
     const float **embeddings;
     G4_TRY(alloc_rows(&f, s, &tokens, &embeddings));
@@ -245,8 +279,9 @@ static g4_status run_chunk(step *s, const int *take, int n_rows)
     G4_TRY(g4_taps_index(&f.exec, s->taps, s->n_taps, config->n_layers, &f.taps));
     g4_taps_mark_wanted(&f);
     G4_TRY(g4_text_embed(&f, tokens, embeddings));
-    G4_TRY(g4_text_layers(&f, stop < 0 ? config->n_layers : stop));
-    return stop < 0 ? g4_text_logits(&f) : G4_OK;
+    g4_text_enter(&f);
+    G4_TRY(g4_text_layers(&f, s->options->start_at_layer, end_layer(s)));
+    return s->options->stop_at_layer < 0 ? g4_text_logits(&f) : G4_OK;
 }
 
 static g4_status run_chunks(step *s)
@@ -279,6 +314,12 @@ static bool looks_ahead(const step *s)
     return has_ends && goes_by_them;
 }
 
+/* Layers that do not run cache nothing, so the sequences cannot grow. */
+static bool is_partial(const step *s)
+{
+    return s->options->stop_at_layer >= 0 || (s->n_runs && s->runs[0].resid);
+}
+
 static g4_status prepare(step *s)
 {
     g4_exec exec = {.arena = s->arena, .err = s->err};
@@ -290,9 +331,9 @@ static g4_status prepare(step *s)
         s->start[r] = run->seq->length;
         s->done[r] = 0;
         s->whole[r] = false;
-        /* Rows beyond the capacity fail here, before anything is computed. With stop_at_layer the lengths are restored
-         * at the end: no ring may overwrite cached positions. */
-        if (s->options->stop_at_layer >= 0 || run->n_rows > run->seq->capacity - run->seq->length)
+        /* Rows beyond the capacity fail here, before anything is computed. After a partial step the lengths are
+         * restored: no ring may overwrite cached positions. */
+        if (is_partial(s) || run->n_rows > run->seq->capacity - run->seq->length)
             G4_TRY(g4_kv_reserve(run->seq, run->n_rows, s->err));
     }
     for (int t = 0; t < s->n_taps; t++)
@@ -315,7 +356,7 @@ static g4_status run_step(step *s)
     G4_TRY(check(s));
     G4_TRY(prepare(s));
     g4_status status = run_profiled(s);
-    if (s->options->stop_at_layer >= 0)
+    if (is_partial(s))
         for (int r = 0; r < s->n_runs; r++)
             s->runs[r].seq->length = s->start[r];
     return status;

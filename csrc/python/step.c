@@ -13,19 +13,20 @@ typedef struct {
 
 /* ---- arguments --------------------------------------------------------------------------------------------------- */
 
+#define RUN "a run is a tuple (sequence, tokens, embeddings, logits_rows, logits, ends, resid)"
+
 static int read_run(step_args *s, PyObject *tuple, g4_run *run)
 {
-    PyObject *sequence, *tokens, *embeddings, *rows, *logits, *ends = Py_None;
+    PyObject *sequence, *tokens, *embeddings, *rows, *logits, *ends = Py_None, *resid = Py_None;
     const g4_config *config = g4_model_config(s->model->model);
     int n_tokens, n_logits, n_ends;
     int32_t *ints;
     if (!PyTuple_Check(tuple)) {
-        PyErr_SetString(PyExc_TypeError, "a run is a tuple (sequence, tokens, embeddings, logits_rows, logits, ends)");
+        PyErr_SetString(PyExc_TypeError, RUN);
         return -1;
     }
-    if (!PyArg_ParseTuple(tuple, "O!OOOO|O;a run is (sequence, tokens, embeddings, logits_rows, logits, ends)",
-                          engine_sequence_type((PyObject *)s->model), &sequence, &tokens, &embeddings, &rows, &logits,
-                          &ends))
+    if (!PyArg_ParseTuple(tuple, "O!OOOO|OO;" RUN, engine_sequence_type((PyObject *)s->model), &sequence, &tokens,
+                          &embeddings, &rows, &logits, &ends, &resid))
         return -1;
     run->seq = engine_open_sequence(sequence);
     if (!run->seq || !engine_lock(run->seq)) /* before anything that could run Python code and close it */
@@ -49,6 +50,13 @@ static int read_run(step_args *s, PyObject *tuple, g4_run *run)
     if (ints && n_ends != run->n_rows) {
         PyErr_Format(PyExc_ValueError, "ends: %d of them for %d rows", n_ends, run->n_rows);
         return -1;
+    }
+    if (resid != Py_None) {
+        const npy_intp dims[] = {run->n_rows, config->d_model};
+        PyArrayObject *array = engine_check_array(resid, NPY_FLOAT32, 2, dims, "resid");
+        if (!array)
+            return -1;
+        run->resid = PyArray_DATA(array);
     }
     if (engine_copy_ints(rows, "logits_rows", &ints, &n_logits))
         return -1;
@@ -132,14 +140,14 @@ int engine_read_profile(PyObject *object, g4_profile **profile)
 
 PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"runs", "taps", "stop_at_layer", "max_chunk", "profile", NULL};
+    static char *names[] = {"runs", "taps", "stop_at_layer", "start_at_layer", "max_chunk", "profile", NULL};
     step_args s = {.model = (model_object *)self};
     g4_step_options options = {
         .stop_at_layer = -1, .locked = true, .poll = engine_poll_signals, .poll_context = &s.gil};
     PyObject *runs, *taps = NULL, *profile = Py_None;
     g4_error err = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$iiO", names, &runs, &taps, &options.stop_at_layer,
-                                     &options.max_chunk, &profile) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$iiiO", names, &runs, &taps, &options.stop_at_layer,
+                                     &options.start_at_layer, &options.max_chunk, &profile) ||
         engine_read_profile(profile, &options.profile))
         return NULL;
     if (!s.model->model)

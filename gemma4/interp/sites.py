@@ -11,6 +11,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -164,6 +165,7 @@ class SiteTable(Mapping[str, Site]):
 
     def __init__(self, rows: Iterable[SiteRow], layers: Sequence[Mapping[str, object]]) -> None:
         self.layers = layers
+        self._start = 0
         self._sites = {
             row[0]: Site(*row[:2], row[2] if _BLOCK.fullmatch(row[0]) else None, row[3], np.dtype(row[4]), *row[5:])
             for row in rows
@@ -181,6 +183,12 @@ class SiteTable(Mapping[str, Site]):
         if canonical not in self._sites:
             raise SiteError(self._explain(name, canonical))
         return self._sites[canonical]
+
+    def starting_at(self, layer: int) -> SiteTable:
+        """The same table for runs of blocks `layer` and later alone: `select` leaves out the sites of earlier ones."""
+        later = copy(self)
+        later._start = layer
+        return later
 
     def window(self, layer: int) -> int:
         """How many keys, up to its own, a query of this layer sees; 0 = all."""
@@ -203,11 +211,14 @@ class SiteTable(Mapping[str, Site]):
         return [site for name, site in reached.items() if name in chosen]
 
     def _reached(self, stop_at_layer: int | None) -> dict[str, Site]:
+        started = self._sites
+        if self._start:
+            started = {name: site for name, site in started.items() if site.layer is None or site.layer >= self._start}
         if stop_at_layer is None:
-            return self._sites
+            return started
         reached: dict[str, Site] = {}
         in_blocks = False
-        for name, site in self._sites.items():
+        for name, site in started.items():
             if in_blocks if site.layer is None else site.layer >= stop_at_layer:
                 break
             reached[name] = site
@@ -220,7 +231,10 @@ class SiteTable(Mapping[str, Site]):
         if not _GLOB.search(pattern):
             name = self[pattern].name
             if name not in reached:
-                raise SiteError(f"site {name!r} is not reached with stop_at_layer={stop_at_layer}")
+                layer = self[name].layer
+                early = layer is not None and layer < self._start
+                bound = f"start_at_layer={self._start}" if early else f"stop_at_layer={stop_at_layer}"
+                raise SiteError(f"site {name!r} is not reached with {bound}")
             return [name]
         found = fnmatch.filter(reached, pattern)
         if not found:

@@ -52,6 +52,13 @@ assert_type(model.run_with_cache("Once", stop_at_layer=2)[0], None)
 assert_type(model.run_with_cache(["Once", "upon"]), tuple[list[F32], list[gemma4.ActivationCache]])
 model.run_with_cache("Once", lambda name: name.endswith("hook_z"))
 model.run_with_cache("Once", 5)  # error: reportCallIssue
+assert_type(model.run_from(cache["resid_pre", 3], 3, "Once")[0], F32)
+assert_type(model.run_from([cache["resid_pre", 3]], 3, ["Once"], logits=None)[0], list[None])
+model.run_from(cache["resid_pre", 3], "3", "Once")  # error: reportCallIssue
+assert_type(cache.norms("resid_post", by="head").values, F32)
+cache.norms("resid_post", by="heads")  # error: reportArgumentType
+cache.save("x.safetensors", dtype="f64")  # error: reportArgumentType
+assert_type(gemma4.ActivationCache.load("x.safetensors"), gemma4.ActivationCache)
 
 
 def double(array: F32, site: gemma4.HookPoint) -> F32:

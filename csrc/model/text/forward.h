@@ -65,7 +65,8 @@ g4_status g4_norm(g4_forward *f, int layer, g4_norm_sites sites, const float *ga
 
 /* ---- text.c: the text decoder ---- */
 g4_status g4_text_embed(g4_forward *f, const int32_t *tokens, const float *const *embeddings);
-g4_status g4_text_layers(g4_forward *f, int n_layers);
+void g4_text_enter(g4_forward *f); /* f->resid = the runs' `resid`, where they have one */
+g4_status g4_text_layers(g4_forward *f, int first, int end);
 g4_status g4_text_logits(g4_forward *f);
 
 /* ---- linear.c: g4_linear_jobs over all rows of the chunk; reading through taps changes no bit ---- */

@@ -196,11 +196,23 @@ static g4_status decoder_layer(g4_forward *f, int layer)
     return g4_tap_rows(f, G4_SITE_RESID_POST, layer, f->resid);
 }
 
-g4_status g4_text_layers(g4_forward *f, int n_layers)
+void g4_text_enter(g4_forward *f)
+{
+    const size_t d = (size_t)f->config->d_model;
+    for (int s = 0; s < f->n_segments; s++) {
+        const g4_segment *segment = &f->segments[s];
+        const float *resid = f->runs[segment->run].resid;
+        if (resid)
+            memcpy(f->resid + (size_t)segment->first_row * d, resid + (size_t)f->row_in_run[segment->first_row] * d,
+                   (size_t)segment->n_rows * d * sizeof *resid);
+    }
+}
+
+g4_status g4_text_layers(g4_forward *f, int first, int end)
 {
     const int last_kv_layer = g4_last_kv_layer(f->config);
     g4_arena_mark mark = g4_arena_save(f->exec.arena);
-    for (int layer = 0; layer < n_layers; layer++) {
+    for (int layer = first; layer < end; layer++) {
         if (g4_exec_poll(&f->exec))
             return g4_fail(f->exec.err, G4_ECANCELLED, "cancelled");
         /* all keys and values are cached, and no output needs a row of this chunk */
