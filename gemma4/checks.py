@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
@@ -115,6 +116,25 @@ def texts(name: str, value: Any) -> dict[str, str]:
     if not is_mapping(value) or not all(isinstance(part, str) for pair in value.items() for part in pair):
         fail(name, value, "a mapping of strings to strings")
     return dict(value)
+
+
+def by_their_names(elsewhere: Mapping[str, str]) -> dict[str, str]:
+    """Our name for each of other libraries' names, from our name -> theirs, separated by spaces."""
+    return {theirs: ours for ours, names in elsewhere.items() for theirs in names.split()}
+
+
+def known_names(given: Iterable[str], known: Sequence[str], ours: Mapping[str, str]) -> None:
+    """Raise TypeError for options that are not `known`, with the likely intended ones. ours: `by_their_names`."""
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError("; ".join(_what_is(name, known, ours) for name in unknown))
+
+
+def _what_is(name: str, known: Sequence[str], ours: Mapping[str, str]) -> str:
+    """A sentence on an unknown option: its name here, if a similar one exists."""
+    near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.7)
+    meant = [ours[name]] if name in ours else near
+    return f"{name}: did you mean {' or '.join(meant)}?" if meant else f"{name}: no such option; {', '.join(known)} are"
 
 
 def path(name: str, value: Any) -> str | os.PathLike[str]:

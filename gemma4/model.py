@@ -39,6 +39,16 @@ from gemma4.step import Output, Positions, Prompt, Rows, run_step
 
 __all__ = ["KVDtype", "Model", "Precision", "load"]
 
+_CACHE_OPTIONS = ("names", "names_filter", "pos", "stop_at_layer", "logits", "sequence")
+_CACHE_OPTIONS_ELSEWHERE = checks.by_their_names(
+    {
+        "names": "hook_names hook_filter layers sites",
+        "pos": "pos_slice positions seq_pos",
+        "stop_at_layer": "end_layer n_layers",
+        "logits": "return_type logits_to_keep num_logits_to_keep",
+        "sequence": "past_key_values past_kv_cache kv_cache cache",
+    }
+)
 Start: TypeAlias = tuple[int, Seq[ArrayLike]]  # the first layer to run, and what enters it for each prompt
 
 
@@ -212,6 +222,7 @@ class Model(Core):
         ids: Single,
         names: Names = None,
         *,
+        names_filter: Names = None,
         pos: Positions = None,
         stop_at_layer: None = None,
         logits: Rows = "all",
@@ -223,6 +234,7 @@ class Model(Core):
         ids: Single,
         names: Names = None,
         *,
+        names_filter: Names = None,
         pos: Positions = None,
         stop_at_layer: None = None,
         logits: None,
@@ -234,6 +246,7 @@ class Model(Core):
         ids: Single,
         names: Names = None,
         *,
+        names_filter: Names = None,
         pos: Positions = None,
         stop_at_layer: int,
         logits: Positions = "all",
@@ -245,6 +258,7 @@ class Model(Core):
         ids: Seq[Single],
         names: Names = None,
         *,
+        names_filter: Names = None,
         pos: Positions = None,
         stop_at_layer: None = None,
         logits: Rows = "all",
@@ -256,6 +270,7 @@ class Model(Core):
         ids: Seq[Single],
         names: Names = None,
         *,
+        names_filter: Names = None,
         pos: Positions = None,
         stop_at_layer: None = None,
         logits: None,
@@ -267,6 +282,7 @@ class Model(Core):
         ids: Seq[Single],
         names: Names = None,
         *,
+        names_filter: Names = None,
         pos: Positions = None,
         stop_at_layer: int,
         logits: Positions = "all",
@@ -277,10 +293,12 @@ class Model(Core):
         ids: TokensLike,
         names: Names = None,
         *,
+        names_filter: Names = None,
         pos: Positions = None,
         stop_at_layer: int | None = None,
         logits: Positions = "all",
         sequence: Sequence | Seq[Sequence] | None = None,
+        **unknown: object,
     ) -> tuple[F32 | None | list[F32] | list[None], ActivationCache | list[ActivationCache]]:
         """Logits as `forward` gives them, and the activations: (logits, ActivationCache), lists of both for a list.
 
@@ -294,13 +312,19 @@ class Model(Core):
                        (attn.hook_attn_scores, attn.hook_pattern, attn.hook_result, hook_logits_raw, hook_logits). Only
                        what is named is stored. `model.sites` lists the names, docs/sites.md explains them. Names that
                        begin with "vision." or "audio." are of the encoders: see `ActivationCache.media`
+        names_filter   another name for `names`, that of TransformerLens
         pos            keep only these positions of `ids`: an int, a slice, a list (negative counts from the end); None:
                        all of them
         stop_at_layer  run blocks 0..n-1 only: logits are None, and the sequence does not grow; None = all blocks
 
         Raises as `forward`, and SiteError (a name that matches no site, with the closest ones; a site that
-        stop_at_layer leaves out), ValueError (pos or stop_at_layer out of range), TypeError (names that are no names).
+        stop_at_layer leaves out), ValueError (pos or stop_at_layer out of range), TypeError (names that are no names;
+        an unknown option: its message names the nearest).
         """
+        checks.known_names(unknown, _CACHE_OPTIONS, _CACHE_OPTIONS_ELSEWHERE)
+        if names is not None and names_filter is not None:
+            raise TypeError("names_filter is another name for names: give one of them")
+        names = names_filter if names is None else names
         return self._run_with_cache(ids, names, None, pos, stop_at_layer, logits, sequence)
 
     @overload

@@ -153,6 +153,40 @@ def test_capture_on_a_cached_sequence(random_e, prompt):
         np.testing.assert_array_equal(array, expected, err_msg=name)
 
 
+def test_names_filter_is_another_name_for_names(random_e, prompt):
+    """TransformerLens's callers pass a name, a list, or a predicate."""
+    for names in ("hook_embed", ["hook_embed", "blocks.*.hook_mlp_out"], lambda name: name.endswith("hook_z")):
+        wanted = random_e.run_with_cache(prompt, names)[1]
+        found = random_e.run_with_cache(prompt, names_filter=names)[1]
+        assert list(found) == list(wanted) and len(found) > 0
+        for name in wanted:
+            np.testing.assert_array_equal(found[name], wanted[name])
+    (both,) = random_e.run_with_cache([prompt], names_filter="hook_embed")[1]
+    assert list(both) == ["hook_embed"]
+    assert list(random_e.run_with_cache(prompt, names_filter=[])[1]) == []
+    assert list(random_e.run_with_cache(prompt, names_filter=None)[1]) == list(random_e.run_with_cache(prompt)[1])
+    with pytest.raises(SiteError, match="closest"):
+        random_e.run_with_cache(prompt, names_filter="hook_embd")
+    for second in ("hook_embed", []):
+        with pytest.raises(TypeError, match="another name for names: give one"):
+            random_e.run_with_cache(prompt, "hook_embed", names_filter=second)
+
+
+@pytest.mark.parametrize(("option", "meant"), [
+    ("name_filter", "names_filter"), ("names_filters", "names_filter"), ("name", "names"), ("Names", "names"),
+    ("stop_layer", "stop_at_layer"), ("stop_at_layers", "stop_at_layer"), ("pos_slice", "pos"),
+    ("past_kv_cache", "sequence"), ("return_type", "logits"), ("logit", "logits"),
+])  # fmt: skip
+def test_unknown_options_of_run_with_cache(random_e, prompt, option, meant):
+    with pytest.raises(TypeError, match=rf"^{option}: did you mean {meant}\b"):
+        random_e.run_with_cache(prompt, **{option: None})
+
+
+def test_an_option_like_no_other(random_e, prompt):
+    with pytest.raises(TypeError, match=r"^device: no such option; names, names_filter, pos"):
+        random_e.run_with_cache(prompt, device="cpu")
+
+
 def test_stop_at_layer(random_e, prompt):
     _, full = random_e.run_with_cache(prompt)
     logits, cache = random_e.run_with_cache(prompt, stop_at_layer=2)

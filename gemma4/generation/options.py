@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
@@ -65,7 +64,7 @@ _ELSEWHERE = {
     "think": "enable_thinking thinking reasoning reasoning_effort",
     "image_tokens": "max_soft_tokens image_seq_length",
 }
-_OURS = {theirs: ours for ours, names in _ELSEWHERE.items() for theirs in names.split()}
+_OURS = checks.by_their_names(_ELSEWHERE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +105,7 @@ class Options:
     @classmethod
     def of(cls, given: GenerateOptions) -> Options:
         """From keyword arguments. Raises TypeError for an unknown option, with the likely intended ones."""
-        known = tuple(field.name for field in fields(cls))
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise TypeError("; ".join(_what_is(name, known) for name in unknown))
+        checks.known_names(given, [field.name for field in fields(cls)], _OURS)
         return cls(**cast("dict[str, Any]", given))  # None is typed nowhere: __post_init__ replaces it by the default
 
     def sampling(self, model: Core) -> SamplingParams:
@@ -129,13 +125,6 @@ class Options:
             defaults = model.attached(Defaults).of(model)
             ids = defaults.turn_stop_ids(model) if turn else defaults.stop_ids
         return StopCriteria(ids, self.stop)
-
-
-def _what_is(name: str, known: Seq[str]) -> str:
-    """A sentence on an unknown option: its name here, if a similar one exists."""
-    near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.7)
-    meant = [_OURS[name]] if name in _OURS else near
-    return f"{name}: did you mean {' or '.join(meant)}?" if meant else f"{name}: no such option; {', '.join(known)} are"
 
 
 def _max_tokens(name: str, value: Any) -> int:

@@ -52,6 +52,8 @@ assert_type(model.run_with_cache("Once", stop_at_layer=2)[0], None)
 assert_type(model.run_with_cache(["Once", "upon"]), tuple[list[F32], list[gemma4.ActivationCache]])
 model.run_with_cache("Once", lambda name: name.endswith("hook_z"))
 model.run_with_cache("Once", 5)  # error: reportCallIssue
+model.run_with_cache("Once", names_filter=lambda name: name.endswith("hook_z"))
+model.run_with_cache("Once", names_filters="hook_embed")  # error: reportCallIssue
 assert_type(model.run_from(cache["resid_pre", 3], 3, "Once")[0], F32)
 assert_type(model.run_from([cache["resid_pre", 3]], 3, ["Once"], logits=None)[0], list[None])
 model.run_from(cache["resid_pre", 3], "3", "Once")  # error: reportCallIssue
