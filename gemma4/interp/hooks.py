@@ -96,7 +96,7 @@ def bind_hooks(table: SiteTable, hooks: Iterable[Hook], *, stop_at_layer: int | 
 def checked_hooks(hooks: object) -> list[Hook]:
     """The hooks as a list of pairs and edits. Raises TypeError."""
     if isinstance(hooks, str | Edit) or not is_iterable(hooks):
-        raise TypeError(f"hooks are a list of pairs (site name, glob or predicate; function), got {hooks!r:.80}")
+        raise TypeError(f"hooks are pairs (site name, glob or predicate; function) in a list, got {hooks!r:.80}")
     return [hook if isinstance(hook, Edit) else _checked_pair(hook) for hook in hooks]
 
 
