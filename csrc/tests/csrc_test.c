@@ -173,10 +173,12 @@ static void test_steps_beyond_rings(fixture *f)
     for (int i = 0; i < N; i++)
         ids[i] = (i * 13 + 5) % VOCAB, rows[i] = i;
     g4_model *model = new_model(f, 2);
-    g4_run run = {new_sequence_of(model), N, ids, NULL, rows, N, all, NULL};
+    g4_run run = {
+        .seq = new_sequence_of(model), .n_rows = N, .tokens = ids, .logits_rows = rows, .n_logits = N, .logits = all};
     CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_OK);
     g4_sequence_free(run.seq);
-    run = (g4_run){new_sequence_of(model), 0, ids, NULL, rows, 0, logits, NULL};
+    run.seq = new_sequence_of(model);
+    run.logits = logits;
     for (int i = 0, at = 0; i < N_PIECES; at = ends[i++]) {
         stop_early(model, run.seq, ids + 50);
         run.tokens = ids + at;
@@ -223,7 +225,12 @@ static void test_captures(fixture *f, const float *expected)
     int n_edits = 0;
     g4_model *model = new_model(f, 2);
     g4_sequence *seq = new_sequence_of(model);
-    g4_run run = {seq, N_TOKENS, tokens, NULL, all_rows, N_TOKENS, logits, NULL};
+    g4_run run = {.seq = seq,
+                  .n_rows = N_TOKENS,
+                  .tokens = tokens,
+                  .logits_rows = all_rows,
+                  .n_logits = N_TOKENS,
+                  .logits = logits};
     g4_tap taps[] = {{.site = G4_SITE_RESID_POST, .layer = 5, .dest = resid, .n_dest_rows = N_TOKENS},
                      {.site = G4_SITE_PATTERN, .layer = 4, .dest = pattern, .n_dest_rows = N_TOKENS}};
     g4_step_options options = {.stop_at_layer = -1, .max_chunk = 9};
@@ -244,6 +251,43 @@ static void test_captures(fixture *f, const float *expected)
     g4_model_free(model);
 }
 
+/* From a captured residual stream the later layers give the same logits, in chunks and after a cached prefix. */
+static void test_starts(fixture *f, const float *expected)
+{
+    enum { PREFIX = 7, N = N_TOKENS - PREFIX };
+    static float logits[N_TOKENS * VOCAB], resid[N_TOKENS * D];
+    g4_error err = {0};
+    g4_model *model = new_model(f, 2);
+    g4_sequence *whole = new_sequence_of(model), *seq = new_sequence_of(model);
+    g4_run run = {.seq = whole, .n_rows = N_TOKENS, .tokens = tokens};
+    const g4_tap tap = {.site = G4_SITE_RESID_PRE, .layer = 2, .dest = resid, .n_dest_rows = N_TOKENS};
+    g4_step_options options = {.stop_at_layer = -1, .max_chunk = 9};
+    CHECK(g4_step(model, &run, 1, &tap, 1, &options, &err) == G4_OK);
+    run.seq = seq;
+    run.n_rows = PREFIX;
+    CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_OK);
+    run = (g4_run){.seq = seq,
+                   .n_rows = N,
+                   .tokens = tokens + PREFIX,
+                   .logits_rows = all_rows,
+                   .n_logits = N,
+                   .logits = logits,
+                   .resid = resid + PREFIX * D};
+    options.start_at_layer = 2;
+    CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_OK);
+    CHECK(same(logits, expected + PREFIX * VOCAB, N) && g4_sequence_length(seq) == PREFIX);
+    options.start_at_layer = 4; /* reads the keys of layer 3 */
+    CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_EVALUE && strstr(err.message, "start at layer"));
+    options.start_at_layer = f->config.n_layers;
+    CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_EVALUE && strstr(err.message, "start_at_layer"));
+    options.start_at_layer = 2;
+    run.resid = NULL;
+    CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_EVALUE && strstr(err.message, "residual stream"));
+    g4_sequence_free(seq);
+    g4_sequence_free(whole);
+    g4_model_free(model);
+}
+
 static int always(void *context)
 {
     (void)context;
@@ -256,7 +300,12 @@ static void test_errors(fixture *f)
     g4_error err = {0};
     g4_model *model = new_model(f, 2), *broken = NULL;
     g4_sequence *seq = new_sequence_of(model);
-    g4_run run = {seq, N_TOKENS, tokens, NULL, all_rows, N_TOKENS, logits, NULL};
+    g4_run run = {.seq = seq,
+                  .n_rows = N_TOKENS,
+                  .tokens = tokens,
+                  .logits_rows = all_rows,
+                  .n_logits = N_TOKENS,
+                  .logits = logits};
     g4_run twice[] = {run, run};
     g4_step_options options = {.stop_at_layer = -1, .poll = always};
     CHECK(g4_step(model, &run, 1, NULL, 0, &options, &err) == G4_ECANCELLED);
@@ -380,6 +429,7 @@ int main(void)
     test_steps_beyond_rings(&f);
     test_import_of_too_few(&f);
     test_captures(&f, expected);
+    test_starts(&f, expected);
     test_errors(&f);
     test_concurrent_steps(&f, expected);
     test_moe_group();

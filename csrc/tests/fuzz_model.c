@@ -229,23 +229,37 @@ static void make_tap(reader *r, const g4_model *model, step *s)
     }
 }
 
+/* Runs of a partial step have residual streams; a caller might forget some. */
+static void make_streams(reader *r, const g4_model *model, step *s)
+{
+    const size_t d = (size_t)g4_model_config(model)->d_model;
+    for (int i = 0; i < s->n_runs; i++)
+        if (mostly(r, 1) == 1)
+            s->runs[i].resid = calloc((size_t)s->runs[i].n_rows * d + 1, sizeof(float));
+}
+
 static void run_step(reader *r, g4_model *model, g4_sequence **seqs)
 {
     step s = {0};
     g4_error err = {0};
     const int n_layers = g4_model_config(model)->n_layers;
     const g4_step_options options = {.stop_at_layer = below(r, 6) ? -1 : mostly(r, below(r, n_layers + 1)),
+                                     .start_at_layer = below(r, 4) ? 0 : mostly(r, below(r, n_layers)),
                                      .max_chunk = mostly(r, below(r, 20))};
     for (int i = 1 + below(r, MAX_RUNS); i > 0; i--)
         make_run(r, model, seqs[next(r) == 255 ? 0 : s.n_runs], &s);
+    if (options.start_at_layer || below(r, 8) == 0)
+        make_streams(r, model, &s);
     for (int i = below(r, MAX_TAPS + 1); i > 0; i--)
         make_tap(r, model, &s);
     g4_status status = g4_step(model, s.runs, s.n_runs, s.taps, s.n_taps, &options, &err);
     if (status != G4_OK && !err.message[0])
         abort();
     n_steps += status == G4_OK;
-    for (int i = 0; i < s.n_runs; i++)
+    for (int i = 0; i < s.n_runs; i++) {
         free(s.runs[i].logits);
+        free((void *)s.runs[i].resid);
+    }
     for (int i = 0; i < s.n_taps; i++)
         free(s.taps[i].dest);
 }
