@@ -8,6 +8,8 @@ numbers of layers, patterns, windows, scales and RoPE, and is narrow.
 from __future__ import annotations
 
 import json
+import lzma
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_files import convert, convert_mmproj, vocabulary_of
+from gguf_files import convert, convert_mmproj, metadata, vocabulary_of
 from safetensors.numpy import load_file, save_file
 from small_models import F, S, write_checkpoint, write_multimodal_checkpoint
 
 import gemma4
 from gemma4.errors import FormatError
 from gemma4.load import open_checkpoint
+from gemma4.load.gguf import GgufFile
 from gemma4.load.gguf_config import parse_metadata
-from gemma4.text.tokenizer import CONTROL
+from gemma4.load.gguf_tokenizer import merges_from_scores, tokenizer_table
+from gemma4.quantization.metadata import _scores
+from gemma4.text.tokenizer import CONTROL, Tokenizer
 
 TINY = Path(gemma4.__file__).parent / "pretrained" / "tiny-e"
 IDS = [2, *((7 * i * i) % 300 for i in range(60))]  # several windows
@@ -223,7 +228,7 @@ def gemma3_vocabulary(changed_type: dict[str, int] | None = None) -> dict[str, A
     keys = vocabulary_of(table)
     tokens = keys["tokenizer.ggml.tokens"]
     new = {"<|turn>": "<start_of_turn>", "<turn|>": "<end_of_turn>"}
-    renamed = [new.get(t, f"<unused{i}>" if CONTROL.fullmatch(t) else t) for i, t in enumerate(tokens)]
+    renamed = [new.get(t, f"<spare{i}>" if CONTROL.fullmatch(t) else t) for i, t in enumerate(tokens)]
     kinds = [
         (changed_type or {}).get(token, kind)
         for token, kind in zip(renamed, keys["tokenizer.ggml.token_type"], strict=True)
@@ -261,6 +266,17 @@ def test_chat_and_where_it_stops(kind: int, folder: Folder, tmp_path: Path) -> N
         assert list(model.tokenizer.encode("<end_of_turn>", bos=False)) == [end]
 
 
+def test_no_plain_text_becomes_a_control_token(folder: Folder, tmp_path: Path) -> None:
+    """Scores alone would let the pieces of a control token be merged."""
+    keys = gemma3_vocabulary()
+    at = keys["tokenizer.ggml.tokens"].index("ing")
+    keys["tokenizer.ggml.token_type"][at] = 3
+    config = GEMMA3 | {"num_hidden_layers": 7, "vocab_size": 2603}
+    with open_checkpoint(convert(folder(config), tmp_path / "x.gguf", keys=keys)) as ours:
+        tokenizer = ours.load_tokenizer()
+        assert at in tokenizer.encode("xing") and at not in tokenizer.encode("xing", parse_special=False)
+
+
 def test_rows_without_a_token(folder: Folder, tmp_path: Path) -> None:
     with gemma4.load(with_text(folder, tmp_path / "x.gguf")) as model:
         assert (model.d_vocab, model.tokenizer.vocab_size) == (2667, 2603)
@@ -275,6 +291,164 @@ def test_the_turn_of_a_function_call_ends(folder: Folder, tmp_path: Path) -> Non
     config = GEMMA3 | {"num_hidden_layers": 7, "vocab_size": 2603}
     with open_checkpoint(convert(folder(config), tmp_path / "x.gguf", keys=keys)) as ours:
         assert ours.config.eos_token_ids == (1, 106, 50)
+
+
+# -- written by gemma4.quantize ----------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_written_files_are_the_same_model(name: str, folder: Folder, tmp_path: Path) -> None:
+    source = folder(MODELS[name])
+    result = gemma4.quantize(source, tmp_path / "x.gguf", type="F32")
+    assert result.path.stat().st_size == result.nbytes
+    with gemma4.load(result.path) as ours, gemma4.load(source) as theirs:
+        same_sites(ours, theirs)
+
+
+@EVERY
+def test_written_files_are_those_of_the_converter(name: str, folder: Folder, tmp_path: Path) -> None:
+    """The same keys, and the base of sliding layers where there are some; the same tensors to the bit."""
+    source = folder(MODELS[name])
+    with open_checkpoint(source) as checkpoint:
+        expected = {key: value for key, value in metadata(checkpoint).items() if value is not None}
+    ours = GgufFile(gemma4.quantize(source, tmp_path / "x.gguf", type="F32").path)
+    theirs = GgufFile(convert(source, tmp_path / "y.gguf", "F32"))
+    family = name.partition("-")[0]
+    found = {key: value for key, value in ours.metadata.items() if not key.startswith(("general.", "tokenizer."))}
+    more = {f"{family}.rope.freq_base_swa": 1e4, f"{family}.rope.freq_base": 1e4, f"{family}.vocab_size": 0}
+    assert {key: found[key] for key in expected} == expected and set(found) <= {*expected, *more}
+    assert ours.metadata["general.architecture"] == family
+    assert set(ours.tensors) == set(theirs.tensors)
+    for tensor in ours.tensors:
+        assert np.array_equal(ours.array(tensor), theirs.array(tensor)), tensor
+
+
+WRITTEN: dict[str, dict[str, Any]] = {
+    "pattern": MODELS["gemma3-1b"] | {"num_hidden_layers": 5, "layer_types": [F, S, F, S, S]},
+    "pattern of gemma 2": MODELS["gemma2-2b"] | {"num_hidden_layers": 5, "layer_types": [F, S, S, F, F]},
+    "all sliding": MODELS["gemma3-1b"] | {"num_hidden_layers": 4},
+    "all global": MODELS["gemma3-1b"] | {"num_hidden_layers": 3, "layer_types": [F] * 3},
+    "all global, gemma 2": MODELS["gemma2-2b"] | {"num_hidden_layers": 3, "layer_types": [F] * 3},
+    "bases": MODELS["gemma3-1b"] | LINEAR | {"num_hidden_layers": 8, "rope_theta": 900.0, "rope_local_base_freq": 70.0},
+    "base of gemma 2": MODELS["gemma2-2b"] | LINEAR | {"num_hidden_layers": 4, "rope_theta": 900.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("case", WRITTEN)
+def test_written_options(case: str, dtype: Any, folder: Folder, tmp_path: Path) -> None:
+    source = folder(WRITTEN[case], dtype)
+    kind = "F32" if dtype is np.float32 else "BF16"
+    first = gemma4.quantize(source, tmp_path / "x.gguf", type=kind).path
+    again = gemma4.quantize(first, tmp_path / "y.gguf", type=kind).path  # from a GGUF file: gains stay as they are
+    with gemma4.load(source) as theirs:
+        for path in (first, again):
+            with gemma4.load(path) as ours:
+                same_sites(ours, theirs)
+
+
+def test_quantised_as_the_converter_and_llama_quantize(folder: Folder, tmp_path: Path) -> None:
+    wide = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "query_pre_attn_scalar": 16}
+    source = folder(MODELS["gemma3-1b"] | wide)
+    result = gemma4.quantize(source, tmp_path / "x.gguf", type="Q8_0")
+    ours, theirs = GgufFile(result.path), GgufFile(convert(source, tmp_path / "y.gguf", "Q8_0"))
+    assert {info.dtype for info in ours.tensors.values()} == {"Q8_0", "F32"}
+    for tensor in ours.tensors:
+        assert np.array_equal(ours.array(tensor), theirs.array(tensor)), tensor
+
+
+UNSAID: dict[str, tuple[dict[str, Any], str]] = {
+    "scale": (MODELS["gemma2-2b"] | {"query_pre_attn_scalar": 10}, "gemma2 cannot say this model's attention_scale"),
+    "scale of 27B": (MODELS["gemma3-27b"] | {"query_pre_attn_scalar": 8}, "gemma3 cannot say .*attention_scale"),
+    "no caps": (MODELS["gemma2-2b"] | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+                "cannot say this model's logit_softcap, attention_softcap"),
+    "scaled sliding layers": (
+        MODELS["gemma3-1b"]
+        | {"rope_parameters": {S: {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
+        "rope_inv_freq",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSAID)
+def test_what_the_keys_cannot_say_is_not_written(case: str, folder: Folder, tmp_path: Path) -> None:
+    config, message = UNSAID[case]
+    with pytest.raises(NotImplementedError, match=message):
+        gemma4.quantize(folder(config), tmp_path / "x.gguf", type="F32")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def like_sentencepiece() -> dict[str, Any]:
+    """tiny-e's tokenizer.json with the chat format of Gemma 3 and every merge that scores would give."""
+    keys = gemma3_vocabulary()
+    tokens = keys["tokenizer.ggml.tokens"]
+    table = json.loads((TINY / "tokenizer.json").read_text())
+    for token in table["added_tokens"]:
+        token["content"] = tokens[token["id"]]
+    added = {token["content"] for token in table["added_tokens"]}
+    vocab = {token: i for i, token in enumerate(tokens)}
+    plain = {token: i for token, i in vocab.items() if token not in added}
+    merges = merges_from_scores(plain, keys["tokenizer.ggml.scores"], "x")
+    table["model"] |= {"vocab": vocab, "merges": [list(pair) for pair in merges]}
+    return table
+
+
+def text_folder(folder: Folder, path: Path, table: dict[str, Any]) -> Path:
+    config = GEMMA3 | {"num_hidden_layers": 7, "vocab_size": 2603 + 64, "eos_token_id": [1, 106]}
+    shutil.copytree(folder(config), path)
+    (path / "tokenizer.json").write_text(json.dumps(table))
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+def test_written_text(folder: Folder, tmp_path: Path) -> None:
+    source = text_folder(folder, tmp_path / "hf", like_sentencepiece())
+    path = gemma4.quantize(source, tmp_path / "x.gguf", type="F32").path
+    stored = GgufFile(path).metadata
+    assert (stored["tokenizer.ggml.model"], stored["tokenizer.ggml.eot_token_id"]) == ("llama", 106)
+    assert len(stored["tokenizer.ggml.tokens"]) == 2667
+    scored = {key: value for key, value in stored.items() if key != "tokenizer.ggml.merges"}  # as llama.cpp reads it
+    by_scores = Tokenizer.from_table(tokenizer_table(scored, "x"), "x")
+    with gemma4.load(path) as ours, gemma4.load(source) as theirs:
+        assert ours.config.eos_token_ids == theirs.config.eos_token_ids == (1, 106)
+        for text in ("Once upon a time, there was a cat.", "a\n\n\nb   c", "<start_of_turn>user\nünï<end_of_turn>\n"):
+            expected = theirs.tokenizer.encode(text)
+            assert np.array_equal(ours.tokenizer.encode(text), expected)
+            assert np.array_equal(by_scores.encode(text), expected)
+        messages = [{"role": "user", "content": "Hello"}]
+        pair = [m.generate(messages, max_tokens=4, temperature=0.0) for m in (ours, theirs)]
+        assert list(pair[0].tokens) == list(pair[1].tokens) and pair[0].prompt_tokens == pair[1].prompt_tokens
+
+
+def test_merges_that_follow_from_no_scores_are_refused(folder: Folder, tmp_path: Path) -> None:
+    """llama.cpp would give texts other ids."""
+    table = like_sentencepiece()
+    merges = table["model"]["merges"]
+    by_token: dict[str, list[int]] = {}
+    for i, pair in enumerate(merges):
+        by_token.setdefault("".join(pair), []).append(i)
+    at = next(ranks[0] for token, ranks in by_token.items() if len(ranks) > 1 and len(set(token)) > 1)
+    apart = [*merges[:at], *merges[at + 1 : at + 9], merges[at], *merges[at + 9 :]]
+    fewer = merges[:at] + merges[at + 1 :]
+    for i, changed in enumerate((apart, fewer)):
+        table["model"]["merges"] = changed
+        source = text_folder(folder, tmp_path / f"hf{i}", table)
+        with pytest.raises(NotImplementedError, match="do not follow from scores of tokens"):
+            gemma4.quantize(source, tmp_path / "x.gguf", type="F32")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.mark.slow
+def test_scores_of_a_whole_vocabulary() -> None:
+    """Gemma 4's merges are those of Gemma 3: they follow from scores, which runs of one character share."""
+    text = lzma.decompress((Path(__file__).parent / "data" / "tokenizer.json.xz").read_bytes())
+    table = json.loads(text)
+    vocab, merges = table["model"]["vocab"], [" ".join(pair) for pair in table["model"]["merges"]]
+    added = {token["content"]: token for token in table["added_tokens"]}
+    scores = _scores(vocab, added, merges, 262_208, "x")
+    assert len(scores) == 262_208 and np.array_equal(scores, np.float32(scores))
+    runs = [token for token in vocab if len(token) > 1 and len(set(token)) == 1 and scores[vocab[token]] == -1]
+    assert len(runs) == 87 and {token[0] for token in runs} == {"\n", "\t", "▁"}
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

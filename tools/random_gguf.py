@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from random_checkpoint import SIZES, model_config, tensor_shapes, text_config, write_configs, write_safetensors
 
 from gemma4.load import open_checkpoint
-from gemma4.load.gguf_config import ROPE_FREQS
 from gemma4.load.mapped import TensorInfo
 from gemma4.quantization.codec import pack_rows
 from gemma4.quantization.gguf_file import head, laid_out, padding
-from gemma4.quantization.metadata import metadata, rope_freqs
+from gemma4.quantization.metadata import made_tensors, metadata
 from gemma4.quantization.plan import KINDS, checked_type, plan
 
 POOL = 1 << 22  # weights of a type that are packed once; a whole number of every block
@@ -67,13 +66,15 @@ def write_gguf(out: Path, text: dict[str, Any], kind: str, tokenizer: Path, seed
             write_safetensors(file, tensor_shapes(text), text["dtype"], None)
         with open_checkpoint(folder) as checkpoint, open(out, "wb") as file:
             planned, _ = plan(checkpoint, kind, {})
-            freqs = rope_freqs(checkpoint.config)
-            tensors = laid_out([*((t.name, t.dtype, t.shape) for t in planned), (ROPE_FREQS, "F32", freqs.shape)])
+            made = made_tensors(checkpoint.config)
+            more = [(name, "F32", values.shape) for name, values in made.items()]
+            tensors = laid_out([*((t.name, t.dtype, t.shape) for t in planned), *more])
             file.write(head(metadata(checkpoint, kind) | {"general.name": out.stem}, tensors))
             blocks = RandomBlocks(seed)
-            for tensor in tensors[:-1]:
+            for tensor in tensors[: len(planned)]:
                 write_tensor(file, tensor, blocks)
-            file.write(freqs.tobytes())
+            for values in made.values():
+                file.write(values.tobytes())
             return file.tell()
 
 

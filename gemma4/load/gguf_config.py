@@ -53,6 +53,15 @@ class Earlier(NamedTuple):
 
 EARLIER_ARCHITECTURES = {"gemma2": Earlier("gemma2", 4096, 46), "gemma3": Earlier("gemma3_text", 0, 62)}
 
+
+def architecture_of(config: TextConfig) -> str | None:
+    """The name that GGUF files have for a model's architecture; None if there is none (VaultGemma)."""
+    if config.model_type not in EARLIER:
+        return ARCHITECTURE
+    family = EARLIER[config.model_type]
+    return next((name for name, own in EARLIER_ARCHITECTURES.items() if EARLIER[own.model_type] == family), None)
+
+
 _MODEL_NAMES = {
     "embed_tokens.weight": "token_embd.weight",
     "norm.weight": "output_norm.weight",

@@ -22,7 +22,7 @@ _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 _TURNS = ("<start_of_turn>", "<end_of_turn>")  # the chat format of Gemma 2 and 3; some files call them user-defined
 NAMED = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *_TURNS)
 _ARRAYS = ("tokens", "token_type", "merges", "scores")
-_VERSION = b"4"  # version of the output of `tokenizer_table`
+_VERSION = b"5"  # version of the output of `tokenizer_table`
 _MAX_SPLITS = 1 << 26  # characters of all ways to split tokens in two: 40 times those of 262,144 tokens
 
 
@@ -69,12 +69,13 @@ def tokenizer_table(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
     same = [[i, token] for i, token in enumerate(tokens) if vocab.setdefault(token, i) != i]
     kinds = _numbers(metadata, "token_type", len(tokens), where)
     scores = _numbers(metadata, "scores", len(tokens), where)
+    added = [token for token in _added(tokens, kinds) if vocab[token["content"]] == token["id"]]
     if f"{PREFIX}merges" in metadata:
         merges = _merges(_strings(metadata, "merges", where), vocab, where)
     else:
-        merges = _merges_from_scores(vocab, scores, where)
+        control = {token["content"] for token in added if token["special"]}  # which no plain text may become
+        merges = merges_from_scores({token: i for token, i in vocab.items() if token not in control}, scores, where)
     unknown = next((tokens[i] for i, kind in enumerate(kinds) if kind == _UNKNOWN), None)
-    added = [token for token in _added(tokens, kinds) if vocab[token["content"]] == token["id"]]
     return _document(vocab, merges, added, unknown) | {SAME_TOKENS: same}
 
 
@@ -111,7 +112,7 @@ def _merges(lines: list[str], vocab: Mapping[str, int], where: str) -> list[tupl
     return out
 
 
-def _merges_from_scores(vocab: Mapping[str, int], scores: list[float], where: str) -> list[tuple[str, str]]:
+def merges_from_scores(vocab: Mapping[str, int], scores: list[float], where: str) -> list[tuple[str, str]]:
     """A SentencePiece vocabulary's merges: every way to make a token out of two, the best-scored tokens first."""
     if len(set(scores)) < 2:
         raise FormatError(f"{where}: the vocabulary has neither merges nor scores that tell them")

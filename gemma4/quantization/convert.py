@@ -19,13 +19,12 @@ from gemma4.errors import FormatError
 from gemma4.files import check_output, new_file
 from gemma4.load import open_checkpoint
 from gemma4.load.checkpoint import Checkpoint, EngineTensor
-from gemma4.load.config import EARLIER
 from gemma4.load.dtypes import is_quantised, stored_rows
-from gemma4.load.gguf_config import ROPE_FREQS
+from gemma4.load.gguf_config import architecture_of
 from gemma4.load.mapped import TensorInfo
 from gemma4.quantization.codec import pack_rows, unpack_rows
-from gemma4.quantization.gguf_file import head, laid_out, padding
-from gemma4.quantization.metadata import check, metadata, rope_freqs
+from gemma4.quantization.gguf_file import head, laid_out
+from gemma4.quantization.metadata import check, made_tensors, metadata
 from gemma4.quantization.plan import KINDS, Planned, checked_type, plan
 from gemma4.quantization.result import QuantizationResult, WrittenTensor
 
@@ -78,7 +77,9 @@ def quantize(
         check_output(path, force=force, inputs=checkpoint.inputs)
         _check_source(checkpoint)
         planned, notes = plan(checkpoint, kind, overrides)
-        infos = laid_out([*((t.name, t.dtype, t.shape) for t in planned), _freqs_entry(checkpoint)])
+        made = made_tensors(checkpoint.config)
+        entries = [(t.name, t.dtype, t.shape) for t in planned]
+        infos = laid_out([*entries, *((name, "F32", values.shape) for name, values in made.items())])
         with checkpoint.reading():
             table = metadata(checkpoint, kind)
             check(table, infos, checkpoint.config, str(checkpoint.path))
@@ -91,19 +92,15 @@ def quantize(
 
 
 def _check_source(checkpoint: Checkpoint) -> None:
-    model_type = checkpoint.config.model_type
-    if model_type in EARLIER:
-        raise NotImplementedError(f"{checkpoint.path} is a {model_type}: only Gemma 4 can be written as GGUF")
+    if architecture_of(checkpoint.config) is None:
+        found = checkpoint.config.model_type
+        raise NotImplementedError(f"{checkpoint.path} is a {found}: only Gemma 2, 3 and 4 can be written as GGUF")
     found = sorted(filter(is_quantised, checkpoint.dtypes))
     if found:
         raise ValueError(
             f"{checkpoint.path} is quantised already ({', '.join(found)}): start from the unquantised model, as errors "
             "would add up"
         )
-
-
-def _freqs_entry(checkpoint: Checkpoint) -> tuple[str, str, tuple[int, ...]]:
-    return ROPE_FREQS, "F32", rope_freqs(checkpoint.config).shape
 
 
 def _scaled(progress: Progress | None, start: int, total: int) -> Progress:
@@ -125,10 +122,12 @@ def _write_tensors(
     progress: Progress,
 ) -> list[WrittenTensor]:
     written: list[WrittenTensor] = []
+    end = 0  # of the last tensor
     total, n_threads = infos[-1].offset + infos[-1].nbytes, threads or _engine.cpu_info()["threads"]
     pool = ThreadPoolExecutor(n_threads, "quantize")
     try:
         for tensor, info in zip(planned, infos, strict=False):
+            file.write(bytes(info.offset - end))
             error, square, done = 0.0, 0.0, 0
             with checkpoint.reading():
                 for packed in _packed(pool, 2 * n_threads, tensor, checkpoint.engine_tensors[tensor.source]):
@@ -136,14 +135,15 @@ def _write_tensors(
                     error, square = error + packed.square_error, square + packed.square_sum
                     done += len(packed.data)
                     progress(info.offset + done, total, tensor.name)
-            file.write(bytes(padding(info.nbytes)))
+            end = info.offset + info.nbytes
             written.append(WrittenTensor(info.name, info.dtype, math.prod(info.shape), info.nbytes, error, square))
     finally:
         pool.shutdown(cancel_futures=True)
-    freqs = rope_freqs(checkpoint.config)
-    file.write(freqs.tobytes())
-    written.append(WrittenTensor(ROPE_FREQS, "F32", freqs.size, freqs.nbytes, 0.0, 0.0))
-    progress(total, total, ROPE_FREQS)
+    for (name, values), info in zip(made_tensors(checkpoint.config).items(), infos[len(planned) :], strict=True):
+        file.write(bytes(info.offset - end) + values.tobytes())
+        end = info.offset + info.nbytes
+        written.append(WrittenTensor(name, "F32", values.size, values.nbytes, 0.0, 0.0))
+        progress(total, total, name)
     return written
 
 
@@ -167,9 +167,11 @@ def _in_order(pool: ThreadPoolExecutor, ahead: int, jobs: Iterable[Callable[[], 
 
 
 def _pack(rows: NDArray[Any], source: str, tensor: Planned) -> _Packed:
-    if source == tensor.dtype:
-        return _Packed(rows.tobytes(), 0.0, _square_sum(rows.astype(np.float32)))
     values = rows.astype(np.float32)
+    if tensor.plus_one:
+        values = values + np.float32(1)
+    elif source == tensor.dtype:
+        return _Packed(rows.tobytes(), 0.0, _square_sum(values))
     packed = pack_rows(tensor.dtype, values)
     with np.errstate(invalid="ignore", over="ignore"):
         error = _square_sum(unpack_rows(tensor.dtype, packed, values.shape[1]) - values)

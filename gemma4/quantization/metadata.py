@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from gemma4.errors import FormatError
 from gemma4.files import read_limited
 from gemma4.load.checkpoint import Checkpoint
-from gemma4.load.config import FULL, SLIDING, TextConfig
+from gemma4.load.config import EARLIER, FULL, SLIDING, TextConfig
 from gemma4.load.gguf import GgufArray
-from gemma4.load.gguf_checkpoint import SAMPLING_KEYS, TOKEN_KEYS, TURN_ENDS, GgufCheckpoint
-from gemma4.load.gguf_config import ARCHITECTURE, parse_metadata
-from gemma4.load.gguf_tokenizer import NAMED, PREFIX
+from gemma4.load.gguf_checkpoint import SAMPLING_KEYS, TOKEN_KEYS, GgufCheckpoint
+from gemma4.load.gguf_config import ARCHITECTURE, ROPE_FREQS, architecture_of, parse_metadata
+from gemma4.load.gguf_tokenizer import NAMED, PREFIX, merges_from_scores
 from gemma4.load.mapped import TensorInfo
 from gemma4.narrow import is_list
 from gemma4.text.tokenizer import CONTROL, Tokenizer
@@ -39,7 +39,8 @@ _STANDS_STILL = 1e30  # divisor of the frequency of a pair that does not rotate
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # tokenizer.ggml.token_type
 _ALL_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
-_SCORE = -1000.0  # score of every token: merges determine the order
+_SCORE = -1000.0  # score of every token where merges determine the order
+_TURN_ENDS = ("<turn|>", "<end_of_turn>")  # of Gemma 4's chat format, and of earlier models'
 # control tokens that llama.cpp should show nevertheless, for clients that parse the answer
 _VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 
@@ -54,8 +55,11 @@ def metadata(checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
         out = {key: value for key, value in stored.items() if key not in _OURS and not key.startswith("split.")}
     else:
         name = checkpoint.path.resolve().name
-        out = {"general.architecture": ARCHITECTURE, "general.type": "model", "general.name": name}
-        out |= _sampling(checkpoint.generation_config) | _model(checkpoint.config) | _text(checkpoint)
+        architecture = _architecture(checkpoint.config)
+        out = {"general.architecture": architecture, "general.type": "model", "general.name": name}
+        model = _model(checkpoint.config) if architecture == ARCHITECTURE else _earlier_model(checkpoint.config)
+        out |= {f"{architecture}.{key}": value for key, value in model.items()}
+        out |= _sampling(checkpoint.generation_config) | _text(checkpoint, architecture)
     return out | {"general.file_type": _FILE_TYPES[kind], "general.quantization_version": _QUANTISATION_VERSION}
 
 
@@ -63,12 +67,15 @@ def check(table: Mapping[str, Any], tensors: Iterable[TensorInfo], config: TextC
     """Raise NotImplementedError if the keys would be read back as another model than `config`."""
     plain = {key: value.values() if isinstance(value, GgufArray) else value for key, value in table.items()
              if not key.startswith("tokenizer.") or isinstance(value, int)}  # fmt: skip
-    read = parse_metadata(plain, {info.name: info for info in tensors}, rope_freqs(config), (), where)
-    # the keys do not say whether images see both ways, and these files hold the text model alone
-    ours, theirs = config.engine("F32"), replace(read, bidirectional=config.bidirectional).engine("F32")
+    freqs = made_tensors(config).get(ROPE_FREQS)
+    read = parse_metadata(plain, {info.name: info for info in tensors}, freqs, (), where)
+    # the keys do not say whether images see both ways, and these files hold the text model alone; gains have their 1
+    ours = replace(config, unit_gains=False).engine("F32")
+    theirs = replace(read, bidirectional=config.bidirectional).engine("F32")
     different = [key for key, value in ours.items() if not _equal(value, theirs[key])]
     if different:
-        raise NotImplementedError(f"{where}: GGUF's keys for Gemma 4 cannot say this model's {', '.join(different)}")
+        keys = f"GGUF's keys for {table['general.architecture']}"
+        raise NotImplementedError(f"{where}: {keys} cannot say this model's {', '.join(different)}")
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -77,11 +84,20 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(np.float32(a) == np.float32(b)) if isinstance(a, float) else a == b
 
 
-def rope_freqs(config: TextConfig) -> NDArray[np.float32]:
-    """float32 [head size / 2] of the global layers: the divisor of each pair's frequency."""
+def made_tensors(config: TextConfig) -> dict[str, NDArray[np.float32]]:
+    """Tensors of the file that no checkpoint has: rope_freqs.weight of Gemma 4, float32 [head size / 2] of the global
+    layers, the divisor of each pair's frequency."""
+    if config.model_type in EARLIER:
+        return {}
     full = config.layer_types.index(FULL)
     turns = config.rope[FULL].inv_freq(config.head_dim[full]) > 0
-    return np.where(turns, np.float32(1), np.float32(_STANDS_STILL))
+    return {ROPE_FREQS: np.where(turns, np.float32(1), np.float32(_STANDS_STILL))}
+
+
+def _architecture(config: TextConfig) -> str:
+    name = architecture_of(config)
+    assert name is not None  # the caller refused the others
+    return name
 
 
 def _sampling(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +131,34 @@ def _model(c: TextConfig) -> dict[str, Any]:
     if c.n_experts:
         out |= {"expert_count": c.n_experts, "expert_used_count": c.top_k_experts}
         out["expert_feed_forward_length"] = c.d_expert
-    return {f"{ARCHITECTURE}.{key}": value for key, value in out.items()}
+    return out
+
+
+def _earlier_model(c: TextConfig) -> dict[str, Any]:
+    """Gemma 2 and 3. A key that llama.cpp's converter leaves out is written only where its default would be wrong."""
+    family = EARLIER[c.model_type]
+    rope = c.rope[FULL if FULL in c.layer_types else SLIDING]
+    out: dict[str, Any] = {
+        "block_count": c.n_layers,
+        "context_length": c.context_length,
+        "embedding_length": c.d_model,
+        "feed_forward_length": _one_or_all(c.d_mlp),
+        "attention.head_count": c.n_heads,
+        "attention.head_count_kv": _one_or_all(c.n_kv_heads),
+        "attention.key_length": c.head_dim[0],
+        "attention.value_length": c.head_dim[0],
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "rope.freq_base": rope.theta,
+    }
+    if rope.rope_type == "linear":
+        out |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
+    if SLIDING in c.layer_types:
+        out |= {"attention.sliding_window": c.sliding_window, "rope.freq_base_swa": c.rope[SLIDING].theta}
+    slides = [kind == SLIDING for kind in c.layer_types]
+    if slides != [bool((i + 1) % family.period) for i in range(c.n_layers)]:
+        out["attention.sliding_window_pattern"] = slides
+    caps = {"final_logit_softcapping": c.logit_softcap, "attn_logit_softcapping": c.attention_softcap}
+    return out | {key: value for key, value in caps.items() if value}
 
 
 def _one_or_all(values: tuple[int, ...]) -> int | list[int]:
@@ -125,34 +168,77 @@ def _one_or_all(values: tuple[int, ...]) -> int | list[int]:
 # -- the tokenizer -----------------------------------------------------------------------------------------------------
 
 
-def _text(checkpoint: Checkpoint) -> dict[str, Any]:
+def _text(checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
     if checkpoint.tokenizer_path is None:
-        return {f"{PREFIX}model": "none", f"{ARCHITECTURE}.vocab_size": checkpoint.config.d_vocab}
+        return {f"{PREFIX}model": "none", f"{architecture}.vocab_size": checkpoint.config.d_vocab}
     where = str(checkpoint.tokenizer_path)
     table = read_table(read_limited(checkpoint.tokenizer_path, MAX_FILE), where)
     Tokenizer.from_table(table, where)  # a file that cannot be read is refused there
     _check_same_ids(table, where)
-    out = _vocabulary(table, checkpoint)
+    out = _vocabulary(table, checkpoint, architecture)
     template = checkpoint.load_chat_template()
     return out | ({} if template is None else {"tokenizer.chat_template": template.source})
 
 
-def _vocabulary(table: Any, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The vocabulary's metadata from a parsed tokenizer.json."""
+def _vocabulary(table: Any, checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
+    """The vocabulary's metadata from a parsed tokenizer.json. llama.cpp reads merges of Gemma 4, and scores of earlier
+    models; this package reads merges where there are any."""
     where = str(checkpoint.tokenizer_path)
     added = {token["content"]: token for token in table.get("added_tokens") or ()}
     ids = table["model"]["vocab"] | {text: token["id"] for text, token in added.items()}
     tokens, kinds = _tokens(ids, added, checkpoint.config.d_vocab, where)
+    merges = [_merge(pair, where) for pair in table["model"]["merges"]]
+    by_merges = architecture == ARCHITECTURE
+    scores = (
+        [_SCORE] * len(tokens) if by_merges else _scores(table["model"]["vocab"], added, merges, len(tokens), where)
+    )
     return {
-        f"{PREFIX}model": ARCHITECTURE,
+        f"{PREFIX}model": ARCHITECTURE if by_merges else "llama",
         f"{PREFIX}tokens": tokens,
-        f"{PREFIX}scores": [_SCORE] * len(tokens),
+        f"{PREFIX}scores": scores,
         f"{PREFIX}token_type": kinds,
-        f"{PREFIX}merges": [_merge(pair, where) for pair in table["model"]["merges"]],
+        f"{PREFIX}merges": merges,
         **_special_ids(ids, checkpoint),
         f"{PREFIX}add_space_prefix": False,
         f"{PREFIX}add_bos_token": True,
     }
+
+
+def _scores(
+    vocab: Mapping[str, int], added: Mapping[str, Any], merges: list[str], rows: int, where: str
+) -> list[float]:
+    """Scores of a SentencePiece vocabulary, from which its merges follow: the earlier a token is merged, the higher.
+
+    Runs of one character share a score: their merges are ordered by length. Raises NotImplementedError for merges that
+    follow from no scores.
+    """
+    pairs = [(left, right) for left, _, right in (line.partition(" ") for line in merges)]
+    last = {left + right: rank for rank, (left, right) in enumerate(pairs)}
+    scores: dict[str, float] = {}
+    score, until, runs = 0.0, -1, True  # the present score, the last merge of its tokens, and whether all are runs
+    for rank, (left, right) in enumerate(pairs):
+        token = left + right
+        if token in scores:
+            continue
+        is_run = len(set(token)) == 1
+        if rank > until:
+            score, runs = -1.0 - len(scores), is_run
+        elif not (runs and is_run):
+            raise NotImplementedError(_no_scores(where, token))
+        scores[token], until = score, max(until, last[token])
+    out = [-1.0 - len(scores)] * rows
+    for token, i in vocab.items():
+        out[i] = scores.get(token, out[i])
+    plain = {token: i for token, i in vocab.items() if token not in added}
+    different = set(merges_from_scores(plain, out, where)) ^ {pair for pair in pairs if "".join(pair) not in added}
+    if different:
+        raise NotImplementedError(_no_scores(where, "".join(min(different))))
+    return out
+
+
+def _no_scores(where: str, token: str) -> str:
+    what = f"the merges that make the token {token[:80]!r} do not follow from scores of tokens"
+    return f"{where}: {what}, as the GGUF format of this model needs; texts would get other ids"
 
 
 def _check_same_ids(table: Mapping[str, Any], where: str) -> None:
@@ -226,7 +312,7 @@ def _special_ids(ids: Mapping[str, int], checkpoint: Checkpoint) -> dict[str, An
     if checkpoint.config.pad_token_id is not None:  # soft tokens read its row of the per-layer table
         out[f"{PREFIX}padding_token_id"] = checkpoint.config.pad_token_id
     ends = checkpoint.generation_config.get("eos_token_id", checkpoint.config.eos_token_ids)
-    end = ids.get(TURN_ENDS[0])
+    end = next((ids[text] for text in _TURN_ENDS if text in ids), None)
     if end is not None and end in (ends if isinstance(ends, (list, tuple)) else [ends]):
         out[f"{PREFIX}eot_token_id"] = end
     return {key: value for key, value in out.items() if value is not None} | _suppressed(checkpoint)

@@ -33,6 +33,7 @@ class Planned(NamedTuple):
     source: str
     shape: tuple[int, ...]
     dtype: str
+    plus_one: bool  # norms that multiply by 1 + w: GGUF stores the factor
 
 
 def plan(checkpoint: Checkpoint, kind: str, overrides: Mapping[str, str]) -> tuple[list[Planned], list[str]]:
@@ -55,7 +56,8 @@ def plan(checkpoint: Checkpoint, kind: str, overrides: Mapping[str, str]) -> tup
         dtype = _fitting(wanted, shape, checkpoint.engine_tensors[name][0])
         if dtype != wanted:
             gave_way.setdefault((wanted, dtype, shape[-1]), []).append(stored[name])
-        planned.append(Planned(stored[name], name, shape, dtype))
+        plus_one = checkpoint.config.unit_gains and name.endswith("norm.weight")
+        planned.append(Planned(stored[name], name, shape, dtype, plus_one))
     return planned, [_note(*key, names) for key, names in gave_way.items()]
 
 
