@@ -32,7 +32,7 @@ from gemma4.media.audio import AudioLike
 from gemma4.media.image import ImageLike
 from gemma4.media.prompt import TokenizedPrompt
 from gemma4.media.video import FRAME_TOKENS, NUM_FRAMES, Sampling, VideoLike
-from gemma4.narrow import is_integer
+from gemma4.narrow import is_array, is_integer, is_sequence
 from gemma4.profile import Profile, profiling
 from gemma4.sequence import Sequence, new_sequence, restore
 from gemma4.step import Output, Positions, Prompt, Rows, run_step
@@ -545,7 +545,6 @@ class Model(Core):
         pos: Positions = "all",
     ) -> list[Output]:
         """One step of all prompts, with the same outputs for each."""
-        layer, resids = start or (0, None)
         table = self._sites_from(start)
         hooks = bind_hooks(table, hooks_of(active_hooks(self)), stop_at_layer=stop_at_layer)
         taps = EncoderTaps.of(self, active_hooks(self), names)
@@ -555,14 +554,18 @@ class Model(Core):
                 extent = Extent(prompt.sequence.length, end, end, prompt=prompt.number, n_prompts=len(prompts))
                 check_hooks(hooks, extent)
             wanted = [replace(prompt, logits=logits, capture=capture, pos=pos, hooks=hooks) for prompt in prompts]
-            if resids is not None:
-                wanted = self._with_resids(wanted, resids)
+            if start is None:
+                return run_step(self, wanted, stop_at_layer=stop_at_layer)
+            layer, resids = start
+            wanted = self._with_resids(wanted, resids)
             return run_step(self, wanted, stop_at_layer=stop_at_layer, start_at_layer=layer)
 
     def _sites_from(self, start: Start | None) -> SiteTable:
         return self.sites if start is None else self.sites.starting_at(start[0])
 
     def _with_resids(self, prompts: list[Prompt], resids: Seq[ArrayLike]) -> list[Prompt]:
+        if not is_sequence(resids) and not is_array(resids):
+            raise TypeError(f"resid: a list of prompts needs a list of arrays, got {type(resids).__name__}")
         if len(resids) != len(prompts):
             raise ValueError(f"resid: {len(prompts)} prompts need {len(prompts)} arrays, got {len(resids)}")
         d_model = self.engine_config["d_model"]
@@ -654,7 +657,10 @@ class Model(Core):
 
 def _stream(resid: ArrayLike, n_rows: int, d_model: int) -> F32:
     """A residual stream as the engine takes it. Raises TypeError (no numbers), ValueError (another shape)."""
-    array = np.asarray(resid)
+    try:
+        array = np.asarray(resid)
+    except ValueError as error:  # rows of different lengths
+        raise ValueError(f"resid must be an array [{n_rows}, {d_model}]: {error}") from None
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         raise TypeError(f"resid must hold numbers, got {array.dtype}")
     if array.shape != (n_rows, d_model):

@@ -53,6 +53,8 @@ def test_norms(model, cache):
     one = cache.norms("hook_embed")
     assert one.labels == ["hook_embed"]
     close(one.values, np.linalg.norm(cache["hook_embed"].astype(np.float64), axis=1)[None])
+    for key in (("resid_post", 1), "blocks.1.hook_resid_post"):
+        close(cache.norms(key).values, table.values[1:2])
     assert cache.norms("model.layers.1.output").labels == ["blocks.1.hook_resid_post"]
 
 
@@ -102,6 +104,9 @@ def test_what_has_no_table(model, cache):
             call("blocks.0.attn.hook_attn_scores")
         with pytest.raises(SiteError, match=r"captured|no site"):
             call("hook_resid_pots")
+        for key in (5, None, ("resid_post", 1, 2)):
+            with pytest.raises(TypeError, match="a cache's key is a site name"):
+                call(key)
     for call in (cache.norms, cache.cosine_matrix):
         with pytest.raises(ValueError, match="by must be one of"):
             call("resid_post", by="layers")

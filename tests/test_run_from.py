@@ -104,6 +104,11 @@ def test_a_batch(model):
         np.testing.assert_array_equal(one, wanted)
     for one, wanted in zip(later, caches, strict=True):
         same(one, wanted)
+    for wrong in (5, None, iter([])):
+        with pytest.raises(TypeError, match="a list of prompts needs a list of arrays"):
+            model.run_from(wrong, 2, prompts)
+    equal = np.stack([caches[1]["resid_pre", 2]] * 2)  # one array for all is a list of them, too
+    np.testing.assert_array_equal(model.run_from(equal, 2, [prompts[1]] * 2)[0][1], logits[1])
     with pytest.raises(ValueError, match="4 prompts need 4 arrays, got 1"):
         model.run_from([caches[0]["resid_pre", 2]], 2, prompts)
 
@@ -181,6 +186,7 @@ def test_layers_that_share_keys(tiny):
     (np.zeros((3, 48), np.float32), ValueError, r"got \[3, 48\]"),
     (np.zeros((1, 4, 48), np.float32), ValueError, r"got \[1, 4, 48\]"),
     (np.zeros(48, np.float32), ValueError, r"got \[48\]"),
+    ([[1, 2], [3]], ValueError, r"resid must be an array \[4, 48\]"),
     (None, TypeError, "resid must hold numbers, got object"),
     ("text", TypeError, "resid must hold numbers"),
     (np.zeros((4, 48), complex), TypeError, "resid must hold numbers, got complex"),

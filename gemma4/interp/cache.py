@@ -238,9 +238,9 @@ class ActivationCache(CapturedArrays):
             raise ValueError(f"{stem!r} has a different shape in different layers: {[array.shape for array in found]}")
         return np.stack(found)
 
-    def _found(self, name: str) -> dict[Site, F32]:
-        """A site by its full name, or the same site of every captured layer by its name inside a block."""
-        full, inside = canonical_name(name), (name, f"hook_{name}", f"attn.hook_{name}")
+    def _found(self, name: str | tuple[str, int]) -> dict[Site, F32]:
+        """A site by its key, or the same site of every captured layer by its name inside a block."""
+        full, inside = self._name(name), (name, f"hook_{name}", f"attn.hook_{name}")
         sites = {self._model.sites[one]: array for one, array in self._arrays.items()}
         found = {site: array for site, array in sites.items() if site.name == full or site.stem in inside}
         if not found:
@@ -249,13 +249,13 @@ class ActivationCache(CapturedArrays):
 
     # -- tables ------------------------------------------------------------------------------------------------------
 
-    def norms(self, name: str, by: NormsBy = "pos") -> Table:
+    def norms(self, name: str | tuple[str, int], by: NormsBy = "pos") -> Table:
         """L2 norms, sqrt(sum of squares), of a site in every captured layer: values float32, labels the sites' names.
 
             cache.norms("resid_post").values        # [layers, pos]
             cache.norms("attn.hook_z", by="head").values    # [layers, pos, head]
 
-        name  the name inside a block, as for `stack`, or a site's full name (then values have one row)
+        name  the name inside a block, as for `stack`; or the key of one site, as for `cache[...]`: one row
         by    "pos": [n, pos], over all other axes; "head": [n, pos, head], over the last axis alone; "site": [n], over
               the whole array. For keys and values in use, pos are the positions of the keys.
 
@@ -275,7 +275,7 @@ class ActivationCache(CapturedArrays):
         """
         return tables.cosine({self._model.sites[self._name(key)]: self[key] for key in (a, b)})
 
-    def cosine_matrix(self, name: str, by: CosinesBy = "layer") -> Table:
+    def cosine_matrix(self, name: str | tuple[str, int], by: CosinesBy = "layer") -> Table:
         """`cosine` between all pairs of layers, or of positions: values float32, labels the sites' names.
 
         name  as for `norms`
