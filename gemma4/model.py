@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike
 
 from gemma4 import checks, info
 from gemma4.core import F32, Core, KVDtype, Precision
+from gemma4.dictionaries import SAE, Record, Transcoder
+from gemma4.dictionaries.splice import entered, splice
 from gemma4.edits.base import Edit, checked_edits
 from gemma4.edits.scope import Extent
 from gemma4.encoders.encoder import Encoder, encoder_of
@@ -516,6 +518,22 @@ class Model(Core):
         Raises TypeError for what is no edit, SiteError and ValueError for one that does not fit this model.
         """
         return self.hooks(checked_edits(edits))
+
+    def attach(self, dictionary: SAE | Transcoder, *, error: bool = True) -> AbstractContextManager[Record]:
+        """`with model.attach(sae) as record:` the dictionary's reconstruction takes the place of the site it writes.
+
+            with model.attach(sae) as record:
+                model.forward("Once upon a time")
+            record.features()[-1].ids
+
+        error: add what the reconstruction misses, so that logits stay the same up to rounding; False replaces the site,
+        but for positions that the dictionary was not trained on. Nestable.
+
+        Raises ValueError (a dictionary that names no site, or of another width), SiteError (a site that this model
+        lacks).
+        """
+        hooks, record = splice(self.sites, dictionary, error=error)
+        return entered(self.hooks(hooks), record)
 
     def profile(self) -> AbstractContextManager[Profile]:
         """`with model.profile() as profile:` notes the time of every operation run inside; see gemma4.profile."""

@@ -43,7 +43,7 @@ ROOMS = {
     "interp.sites": "narrow errors",
     "edits": "narrow errors files load interp.sites",
     "interp.hooks": "narrow interp.sites edits",
-    "dictionaries": "narrow memory errors load interp.sites interp.hooks",
+    "dictionaries": "narrow memory errors load edits interp.sites interp.hooks",
     "core": "checks errors text load media interp.sites interp.hooks _engine",
     "interp.saved": "narrow checks errors files load interp.sites",
     "interp.tables": "checks memory interp.sites",
@@ -58,8 +58,8 @@ ROOMS = {
     "generation": "narrow checks edits errors text media interp.sites interp.hooks interp.cache core encoders sequence "
     "step inputs",
     "info": "units core",
-    "model": "narrow checks edits load media interp.sites interp.hooks interp.cache core profile encoders sequence "
-    "step inputs generation info",
+    "model": "narrow checks edits dictionaries load media interp.sites interp.hooks interp.cache core profile encoders "
+    "sequence step inputs generation info",
     "interp": "narrow checks memory edits media interp.sites interp.hooks interp.cache sequence step inputs "
     "model",  # these run a model
     "media.tasks": "errors load media generation model",

@@ -5,10 +5,28 @@
     features = sae.encode(cache)               # sparse: features[pos].ids, .values
     sae.decode(features), sae.error(cache), sae.metrics(cache)
 
+    with model.attach(sae) as record: ...      # its reconstruction in the forward pass, with the error term
+    with model.edit([ClampFeature(sae, 1721, 8.0)]): ...
+
 Files are mapped and untrusted. Formats, and traps of each: docs/guide.md.
 """
 
+from gemma4.dictionaries.edits import AblateFeature, ClampFeature, FeatureEdit, ScaleFeature
 from gemma4.dictionaries.features import Features, Fired
 from gemma4.dictionaries.sae import SAE, Dictionary, Metrics, Transcoder
+from gemma4.dictionaries.splice import Pass, Record
 
-__all__ = ["SAE", "Dictionary", "Features", "Fired", "Metrics", "Transcoder"]
+__all__ = [
+    "SAE",
+    "AblateFeature",
+    "ClampFeature",
+    "Dictionary",
+    "FeatureEdit",
+    "Features",
+    "Fired",
+    "Metrics",
+    "Pass",
+    "Record",
+    "ScaleFeature",
+    "Transcoder",
+]

@@ -85,6 +85,12 @@ class _Tensors:
             self.fail(f"{name} is {array.dtype.str}, expected one of {', '.join(_FLOATS)}")
         return array
 
+    def decoder(self, name: str, *shape: int | None) -> NDArray[Any]:
+        """As `mapped`, for a matrix of which single rows are read."""
+        array = self.mapped(name, *shape)
+        self.file.advise_random(name)
+        return array
+
     def vector(self, name: str, size: int, *, infinite: bool = False) -> F32:
         """A float32 copy without NaN, and unless `infinite` without infinities."""
         values = self.mapped(name, size).astype(np.float32)
@@ -144,7 +150,7 @@ def _open_gemma_scope_1(path: Path) -> Opened:
     tensors = _Tensors(file)
     w_enc = tensors.mapped("W_enc", None, None)
     d_in, d_sae = w_enc.shape
-    w_dec = tensors.mapped("W_dec", d_sae, None)
+    w_dec = tensors.decoder("W_dec", d_sae, None)
     where = path.absolute().as_posix()
     kind, layer = _SCOPE_1_REPOSITORY.search(where), re.search(r"/layer_(\d+)/", where)
     site = site_out = None
@@ -187,7 +193,7 @@ def _open_gemma_scope_2(path: Path) -> Opened:
     d_in, d_sae = w_enc.shape
     if fields.integer("width", d_sae, 1, _MOST) != d_sae:
         tensors.fail(f"w_enc has {d_sae} features, width in {config.name} is {fields.get('width', d_sae)}")
-    w_dec = tensors.mapped("w_dec", d_sae, None)
+    w_dec = tensors.decoder("w_dec", d_sae, None)
     d_out = w_dec.shape[1]
     affine = fields.boolean("affine_connection", "affine_skip_connection" in tensors)
     w_skip = tensors.mapped("affine_skip_connection", d_in, d_out) if affine else None
@@ -242,7 +248,7 @@ def _open_saelens(path: Path) -> Opened:
     d_in, d_sae = fields.integer("d_in", None, 1, _MOST), fields.integer("d_sae", None, 1, _MOST)
     transcoder = architecture in _TRANSCODERS
     d_out = fields.integer("d_out", d_in, 1, _MOST) if transcoder else d_in
-    w_enc, w_dec = tensors.mapped("W_enc", d_in, d_sae), tensors.mapped("W_dec", d_sae, d_out)
+    w_enc, w_dec = tensors.mapped("W_enc", d_in, d_sae), tensors.decoder("W_dec", d_sae, d_out)
     if "scaling_factor" in tensors and (tensors.vector("scaling_factor", d_sae) != 1).any():
         raise NotImplementedError(f"{path}: a finetuning scaling_factor is not read")
     b_dec = tensors.vector("b_dec", d_out)
@@ -339,7 +345,7 @@ def _open_sparsify(path: Path) -> Opened:
     d_sae = fields.integer("num_latents", 0, 0, _MOST) or d_in * fields.integer("expansion_factor", 32, 1, _MOST)
     transcode = fields.boolean("transcode", False)
     w_enc = tensors.mapped("encoder.weight", d_sae, d_in).T
-    w_dec = tensors.mapped("W_dec", d_sae, None if transcode else d_in)
+    w_dec = tensors.decoder("W_dec", d_sae, None if transcode else d_in)
     d_out = w_dec.shape[1]
     b_dec = tensors.vector("b_dec", d_out)
     activation = TopK(tensors.vector("encoder.bias", d_sae), fields.integer("k", 32, 1, d_sae))

@@ -120,19 +120,39 @@ class Dictionary:
         self._file.check()
         return np.array(self._weights.w_dec[check_feature(feature, self.d_sae)], np.float32)
 
+    def values_of(self, feature: int, x: Activations) -> F32:
+        """One feature at every position, float32 [pos]. Raises what `encode` raises, and IndexError."""
+        check_feature(feature, self.d_sae)
+        rows = self._rows(x)
+        self._file.check()
+        return self._weights.values_of(feature, rows)
+
+    def add_feature(self, out: F32, feature: int, amounts: F32) -> None:
+        """Change the site that the dictionary writes, in place, as if a feature fired more strongly.
+
+        out: float32 [pos, d_out] (or heads). amounts: float32 [pos]; positions with 0 keep their bits.
+        """
+        check_feature(feature, self.d_sae)
+        self._file.check()
+        rows, at = out.reshape(len(out), -1), amounts != 0
+        rows[at] += self._weights.written_by(feature, amounts[at], rows[at])
+
     def __call__(self, x: Activations) -> F32:
         """decode(encode(x)), float32 [pos, d_out]."""
         return self.decode(self.encode(x), x)
 
     def _metrics(self, x: Activations, target: F32) -> Metrics:
-        if not len(target):
-            raise ValueError("metrics need at least one position")
-        features = self.encode(x)
-        missed = np.square(target - self.decode(features, x), dtype=np.float64).sum()
+        trained_on = x.positions >= self.skip_positions if isinstance(x, Captured) else np.ones(len(target), np.bool_)
+        n = int(trained_on.sum())
+        if not n:
+            raise ValueError(f"metrics need at least one position from {self.skip_positions} on")
+        features = self.encode(x)  # the others have none
+        missed, target = (target - self.decode(features, x))[trained_on], target[trained_on]
         spread = np.square(target - target.mean(axis=0, dtype=np.float64)).sum()
-        alive = len(np.unique(features.ids))
-        explained = 1 - missed / spread if spread else float("nan")
-        return Metrics(float(explained), len(features.ids) / len(features), 1 - alive / self.d_sae)
+        lost = np.square(missed, dtype=np.float64).sum()
+        explained = 1 - lost / spread if spread else float("nan")
+        dead = 1 - len(np.unique(features.ids)) / self.d_sae
+        return Metrics(float(explained), len(features.ids) / n, dead)
 
     def _rows(self, x: Activations) -> F32:
         return as_rows(self._of_cache(x, self.site), self.d_in, f"{self!r} reads")

@@ -153,8 +153,9 @@ class Weights:
         for first in range(0, self.d_sae, _COLUMNS):
             block = slice(first, min(first + _COLUMNS, self.d_sae))
             raw = matmul(x, self.w_enc[:, block])
-            if np.isnan(raw.min()):  # min() carries NaN through
-                raise FormatError(f"the encoder's weights give NaN for features {first} to {block.stop - 1}")
+            if not (np.isfinite(raw.min()) and np.isfinite(raw.max())):  # both carry NaN through
+                which = f"features {first} to {block.stop - 1}"
+                raise FormatError(f"the encoder's weights give NaN or infinities for {which}")
             rows, ids, values = self.activation.fired(raw, block)
             yield Entries(rows, ids + np.int32(first), values)
 
@@ -178,6 +179,29 @@ class Weights:
             return x.std(axis=1, ddof=1, keepdims=True), x.mean(axis=1, keepdims=True)
         return one, zero
 
+    def values_of(self, feature: int, x: F32) -> F32:
+        """One feature at every position, float32 [pos]: one column of the encoder, unless features compete."""
+        if self.activation.k is not None:
+            return self.encode(x).feature(feature)
+        ready_blas()
+        column = slice(feature, feature + 1)
+        raw = matmul(self._prepared(x), self.w_enc[:, column])
+        rows, _, values = self.activation.fired(raw, column)
+        out = np.zeros(len(x), np.float32)
+        out[rows] = values
+        return out
+
+    def written_by(self, feature: int, amounts: F32, x: F32) -> F32:
+        """The part of the output that a feature of these values gives, float32 [pos, d_out]. x: the input, used if its
+        norm scales the output."""
+        row = self.w_dec[feature].astype(np.float32)
+        if self.by_norm:
+            row /= np.linalg.norm(row)
+        part = amounts[:, None] * row
+        if self.denormalise:
+            part *= self._norm_of(x)[0] / np.float32(self.scale)
+        return part
+
     def needs_input(self) -> bool:
         """Whether the output depends on the input besides through the features."""
         return self.w_skip is not None or (self.norm != "none" and self.denormalise)
@@ -198,6 +222,8 @@ class Weights:
             out += shift
         if x is not None and self.w_skip is not None:
             out += matmul(x, self.w_skip)
+        if not np.isfinite(out).all():
+            raise FormatError("the decoder's weights give NaN or infinities")
         return out
 
     def _written(self, ids: NDArray[np.int32], values: F32) -> F32:

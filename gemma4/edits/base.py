@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,9 @@ from gemma4.narrow import is_iterable
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
 Kind: TypeAlias = Literal["add", "scale", "set", "project_out", "clamp"]
+Array: TypeAlias = NDArray[Any]
 Arithmetic: TypeAlias = tuple[str, float, float, float, F32 | None, tuple[Span, ...]]  # `Edit` of _engine.pyi
+Work: TypeAlias = Arithmetic | Callable[[Array], Array]
 WHOLE: Span = (0, 0)
 
 
@@ -146,8 +148,8 @@ class SiteEdit:
         if "S" not in self.site.dims:
             object.__setattr__(self, "ready", self._arithmetic(0, WHOLE))
 
-    def taps(self, place: Place) -> list[tuple[Arithmetic, I32 | None]]:
-        """The work for the engine in this run: pairs (arithmetic, rows), see `_engine.Tap`; [] if the edit rests."""
+    def taps(self, place: Place) -> list[tuple[Work, I32 | None]]:
+        """The work for the engine in this run: pairs (work, rows), see `_engine.Tap`; [] if the edit rests."""
         if not self.edit.acts(place.step, place.prompt):
             return []
         if "T" not in self.site.dims:
@@ -174,10 +176,10 @@ class SiteEdit:
             rows[chosen] = [index.get(int(p), -1) for p in positions[chosen]]
         return rows
 
-    def _cached_taps(self, place: Place) -> list[tuple[Arithmetic, I32 | None]]:
+    def _cached_taps(self, place: Place) -> list[tuple[Work, I32 | None]]:
         """Keys or values in use, dims "SKh": `pos` chooses along their first axis."""
         positions = np.arange(place.first + place.n)
-        taps: list[tuple[Arithmetic, I32 | None]] = []
+        taps: list[tuple[Work, I32 | None]] = []
         for first, end in stretches(mask_of(self.edit.where, positions, place.n_prompt)):
             part = self
             if self.rows is not None and self.values is not None:

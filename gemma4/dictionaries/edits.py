@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edits of single features: x += (new - old) * W_dec[feature]. The part that the dictionary misses stays as it is.
+
+A feature is read in Python, so these edits act as hooks do. They have the scope of every edit, see gemma4.edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.dictionaries.features import F32, check_feature
+from gemma4.dictionaries.sae import Dictionary, as_rows
+from gemma4.dictionaries.splice import bound_sites
+from gemma4.edits.arithmetic import finite
+from gemma4.edits.base import Edit, SiteEdit, Work
+from gemma4.edits.scope import Place, mask_of
+from gemma4.interp.sites import Site, SiteTable
+
+Act = Callable[[F32, Place], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _FunctionEdit(SiteEdit):
+    """An edit that a Python function makes, in place."""
+
+    act: Act = field(kw_only=True)
+
+    def taps(self, place: Place) -> list[tuple[Work, NDArray[np.int32] | None]]:
+        if not self.edit.acts(place.step, place.prompt):
+            return []
+
+        def work(array: F32) -> F32:
+            self.act(array, place)
+            return array
+
+        return [(work, None)]
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureEdit(Edit):
+    """The base of all edits of a feature.
+
+    dictionary  `SAE` or `Transcoder`; a transcoder's feature is read at `site` and changed at `site_out`
+    feature     0 to d_sae - 1
+    """
+
+    dictionary: Dictionary
+    feature: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = cast(object, self.dictionary)
+        if not isinstance(given, Dictionary):
+            raise TypeError(f"{type(self).__name__} needs a dictionary, got {given!r:.60}")
+        self._set("feature", check_feature(self.feature, self.dictionary.d_sae))
+
+    def new(self, old: F32) -> F32:
+        """The feature's values, from those that it has, float32 [pos]."""
+        raise NotImplementedError
+
+    def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
+        sites = bound_sites(self.dictionary, table)
+        reads, writes = (table.select(site.name, stop_at_layer=stop_at_layer)[0] for site in sites)
+        amounts: dict[int, F32] = {}  # to add in the current pass, by prompt
+
+        def read(array: F32, place: Place) -> None:
+            amounts[place.prompt] = self._amounts(array, place)
+
+        def write(array: F32, place: Place) -> None:
+            self.dictionary.add_feature(array, self.feature, amounts.pop(place.prompt))
+
+        return [self._part(reads, read), self._part(writes, write)]
+
+    def _part(self, site: Site, act: Act) -> SiteEdit:
+        return _FunctionEdit(self, site, "add", act=act)
+
+    def _amounts(self, array: F32, place: Place) -> F32:
+        """new - old, 0 outside the scope."""
+        old = self.dictionary.values_of(self.feature, as_rows(array, self.dictionary.d_in, f"{self} reads"))
+        positions = np.arange(place.first, place.first + place.n)
+        return np.where(mask_of(self.where, positions, place.n_prompt), self.new(old) - old, np.float32(0))
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.feature})"
+
+
+@dataclass(frozen=True, eq=False)
+class ClampFeature(FeatureEdit):
+    """The feature has this value, also where it did not fire."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("value", finite(self.value, "ClampFeature: value"))
+
+    def new(self, old: F32) -> F32:
+        return np.full_like(old, self.value)
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleFeature(FeatureEdit):
+    """The feature is multiplied by a factor."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set("factor", finite(self.factor, "ScaleFeature: factor"))
+
+    def new(self, old: F32) -> F32:
+        return old * np.float32(self.factor)
+
+
+@dataclass(frozen=True, eq=False)
+class AblateFeature(FeatureEdit):
+    """The feature is taken away."""
+
+    def new(self, old: F32) -> F32:
+        return np.zeros_like(old)
