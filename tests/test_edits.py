@@ -238,6 +238,117 @@ def test_scope_by_step_and_position(tiny):
     assert np.array_equal(last[: n - 1], plain[: n - 1]) and np.array_equal(last[n - 1], plain[n - 1] + v)
 
 
+def test_negative_positions_count_from_the_prompt_while_generating(tiny):
+    v, name = vector(tiny.config.d_model), "blocks.1.hook_resid_post"
+    options = {"max_tokens": 6, "temperature": 0, "capture": name}
+    n = len(tiny.to_tokens(TEXT))
+    by_end = tiny.generate(TEXT, hooks=[Add(name, v, pos=[-1, -3])], **options)
+    by_place = tiny.generate(TEXT, hooks=[Add(name, v, pos=[n - 1, n - 3])], **options)
+    assert np.array_equal(by_end.cache[name], by_place.cache[name])
+
+
+def test_positions_are_those_of_the_sequence(tiny):
+    """A continued sequence goes on counting; there, -1 is the last new token."""
+    v, name = vector(tiny.config.d_model), "blocks.1.hook_resid_post"
+    ids = tiny.to_tokens(TEXT)
+    for pos, rows in (
+        (8, [3]),
+        (-1, [-1]),
+        (len(ids) - 2, [-2]),
+        ([5, 7], [0, 2]),
+        (slice(6, None, 2), slice(1, None, 2)),
+    ):
+        sequence = tiny.new_sequence()
+        tiny.forward(ids[:5], sequence=sequence)
+        plain = tiny.run_with_cache(ids[5:], name, sequence=sequence.fork())[1][name]
+        with tiny.edit(Add(name, v, pos=pos)):
+            edited = tiny.run_with_cache(ids[5:], name, sequence=sequence)[1][name]
+        plain[rows] += v
+        assert np.array_equal(edited, plain), pos
+
+
+def test_slices_of_positions(tiny):
+    v, name = vector(tiny.config.d_model), "blocks.1.hook_resid_post"
+    plain = tiny.run_with_cache(TEXT, name)[1][name]
+    for where in (
+        slice(0, None, 2),
+        slice(-99, None, 2),
+        slice(-98, None, 2),
+        slice(1, -2, 3),
+        slice(None, 4),
+        slice(3, 99),
+    ):
+        with tiny.edit(Add(name, v, pos=where)):
+            edited = tiny.run_with_cache(TEXT, name)[1][name]
+        expected = plain.copy()
+        expected[where] += v
+        assert np.array_equal(edited, expected), where
+
+
+def test_a_value_of_one_row_is_for_all(tiny):
+    v, name = vector(tiny.config.d_model), "blocks.1.hook_resid_post"
+    for value in (v, v[None], np.broadcast_to(v, (1, len(v)))):
+        with tiny.edit(Set(name, value)):
+            assert (tiny.run_with_cache(TEXT, name)[1][name] == v).all()
+
+
+def test_the_end_of_a_cache_of_some_positions(tiny):
+    name = "blocks.1.hook_resid_post"
+    _, cache = tiny.run_with_cache(TEXT, name, pos=[2, 3, 6])
+    with tiny.edit(Patch(name, cache, pos=0, source_pos=-1)):
+        assert np.array_equal(tiny.run_with_cache(TEXT, name)[1][name][0], cache[name][2])
+    with pytest.raises(ValueError, match="no position"), tiny.edit(Patch(name, cache, pos=0, source_pos=-2)):
+        pass
+
+
+def test_edits_that_differ_somewhere_do_not_contradict(tiny):
+    d = tiny.config.d_model
+    name, z = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"
+    compatible = [
+        [Ablate(head=(1, 0)), Ablate(head=(1, 1))],
+        [Set(name, 0, index=slice(0, 4)), Set(name, 1, index=slice(4, 8))],
+        [Set(name, 0, pos=1), Set(name, 1, pos=2)],
+        [Set(name, 0, steps=0), Set(name, 1, steps=[1, 2])],
+        [Set(name, 0, prompts=0), Set(name, 1, prompts=1)],
+        [Set(name, 0), Add(name, np.ones(d))],
+        [Set(name, 0), Set("blocks.2.hook_resid_post", 0)],
+    ]
+    for edits in compatible:
+        tiny.generate([TEXT, "A dog"], max_tokens=4, hooks=edits)
+    for edits in (
+        [Set(name, 0, index=slice(0, 5)), Set(name, 1, index=4)],
+        [Set(name, 0, pos=[1, 2]), Set(name, 1, pos=slice(2, 4))],
+        [Set(name, 0, steps=[0, 1]), Set(name, 1, steps=1)],
+        [Set(z, 0, head=1), Ablate(head=(1, 1))],
+    ):
+        with pytest.raises(ValueError, match="both set"):
+            tiny.generate([TEXT, "A dog"], max_tokens=4, hooks=edits)
+
+
+def test_a_window_counts_when_keys_are_cut(tiny):
+    """Layer 0 sees the last keys alone: without those a query has none, though earlier ones are left."""
+    window = tiny.sites.window(0)
+    ids = np.resize(tiny.to_tokens(TEXT), window + 9)
+    seen = slice(len(ids) - window, None)
+    with pytest.raises(ValueError, match="would keep no key"), tiny.edit(KnockOut((-1, seen), 0)):
+        tiny.forward(ids, logits=None)
+    with tiny.edit(KnockOut((-1, slice(len(ids) - window + 1, None)), 0)):
+        assert np.isfinite(tiny.forward(ids, logits="last")).all()
+
+
+def test_rows_for_cached_values(tiny):
+    name = "blocks.0.attn.hook_v_used"
+    _, cache = tiny.run_with_cache("A small dog ran up the hill", name)
+    rows = cache[name][[4, 0, 2]]
+
+    def put(values, site):
+        values[[5, 1, 2]] = rows
+
+    with tiny.edit(Set(name, rows, pos=[5, 1, 2])):
+        by_data = tiny.forward(TEXT)
+    assert np.array_equal(by_data, tiny.run_with_hooks(TEXT, [(name, put)]))
+
+
 def test_edits_of_cached_keys(tiny):
     name = "blocks.0.attn.hook_v_used"
 

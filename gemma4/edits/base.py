@@ -173,7 +173,7 @@ class SiteEdit:
         rows = np.where(chosen, 0, -1).astype(np.int32)
         if self.rows is not None:
             index = {int(p): i for i, p in enumerate(absolute(self.rows, place.n_prompt))}
-            rows[chosen] = [index.get(int(p), -1) for p in positions[chosen]]
+            rows[chosen] = [index[int(p)] for p in positions[chosen]]
         return rows
 
     def _cached_taps(self, place: Place) -> list[tuple[Work, I32 | None]]:
