@@ -363,6 +363,8 @@ BAD_VALUES += [
     ("rms_norm_eps", "1e-6"),
     ("rms_norm_eps", None),
     ("rms_norm_eps", float("inf")),
+    ("rms_norm_eps", 1.0),
+    ("rms_norm_eps", 0.99999999999),
     ("rms_norm_eps", HUGE),
     ("final_logit_softcapping", 0),
     ("final_logit_softcapping", -30.0),

@@ -7,6 +7,7 @@ numbers of layers, patterns, windows, scales and RoPE, and is narrow.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
 import shutil
@@ -27,6 +28,7 @@ from gemma4.load import open_checkpoint
 from gemma4.load.gguf import GgufFile
 from gemma4.load.gguf_config import parse_metadata
 from gemma4.load.gguf_tokenizer import merges_from_scores, tokenizer_table
+from gemma4.load.names import text_tensors
 from gemma4.quantization.metadata import _scores
 from gemma4.text.tokenizer import CONTROL, Tokenizer
 
@@ -502,6 +504,36 @@ def test_bad_metadata(case: str, folder: Folder, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes().replace(b"gemma2", b"gemma3", 1))
     with pytest.raises(kind, match=message):
         open_checkpoint(path)
+
+
+HOSTILE: list[Any] = [
+    None, True, False, 0, 1, -1, 7, 2**31, 2**63, 2**64 - 1, 0.0, -1.5, 0.99999999999, 1e-300, 1e300, float("nan"),
+    float("inf"), "", "linear",
+    [], [1], [1] * 7, [True] * 7, [0.5] * 7, [2**63] * 7, ["x"] * 7, [float("nan")] * 7,
+]  # fmt: skip
+NEVER_THERE = (
+    "attention.sliding_window_pattern", "attention.key_length_swa", "attention.value_length_swa", "attention.causal",
+    "rope.dimension_count", "rope.dimension_count_swa", "rope.freq_base", "rope.freq_base_swa", "rope.local.freq_base",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor",
+    "final_logit_softcapping", "attn_logit_softcapping",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gemma2-27b", "gemma3-4b"])
+def test_any_value_of_any_key_is_read_or_refused(name: str, folder: Folder, tmp_path: Path) -> None:
+    """Whatever is not refused is a model that the engine's table of tensors can be made for."""
+    config = MODELS[name] | ({"num_hidden_layers": 7} if name == "gemma3-4b" else {})
+    with open_checkpoint(convert(folder(config), tmp_path / "x.gguf", "F32")) as ours:
+        [file] = ours.files
+        family = name.partition("-")[0]
+        keys = [key for key in ours.hf_config if key.startswith(family)]
+        for key in {*keys, *(f"{family}.{key}" for key in NEVER_THERE)}:
+            for value in HOSTILE:
+                with contextlib.suppress(FormatError, NotImplementedError):
+                    read = parse_metadata(ours.hf_config | {key: value}, file.tensors, None, (), "x.gguf")
+                    assert text_tensors(read)
+                    assert all(np.isfinite(rope).all() for rope in read.engine()["rope_inv_freq"]), (key, value)
+                    assert 0 < read.attention_scale <= 1
 
 
 @pytest.mark.parametrize("name, tensor, message", [

@@ -40,6 +40,7 @@ _ROPE_DEFAULTS: dict[str, dict[str, Any]] = {
 # product of two of them overflows 63 bits and no config can request an absurd allocation.
 MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM = 1 << 17, 1024, 1024, 4096
 MAX_MLP, MAX_VOCAB, MAX_CONTEXT, MAX_EXPERTS = 1 << 20, 1 << 24, 1 << 24, 4096
+MAX_EPS = 0.5  # of a norm; the engine takes what is below 1 in float32
 
 _SCALE_DTYPES: dict[str, Any] = {"F16": np.float16, "BF16": ml_dtypes.bfloat16}  # all others: float32
 
@@ -250,7 +251,7 @@ def _text_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
         d_vocab=d_vocab,
         d_ple=d_ple,
         d_vocab_ple=f.integer("vocab_size_per_layer_input", 262_144, 1, MAX_VOCAB) if d_ple else 0,
-        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, 1.0),
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, MAX_EPS),
         logit_softcap=0.0 if softcap is None else softcap,
         context_length=f.integer("max_position_embeddings", defaults["context"], 1, MAX_CONTEXT),
         n_experts=n_experts,
@@ -297,7 +298,7 @@ def _earlier_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
         d_vocab=f.integer("vocab_size", family.d_vocab, 1, MAX_VOCAB),
         d_ple=0,
         d_vocab_ple=0,
-        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, 1.0),
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, MAX_EPS),
         # Gemma3ForConditionalGeneration never applies it
         logit_softcap=0.0 if model_type == "gemma3" else logit_softcap or 0.0,
         context_length=f.integer("max_position_embeddings", family.context, 1, MAX_CONTEXT),

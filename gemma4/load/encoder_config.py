@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
-from gemma4.load.config import EARLIER, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_MLP, TextConfig
+from gemma4.load.config import EARLIER, MAX_EPS, MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_MLP, TextConfig
 from gemma4.load.fields import Fields
 from gemma4.narrow import is_dict, is_list
 
@@ -159,7 +159,7 @@ def _vision_tower(f: Fields, d_out: int) -> EncoderConfig:
         d_in=3 * patch**2,
         d_soft=d_model,
         d_out=d_out,
-        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, 1.0),
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, MAX_EPS),
         d_model=d_model,
         n_layers=f.integer("num_hidden_layers", 16, 1, MAX_LAYERS),
         n_heads=n_heads,
@@ -206,7 +206,7 @@ def _unified_vision(f: Fields, d_out: int) -> EncoderConfig:
         d_in=3 * side**2,
         d_soft=f.integer("output_proj_dims", 3840, width, width),
         d_out=d_out,
-        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, 1.0),
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, MAX_EPS),
         d_model=width,
         n_positions=f.integer("mm_posemb_size", 1120, 1, _MAX_POSITIONS),
         patch_size=patch,
@@ -216,7 +216,7 @@ def _unified_vision(f: Fields, d_out: int) -> EncoderConfig:
 
 def _unified_audio(f: Fields, d_out: int) -> EncoderConfig:
     width = f.integer("audio_embed_dim", 640, 1, _MAX_WIDTH)
-    eps = f.number("rms_norm_eps", 1e-6, 1e-12, 1.0)
+    eps = f.number("rms_norm_eps", 1e-6, 1e-12, MAX_EPS)
     return EncoderConfig(kind="audio_embedder", d_in=width, d_soft=width, d_out=d_out, rms_norm_eps=eps)
 
 
@@ -239,7 +239,7 @@ def _audio_tower(f: Fields, d_out: int) -> EncoderConfig:
         d_in=d_in,
         d_soft=f.integer("output_proj_dims", 1536, 1, _MAX_WIDTH),
         d_out=d_out,
-        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, 1.0),
+        rms_norm_eps=f.number("rms_norm_eps", 1e-6, 1e-12, MAX_EPS),
         d_model=d_model,
         n_layers=f.integer("num_hidden_layers", 12, 1, MAX_LAYERS),
         n_heads=n_heads,

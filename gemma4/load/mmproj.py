@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
 from gemma4.load.checkpoint import EngineTensor, check_dtype, check_shape
-from gemma4.load.config import MAX_HEADS, MAX_LAYERS, MAX_MLP, MAX_WIDTH, TextConfig
+from gemma4.load.config import MAX_EPS, MAX_HEADS, MAX_LAYERS, MAX_MLP, MAX_WIDTH, TextConfig
 from gemma4.load.dtypes import PLAIN, stored_rows
 from gemma4.load.encoder_config import MODALITIES, EncoderConfig, Kind, Modality, parse_encoder
 from gemma4.load.fields import Fields
@@ -221,7 +221,7 @@ class _Reader:
         return {
             "patch_size": self._integer("patch_size", 1, 256),
             "pooling_kernel_size": self._integer("projector.scale_factor", 1, 64, 3),
-            "rms_norm_eps": self._keys.number("clip.vision.attention.layer_norm_epsilon", 1e-6, 1e-12, 1.0),
+            "rms_norm_eps": self._keys.number("clip.vision.attention.layer_norm_epsilon", 1e-6, 1e-12, MAX_EPS),
         }
 
     def _vision_tower(self) -> dict[str, Any]:
