@@ -104,10 +104,12 @@ class NpzFile:
             raise
         except _DAMAGED as error:
             raise FormatError(f"{name} is damaged: {error}") from None
+        if dtype.kind not in "biuf" or min(shape, default=0) < 0:
+            raise FormatError(f"{name} is {dtype.str} {str(shape)[:80]}, expected numbers")
         n_data = dtype.itemsize * int(np.prod(shape, dtype=object))
-        if dtype.hasobject or info.file_size - n_header != n_data:
+        if info.file_size - n_header != n_data:
             found = f"{info.file_size - n_header} bytes of {dtype.str} {shape}"
-            raise FormatError(f"{name} has {found}, expected {n_data} bytes of numbers")
+            raise FormatError(f"{name} has {found}, expected {n_data} bytes")
         offset = info.header_offset + _LOCAL.size + n_name + n_extra + n_header
         return Located(offset, n_data, dtype, shape, in_columns)
 

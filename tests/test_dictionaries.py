@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import time
+import tracemalloc
 from pathlib import Path
 
 import ml_dtypes
@@ -392,6 +393,19 @@ def test_many_positions_are_those_of_few(standard):
         agrees(features[first : first + 100].dense(), few.dense())
 
 
+def test_encoding_makes_no_dense_array(tmp_path):
+    d, n, pos = 8, 200_000, 600
+    tensors = {"W_enc": numbers(d, n), "W_dec": numbers(n, d), "b_enc": np.full(n, -9, np.float32), "b_dec": numbers(d)}
+    for config in ({}, {"architecture": "topk", "k": 20}):
+        sae, x = SAE.load(saelens(tmp_path, tensors, **config)), numbers(pos, d)
+        sae.encode(x[:1])
+        tracemalloc.start()
+        features = sae.encode(x)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(features.ids) > 1000 and peak - 8 * len(features.ids) < 80 << 20 < 4 * n * pos / 4
+
+
 def test_heads_are_concatenated(standard):
     np.testing.assert_array_equal(standard.encode(X.reshape(7, 4, 6)).dense(), standard.encode(X).dense())
 
@@ -592,6 +606,36 @@ class Evil:
 
     def __reduce__(self):
         return (setattr, (Evil, "ran", True))
+
+
+@pytest.mark.parametrize(
+    ("was", "now"),
+    [
+        (b"'shape': (24, 8), ", b"'shape': (-24, -8), "),
+        (b"'descr': '<f4', ", b"'descr': '|V4', "),
+        (b"'descr': '<f4', ", b"'descr': '<U1', "),
+        (b"'descr': '<f4', ", b"'descr': '|O', "),
+        (b"'descr': '<f4', ", b"'descr': '>f4', "),
+        (b"'descr': '<f4', ", b"'descr': ('<f2', (2,)), "),
+        (b"'descr': '<f4', ", b"'descr': [('a', '<f4')], "),
+        (b"'shape': (24, 8), ", b"'shape': (192,), "),
+        (b"'shape': (24, 8), ", b"'shape': (24, 8.0), "),
+        (b"'shape': (24, 8), ", b"'shape': (24, 8, 9), "),
+    ],
+)
+def test_hostile_headers_of_an_npz(tmp_path, was, now):
+    file = tmp_path / "params.npz"
+    np.savez(
+        file, W_enc=numbers(24, 8), **{k: v for k, v in weights(n=8).items() if k != "W_enc"}, threshold=numbers(8)
+    )
+    data = file.read_bytes()
+    end = data.index(b"\n", data.index(was))
+    header = data[data.index(b"{") : end]
+    changed_header = header.replace(was, now).rstrip().ljust(len(header))
+    assert len(changed_header) == len(header) and changed_header != header
+    file.write_bytes(data.replace(header, changed_header, 1))
+    with pytest.raises(FormatError):
+        SAE.load(file)
 
 
 def test_arrays_beyond_the_file(tmp_path):
