@@ -564,8 +564,15 @@ def test_tensors_of_other_models_are_refused(odd: str, folder: Folder, tmp_path:
 def test_pictures(folder: Folder, tmp_path: Path) -> None:
     """No encoder of Gemma 4 is taken for one of Gemma 3."""
     path = convert(folder(MODELS["gemma3-4b"]), tmp_path / "x.gguf", "F32")
+    (tmp_path / "wide").mkdir()
     with gemma4.load(path) as model, pytest.raises(NotImplementedError, match="before Gemma 4 the text model alone"):
         model.encode_image(np.zeros((8, 8, 3), np.uint8))
+    as_wide = convert(folder(MODELS["gemma3-1b"] | {"hidden_size": 48}), tmp_path / "wide" / "x.gguf", "F32")
     encoders = convert_mmproj(write_multimodal_checkpoint(tmp_path / "mm", "effective"), tmp_path / "mmproj.gguf")
-    with pytest.raises((FormatError, NotImplementedError)):
-        gemma4.load(path, mmproj=encoders)
+    with pytest.raises(
+        NotImplementedError, match=r"mmproj\.gguf holds encoders; of models before Gemma 4 the text model"
+    ):
+        gemma4.load(as_wide, mmproj=encoders)
+    shutil.copy(encoders, as_wide.parent)
+    with gemma4.load(as_wide) as model:
+        assert any("is not used" in note for note in model.checkpoint.notes) and not model.checkpoint.encoders

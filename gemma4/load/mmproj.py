@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
-from gemma4.load.checkpoint import EngineTensor, check_dtype, check_shape
-from gemma4.load.config import MAX_EPS, MAX_HEADS, MAX_LAYERS, MAX_MLP, MAX_WIDTH, TextConfig
+from gemma4.load.checkpoint import TEXT_ALONE, EngineTensor, check_dtype, check_shape
+from gemma4.load.config import EARLIER, MAX_EPS, MAX_HEADS, MAX_LAYERS, MAX_MLP, MAX_WIDTH, TextConfig
 from gemma4.load.dtypes import PLAIN, stored_rows
 from gemma4.load.encoder_config import MODALITIES, EncoderConfig, Kind, Modality, parse_encoder
 from gemma4.load.fields import Fields
@@ -105,13 +105,15 @@ class Mmproj:
     file      the mapped file
     encoders  EncoderConfig of each encoder it holds, by modality
     Raises what GgufFile raises, and FormatError (not an mmproj file of Gemma 4, made for another model, a tensor
-    missing or misshapen, an option that this engine lacks).
+    missing or misshapen, an option that this engine lacks), NotImplementedError (a text model before Gemma 4).
     """
 
     def __init__(self, path: Path, text: TextConfig) -> None:
         self.file = GgufFile(path)
         try:
             self._check_architecture()
+            if text.model_type in EARLIER:
+                raise NotImplementedError(f"{path} holds encoders{TEXT_ALONE}")
             metadata = {key: _plain(value) for key, value in self.file.metadata.items()}
             keys = Fields(metadata, str(path))
             self.encoders: dict[Modality, EncoderConfig] = {
