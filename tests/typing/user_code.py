@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gemma4
+from gemma4.dictionaries import ClampFeature, Fired
 from gemma4.generation import Batch, Continuation, Options
 from gemma4.generation.sampling import SamplingParams
 from gemma4.interp.lens import LogitLens, logit_lens
@@ -123,6 +124,20 @@ assert_type(answer, gemma4.Generation)
 detect(model, "a.png", "a car", max_new_tokens=200)  # error: reportCallIssue
 assert_type(compare(model, model, ids).kl_mean, float)
 SamplingParams(temperature="0")  # error: reportArgumentType
+
+# ---- dictionaries
+sae = gemma4.SAE.load("folder", site="blocks.3.hook_resid_post")
+assert_type(sae, gemma4.SAE)
+features = sae.encode(cache)
+assert_type(features, gemma4.Features)
+assert_type(features[3], Fired)
+assert_type(features[3:], gemma4.Features)
+assert_type(sae.decode(features), F32)
+assert_type(sae.metrics(np.zeros((3, 8), np.float32)).l0, float)
+gemma4.SAE.load("folder", site_out="blocks.3.hook_mlp_out")  # error: reportCallIssue
+with model.attach(sae, error=False) as record, model.edit([ClampFeature(sae, 5, 2.0, pos=-1)]):
+    assert_type(record.features(), gemma4.Features)
+model.attach("folder")  # error: reportArgumentType
 
 # ---- the rest of the face
 assert_type(model.encode_image("a.png", image_tokens=70), F32)
