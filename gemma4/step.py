@@ -106,9 +106,10 @@ class _Plan:
     def run(self) -> Run:
         sequence, soft, resid = self.prompt.sequence.engine, self.prompt.soft, self.prompt.resid
         rows, logits = (self.rows, self.logits) if len(self.rows) else (None, None)
-        if soft is None:
-            return sequence, self.prompt.ids, None, rows, logits, None, resid
-        return sequence, soft.ids, soft.embeddings, rows, logits, soft.ends, resid
+        if soft is None and resid is None:
+            return sequence, self.prompt.ids, None, rows, logits
+        ids, embeddings, ends = (soft.ids, soft.embeddings, soft.ends) if soft else (self.prompt.ids, None, None)
+        return sequence, ids, embeddings, rows, logits, ends, resid
 
     def taps(self, model: Core) -> list[Tap]:
         edits = [tap for site, acts in self.prompt.hooks for tap in self._edits(site, acts, model)]

@@ -229,9 +229,21 @@ STEPS = [
     ),
     Mistake(
         "a step that stops early may overwrite the ring",
-        "if (s->options->stop_at_layer >= 0 || run->n_rows >",
+        "if (is_partial(s) || run->n_rows >",
         "if (run->n_rows >",
         "csrc",
+    ),
+    Mistake(
+        "sequences grow by a step that starts late",
+        "return s->options->stop_at_layer >= 0 || (s->n_runs && s->runs[0].resid);",
+        "return s->options->stop_at_layer >= 0;",
+        "run_from",
+    ),
+    Mistake(
+        "each chunk starts from the first rows of the given stream",
+        "resid + (size_t)f->row_in_run[segment->first_row] * d,",
+        "resid,",
+        "run_from",
     ),
     Mistake("sliding layers keep no slack", "(n_rows > window ? n_rows : window)", "n_rows", f"many_positions {EXACT}"),
     Mistake(
