@@ -72,7 +72,7 @@ def check_output(path: StrPath, *, force: bool, inputs: Iterable[StrPath] = (), 
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; name the file to write", str(target))
     if not target.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "There is no such folder to write to", str(target))
+        raise FileNotFoundError(errno.ENOENT, "No such file, as there is no such folder", str(target))
     if not os.path.lexists(target):
         return
     if _is_device(target):
