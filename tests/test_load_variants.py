@@ -258,13 +258,16 @@ def test_neutral_scalings(gguf_file, tmp_path, right, keys):
     np.testing.assert_array_equal(model.forward(IDS), right)
 
 
-@pytest.mark.parametrize("keys", [
-    {"scaling.factor": 2.0}, {"scale_linear": 4.0}, {"scaling.factor": float("nan")}, {"scaling.type": "yarn"},
-    {"scaling.factor": -1.0},
+@pytest.mark.parametrize(("keys", "error", "complaint"), [
+    ({"scaling.factor": 2.0}, NotImplementedError, "only unscaled positions"),
+    ({"scale_linear": 4.0}, NotImplementedError, "only unscaled positions"),
+    ({"scaling.type": "yarn"}, NotImplementedError, "only linear scaling"),
+    ({"scaling.factor": float("nan")}, gemma4.FormatError, "scaling.factor is nan"),
+    ({"scaling.factor": -1.0}, gemma4.FormatError, "scaling.factor is -1.0"),
 ], ids=str)  # fmt: skip
-def test_scalings_that_are_not_neutral(gguf_file, tmp_path, keys):
+def test_scalings_that_are_not_neutral(gguf_file, tmp_path, keys, error, complaint):
     """llama.cpp scales without a type, and by the older key."""
-    with pytest.raises(NotImplementedError, match="only unscaled positions"):
+    with pytest.raises(error, match=re.escape(complaint)):
         gemma4.load(with_keys(gguf_file, tmp_path / "x.gguf", rope_keys(keys)))
 
 
