@@ -6,27 +6,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, Self, TypeAlias, runtime_checkable
+from typing import ClassVar, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gemma4.dictionaries.features import F32, Features, check_feature
 from gemma4.dictionaries.formats import Opened, open_dictionary
+from gemma4.edits.recipes import Cache
 from gemma4.interp.sites import canonical_name
 
-
-@runtime_checkable
-class Captured(Protocol):
-    """The face of an `ActivationCache` that a dictionary reads."""
-
-    positions: NDArray[np.int64]
-
-    def __getitem__(self, name: str, /) -> F32: ...
-    def __contains__(self, name: object, /) -> bool: ...
-
-
-Activations: TypeAlias = ArrayLike | Captured
+Activations: TypeAlias = ArrayLike | Cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +77,11 @@ class Dictionary:
         Computed in float32, in blocks: the dense [pos, d_sae] never exists. Raises ValueError (another width, NaN or
         infinities), TypeError (no numbers), StateError (closed), FormatError (the file changed, or holds NaN).
         """
-        if isinstance(x, Captured):
+        if isinstance(x, Cache):
             return self._encode_captured(x)
         return self._encode(self._rows(x))
 
-    def _encode_captured(self, cache: Captured) -> Features:
+    def _encode_captured(self, cache: Cache) -> Features:
         features = self._encode(self._rows(cache))
         return without_rows(features, cache.positions < self.skip_positions)
 
@@ -142,7 +132,7 @@ class Dictionary:
         return self.decode(self.encode(x), x)
 
     def _metrics(self, x: Activations, target: F32) -> Metrics:
-        trained_on = x.positions >= self.skip_positions if isinstance(x, Captured) else np.ones(len(target), np.bool_)
+        trained_on = x.positions >= self.skip_positions if isinstance(x, Cache) else np.ones(len(target), np.bool_)
         n = int(trained_on.sum())
         if not n:
             raise ValueError(f"metrics need at least one position from {self.skip_positions} on")
@@ -158,7 +148,7 @@ class Dictionary:
         return as_rows(self._of_cache(x, self.site), self.d_in, f"{self!r} reads")
 
     def _of_cache(self, x: object, site: str | None) -> object:
-        if not isinstance(x, Captured):
+        if not isinstance(x, Cache):
             return x
         if site is None:
             raise ValueError(
@@ -254,7 +244,7 @@ class Transcoder(Dictionary):
         return self._metrics(x, self._target(x, target))
 
     def _target(self, x: Activations, target: Activations | None) -> F32:
-        if target is None and not isinstance(x, Captured):
+        if target is None and not isinstance(x, Cache):
             raise ValueError("a transcoder's error needs the output besides: error(x, target), or a cache with both")
         given: object = x if target is None else target
         return as_rows(self._of_cache(given, self.site_out), self.d_out, f"{self!r} writes")

@@ -27,7 +27,7 @@ _MASKED = np.full(1, -math.inf, np.float32)  # a score or logit whose softmax is
 
 @runtime_checkable
 class Cache(Protocol):
-    """The face of an `ActivationCache` that edits use."""
+    """The face of an `ActivationCache` that edits and dictionaries use."""
 
     positions: NDArray[np.int64]
 
