@@ -2,6 +2,7 @@
 """Edits as data: each does what a Python function does, to the bit, wherever a hook can stand."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from gemma4.edits import (
     Add,
     Clamp,
     ForbidExperts,
+    ForceExperts,
     KnockOut,
     Patch,
     ProjectOut,
@@ -382,6 +384,47 @@ def test_forbidden_experts_are_not_chosen(moe):
     assert any((chosen[name] == favourite).any() for name in chosen)
 
 
+def only(experts):
+    """A hook on the logits that leaves these experts."""
+
+    def fn(logits, site):
+        logits[:, [i for i in range(logits.shape[-1]) if i not in experts]] = -np.inf
+
+    return fn
+
+
+def test_forced_experts_are_chosen(moe):
+    """Exactly these, with the router's probabilities divided by their sum; with fewer, the others weigh nothing."""
+    k, n = moe.config.top_k_experts, moe.config.n_experts
+    names = ["blocks.1.moe.hook_expert_ids", "blocks.1.moe.hook_expert_weights", "blocks.1.moe.hook_router_logits"]
+    logits = moe.run_with_cache(TEXT, names)[1][names[2]].astype(np.float64)
+    scale = moe.weight("layers.1.router.per_expert_scale")
+    for forced in (range(n - k, n), [n - 1, 0][:k], [-1]):
+        chosen = sorted(expert % n for expert in forced)
+        with moe.edit(ForceExperts(forced, 1)):
+            by_data, cache = moe.run_with_cache(TEXT, names)
+        assert np.array_equal(by_data, moe.run_with_hooks(TEXT, [(names[2], only(chosen))]))
+        ids, weights = cache[names[0]], cache[names[1]]
+        assert (np.sort(ids[:, : len(chosen)]) == chosen).all() and (weights[:, len(chosen) :] == 0).all()
+        share = np.exp(logits) / np.exp(logits[:, chosen]).sum(-1, keepdims=True)
+        expected = np.take_along_axis(share, ids, 1) * scale[ids]
+        np.testing.assert_allclose(weights[:, : len(chosen)], expected[:, : len(chosen)], rtol=1e-5)
+
+
+def test_forced_experts_have_a_scope(moe, tmp_path):
+    name = "blocks.1.moe.hook_expert_ids"
+    options = {"max_tokens": 5, "temperature": 0, "capture": name}
+    plain = moe.generate(TEXT, **options).cache[name]
+    n = len(moe.to_tokens(TEXT))
+    edits = [ForceExperts([0, 1], 1, pos=2), ForceExperts([2], 1, pos=-1), ForbidExperts([0, 1], 1, steps=2)]
+    edits.append(ForceExperts([3], 1, steps=3))
+    edits = load_edits(save_edits(edits, tmp_path / "e.safetensors"))
+    forced = moe.generate(TEXT, hooks=edits, **options).cache[name]
+    assert np.array_equal(forced[:2], plain[:2]) and np.array_equal(forced[3 : n - 1], plain[3 : n - 1])
+    assert sorted(forced[2]) == [0, 1] and forced[n - 1, 0] == 2
+    assert not {0, 1} & set(forced[n + 1]) and forced[n + 2, 0] == 3
+
+
 def test_saved_edits_do_the_same(model, tmp_path):
     ids = model.to_tokens(TEXT)
     for name, (edit, _) in cases(model).items():
@@ -512,6 +555,7 @@ def test_edits_that_cannot_act(tiny, edits, error, complaint):
         (lambda: KnockOut(("row 1", 0)), ValueError, "pos 5"),
         (lambda: KnockOut((1, 0), pos=3), TypeError, "edge"),
         (lambda: ForbidExperts([]), ValueError, "empty"),
+        (lambda: ForceExperts(slice(3)), TypeError, "several"),
         (lambda: Patch("x", 3.0, source_pos=1), ValueError, "source_pos needs a cache"),
     ],
 )
@@ -534,6 +578,42 @@ def test_too_many_forbidden_experts(moe):
     n = moe.config.n_experts
     with pytest.raises(ValueError, match="are forbidden, but a token needs"), moe.edit(ForbidExperts(range(n - 1))):
         pass
+
+
+@pytest.mark.parametrize(
+    ("edits", "complaint"),
+    [
+        (lambda n, k: [ForceExperts(range(k + 1))], "forbid the others with ForbidExperts"),
+        (lambda n, k: [ForceExperts([n])], "experts 0 to"),
+        (lambda n, k: [ForceExperts([0]), ForbidExperts([0])], "contradict: one forces expert 0"),
+        (lambda n, k: [ForbidExperts([3, 0], 1), ForceExperts([0], [1, 2], pos=-1)], "contradict"),
+        (lambda n, k: [ForceExperts([0]), ForceExperts([0, 1])], "contradict: one forces expert 1"),
+        (lambda n, k: [ForbidExperts(range(n - k)), ForbidExperts(n - 1)], "are forbidden, but a token needs"),
+        (lambda n, k: [Steer([1], 1, pos=3, steps=2)], "computed in the steps [2]"),
+    ],
+)
+def test_choices_of_experts_that_contradict(moe, edits, complaint):
+    n, k = moe.config.n_experts, moe.config.top_k_experts
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        moe.generate(TEXT, max_tokens=5, hooks=[replaced(edit, moe) for edit in edits(n, k)])
+
+
+def replaced(edit, model):
+    """A Steer of the model's width."""
+    return replace(edit, direction=np.ones(model.config.d_model)) if isinstance(edit, Steer) else edit
+
+
+def test_choices_of_experts_that_agree(moe):
+    n, k = moe.config.n_experts, moe.config.top_k_experts
+    for edits in (
+        [ForceExperts([0, 1]), ForceExperts([1, 0])],
+        [ForceExperts([0]), ForbidExperts([1])],
+        [ForceExperts([0], pos=1), ForceExperts([1], pos=2)],
+        [ForceExperts([0], steps=0), ForceExperts([1], steps=[1, 2])],
+        [ForceExperts([0], 1), ForceExperts([1], 2)],
+        [ForbidExperts(range(n - k), pos=0), ForbidExperts(n - 1, pos=1)],
+    ):
+        moe.generate(TEXT, max_tokens=4, hooks=edits)
 
 
 def test_a_cache_is_asked_for_what_it_holds(tiny):

@@ -21,7 +21,7 @@ cached prefix, a prompt that the batch lacks, a second Set or Patch of the same 
 from gemma4.edits.arithmetic import Add, Clamp, ProjectOut, Scale, Set
 from gemma4.edits.base import Edit
 from gemma4.edits.files import load_control_vector, load_edits, save_edits
-from gemma4.edits.recipes import Ablate, ForbidExperts, KnockOut, Patch, ScalePerLayerEmbedding, Steer
+from gemma4.edits.recipes import Ablate, ForbidExperts, ForceExperts, KnockOut, Patch, ScalePerLayerEmbedding, Steer
 
 __all__ = [
     "Ablate",
@@ -29,6 +29,7 @@ __all__ = [
     "Clamp",
     "Edit",
     "ForbidExperts",
+    "ForceExperts",
     "KnockOut",
     "Patch",
     "ProjectOut",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,10 @@ class Edit:
             raise ValueError(f"{self}: there is no prompt {max(self.prompt_set)}, only 0 to {n_prompts - 1}")
 
     def check_extent(self, extent: Extent, *, cached: bool) -> Bools:
-        """Which of the extent's positions the edit acts on. Raises ValueError (none, or one that is not there)."""
+        """Which of the extent's positions the edit acts on. Raises ValueError (none, or one that is not there).
+
+        cached: they are those of cached keys, on which the edit acts in each of its steps.
+        """
         steps = self.step_set
         if steps is not None and max(steps) >= extent.n_steps:
             raise ValueError(
@@ -112,10 +115,31 @@ class Edit:
             raise ValueError(
                 f"{self}: no position of {self.pos} is computed: this call computes {extent.first} to {extent.end - 1}"
             )
-        return chosen
+        if steps is None or cached:
+            return chosen
+        in_steps = chosen & np.isin(extent.steps(), list(steps))
+        if not in_steps.any():
+            raise ValueError(
+                f"{self}: no position of {self.pos} is computed in the steps {sorted(steps)}: step 0 computes the "
+                f"prompt, up to position {extent.n_prompt - 1}, and step n position {extent.n_prompt - 1} + n"
+            )
+        return in_steps
 
     def __str__(self) -> str:
         return type(self).__name__
+
+
+class Routing(NamedTuple):
+    """What an edit of router logits means for the choice of experts.
+
+    barred   they cannot be chosen
+    forced   they must be; empty: the router chooses
+    """
+
+    n_experts: int
+    top_k: int
+    barred: frozenset[int]
+    forced: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -128,6 +152,7 @@ class SiteEdit:
     spans    axis -> (first, end); the engine changes only that part
     keys     positions along axis "S" to change, for scores and patterns; None = all
     window   with keys: how many keys, up to its own, a query of the layer sees; 0 = all
+    routing  of an edit that chooses experts
     """
 
     edit: Edit
@@ -141,6 +166,7 @@ class SiteEdit:
     spans: tuple[tuple[int, Span], ...] = ()
     keys: Checked = None
     window: int = 0
+    routing: Routing | None = None
     ready: Arithmetic | None = field(init=False, default=None)  # where it is the same in every run
 
     def __post_init__(self) -> None:
@@ -239,9 +265,13 @@ def check_edits(edits: Iterable[SiteEdit], extent: Extent) -> None:
             before.append((part, chosen))
         elif part.keys is not None:
             written.setdefault(f"{part.site.name} {part.spans}", []).append((part, chosen))
+        elif part.routing is not None:
+            written.setdefault(part.site.name, []).append((part, chosen))
     for parts in written.values():
         if parts[0][0].keys is not None:
             _check_keys_left(parts, extent)
+        elif parts[0][0].routing is not None:
+            _check_experts_left(parts)
 
 
 def _check_keys_left(parts: list[tuple[SiteEdit, Bools]], extent: Extent) -> None:
@@ -256,6 +286,29 @@ def _check_keys_left(parts: list[tuple[SiteEdit, Bools]], extent: Extent) -> Non
             raise ValueError(
                 f"{part.edit}: in {part.site.name} position {query} would keep no key: it sees {seen.start} to {query}"
             )
+
+
+def _check_experts_left(parts: list[tuple[SiteEdit, Bools]]) -> None:
+    """Raise ValueError if these edits together bar an expert that one of them forces, or leave a token too few."""
+    barred: dict[int, Bools] = {}  # at which positions
+    for part, rows in parts:
+        routing = cast(Routing, part.routing)
+        for other, other_rows in parts:
+            conflict = sorted(routing.forced & cast(Routing, other.routing).barred)
+            if conflict and (rows & other_rows).any():
+                raise ValueError(
+                    f"{part.edit} and {other.edit} contradict: one forces expert {conflict[0]}, one bars it"
+                )
+        for expert in routing.barred:
+            barred[expert] = barred[expert] | rows if expert in barred else rows
+    edit, routing = parts[-1][0].edit, cast(Routing, parts[-1][0].routing)
+    needed = min(len(cast(Routing, part.routing).forced) or routing.top_k for part, _ in parts)
+    n_left = routing.n_experts - int(np.sum(list(barred.values()), axis=0).max(initial=0))
+    if n_left < needed:
+        raise ValueError(
+            f"{edit}: {routing.n_experts - n_left} of {routing.n_experts} experts are forbidden, but a token needs "
+            f"{needed} ({parts[0][0].site.name})"
+        )
 
 
 def _overlap(a: SiteEdit, b: SiteEdit) -> bool:

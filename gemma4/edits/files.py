@@ -33,8 +33,8 @@ _KINDS: dict[str, Callable[..., Edit]] = {
     kind.__name__: kind
     for kind in (
         *(arithmetic.Add, arithmetic.Clamp, arithmetic.ProjectOut, arithmetic.Scale, arithmetic.Set),
-        *(recipes.Ablate, recipes.ForbidExperts, recipes.KnockOut, recipes.Patch, recipes.ScalePerLayerEmbedding),
-        Steer,
+        *(recipes.Ablate, recipes.ForbidExperts, recipes.ForceExperts, recipes.KnockOut, recipes.Patch),
+        *(recipes.ScalePerLayerEmbedding, Steer),
     )
 }
 

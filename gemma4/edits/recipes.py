@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Edits by their names in the literature: patching, steering, ablation, knocking out attention, forbidding experts."""
+"""Edits by their names in the literature: patching, steering, ablation, knocking out attention, choosing experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gemma4.edits.arithmetic import OnSites, Scale, Set, finite, frozen
-from gemma4.edits.base import Edit, SiteEdit
+from gemma4.edits.base import Edit, Routing, SiteEdit
 from gemma4.edits.scope import Checked, Where, checked_where, listed
 from gemma4.interp.sites import Names, Site, SiteTable, reusable
 from gemma4.narrow import is_list_or_tuple
@@ -22,7 +22,7 @@ from gemma4.narrow import is_list_or_tuple
 F32: TypeAlias = NDArray[np.float32]
 Layers: TypeAlias = int | Iterable[int] | None
 End: TypeAlias = Where | str  # of an edge
-_MASKED = np.full(1, -math.inf, np.float32)  # a score or logit whose softmax is 0
+_MASKED = np.full(1, -math.inf, np.float32)  # a score whose softmax is 0
 
 
 @runtime_checkable
@@ -245,12 +245,8 @@ class KnockOut(Edit):
             raise ValueError(f"{self}: no query sees a later key, so nothing would change; edge is (query, key)")
 
     def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
-        chosen = listed(self.layers)
-        names = "blocks.*.attn.hook_attn_scores"
-        sites = OnSites(
-            names if chosen is None else [names.replace("*", str(layer)) for layer in chosen],
-            head=self.heads,
-        ).parts_of(table, stop_at_layer, "set")
+        names = _in_layers("attn.hook_attn_scores", self.layers)
+        sites = OnSites(names, head=self.heads).parts_of(table, stop_at_layer, "set")
         keys = slice(None) if self.edge[1] is None else cast(Checked, self.edge[1])
         return [
             replace(part, edit=self, values=_MASKED, keys=keys, window=table.window(cast(int, part.site.layer)))
@@ -275,8 +271,8 @@ def _parsed(end: End) -> Where:
 
 
 @dataclass(frozen=True, eq=False)
-class ForbidExperts(Edit):
-    """The router cannot choose these experts: their logits are -inf before its softmax.
+class OfExperts(Edit):
+    """The base of edits of the router's choice.
 
     experts  one index or several; layers  None = all that have experts
     """
@@ -293,22 +289,58 @@ class ForbidExperts(Edit):
         self._set("layers", _checked_layers(self.layers))
 
     def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
-        chosen, experts = listed(self.layers), listed(self.experts) or ()
-        names = "blocks.*.moe.hook_router_logits"
-        parts: list[SiteEdit] = []
-        for expert in experts:
-            sites = OnSites(
-                names if chosen is None else [names.replace("*", str(layer)) for layer in chosen], index=expert
+        names = _in_layers("moe.hook_router_logits", self.layers)
+        return [self._on(site, table) for site in table.select(names, stop_at_layer=stop_at_layer)]
+
+    def _on(self, site: Site, table: SiteTable) -> SiteEdit:
+        n_experts = int(site.dims[-1])
+        top_k = int(table[f"blocks.{site.layer}.moe.hook_expert_ids"].dims[-1])
+        wrong = [expert for expert in listed(self.experts) or () if not -n_experts <= expert < n_experts]
+        if wrong:
+            raise ValueError(f"{self}: {site.name} has experts 0 to {n_experts - 1}, got {wrong[0]}")
+        named = frozenset(expert % n_experts for expert in listed(self.experts) or ())
+        routing = self._routing(named, n_experts, top_k)
+        mask = np.zeros(n_experts, np.float32)  # to add to the logits
+        mask[list(routing.barred)] = -math.inf
+        return SiteEdit(self, site, "add", values=mask, routing=routing)
+
+    def _routing(self, named: frozenset[int], n_experts: int, top_k: int) -> Routing:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class ForbidExperts(OfExperts):
+    """The router cannot choose these experts: their logits are -inf before its softmax.
+
+    experts  one index or several; layers  None = all that have experts
+    """
+
+    def _routing(self, named: frozenset[int], n_experts: int, top_k: int) -> Routing:
+        if n_experts - len(named) < top_k:
+            raise ValueError(f"{self}: {len(named)} of {n_experts} are forbidden, but a token needs {top_k}")
+        return Routing(n_experts, top_k, named)
+
+
+@dataclass(frozen=True, eq=False)
+class ForceExperts(OfExperts):
+    """The router chooses exactly these experts: the logits of all others are -inf before its softmax.
+
+        ForceExperts([3, 17], layers=2, pos=-1)
+
+    experts  at most as many as a token has (`config.top_k_experts`); layers  None = all that have experts
+
+    Their weights follow the model's own rule: the router's probabilities of the forced experts divided by their sum,
+    each times its learned scale. With fewer experts than a token has, the sum is over these, and the other choices of
+    `moe.hook_expert_ids` have the weight 0.
+    """
+
+    def _routing(self, named: frozenset[int], n_experts: int, top_k: int) -> Routing:
+        if len(named) > top_k:
+            raise ValueError(
+                f"{self}: {len(named)} experts are forced, but a token has {top_k}; to let the router choose among "
+                "some, forbid the others with ForbidExperts"
             )
-            parts += sites.parts_of(table, stop_at_layer, "set")
-        for part in parts:
-            n_experts, top_k = (
-                int(part.site.dims[-1]),
-                int(table[f"blocks.{part.site.layer}.moe.hook_expert_ids"].dims[-1]),
-            )
-            if n_experts - len({expert % n_experts for expert in experts}) < top_k:
-                raise ValueError(f"{self}: {len(experts)} of {n_experts} are forbidden, but a token needs {top_k}")
-        return [replace(part, edit=self, values=_MASKED) for part in parts]
+        return Routing(n_experts, top_k, frozenset(range(n_experts)) - named, named)
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,10 +356,14 @@ class ScalePerLayerEmbedding(Edit):
         self._set("layers", _checked_layers(self.layers))
 
     def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
-        chosen = listed(self.layers)
-        names = "blocks.*.hook_ple_in"
-        scale = Scale(names if chosen is None else [names.replace("*", str(layer)) for layer in chosen], self.factor)
+        scale = Scale(_in_layers("hook_ple_in", self.layers), self.factor)
         return [replace(part, edit=self) for part in scale.bound(table, stop_at_layer=stop_at_layer)]
+
+
+def _in_layers(stem: str, layers: Layers) -> Names:
+    """A site in chosen layers; None = all that have it."""
+    chosen = listed(layers)
+    return f"blocks.*.{stem}" if chosen is None else [f"blocks.{layer}.{stem}" for layer in chosen]
 
 
 def _checked_layers(layers: object) -> int | tuple[int, ...] | None:

@@ -41,6 +41,10 @@ class Extent(NamedTuple):
     prompt: int = 0
     n_prompts: int | None = None  # None: not known, the batch is open
 
+    def steps(self) -> NDArray[np.int64]:
+        """int64 [end - first]: the step that computes each position."""
+        return np.maximum(np.arange(self.first, self.end) - self.n_prompt + 1, 0)
+
 
 def checked_where(where: object, what: str) -> Checked:
     if where is None:
