@@ -130,7 +130,7 @@ class Edit:
 
 
 class Routing(NamedTuple):
-    """What an edit of router logits means for the choice of experts.
+    """The choice of experts under an edit of router logits.
 
     barred   they cannot be chosen
     forced   they must be; empty: the router chooses
