@@ -7,7 +7,7 @@ C_FILES = git ls-files -z --cached --others --exclude-standard 'csrc/*.c' 'csrc/
 PY_DIRS = gemma4 tests tools benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help dev test lint format notebooks bench wheel ci clean neon simde $(PRESETS)
+.PHONY: help dev test lint format docs notebooks bench wheel ci clean neon simde $(PRESETS)
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,8 +63,12 @@ wheel: ## build one wheel for this machine type and Python 3.11 or later, in dis
 	else mkdir -p dist && cp build/wheel/*.whl dist/; fi
 	@ls -l dist
 
+docs: ## build the documentation as a site in build/site, which opens without a network (needs the extra docs)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build
+	$(PYTHON) tools/docs_site/check.py
+
 notebooks: ## execute every notebook in place
-	$(PYTHON) -m jupyter execute --inplace notebooks/*.ipynb
+	$(PYTHON) -P tools/run_notebooks.py
 
 bench: ## compare speed and memory with other engines (make bench ARGS="--model DIR --transformers")
 	$(PYTHON) benchmarks/run.py $(ARGS)

@@ -31,4 +31,4 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_stored_small(path):
     assert path.stat().st_size < 500_000
-    assert not any("/home/" in line or "/root/" in line for line in path.read_text().splitlines())
+    assert not any(folder in line for folder in ("/home/", "/root/", "/tmp/") for line in path.read_text().splitlines())

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation: every public name has an entry, links lead somewhere, what it imports exists and is public."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import gemma4
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools" / "docs_site"))
+import check  # noqa: E402
+import pages  # noqa: E402
+
+FENCED = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.S | re.M)
+CODE = re.compile(rf"{FENCED.pattern}|`[^`\n]+`", FENCED.flags)
+DOCUMENTS = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / source for source in ("README.md", *pages.PAGES)),
+    *pages.cards(),
+]
+NOTEBOOKS = pages.notebooks()
+
+
+def cells(path: Path, kind: str) -> list[str]:
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == kind]
+
+
+# ---- the reference --------------------------------------------------------------------------------------------------
+
+
+def test_every_public_name_has_an_entry():
+    reference = pages.reference_pages()
+    for module in pages.public_modules():
+        text = reference[f"reference/{module}.md"]
+        for name in pages.public_names(module):
+            entry = rf"^::: {module}(\.model)?\.{name}$|<a id=\"{module}\.{name}\">"
+            assert re.search(entry, text, re.M), f"{module}.{name} has no entry"
+
+
+def test_the_reference_reads_the_sources_as_python_does():
+    """pages.py imports nothing; what it finds is what an import finds."""
+    assert "gemma4" in pages.public_modules() and "gemma4.edits" in pages.public_modules()
+    for module in pages.public_modules():
+        imported = importlib.import_module(module)
+        names = pages.public_names(module)
+        assert names
+        assert set(names) >= set(getattr(imported, "__all__", ()))
+        assert all(hasattr(imported, name) for name in names)
+
+
+def test_names_that_have_their_entry_elsewhere_are_linked():
+    page = pages.reference_pages()["reference/gemma4.md"]
+    assert "(gemma4.dictionaries.md#gemma4.dictionaries.SAE)" in page and "::: gemma4.SAE\n" not in page
+    assert "::: gemma4.model.load\n" in page  # gemma4.load is also a package
+
+
+def imports(code: str) -> Iterator[tuple[str, str]]:
+    """(module, name) of everything that the code imports from this package."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gemma4":
+            for alias in node.names:
+                yield node.module, alias.name
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("gemma4."):
+                    yield alias.name, "*"
+
+
+def taught() -> Iterator[tuple[str, str, str]]:
+    for path in DOCUMENTS:
+        for language, code in FENCED.findall(path.read_text(encoding="utf-8")):
+            if language == "python":  # line by line: some blocks are schemes, not programs
+                lines = re.findall(r"^ *((?:from|import) gemma4.*)", code, re.M)
+                yield from ((path.name, *found) for found in imports("\n".join(lines)))
+    for path in NOTEBOOKS:
+        code = "\n".join(re.sub(r"^[%!].*$", "", cell, flags=re.M) for cell in cells(path, "code"))
+        yield from ((path.name, *found) for found in imports(code))
+
+
+def test_what_the_documents_import_is_in_the_reference():
+    modules = pages.public_modules()
+    found = sorted(set(taught()))
+    assert len(found) > 20
+    for path, module, name in found:
+        known = pages.public_names(module) if module in modules else []
+        as_module = name != "*" and f"{module}.{name}" in modules
+        from_module = module == "gemma4.interp.lens"  # the module of `gemma4.interp.logit_lens`
+        assert name in known or as_module or from_module or (name == "*" and known), (
+            f"{path} imports {name} from {module}: add the module to MODULES in tools/docs_site/pages.py, "
+            "or the name to its __all__"
+        )
+
+
+# ---- links, as on a forge -------------------------------------------------------------------------------------------
+
+
+def slugs(path: Path) -> set[str]:
+    """Anchors of headings as forges make them."""
+    text = FENCED.sub("", path.read_text(encoding="utf-8"))
+    plain = (re.sub(r"[`*]|\]\([^)]*\)", "", title).lower() for title in re.findall(r"^#+ +(.+?) *$", text, re.M))
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
+
+
+def link_faults(source: Path, text: str) -> Iterator[str]:
+    for match in pages.LINK.finditer(CODE.sub("", text)):
+        target = (source.parent / match[1]).resolve()
+        if not target.exists():
+            yield f"{source.name}: no {match[1]}"
+        elif match[2] and target.suffix == ".md" and match[2][1:] not in slugs(target):
+            yield f"{source.name}: no {match[2]} in {match[1]}"
+
+
+def test_links_between_files_lead_somewhere():
+    faults = [fault for path in DOCUMENTS for fault in link_faults(path, path.read_text(encoding="utf-8"))]
+    faults += [fault for path in NOTEBOOKS for cell in cells(path, "markdown") for fault in link_faults(path, cell)]
+    assert not faults
+    text = "[a](guide.md#tokens-and-logits) [b](nowhere.md) [c](guide.md#nothing) `[d](x.md)`"
+    assert len(list(link_faults(ROOT / "docs" / "sites.md", text))) == 2
+
+
+def test_links_of_the_site_lead_to_its_pages():
+    text = (
+        "[a](../notebooks/01-first-look.ipynb) [b](../CONTRIBUTING.md#test) [c](../csrc/base/tensor.h) [d](sites.md)\n"
+        "```python\nx[a](../README.md)\n```\n[e](../gemma4/pretrained/tiny-e) [f](https://example.org/a.md) [g](#x)\n"
+    )
+    after, copies = pages.relinked(text, "docs/guide.md", "guide.md")
+    assert re.findall(r"\]\(([^)]*)\)", after) == [
+        "tutorials/01-first-look.md",
+        "contributing.md#test",
+        "sources/csrc/base/tensor.h.txt",
+        "sites.md",
+        "../README.md",
+        "models/tiny-e.md",
+        "https://example.org/a.md",
+        "#x",
+    ]
+    assert copies == {"csrc/base/tensor.h"}
+    assert (
+        "../guide.md" in pages.relinked("[a](../docs/guide.md)", "notebooks/01-first-look.ipynb", "tutorials/x.md")[0]
+    )
+
+
+# ---- the built site -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A site with one page and an empty reference."""
+    page = '<a href="#here">a</a><h1 id="here"></h1><img src="a.png"><a href="https://example.org">b</a>'
+    (tmp_path / "index.html").write_text(page, encoding="utf-8")
+    (tmp_path / "a.png").write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        ("", None),
+        ('<a href="b.html">x</a>', "index.html: links to b.html, which does not exist"),
+        ('<a href="index.html#there">x</a>', "index.html: links to index.html#there: no such anchor"),
+        ('<img src="b%20c.png">', "index.html: links to b%20c.png, which does not exist"),
+        (
+            '<script src="https://example.org/x.js"></script>',
+            "index.html: fetches https://example.org/x.js: the site must open without a network",
+        ),
+        ('<link rel="canonical" href="https://example.org/">', None),
+    ],
+)
+def test_check_of_the_site(site, monkeypatch, more, fault):
+    monkeypatch.setattr(pages, "public_modules", lambda: [])
+    with (site / "index.html").open("a", encoding="utf-8") as file:
+        file.write(more)
+    assert list(check.faults(site)) == ([fault] if fault else [])
+
+
+def test_check_of_the_site_misses_no_name(site):
+    found = list(check.faults(site))
+    assert "reference/gemma4.html: no entry for load" in found
+    assert len(found) >= len(gemma4.__all__)
+    assert next(check.faults(site / "nothing")).endswith("no page there")
+
+
+def test_docstrings_become_lists():
+    pytest.importorskip("griffe", reason="needs the extra docs")
+    from docstrings import as_markdown
+
+    text = (
+        "What it does.\n\n    names   which: a glob,\n            or a list\n    pos     all\n\nRaises ValueError: no."
+    )
+    assert as_markdown(text) == (
+        "What it does.\n\n- `names` – which: a glob,\n  or a list\n- `pos` – all\n\nRaises ValueError: no."
+    )
+    assert as_markdown("ids, x: int32 [pos]\nand so on") == "- `ids`, `x` – int32 [pos]\n\nand so on"
+    code = "    with model.edit(x):\n        run()"
+    assert as_markdown(code) == code

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages of the site that are not in docs/: a hook of MkDocs (mkdocs.yml). `make docs` runs it.
+
+Tutorials are the notebooks with their stored outputs. The reference has a page for every public package, with an entry
+for every name of its `__all__`. Model cards, CONTRIBUTING.md and CHANGELOG.md become pages where they stand. Links are
+written for the repository; here those to such files lead to their pages, and those to sources to copies of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/README.md": "benchmarks-method.md",
+    "tools/train_tiny/README.md": "models/training.md",
+}
+# Modules that users import from beside the packages with an `__all__`
+MODULES = (
+    "gemma4.interp.media_plots",
+    "gemma4.interp.plots",
+    "gemma4.media.audio",
+    "gemma4.media.boxes",
+    "gemma4.media.image",
+    "gemma4.media.samples",
+    "gemma4.media.tasks",
+    "gemma4.media.video",
+)
+NOT_PYTHON = ("gemma4.cli", "gemma4.text")  # the command; the parts of `Model` that handle text
+LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+FENCE = re.compile(r"^(```.*?^```[^\n]*\n)", re.S | re.M)
+
+
+# ---- what is public -------------------------------------------------------------------------------------------------
+
+
+def public_names(module: str) -> list[str]:
+    """The `__all__` of a module, or its functions and classes without underscore. Nothing is imported."""
+    tree = ast.parse(source_of(module).read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
+            return sorted(ast.literal_eval(node.value), key=str.lower)
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return [name for name in defined if not name.startswith("_")]
+
+
+def source_of(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def public_modules() -> list[str]:
+    """The package, every folder in it with an `__all__`, and `MODULES`."""
+    packages = [
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in sorted((ROOT / "gemma4").rglob("__init__.py"))
+        if "__all__" in path.read_text(encoding="utf-8")
+    ]
+    return sorted({*packages, *MODULES} - {*NOT_PYTHON})
+
+
+# ---- the reference --------------------------------------------------------------------------------------------------
+
+
+def reference_pages() -> dict[str, str]:
+    """Page -> Markdown; `::: gemma4.edits.Ablate` becomes the entry of that name (mkdocstrings)."""
+    modules = public_modules()
+    homes = {name: module for module in modules if module != "gemma4" for name in public_names(module)}
+    return {f"reference/{module}.md": reference_page(module, homes) for module in modules}
+
+
+def reference_page(module: str, homes: Mapping[str, str]) -> str:
+    """Package docstring and entries. The package `gemma4` links to names that have their entry in another module."""
+    entries, links = [], []
+    for name in public_names(module):
+        home = homes.get(name, module)
+        if module == "gemma4" and name == "load":  # a function; gemma4.load is also a package
+            entries.append("::: gemma4.model.load\n")
+        elif module == "gemma4" and home != module:
+            links.append(f'- <a id="{module}.{name}"></a>[`{name}`]({home}.md#{home}.{name}), from `{home}`')
+        else:
+            entries.append(f"::: {module}.{name}\n")
+    options = "    options: {show_root_heading: false, members: false, show_root_toc_entry: false, heading_level: 1}\n"
+    about = f"# {module}\n\n::: {module}\n{options}"
+    also = ["## Also here\n\n" + "\n".join(links) + "\n"] if links else []
+    return "\n".join([about, *entries, *also])
+
+
+# ---- the tutorials --------------------------------------------------------------------------------------------------
+
+
+def notebooks() -> list[Path]:
+    return sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def notebook_title(path: Path) -> str:
+    first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
+    return first.splitlines()[0].removeprefix("# ")
+
+
+def as_markdown(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, and its pictures by file name."""
+    from nbconvert import MarkdownExporter
+
+    resources = {"unique_key": path.stem, "output_files_dir": path.stem}
+    body, resources = MarkdownExporter().from_filename(str(path), resources)
+    return body, resources["outputs"]
+
+
+# ---- links ----------------------------------------------------------------------------------------------------------
+
+
+def page_of(source: str) -> str | None:
+    """Where a file of the repository stands on the site: the page or, from docs/, the file; None for other sources."""
+    if source in PAGES:
+        return PAGES[source]
+    if source == "README.md":
+        return "index.md"
+    path = Path(source)
+    if path.parts[:1] == ("docs",):
+        return str(Path(*path.parts[1:]))
+    if path.parent == Path("notebooks") and path.suffix == ".ipynb":
+        return f"tutorials/{path.stem}.md"
+    if path.parts[:2] == ("gemma4", "pretrained") and path.name == "README.md":
+        return f"models/{path.parts[2]}.md"
+    return None
+
+
+def relinked(text: str, source: str, page: str) -> tuple[str, set[str]]:
+    """The text of the file `source` with links as of `page`, and the files of the repository to be copied for them."""
+    copies: set[str] = set()
+
+    def link(match: re.Match[str]) -> str:
+        target = os.path.normpath(os.path.join(os.path.dirname(source), match[1]))
+        if (ROOT / target).is_dir() and (ROOT / target / "README.md").is_file():
+            target += "/README.md"
+        if not (ROOT / target).is_file():
+            return match[0]  # MkDocs says that there is no such page
+        there = page_of(target)
+        if there is None:
+            copies.add(target)
+            there = f"sources/{target}.txt"
+        return os.path.relpath(there, os.path.dirname(page) or ".") + (match[2] or "")
+
+    parts = FENCE.split(text)
+    parts[::2] = [LINK.sub(link, part) for part in parts[::2]]  # not in code
+    return "".join(parts), copies
+
+
+# ---- the hook -------------------------------------------------------------------------------------------------------
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the pages of generated folders into the navigation."""
+    folders = {
+        "tutorials/": [{notebook_title(path): f"tutorials/{path.stem}.md"} for path in notebooks()],
+        "reference/": list(reference_pages()),
+        "models/": [{source.parent.name: page_of(str(source.relative_to(ROOT)))} for source in cards()]
+        + [{"How they were trained": "models/training.md"}],
+    }
+    config.nav = [with_folders(entry, folders) for entry in config.nav or ()]
+    return config
+
+
+def with_folders(entry: object, folders: Mapping[str, list[object]]) -> object:
+    if isinstance(entry, dict):
+        return {title: with_folders(value, folders) for title, value in entry.items()}
+    if isinstance(entry, list):
+        return [with_folders(value, folders) for value in entry]
+    return folders.get(entry, entry) if isinstance(entry, str) else entry
+
+
+def cards() -> list[Path]:
+    return sorted((ROOT / "gemma4" / "pretrained").glob("*/README.md"))
+
+
+def markdown_sources() -> Iterator[tuple[str, str]]:
+    """(file of the repository, page) of everything that is Markdown already, but not in docs/."""
+    yield from PAGES.items()
+    for card in cards():
+        source = str(card.relative_to(ROOT))
+        yield source, str(page_of(source))
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    from mkdocs.structure.files import File
+
+    copies: set[str] = set()
+
+    def add(page: str, content: str | bytes) -> None:
+        files.append(File.generated(config, page, content=content))
+
+    def add_page(text: str, source: str, page: str) -> None:
+        text, needed = relinked(text, source, page)
+        copies.update(needed)
+        add(page, text)
+
+    for file in files.documentation_pages():
+        file.content_string, needed = relinked(file.content_string, f"docs/{file.src_uri}", file.src_uri)
+        copies.update(needed)
+    for source, page in markdown_sources():
+        add_page((ROOT / source).read_text(encoding="utf-8"), source, page)
+    for path in notebooks():
+        body, pictures = as_markdown(path)
+        source = f"notebooks/{path.name}"
+        add_page(body, source, str(page_of(source)))
+        for name, data in pictures.items():
+            add(f"tutorials/{name}", data)
+    for page, text in reference_pages().items():
+        add(page, text)
+    for source in sorted(copies):
+        add(f"sources/{source}.txt", (ROOT / source).read_bytes())
+    return files
