@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError, StateError
-from gemma4.load.config import TextConfig
+from gemma4.load.config import EARLIER, TextConfig
 from gemma4.load.dtypes import ENGINE_DTYPES, alignment, is_quantised
 from gemma4.load.encoder_config import EncoderConfig, Modality
 from gemma4.load.mapped import MappedFile, TensorInfo
@@ -29,6 +30,8 @@ Progress = Callable[[int, int, str], None]  # files opened, files in all, name o
 EngineTensor = tuple[str, tuple[int, ...], Any, int]  # dtype, shape, buffer, byte offset
 
 TEXT_ALONE = "; of models before Gemma 4 the text model alone is supported"  # an `encoder_advice`
+_FIRST_NORM = "layers.0.input_layernorm.weight"  # every model has it, in files of any naming
+_NORM = re.compile(r"[\w.]*(_norm|_layernorm)\.weight")
 _RANDOM_FROM = 64 << 20  # bytes: smaller per-layer tables may stay in memory
 
 
@@ -85,6 +88,7 @@ class Checkpoint(ABC):
         self._copy_notes = (copied,) if n_copied else ()
         used = {*source.values(), *made_from}
         self.ignored = tuple(name for name in self._owner if name not in used)
+        _check_left_out(path, config, self.ignored, source)
         dtypes = {name: dtype for name, (dtype, *_) in self.engine_tensors.items()}
         self.engine_config = config.engine(dtypes["embed_tokens.weight"], dtypes.get(PLE_TABLE, "F32"))
         self.engine_config["ple_on_disk"] = self._keep_on_disk(source.get(PLE_TABLE))
@@ -194,6 +198,26 @@ class Checkpoint(ABC):
 
     def __repr__(self) -> str:
         return f"<Checkpoint {self.path} {self.config.model_type}, {self.n_parameters:,} text parameters>"
+
+
+def _check_left_out(path: Path, config: TextConfig, ignored: Collection[str], source: Mapping[str, str]) -> None:
+    """Raise FormatError if the files hold more layers than the configuration says, or norms that an earlier model of
+    this type lacks: without them every result would be wrong. Shared layers of Gemma 4 have unused norms of keys."""
+    layers = source.get(_FIRST_NORM, "").rpartition(".0.")[0] + "."
+    for name in ignored:
+        found = re.match(r"(\d{1,9})\.(.+)", name.removeprefix(layers)) if name.startswith(layers) else None
+        if found is None:
+            continue
+        if int(found[1]) >= config.n_layers:
+            raise FormatError(
+                f"{path}: the configuration says {config.n_layers} layers, but the files hold {name!r:.120}: "
+                "take the configuration that belongs to these weights"
+            )
+        if config.model_type in EARLIER and _NORM.fullmatch(found[2]):
+            raise FormatError(
+                f"{path}: the configuration says {config.model_type}, which has no {found[2]!r:.80}, but the files do: "
+                "take the configuration that belongs to these weights"
+            )
 
 
 def _is_aligned(info: TensorInfo) -> bool:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4 import checks
 from gemma4.errors import FormatError
 from gemma4.load.fields import Fields
 from gemma4.narrow import is_dict, is_list
@@ -215,8 +216,11 @@ def parse_config(raw: Any) -> TextConfig:
         text = raw.get("text_config")
         if not is_dict(text):
             raise FormatError(
-                f'config.json: model_type "{model_type}" needs an object "text_config", found {text!r:.60}'
+                f'config.json: model_type "{model_type}" needs an object "text_config", found {checks.shown(text)}'
             )
+        inner = text.get("model_type", f"{model_type}_text")
+        if inner not in (model_type, f"{model_type}_text"):
+            Fields(text, "config.json: text_config").fail("model_type", inner, f'"{model_type}_text"')
     parse = _earlier_config if model_type in EARLIER else _text_config
     return parse(model_type, Fields(text, "config.json"), Fields(raw, "config.json"))
 
@@ -228,7 +232,9 @@ def _model_type(raw: dict[str, Any]) -> str:
     named = model_type if isinstance(model_type, str) else raw.get("architectures")
     if named is None:
         raise FormatError('config.json names no architecture: "model_type" is missing')
-    raise NotImplementedError(f"unsupported architecture {named!r:.120}: supported model_type: {', '.join(SUPPORTED)}")
+    raise NotImplementedError(
+        f"unsupported architecture {checks.shown(named)}: supported model_type: {', '.join(SUPPORTED)}"
+    )
 
 
 def _text_config(model_type: str, f: Fields, outer: Fields) -> TextConfig:
@@ -342,7 +348,9 @@ def _refuse_blocks(f: Fields) -> None:
         raise NotImplementedError("attention_bias = true: no Gemma release has biases in attention, nor this engine")
     activation = f.get("hidden_activation", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
-        raise NotImplementedError(f'hidden_activation {activation!r:.80}: only "gelu_pytorch_tanh" is supported')
+        raise NotImplementedError(
+            f'hidden_activation {checks.shown(activation)}: only "gelu_pytorch_tanh" is supported'
+        )
 
 
 def _refuse_options(f: Fields, defaults: Mapping[str, Any]) -> None:
@@ -474,11 +482,15 @@ def _ropes_by_type(f: Fields, types: tuple[str, ...]) -> dict[str, Rope]:
     Ref: transformers Gemma3TextConfig.convert_rope_params_to_dict.
     """
     table: Any = f.get("rope_parameters", None)
+    scaling: Any = f.get("rope_scaling", None)
+    if is_dict(scaling) and set(scaling) & {SLIDING, FULL}:  # the new table under the old name, or under both
+        if table not in (None, scaling):
+            f.fail("rope_scaling", scaling, "the same as rope_parameters, or the scaling of global layers alone")
+        table, scaling = scaling, None
     if table is None:
         table = dict[str, Any]()
     if not is_dict(table) or not set(table) <= {SLIDING, FULL}:
         f.fail("rope_parameters", table, "an object with one entry per layer type")
-    scaling = f.get("rope_scaling", None)
     thetas = {
         SLIDING: f.number("rope_local_base_freq", 10_000.0, 1.0, 1e12),
         FULL: f.number("rope_theta", 1_000_000.0, 1.0, 1e12),
@@ -517,7 +529,7 @@ def _rope(where: str, f: Fields, raw: Any, default_theta: float | None) -> Rope:
         return Rope("linear", theta, factor=r.number("factor", None, 1e-6, 1e6))
     if rope_type != "proportional":
         raise NotImplementedError(
-            f'rope_type {rope_type!r:.80} in {where}: only "default", "linear" and "proportional"'
+            f'rope_type {checks.shown(rope_type)} in {where}: only "default", "linear" and "proportional"'
         )
     partial = r.number("partial_rotary_factor", 1.0, 0.0, 1.0)
     return Rope("proportional", theta, partial, r.number("factor", 1.0, 1e-6, 1e6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from gemma4 import checks
 from gemma4.errors import FormatError
 from gemma4.narrow import is_list
 
@@ -26,13 +27,13 @@ class Fields:
         return self._raw.get(name, default)
 
     def fail(self, name: str, found: Any, expected: str) -> NoReturn:
-        shown = found if isinstance(found, str) else repr(found)
-        raise FormatError(f"{self.where}: {name} is {shown[:120]}, expected {expected}")
+        shown = found[:120] if isinstance(found, str) else checks.shown(found)
+        raise FormatError(f"{self.where}: {name} is {shown}, expected {expected}")
 
     def integer(self, name: str, default: int | None, low: int, high: int) -> int:
         value = self._raw.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            self.fail(name, value if _printable(value) else "a huge integer", f"an integer in {low}..{high}")
+            self.fail(name, value, f"an integer in {low}..{high}")
         return value
 
     def optional_integer(self, name: str, default: int | None, low: int, high: int) -> int | None:
@@ -62,7 +63,7 @@ class Fields:
     def number(self, name: str, default: float | None, low: float, high: float) -> float:
         value = self._raw.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            self.fail(name, value if _printable(value) else "a huge integer", f"a number in {low}..{high}")
+            self.fail(name, value, f"a number in {low}..{high}")
         return float(value)
 
     def optional_number(self, name: str, default: float | None, low: float, high: float) -> float | None:
@@ -78,8 +79,3 @@ class Fields:
 def is_unset(token_id: Any) -> bool:
     """Whether a special token's id means that there is none."""
     return token_id is None or (type(token_id) is int and token_id in (-1, 0xFFFFFFFF))
-
-
-def _printable(value: Any) -> bool:
-    """Whether repr() is safe: Python refuses to print integers of more than 4300 digits."""
-    return not isinstance(value, int) or value.bit_length() < 1024
