@@ -225,7 +225,10 @@ typedef struct {
     int stop_at_layer;  /* -1: all layers; n: layers [0, n) only, and the sequences do not grow */
     int start_at_layer; /* n, with runs' `resid`: no layer before n runs, and the sequences do not grow; else 0 */
     int max_chunk;      /* maximum rows per chunk; 0: 512 */
-    bool locked;        /* the caller has locked the runs' sequences */
+    /* A run gets rows only once those before it have all theirs, in the same chunk or an earlier one. So an edit of a
+     * later run may read `values` that a copy from an earlier one fills. */
+    bool in_order;
+    bool locked;                /* the caller has locked the runs' sequences */
     int (*poll)(void *context); /* called at most every 20 ms; nonzero cancels the step between parts of a chunk */
     void *poll_context;
     g4_profile *profile; /* the times of this step's operations are added here; may be NULL */

@@ -120,14 +120,17 @@ class Model:
         stop_at_layer: int = -1,
         start_at_layer: int = 0,
         max_chunk: int = 0,
+        in_order: bool = False,
         profile: F64 | None = None,
     ) -> None:
         """One ragged forward pass over any number of runs (sequences must differ).
 
         Long runs are cut into chunks of at most max_chunk rows in all (0 = 512); with precision "exact" results do
-        not depend on it. On success every sequence has grown by its run. With stop_at_layer = n only layers 0..n-1 run,
-        nothing is appended to the sequences, and logits must be None. With runs' resid layers start_at_layer, ... run
-        on it, and nothing is appended either; each must compute its keys, or read those of a layer that runs.
+        not depend on it. in_order: a run is begun only once those before it are complete, so that its edits may read
+        arrays that taps of those fill. On success every sequence has grown by its run. With stop_at_layer = n only
+        layers 0..n-1 run, nothing is appended to the sequences, and logits must be None. With runs' resid layers
+        start_at_layer, ... run on it, and nothing is appended either; each must compute its keys, or read those of a
+        layer that runs.
         profile: float64 [len(profile_ops()), 6], to which the step adds each operation's calls, seconds, float32
         operations, integer operations, bfloat16 operations and bytes; the seconds add up to those of the step.
         Raises ValueError (token id out of range, empty run, bad rows), CapacityError (context overflow),

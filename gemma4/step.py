@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.core import Core
-from gemma4.edits.base import SiteEdit
+from gemma4.edits.base import SiteEdit, Work
 from gemma4.edits.scope import Place
 from gemma4.encoders.soft_tokens import SoftRows
 from gemma4.errors import CapacityError, StateError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from gemma4._engine import Run, Tap
 
 I32: TypeAlias = NDArray[np.int32]
+I64: TypeAlias = NDArray[np.int64]
 F32: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = Literal["all", "last"] | int | slice | Iterable[int]
 Positions: TypeAlias = Rows | None
@@ -97,6 +99,7 @@ class _Plan:
         self.rows, self.order = _ascending(select_positions(prompt.logits, n_new, "logits"))
         self.logits = None if prompt.logits is None else np.empty((len(self.rows), model.d_vocab), dtype=np.float32)
         self.arrays = self._allocate(prompt.capture or ())
+        self.lent: dict[tuple[str, bytes], tuple[Site, I64, F32]] = {}  # copies that other runs' edits read
 
     def _allocate(self, sites: Iterable[Site]) -> dict[str, NDArray[Any]]:
         # zeros, not empty: the engine leaves rows that it never reaches unchanged (and zero pages are free)
@@ -111,25 +114,49 @@ class _Plan:
         ids, embeddings, ends = (soft.ids, soft.embeddings, soft.ends) if soft else (self.prompt.ids, None, None)
         return sequence, ids, embeddings, rows, logits, ends, resid
 
-    def taps(self, model: Core) -> list[Tap]:
-        edits = [tap for site, acts in self.prompt.hooks for tap in self._edits(site, acts, model)]
-        rows = self._row_map()
-        copies: list[Tap] = [
-            (site.id, site.layer or 0, self.run_index, self.arrays[site.name], rows if "T" in site.dims else None)
-            for site in self.prompt.capture or ()
-        ]
-        return edits + copies
+    def edits(self, model: Core, plans: Seq[_Plan]) -> list[Tap]:
+        return [tap for site, acts in self.prompt.hooks for tap in self._edits(site, acts, model, plans)]
 
-    def _edits(self, site: Site, acts: list[HookFn | SiteEdit], model: Core) -> Iterator[Tap]:
+    def copies(self) -> Iterator[Tap]:
+        """The captures, and the rows that other runs take, which their `edits` have asked for."""
+        rows = self._row_map(self.kept)
+        for site in self.prompt.capture or ():
+            yield self._copy(site, self.arrays[site.name], rows)
+        for site, positions, array in self.lent.values():
+            yield self._copy(site, array, self._row_map(positions - self.before))
+
+    def _copy(self, site: Site, array: NDArray[Any], rows: I32 | None) -> Tap:
+        return site.id, site.layer or 0, self.run_index, array, rows if "T" in site.dims else None
+
+    def lend(self, site: Site, positions: I64) -> F32:
+        """See `gemma4.edits.base.Lend`."""
+        n_keys = self.before + len(self.prompt.ids)
+        empty = np.zeros(site.shape(len(positions), n_keys), np.float32)
+        return self.lent.setdefault((site.name, positions.tobytes()), (site, positions, empty))[2]
+
+    def _edits(self, site: Site, acts: list[HookFn | SiteEdit], model: Core, plans: Seq[_Plan]) -> Iterator[Tap]:
         """Functions and edits in their order; functions that follow each other are one call."""
         where = site.id, site.layer or 0, self.run_index
         for are_edits, group in groupby(acts, lambda act: isinstance(act, SiteEdit)):
             if are_edits:
                 for edit in cast("Iterator[SiteEdit]", group):
-                    yield from ((*where, *tap) for tap in edit.taps(self._place()))
+                    yield from ((*where, *tap) for tap in self._work_of(edit, plans))
             else:
                 fns = cast("list[HookFn]", list(group))
                 yield *where, make_edit(site, fns, self._point(site), model.nan_log), None
+
+    def _work_of(self, edit: SiteEdit, plans: Seq[_Plan]) -> list[tuple[Work, I32 | None]]:
+        place = self._place()
+        if edit.source is None or not edit.edit.acts(place.step, place.prompt):
+            return edit.taps(place)
+        lenders = [plan for plan in plans if plan.prompt.number == edit.source.prompt]
+        if len(lenders) != 1:
+            which = "more than one prompt has this number" if lenders else "it has ended, or never was in the batch"
+            raise ValueError(
+                f"{edit.edit}: prompt {edit.source.prompt} is not in step {place.step}: {which}; "
+                "limit the edit with steps= or pos="
+            )
+        return edit.taps_from(edit.source, place, lenders[0]._place(), lenders[0].lend)
 
     def _place(self) -> Place:
         n_new = len(self.prompt.ids)
@@ -140,11 +167,12 @@ class _Plan:
         positions = np.arange(self.before, self.before + len(self.prompt.ids))
         return HookPoint(site.name, site.layer, self.prompt.number, positions)
 
-    def _row_map(self) -> I32 | None:
-        if len(self.kept) == len(self.prompt.ids):
+    def _row_map(self, kept: I32 | I64) -> I32 | None:
+        """Where a copy puts each new position, of which it keeps these, ascending."""
+        if len(kept) == len(self.prompt.ids):
             return None
         rows = np.full(len(self.prompt.ids), -1, dtype=np.int32)
-        rows[self.kept] = np.arange(len(self.kept), dtype=np.int32)
+        rows[kept] = np.arange(len(kept), dtype=np.int32)
         return rows
 
     def output(self, model: Core) -> Output:
@@ -167,20 +195,50 @@ def run_step(
     """
     _check_capacity(prompts)
     model.checkpoint.check()
-    plans = [_Plan(model, run_index, prompt) for run_index, prompt in enumerate(prompts)]
-    taps = [tap for plan in plans for tap in plan.taps(model)]
+    order = _lenders_first(prompts)
+    plans = [_Plan(model, run_index, prompts[i]) for run_index, i in enumerate(order)]
+    edits = [plan.edits(model, plans) for plan in plans]
+    taps = [tap for plan, own in zip(plans, edits, strict=True) for tap in (*own, *plan.copies())]
+    lends = any(plan.lent for plan in plans)
     stop = -1 if stop_at_layer is None else stop_at_layer
     try:
         with step_array(model) as profile:
             runs = [plan.run() for plan in plans]
-            model.engine.step(runs, taps, stop_at_layer=stop, start_at_layer=start_at_layer, profile=profile)
+            model.engine.step(
+                runs, taps, stop_at_layer=stop, start_at_layer=start_at_layer, in_order=lends, profile=profile
+            )
     except StateError:  # closed, or in use by another thread
         raise
     except BaseException:
         _record(plans)  # Ctrl-C keeps whole chunks
         raise
     _record(plans)
-    return [plan.output(model) for plan in plans]
+    return [plan.output(model) for _, plan in sorted(zip(order, plans, strict=True), key=lambda pair: pair[0])]
+
+
+def _lenders_first(prompts: Seq[Prompt]) -> Seq[int]:
+    """Indices of the prompts in an order in which those whose activations others take come first.
+
+    Raises ValueError for prompts that take from each other.
+    """
+    takes = [_lenders_of(prompt) for prompt in prompts]
+    if not any(takes):
+        return range(len(prompts))
+    indices = {prompt.number: i for i, prompt in enumerate(prompts)}
+    graph = {i: [indices[number] for number in numbers if number in indices] for i, numbers in enumerate(takes)}
+    try:
+        return list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        circle = " and ".join(str(prompts[i].number) for i in cast("list[int]", error.args[1])[1:])
+        raise ValueError(
+            f"Patch: the prompts {circle} take activations from each other in one step; capture one of them first"
+        ) from None
+
+
+def _lenders_of(prompt: Prompt) -> set[int]:
+    """The numbers of the prompts from which edits of this one take."""
+    edits = (act for _, acts in prompt.hooks for act in acts if isinstance(act, SiteEdit))
+    return {edit.source.prompt for edit in edits if edit.source and edit.edit.acts(prompt.step, prompt.number)}
 
 
 def _record(plans: list[_Plan]) -> None:

@@ -185,16 +185,18 @@ static int plan_chunk(const step *s, int *take)
 {
     const int most = chunk_rows(s);
     int n_rows = 0;
+    bool waits = false;
     for (int r = 0; r < s->n_runs; r++) {
         int left = s->runs[r].n_rows - s->done[r], room = most - n_rows;
         take[r] = 0;
-        if (left == 0 || room <= 0)
+        if (left == 0 || room <= 0 || waits)
             continue;
         if (s->whole[r])
             take[r] = n_rows == 0 || left <= room ? left : 0;
         else
             take[r] = whole_stretches(s, r, left < room ? left : room, n_rows == 0);
         n_rows += take[r];
+        waits = s->options->in_order && take[r] < left;
     }
     return n_rows;
 }

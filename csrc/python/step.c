@@ -140,19 +140,22 @@ int engine_read_profile(PyObject *object, g4_profile **profile)
 
 PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"runs", "taps", "stop_at_layer", "start_at_layer", "max_chunk", "profile", NULL};
+    static char *names[] = {"runs",      "taps",     "stop_at_layer", "start_at_layer",
+                            "max_chunk", "in_order", "profile",       NULL};
     step_args s = {.model = (model_object *)self};
     g4_step_options options = {
         .stop_at_layer = -1, .locked = true, .poll = engine_poll_signals, .poll_context = &s.gil};
     PyObject *runs, *taps = NULL, *profile = Py_None;
     g4_error err = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$iiiO", names, &runs, &taps, &options.stop_at_layer,
-                                     &options.start_at_layer, &options.max_chunk, &profile) ||
+    int in_order = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|O$iiipO", names, &runs, &taps, &options.stop_at_layer,
+                                     &options.start_at_layer, &options.max_chunk, &in_order, &profile) ||
         engine_read_profile(profile, &options.profile))
         return NULL;
     if (!s.model->model)
         return PyErr_Format(PyExc_RuntimeError, "this model was never initialised");
     g4_status status = G4_EVALUE;
+    options.in_order = in_order;
     if (read_args(&s, runs, taps) == 0) {
         s.gil.state = PyEval_SaveThread();
         status = g4_step(s.model->model, s.runs, s.n_runs, s.taps.taps, s.taps.n, &options, &err);

@@ -243,7 +243,9 @@ static void run_step(reader *r, g4_model *model, g4_sequence **seqs)
     step s = {0};
     g4_error err = {0};
     const int n_layers = g4_model_config(model)->n_layers;
-    const g4_step_options options = {.stop_at_layer = below(r, 6) ? -1 : mostly(r, below(r, n_layers + 1)),
+    const bool in_order = below(r, 4) == 0;
+    const g4_step_options options = {.in_order = in_order,
+                                     .stop_at_layer = below(r, 6) ? -1 : mostly(r, below(r, n_layers + 1)),
                                      .start_at_layer = below(r, 4) ? 0 : mostly(r, below(r, n_layers)),
                                      .max_chunk = mostly(r, below(r, 20))};
     for (int i = 1 + below(r, MAX_RUNS); i > 0; i--)

@@ -265,6 +265,46 @@ static void test_patch_from_a_copy(g4_model *model)
     CHECK(same(stream + at * D, kept, 4 * D));
 }
 
+static g4_status leave_alone(void *context, void *data, const int64_t *shape, int n_dims, g4_error *err)
+{
+    (void)context, (void)data, (void)shape, (void)n_dims, (void)err;
+    return G4_OK;
+}
+
+/* A copy from one run of a step is set in a later run, however they are cut into chunks. The call keeps the run that is
+ * copied in one piece, for which the first chunk has no room. */
+static void test_patch_within_a_step(g4_model *model)
+{
+    static float kept[N_TOKENS * D], alone[N_TOKENS * VOCAB], got[N_TOKENS * VOCAB];
+    static int32_t reversed[N_TOKENS];
+    g4_error err = {0};
+    for (int i = 0; i < N_TOKENS; i++)
+        reversed[i] = tokens[N_TOKENS - 1 - i];
+    const g4_edit patch = {.values = kept, .n_values = N_TOKENS * D, .stride = {D, 1}};
+    g4_tap taps[3];
+    for (int i = 0; i < 3; i++)
+        taps[i] = (g4_tap){.site = G4_SITE_RESID_POST, .layer = 4, .run = i < 2 ? 1 : 2};
+    taps[0].kind = G4_TAP_CALL, taps[0].call = leave_alone;
+    taps[1].dest = kept, taps[1].n_dest_rows = N_TOKENS;
+    taps[2].kind = G4_TAP_SET, taps[2].edit = patch;
+    for (int chunk = 0; chunk < 30; chunk += 5) {
+        g4_sequence *seqs[] = {new_sequence_of(model), new_sequence_of(model), new_sequence_of(model)};
+        const g4_run runs[] = {
+            {seqs[0], .n_rows = 3, .tokens = tokens},
+            {seqs[1], .n_rows = N_TOKENS, .tokens = reversed},
+            {seqs[2], N_TOKENS, tokens, .logits_rows = all_rows, .n_logits = N_TOKENS, .logits = got},
+        };
+        const g4_step_options options = {.stop_at_layer = -1, .max_chunk = chunk, .in_order = true};
+        memset(kept, 0, sizeof kept);
+        CHECK(g4_step(model, runs, 3, taps, 3, &options, &err) == G4_OK);
+        const g4_tap set = {.kind = G4_TAP_SET, .site = G4_SITE_RESID_POST, .layer = 4, .edit = patch};
+        CHECK(run_text(model, 0, &set, 1, 0, N_TOKENS, alone, &err) == G4_OK);
+        CHECK(same(got, alone, N_TOKENS * VOCAB));
+        for (int i = 0; i < 3; i++)
+            g4_sequence_free(seqs[i]);
+    }
+}
+
 /* Unlike calls, edits neither keep rows that no output needs nor hold chunks together. */
 static void test_cost_of_edits(g4_model *model)
 {
@@ -493,6 +533,7 @@ void test_taps(void)
     test_text_edits(model);
     test_order(model);
     test_patch_from_a_copy(model);
+    test_patch_within_a_step(model);
     test_cost_of_edits(model);
     test_refusals(model);
     for (int kind = G4_VISION_TOWER; kind <= G4_AUDIO_EMBEDDER; kind++)

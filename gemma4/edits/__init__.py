@@ -21,7 +21,16 @@ cached prefix, a prompt that the batch lacks, a second Set or Patch of the same 
 from gemma4.edits.arithmetic import Add, Clamp, ProjectOut, Scale, Set
 from gemma4.edits.base import Edit
 from gemma4.edits.files import load_control_vector, load_edits, save_edits
-from gemma4.edits.recipes import Ablate, ForbidExperts, ForceExperts, KnockOut, Patch, ScalePerLayerEmbedding, Steer
+from gemma4.edits.recipes import (
+    Ablate,
+    ForbidExperts,
+    ForceExperts,
+    FromPrompt,
+    KnockOut,
+    Patch,
+    ScalePerLayerEmbedding,
+    Steer,
+)
 
 __all__ = [
     "Ablate",
@@ -30,6 +39,7 @@ __all__ = [
     "Edit",
     "ForbidExperts",
     "ForceExperts",
+    "FromPrompt",
     "KnockOut",
     "Patch",
     "ProjectOut",

@@ -86,6 +86,9 @@ class OnSites(Edit):
     def parts_of(self, table: SiteTable, stop_at_layer: int | None, kind: Kind) -> list[SiteEdit]:
         """The edits of each selected site and head, without their numbers."""
         sites = self._select(table, stop_at_layer)
+        ids = [site.name for site in sites if site.dtype.kind == "i"]
+        if ids:
+            raise ValueError(f"{self}: {ids[0]} holds ids, which no arithmetic can edit; ForceExperts chooses experts")
         return [SiteEdit(self, site, kind, spans=spans) for site in sites for spans in self._spans(site)]
 
 

@@ -75,10 +75,11 @@ class Edit:
     def prompt_set(self) -> frozenset[int] | None:
         return as_set(self.prompts)
 
+    def concerns(self, prompt: int) -> bool:
+        return self.prompt_set is None or prompt in self.prompt_set
+
     def acts(self, step: int, prompt: int) -> bool:
-        return (self.step_set is None or step in self.step_set) and (
-            self.prompt_set is None or prompt in self.prompt_set
-        )
+        return (self.step_set is None or step in self.step_set) and self.concerns(prompt)
 
     def check_prompts(self, n_prompts: int | None) -> None:
         if n_prompts is not None and self.prompt_set and max(self.prompt_set) >= n_prompts:
@@ -129,6 +130,22 @@ class Edit:
         return type(self).__name__
 
 
+class Source(NamedTuple):
+    """Where values come from that are computed in the same step.
+
+    prompt  index in the batch
+    pos     its positions, in the order of the edit's `pos`; None: the same
+    """
+
+    prompt: int
+    pos: Checked
+
+
+# lend(site, positions): the array that a copy fills with the source's rows of these positions, ascending, while the
+# step runs; of a site without axis T, with all keys
+Lend: TypeAlias = Callable[[Site, NDArray[np.int64]], F32]
+
+
 class Routing(NamedTuple):
     """The choice of experts under an edit of router logits.
 
@@ -153,6 +170,7 @@ class SiteEdit:
     keys     positions along axis "S" to change, for scores and patterns; None = all
     window   with keys: how many keys, up to its own, a query of the layer sees; 0 = all
     routing  of an edit that chooses experts
+    source   of an edit whose values another prompt of the step computes
     """
 
     edit: Edit
@@ -167,11 +185,12 @@ class SiteEdit:
     keys: Checked = None
     window: int = 0
     routing: Routing | None = None
+    source: Source | None = None
     ready: Arithmetic | None = field(init=False, default=None)  # where it is the same in every run
 
     def __post_init__(self) -> None:
         """Raises ValueError at once if values cannot fit, where the site's shape is known without a run."""
-        if "S" not in self.site.dims:
+        if "S" not in self.site.dims and self.source is None:
             object.__setattr__(self, "ready", self._arithmetic(0, WHOLE))
 
     def taps(self, place: Place) -> list[tuple[Work, I32 | None]]:
@@ -214,6 +233,62 @@ class SiteEdit:
             taps.append((part._arithmetic(len(positions), (first, end)), None))
         return taps
 
+    def taps_from(self, source: Source, place: Place, theirs: Place, lend: Lend) -> list[tuple[Work, I32 | None]]:
+        """`taps` with the values that `theirs`, the source's part of the step, computes.
+
+        Raises ValueError for a position that the source does not compute in this step.
+        """
+        ours, wanted = self._matched(source, place, theirs)
+        if not len(ours):
+            return []
+        n_keys, spans = place.first + place.n, dict(self.spans)
+        rows = np.unique(wanted)
+        values = lend(self.site, rows)[tuple(slice(*spans.get(axis, (None,))) for axis in range(len(self.site.dims)))]
+        if "T" not in self.site.dims:
+            together = np.flatnonzero((np.diff(ours) != 1) | (np.diff(wanted) != 1)) + 1
+            return [
+                (
+                    replace(self, source=None, values=values[q[0] : q[-1] + 1])._arithmetic(n_keys, (p[0], p[-1] + 1)),
+                    None,
+                )
+                for p, q in zip(np.split(ours, together), np.split(wanted, together), strict=True)
+            ]
+        part = replace(self, source=None, values=values, rows=tuple(rows))
+        index = np.full(place.n, -1, np.int32)
+        index[ours - place.first] = np.searchsorted(rows, wanted)
+        return [(part._arithmetic(n_keys, WHOLE), index)]
+
+    def _matched(self, source: Source, place: Place, theirs: Place) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The positions to edit in this step, and those of the source that they take, in the same order."""
+        here, there = self._reach(place), self._reach(theirs)
+        named = listed(self.edit.where)
+        if named is not None:
+            ours = absolute(named, place.n_prompt)
+            wanted = absolute(named if source.pos is None else listed(source.pos) or (), theirs.n_prompt)
+            computed = np.isin(ours, here)
+            order = np.argsort(ours[computed], kind="stable")
+            ours, wanted = ours[computed][order], wanted[computed][order]
+        else:
+            ours = wanted = here[mask_of(self.edit.where, here, place.n_prompt)]
+        missing = wanted[~np.isin(wanted, there)]
+        if len(missing):
+            raise ValueError(
+                f"{self.edit}: prompt {place.prompt} cannot take position {missing[0]} of {self.site.name} from prompt "
+                f"{source.prompt}, which computes positions {there[0]} to {there[-1]} in this step"
+            )
+        same_length = self.edit.where is None or ("S" in self.site.dims and "T" in self.site.dims)
+        if len(ours) and same_length and here[-1] != there[-1]:
+            raise ValueError(
+                f"{self.edit}: prompt {place.prompt} ends at position {here[-1]} in this step, prompt {source.prompt} "
+                f"at {there[-1]}: all of {self.site.name} can be taken only at equal lengths; name positions with pos="
+                + (", of a site without keys" if "S" in self.site.dims else "")
+            )
+        return ours, wanted
+
+    def _reach(self, place: Place) -> NDArray[np.int64]:
+        """The positions of the site that a run has: those that it computes, or all keys."""
+        return np.arange(place.first if "T" in self.site.dims else 0, place.first + place.n)
+
     def _arithmetic(self, n_keys: int, keys: Span) -> Arithmetic:
         spans, sizes = [WHOLE] * len(self.site.dims), list[int]()
         for axis, dim in enumerate(self.site.dims):
@@ -251,7 +326,7 @@ def check_edits(edits: Iterable[SiteEdit], extent: Extent) -> None:
     for part in edits:
         edit = part.edit
         edit.check_prompts(extent.n_prompts)
-        if edit.prompt_set is not None and extent.prompt not in edit.prompt_set:
+        if not edit.concerns(extent.prompt):
             continue
         chosen = edit.check_extent(extent, cached="T" not in part.site.dims)
         if part.kind == "set" and edit.overwrites:

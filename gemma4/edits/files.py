@@ -91,6 +91,8 @@ def _plain(value: Any, name: str, edit: Edit, tensors: Tensors) -> Any:
     if isinstance(value, np.ndarray):
         tensors[name] = np.ascontiguousarray(cast("NDArray[Any]", value))
         return {"tensor": name}
+    if isinstance(value, recipes.FromPrompt):
+        return {"prompt": value.prompt}
     if isinstance(value, Cache):
         return {"cache": name, "sites": _save_cache(value, name, edit, tensors)}
     if isinstance(value, slice):
@@ -171,6 +173,8 @@ def _value(value: Any, file: SafetensorsFile) -> Any:
         return _tensor(file, entry["tensor"])
     if set(entry) == {"slice"}:
         return slice(*entry["slice"])
+    if set(entry) == {"prompt"}:
+        return recipes.FromPrompt(entry["prompt"])
     if set(entry) == {"number"}:
         return float(entry["number"])
     if set(entry) == {"cache", "sites"}:

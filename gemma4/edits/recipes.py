@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gemma4.edits.arithmetic import OnSites, Scale, Set, finite, frozen
-from gemma4.edits.base import Edit, Routing, SiteEdit
+from gemma4.edits.base import Edit, Routing, SiteEdit, Source
 from gemma4.edits.scope import Checked, Where, checked_where, listed
 from gemma4.interp.sites import Names, Site, SiteTable, reusable
-from gemma4.narrow import is_list_or_tuple
+from gemma4.narrow import is_integer, is_list_or_tuple
 
 F32: TypeAlias = NDArray[np.float32]
 Layers: TypeAlias = int | Iterable[int] | None
@@ -40,18 +40,38 @@ def _positions_axis(site: Site) -> int:
     return site.dims.index("T" if "T" in site.dims else "S")
 
 
+@dataclass(frozen=True)
+class FromPrompt:
+    """As the value of a `Patch`: what another prompt of the same batch has at that site, in the same step.
+
+        with model.edit(Patch("blocks.3.hook_resid_post", FromPrompt(0), pos=5)):
+            clean, patched = model.forward([clean_prompt, corrupt_prompt])
+
+    prompt  its index in the batch. Its own edits of the site come first: the value is the one that a capture shows.
+    """
+
+    prompt: int
+
+    def __post_init__(self) -> None:
+        given = cast(object, self.prompt)
+        if not is_integer(given) or given < 0:
+            raise ValueError(f"FromPrompt: the index of a prompt of the batch, from 0 on, got {given!r:.60}")
+
+
 @dataclass(frozen=True, eq=False)
 class Patch(OnSites):
     """x = value, taken from another run.
 
-    value       an `ActivationCache`, or an array as for `Set`
-    source_pos  positions in the cache, as many as `pos` names, in its order; None = the same. Negative ones count from
-                the cache's end.
+    value       an `ActivationCache`; an array as for `Set`; or `FromPrompt(i)`, what prompt i of the same batch has in
+                the same step
+    source_pos  positions in the cache or in prompt i, as many as `pos` names, in its order; None = the same. Negative
+                ones count from the cache's end, or from that of prompt i.
 
-    pos=None means every position that the cache holds.
+    pos=None means every position that the cache holds. From a prompt, it means all positions of a step, as many as
+    prompt i has; and prompts=None means all but prompt i. No prompt may take from one that takes from it.
     """
 
-    value: Cache | ArrayLike = 0.0
+    value: Cache | FromPrompt | ArrayLike = 0.0
     source_pos: Where = field(default=None, kw_only=True)
 
     overwrites = True
@@ -59,22 +79,45 @@ class Patch(OnSites):
     def __post_init__(self) -> None:
         super().__post_init__()
         source = checked_where(self.source_pos, "source_pos")
-        if not isinstance(self.value, Cache):
+        if isinstance(self.value, FromPrompt):
+            self._check_prompt(self.value.prompt)
+        elif not isinstance(self.value, Cache):
             if source is not None:
                 raise ValueError("Patch: source_pos needs a cache as value; of an array give the rows themselves")
             self._set("value", frozen(self.value, "Patch"))
             return
-        if isinstance(source, slice) or isinstance(self.where, slice):
+        if isinstance(source, slice) or (isinstance(self.where, slice) and isinstance(self.value, Cache)):
             raise TypeError("Patch: with a cache, pos and source_pos must be positions, not slices")
-        if self.where is None:
-            self._set("pos", tuple(int(p) for p in self.value.positions) if source is None else source)
+        if self.where is None and source is not None:
+            self._set("pos", source)
+        elif self.where is None and isinstance(self.value, Cache):
+            self._set("pos", tuple(int(p) for p in self.value.positions))
         self._set("source_pos", source)
         if source is not None and len(listed(source) or ()) != len(listed(self.where) or ()):
             raise ValueError(
                 f"Patch: source_pos names {len(listed(source) or ())} positions, pos {len(listed(self.where) or ())}"
             )
 
+    def _check_prompt(self, prompt: int) -> None:
+        if self.prompt_set is not None and self.prompt_set <= {prompt}:
+            raise ValueError(f"{self}: prompt {prompt} would take from itself; prompts= names those that take")
+
+    def concerns(self, prompt: int) -> bool:
+        return super().concerns(prompt) and not (isinstance(self.value, FromPrompt) and prompt == self.value.prompt)
+
+    def check_prompts(self, n_prompts: int | None) -> None:
+        super().check_prompts(n_prompts)
+        if not isinstance(self.value, FromPrompt) or n_prompts is None:
+            return
+        if self.value.prompt >= n_prompts:
+            raise ValueError(f"{self}: there is no prompt {self.value.prompt} to take from, only 0 to {n_prompts - 1}")
+        if n_prompts == 1:
+            raise ValueError(f"{self}: there is no other prompt to take from prompt 0")
+
     def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
+        if isinstance(self.value, FromPrompt):
+            source = Source(self.value.prompt, cast(Checked, self.source_pos))
+            return [replace(part, source=source) for part in self.parts_of(table, stop_at_layer, "set")]
         if not isinstance(self.value, Cache):
             same = Set(self.site, self.value, head=self.head, index=self.index, pos=self.where)
             return [replace(part, edit=self) for part in same.bound(table, stop_at_layer=stop_at_layer)]

@@ -240,10 +240,18 @@ class Batch:
             raise TypeError(f"a batch is of a Model, got {model!r:.80}")
         self.model = model
 
-    def join(self, prompt: PromptLike, options: Options | None = None, *, number: int | None = None) -> Continuation:
+    def join(
+        self,
+        prompt: PromptLike,
+        options: Options | None = None,
+        *,
+        number: int | None = None,
+        n_prompts: int | None = None,
+    ) -> Continuation:
         """Add a prompt, which the next step runs. Hooks of open `model.hooks` blocks stay with it, then the options'.
 
-        number: the seed's stream of random numbers to use; None = the last one's number + 1.
+        number: the seed's stream of random numbers to use, and the prompt's index for edits and hooks; None = the last
+        one's number + 1. n_prompts: how many will join in all, so that an edit of another one is refused; None = open.
         Raises as `Model.generate`, before anything is computed.
         """
         options = Options() if options is None else options
@@ -252,7 +260,7 @@ class Batch:
         if any(one.sequence is options.sequence for one in self.running):
             raise ValueError("this sequence is being continued in this batch already; fork() it")
         number = self._n_joined if number is None else checks.integer("number", number, 0, 1 << 31)
-        joined = _continuation(self.model, prompt, options, number)
+        joined = _continuation(self.model, prompt, options, number, n_prompts)
         self._n_joined = number + 1
         self.running.append(joined)
         return joined
@@ -307,7 +315,9 @@ def _is_a(value: object, kind: type) -> bool:
     return isinstance(value, kind)
 
 
-def _continuation(model: Core, prompt: PromptLike, options: Options, number: int) -> Continuation:
+def _continuation(
+    model: Core, prompt: PromptLike, options: Options, number: int, n_prompts: int | None
+) -> Continuation:
     given, kept = options.sequence, reusable(options.capture)
     if given is not None:
         given.check_usable_by(model)
@@ -340,7 +350,7 @@ def _continuation(model: Core, prompt: PromptLike, options: Options, number: int
         owns_sequence=given is None,
     )
     joined.reused = joined.sequence.rewind_to(tokenized.keys())
-    check_hooks(joined.hooks, Extent(joined.reused, len(joined.buffer) - 1, len(ids), room, number))
+    check_hooks(joined.hooks, Extent(joined.reused, len(joined.buffer) - 1, len(ids), room, number, n_prompts))
     return joined
 
 

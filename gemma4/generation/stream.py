@@ -41,7 +41,7 @@ def generate(
     if many and opts.sequence is not None:
         raise ValueError("sequence= goes with one prompt, not a list")
     with Batch(model) as batch:
-        joined = [batch.join(one, opts) for one in prompts]
+        joined = [batch.join(one, opts, n_prompts=len(prompts)) for one in prompts]
         while batch.running:
             batch.step()
     results = [one.result() for one in joined]
@@ -54,7 +54,7 @@ def stream(model: Core, prompt: PromptLike, **options: Unpack[GenerateOptions]) 
     if is_prompt_list(prompt):
         raise ValueError("stream() takes one prompt; generate() takes a list")
     batch = Batch(model)
-    return TextStream(batch, batch.join(prompt, opts))
+    return TextStream(batch, batch.join(prompt, opts, n_prompts=1))
 
 
 class TextStream(Iterator[Piece]):
