@@ -37,6 +37,7 @@ ROOMS = {
     "profile": "_engine",
     "files": "errors",
     "npz": "errors files",
+    "html": "files",
     "text": "narrow checks memory errors files",
     "load": "narrow checks errors files npz text _engine",
     "media": "narrow checks memory errors text load.encoder_config _moved",
@@ -48,7 +49,9 @@ ROOMS = {
     "interp.saved": "narrow checks errors files load interp.sites",
     "interp.tables": "checks memory interp.sites",
     "interp.dataset": "media interp.sites",
-    "interp.cache": "checks errors units files media interp.sites interp.saved interp.tables interp.dataset core",
+    "interp.pictures": "html units interp.sites",
+    "interp.cache": "checks errors units files html interp.pictures media interp.sites interp.saved interp.tables "
+    "interp.dataset core",
     "encoders": "narrow checks edits media interp.sites interp.hooks core interp.cache profile "
     "load.encoder_config _engine",
     "sequence": "narrow checks errors files npz media.keys core _engine",
@@ -60,7 +63,7 @@ ROOMS = {
     "info": "units core",
     "model": "narrow checks edits dictionaries load media interp.sites interp.hooks interp.cache core profile encoders "
     "sequence step inputs generation info",
-    "interp": "narrow checks memory edits media interp.sites interp.hooks interp.cache sequence step inputs "
+    "interp": "narrow checks memory html edits media interp.sites interp.hooks interp.cache sequence step inputs "
     "model",  # these run a model
     "media.tasks": "errors load media generation model",
     "quantization": "narrow checks errors units files text load inputs model _engine",

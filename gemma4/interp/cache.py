@@ -23,8 +23,10 @@ from gemma4 import checks
 from gemma4.core import Core
 from gemma4.errors import SiteError, StateError
 from gemma4.files import StrPath
+from gemma4.html import Picture
 from gemma4.interp import tables
 from gemma4.interp.dataset import to_dataset
+from gemma4.interp.pictures import cache_picture
 from gemma4.interp.saved import Detached, Saved, SavedDtype, read_cache, write_cache
 from gemma4.interp.sites import ENCODER_PREFIXES, Site, canonical_name
 from gemma4.interp.tables import CosinesBy, NormsBy, Table
@@ -230,6 +232,21 @@ class ActivationCache(CapturedArrays):
             lines.append(f"  {stem:<28} {' '.join(str(list(shape)) for shape in sorted(shapes))}{where}")
         lines += [f"  media[{i}]: {cache!r}" for i, cache in enumerate(self.media)]
         return "\n".join(lines)
+
+    def to_html(self) -> Picture:
+        """A table of the sites with their shapes, and attention patterns if there are (the last positions)."""
+        sites = {self._model.sites[name]: array for name, array in self._arrays.items()}
+        media = [f"media[{i}]: {cache!r}" for i, cache in enumerate(self.media)]
+        return cache_picture(sites, self._token_texts(), self.positions, media)
+
+    def _repr_html_(self) -> str:
+        return self.to_html().fragment()
+
+    def _token_texts(self) -> list[str]:
+        model = self._model
+        if isinstance(model, Detached) or not model.checkpoint.tokenizer_path:
+            return [str(token) for token in self.tokens]
+        return model.to_str_tokens(self.tokens)
 
     def stack(self, stem: str) -> F32:
         """The same site of every captured layer: [n_layers, ...]. stem: the name inside a block, "hook_resid_post"."""

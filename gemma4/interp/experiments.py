@@ -18,6 +18,8 @@ from gemma4 import checks
 from gemma4.edits import Ablate, Patch
 from gemma4.edits.base import Edit
 from gemma4.edits.scope import checked_where, listed
+from gemma4.html import Picture, heat
+from gemma4.html.picture import FEW, left_out
 from gemma4.inputs import TextOrIds, as_ids
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import bind_hooks
@@ -63,6 +65,34 @@ class Grid:
     def change(self) -> F32:
         """values - corrupt."""
         return self.values - np.float32(self.corrupt)
+
+    def shown(self, recovered: bool | None = None) -> tuple[F32, str]:
+        """The numbers that a picture shows, float32 [rows, columns], and their name: recovered, or for False change.
+
+        recovered: None = the share, unless clean and corrupt are the same run.
+        """
+        share = self.clean != self.corrupt if recovered is None else recovered
+        return (self.recovered, "share of the clean run recovered") if share else (self.change, "change of the metric")
+
+    def to_html(self, last: int | None = None, *, recovered: bool | None = None) -> Picture:
+        """A table with a coloured cell for each variant; the numbers are said when a cell is pointed at.
+
+        last: only that number of columns at the end. recovered: as for `shown`. Raises ValueError (last below 1).
+        """
+        values, name = self.shown(recovered)
+        n = len(self.columns)
+        first = n - min(n, n if last is None else checks.integer("last", last, 1, n))
+        return heat(
+            values[::-1, first:],
+            [f"{row}" for row in reversed(self.rows)],
+            self.columns[first:],
+            title=f"{name[0].upper()}{name[1:]}, layer by {self.across}",
+            corner=f"layer \\ {self.across}",
+            small_print=left_out(n - first, n, f"{self.across}s"),
+        )
+
+    def _repr_html_(self) -> str:
+        return self.to_html(min(FEW, len(self.columns)) or None).fragment()
 
 
 def patching_grid(

@@ -8,13 +8,16 @@ NumPy in blocks of the vocabulary, so that neither a float32 head nor all logits
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import checks
+from gemma4.html import Picture, heat
+from gemma4.html.markup import number, visible
+from gemma4.html.picture import FEW, left_out
 from gemma4.interp.cache import ActivationCache
 from gemma4.memory import ready_blas
 
@@ -39,6 +42,7 @@ class LogitLens:
     tokens:     text of `ids`, n lists of pos lists of k
     target_probs:  float32 [n, pos], the probability of the target token, if one was given
     norms:      float32 [n, pos], length of the residual vector
+    prompt:     pos texts of the tokens at the positions
     """
 
     labels: list[str]
@@ -48,6 +52,39 @@ class LogitLens:
     tokens: list[list[list[str]]]
     target_probs: F32 | None
     norms: F32
+    prompt: list[str] = field(default_factory=list[str])
+
+    def to_html(self, last: int | None = None) -> Picture:
+        """A table of layers by positions: the likeliest token, its probability as colour, the others when pointed at.
+
+        last: only that number of positions at the end. Raises ValueError (last below 1).
+        """
+        n = len(self.positions)
+        kept = range(n - min(n, n if last is None else checks.integer("last", last, 1, n)), n)
+        rows = range(len(self.labels) - 1, -1, -1)  # the last block on top
+        prompt = self.prompt or [str(position) for position in self.positions]
+        return heat(
+            self.probs[rows.start :: -1, kept.start :, 0],
+            [self.labels[row] for row in rows],
+            [prompt[at] for at in kept],
+            words=[[self.tokens[row][at][0] for at in kept] for row in rows],
+            tips=[[self._tip(row, at, prompt[at]) for at in kept] for row in rows],
+            title="Logit lens: the likeliest next token after each block",
+            corner="after block",
+            limit=1.0,
+            small_print=left_out(len(kept), n, "positions"),
+        )
+
+    def _tip(self, row: int, at: int, token: str) -> str:
+        place = f"after block {self.labels[row]}, at {visible(token)} (position {self.positions[at]})"
+        best = zip(self.tokens[row][at], self.probs[row, at].tolist(), strict=True)
+        lines = [f"{number(p)}  {visible(text)}" for text, p in best]
+        if self.target_probs is not None:
+            lines.append(f"{number(self.target_probs[row, at])}  the target")
+        return "\n".join([place, *lines])
+
+    def _repr_html_(self) -> str:
+        return self.to_html(min(FEW, len(self.positions)) or None).fragment()
 
 
 def logit_lens(
@@ -88,6 +125,7 @@ def logit_lens(
         tokens=[[_texts(model, row) for row in layer] for layer in ids.reshape(*shape, -1)],
         target_probs=None if target_probs is None else target_probs.reshape(shape),
         norms=np.linalg.norm(resid, axis=-1),
+        prompt=_texts(model, cache.tokens),
     )
 
 

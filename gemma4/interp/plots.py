@@ -52,11 +52,9 @@ def grid(grid: Grid, title: str = "", *, recovered: bool | None = None, ax: Axes
 
     recovered: None = the share, unless clean and corrupt are the same run.
     """
-    share = grid.clean != grid.corrupt if recovered is None else recovered
-    values = grid.recovered if share else grid.change
+    values, name = grid.shown(recovered)
     top = float(np.abs(values).max()) or 1.0
-    title = title or ("share of the clean run recovered" if share else "change of the metric")
-    figure = _heat(values, grid.rows, grid.columns, title, ax, color="RdBu", limits=(-top, top))
+    figure = _heat(values, grid.rows, grid.columns, title or name, ax, color="RdBu", limits=(-top, top))
     figure.axes[0].set(xlabel=grid.across, ylabel="layer")
     return figure
 

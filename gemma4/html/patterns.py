@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention patterns: a small picture of each head, which a click enlarges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from gemma4.html.markup import Markup, limit_of, tag, visible
+from gemma4.html.picture import Picture, note
+from gemma4.html.png import packed, png_url
+
+MOST_NUMBERS = 1 << 23  # in one picture: about 30 MB of HTML
+
+
+def attention(
+    patterns: ArrayLike,
+    tokens: Sequence[str],
+    *,
+    keys: Sequence[str] | None = None,
+    at: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
+    title: str = "",
+    small_print: str | None = None,
+) -> Picture:
+    """Attention by head: rows are queries, columns keys. Pointing says the number, a click or Enter enlarges a head.
+
+        html.attention(cache["attn.hook_pattern", 3], model.to_str_tokens(ids))
+
+    patterns  float [heads, queries, keys], from 0 on; one head may be [queries, keys]
+    tokens    texts of the queries
+    keys      texts of the keys [those of the queries]
+    at        which key each query is [the last ones, in order]
+    names     of the heads ["head 0", ...]
+
+    Raises ValueError (names that do not fit, negative numbers, more than 8 million numbers).
+    """
+    array = np.asarray(patterns, dtype=np.float32)
+    array = array[None] if array.ndim == 2 else array
+    if array.ndim != 3:
+        raise ValueError(f"patterns are [heads, queries, keys], got {list(array.shape)}")
+    heads = [f"head {i}" for i in range(len(array))] if names is None else list(names)
+    said = list(tokens if keys is None else keys)
+    if array.shape != (len(heads), len(tokens), len(said)):
+        raise ValueError(
+            f"patterns are {list(array.shape)}, but there are {len(heads)} names, {len(tokens)} queries and "
+            f"{len(said)} keys"
+        )
+    if array.size > MOST_NUMBERS:
+        raise ValueError(
+            f"a picture of {array.size:,} numbers would be too large to open: choose heads, or fewer than "
+            f"{int((MOST_NUMBERS / len(heads)) ** 0.5):,} positions"
+        )
+    if array.min(initial=0) < 0:
+        raise ValueError("patterns hold negative numbers: take attn.hook_pattern, or gemma4.html.cells for signed ones")
+    root = tag(
+        "div",
+        note(small_print),
+        tag("div", [_head(name, one) for name, one in zip(heads, array, strict=True)], class_="g4-heads"),
+        tag("div", class_="g4-stage", hidden=True),
+        class_="g4-attention",
+        data_queries=_texts(tokens),
+        data_keys=_texts(said),
+        data_at=json.dumps(list(range(len(said) - len(tokens), len(said))) if at is None else list(at)),
+    )
+    return Picture(title, root)
+
+
+def _head(name: str, pattern: np.ndarray[tuple[int, ...], np.dtype[np.float32]]) -> Markup:
+    top = limit_of(pattern)
+    image = tag("img", src=png_url(pattern / top), alt="")
+    return tag(
+        "button",
+        image,
+        tag("span", name),
+        type="button",
+        class_="g4-head",
+        aria_expanded="false",
+        aria_label=f"{name}: attention pattern, enlarge",
+        data_name=name,
+        data_top=f"{top:.6g}",
+        data_v=packed(pattern / top),
+    )
+
+
+def _texts(tokens: Sequence[str]) -> str:
+    return json.dumps([visible(token) for token in tokens], ensure_ascii=False)
