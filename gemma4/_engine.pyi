@@ -224,6 +224,41 @@ class Encoder:
         an edit.
         """
 
+class Threads:
+    n: int  # the caller included
+    def __init__(self, n: int = 0) -> None:
+        """Worker threads that several objects share; their calls take turns. 0: one per core."""
+
+class FeatureEncoder:
+    def __init__(
+        self,
+        threads: Threads,
+        dtype: str,
+        weights: NDArray[Any],
+        inputs_first: bool,
+        *,
+        before: F32 | None = None,
+        scale: F32 | None = None,
+        after: F32 | None = None,
+        gate: F32 | None = None,
+        threshold: F32 | None = None,
+        k: int = 0,
+    ) -> None:
+        """The encoder of a dictionary, which reads `weights` in place: "F32", "F16" or "BF16" (as uint16), at any
+        address, with contiguous rows: [inputs, features] if inputs_first, else [features, inputs].
+
+        value = (x @ w + before) * scale + after, each vector float32 [features]. A feature fires where its value is
+        above max(threshold, 0), and x @ w + gate > 0. k: only the k highest of a row, of equal ones the first; 0 = all.
+        Raises ValueError, TypeError.
+        """
+    def encode(self, x: F32, first: int = 0, n: int = -1) -> tuple[NDArray[np.int64], I32, F32]:
+        """(offsets [m + 1], ids, values) of x [m, inputs]: row i has the entries offsets[i] to offsets[i + 1] - 1, by
+        ascending id. Only the features [first, first + n), -1: all others. The same bits whatever the other rows, the
+        threads and the instruction set.
+
+        Raises FormatError (weights that give NaN or infinities), ValueError, MemoryError, KeyboardInterrupt.
+        """
+
 def cpu_info() -> dict[str, Any]:
     """{"isa": active level, "available": [...], "threads": default count, "blas": config string or ""}
 

@@ -44,7 +44,7 @@ ROOMS = {
     "interp.sites": "narrow errors",
     "edits": "narrow errors files load interp.sites",
     "interp.hooks": "narrow interp.sites edits",
-    "dictionaries": "narrow memory errors load edits interp.sites interp.hooks",
+    "dictionaries": "narrow memory errors load edits interp.sites interp.hooks _engine",
     "core": "checks errors text load media interp.sites interp.hooks _engine",
     "interp.saved": "narrow checks errors files load interp.sites",
     "interp.tables": "checks memory interp.sites",

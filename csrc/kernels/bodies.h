@@ -38,6 +38,7 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #include "kernels/body_math.h"
 #include "kernels/body_rows.h"
 #include "kernels/body_panel.h"
+#include "kernels/body_fire.h"
 #include "kernels/body_tile.h"
 #include "kernels/body_int8_rows.h"
 #include "kernels/body_int8_tile.h"

@@ -2,8 +2,13 @@
 /* Matmul by panels of 16 columns, for the encoders' many rows. Each output sums its inputs in their order, so there are
  * no lanes to add at the end. At head sizes of 64 and 72 that addition would cost as much as the products. */
 
-/* 6 rows x 16 columns: 12 accumulators, 2 registers of the panel and 1 of x, in the 16 registers of AVX2. */
+/* 6 rows x 16 columns: 12 accumulators, 2 registers of the panel and 1 of x, in the 16 registers of AVX2. A register of
+ * 16 lanes holds a whole row of sums: 12 rows keep two multipliers busy, each of which takes 4 cycles. */
+#if VEC_LANES == 16 && !defined PLAIN_C
+enum { PANEL_ROWS = 12 };
+#else
 enum { PANEL_ROWS = 6 };
+#endif
 
 /* m rows of x times the panel, stored in or added to out [m][16]. Unrolled: gcc otherwise keeps the sums in memory
  * before and after the products, a tenth of the time at 64 inputs. */
@@ -11,21 +16,21 @@ static INLINE void panel_rows(const int m, const float *x, size_t x_stride, cons
                               size_t out_stride, bool add_to)
 {
     f32x16 sum[PANEL_ROWS];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < PANEL_ROWS; i++)
         sum[i] = x16_set1(0);
     if (add_to) {
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int i = 0; i < m; i++)
             sum[i] = x16_load(out + (size_t)i * out_stride);
     }
     for (int l = 0; l < k; l++) {
         f32x16 ws = x16_load(w + (size_t)l * 16);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int i = 0; i < m; i++)
             sum[i] = x16_fma(x16_set1(x[(size_t)i * x_stride + (size_t)l]), ws, sum[i]);
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < m; i++)
         x16_store(out + (size_t)i * out_stride, sum[i]);
 }

@@ -101,6 +101,14 @@ static inline size_t g4_tile_sums(int m, int n)
  * A kernel's own frame is small, because the caller's thread may have 128 KiB of stack. */
 enum { G4_MATMUL_SCRATCH = 72 * 32 * 16 + (72 + 32) * 512, G4_INT8_SCRATCH = 7168 };
 
+/* When the features of a dictionary fire: one number of each array for every feature, all finite but thresholds, which
+ * may be infinite. NULL: no such step. */
+typedef struct {
+    const float *before, *scale, *after; /* value = (x + before) * scale + after */
+    const float *gate;                   /* x + gate > 0 is needed besides */
+    const float *threshold;              /* >= 0: value > threshold; NULL: 0 */
+} g4_firing;
+
 #define G4_KERNEL(result, name, args) typedef result(*g4_##name##_fn) args;
 #include "kernels/kernels.inc"
 #undef G4_KERNEL

@@ -4,13 +4,13 @@
 #include "ops/profile.h"
 
 enum {
-    PANEL = 16,
-    TASK_COLUMNS = 64, /* per task: x is read once for four panels */
-    TASK_ROWS = 2304,  /* per task: packing 64 columns costs about 1 % of the matmul with this many … */
-    LEAST_ROWS = 96,   /* … and 20 % with this few, used only to keep more threads busy */
-    KERNEL_ROWS = 6,   /* rows that the kernel computes at once: fewer cost as much */
-    MOST_K = 1152,     /* inputs at once: four panels (288 KB) … */
-    BLOCK_ROWS = 24    /* … and this many rows of x (108 KB) stay in the second-level cache (512 KB) */
+    PANEL = G4_PANEL,
+    TASK_COLUMNS = G4_PANEL_COLUMNS, /* per task: x is read once for four panels */
+    TASK_ROWS = 2304,                /* per task: packing 64 columns costs about 1 % of the matmul with this many … */
+    LEAST_ROWS = 96,                 /* … and 20 % with this few, used only to keep more threads busy */
+    KERNEL_ROWS = 6,                 /* rows that the kernel computes at once: fewer cost as much */
+    MOST_K = G4_PANEL_INPUTS,        /* inputs at once: four panels (288 KB) … */
+    BLOCK_ROWS = 24                  /* … and this many rows of x (108 KB) stay in the second-level cache (512 KB) */
 };
 /* Long blocks of inputs matter, because sums leave the registers between blocks. One Zen 3 core did 1.73 fma/cycle (of
  * 2) with blocks of 256 inputs, which fit a first-level cache, and 192 rows; 1.84 with 512 and 48; 1.89 with these. */
@@ -19,11 +19,8 @@ typedef struct {
     const g4_exec *exec;
     const g4_linear_job *jobs;
     const int *first_task; /* [n_jobs + 1] */
-    float *scratch;        /* [workers, SCRATCH] */
+    float *scratch;        /* [workers, G4_PANEL_SCRATCH] */
 } panel_task;
-
-/* Floats of scratch per worker: the packed columns, and 16 widened rows. */
-enum { SCRATCH = (TASK_COLUMNS + PANEL) * MOST_K };
 
 static int n_column_groups(const g4_linear_job *job)
 {
@@ -51,9 +48,8 @@ static int inputs_of_block(int k, int unit)
     return length < most ? length : most;
 }
 
-/* Packs weight rows [first, first + n), inputs [at, at + k) into panels. */
-static void pack(const g4_kernels *kernels, const g4_matrix *w, int first, int n, int at, int k, float *panels,
-                 float *widened)
+void g4_pack_rows(const g4_kernels *kernels, const g4_matrix *w, int first, int n, int at, int k, float *panels,
+                  float *widened)
 {
     for (int j = 0; j < n; j += PANEL) {
         const int rows = n - j < PANEL ? n - j : PANEL;
@@ -72,14 +68,27 @@ static void pack(const g4_kernels *kernels, const g4_matrix *w, int first, int n
     }
 }
 
-static void run_block(const g4_kernels *kernels, const g4_linear_job *job, const float *panels, int row, int m,
-                      int column, int n, int at, int k)
+static void run_block(const g4_kernels *kernels, const g4_linear_job *job, const float *panels, int row, int m, int n,
+                      int at, int k, float *out, size_t out_stride)
 {
     const float *x = job->x + (size_t)row * job->x_stride + at;
     for (int j = 0; j < n; j += PANEL)
-        kernels->matmul_panel(x, job->x_stride, m, panels + (size_t)j * MOST_K, k,
-                              job->out + (size_t)row * job->out_stride + (size_t)(column + j), job->out_stride,
+        kernels->matmul_panel(x, job->x_stride, m, panels + (size_t)j * MOST_K, k, out + j, out_stride,
                               n - j < PANEL ? n - j : PANEL, at > 0);
+}
+
+void g4_panel_columns(const g4_kernels *kernels, const g4_linear_job *job, g4_pack_fn pack, int first_row, int end_row,
+                      int column, int n, float *out, size_t out_stride, float *scratch)
+{
+    const int k = (int)job->w.n_cols, block = inputs_of_block(k, (int)g4_block_size(job->w.dtype));
+    float *panels = scratch, *widened = panels + (size_t)TASK_COLUMNS * MOST_K;
+    for (int at = 0; at < k; at += block) {
+        const int length = k - at < block ? k - at : block;
+        pack(kernels, &job->w, column, n, at, length, panels, widened);
+        for (int row = first_row; row < end_row; row += BLOCK_ROWS)
+            run_block(kernels, job, panels, row, end_row - row < BLOCK_ROWS ? end_row - row : BLOCK_ROWS, n, at, length,
+                      out + (size_t)(row - first_row) * out_stride, out_stride);
+    }
 }
 
 static void run_task(void *context, int task, int worker)
@@ -90,18 +99,12 @@ static void run_task(void *context, int task, int worker)
         j++;
     const g4_linear_job *job = &t->jobs[j];
     const int local = task - t->first_task[j], groups = n_column_groups(job), rows = rows_of_task(t->exec, job);
-    const int column = local % groups * TASK_COLUMNS, first_row = local / groups * rows, k = (int)job->w.n_cols;
+    const int column = local % groups * TASK_COLUMNS, first_row = local / groups * rows;
     const int n = (int)job->w.n_rows - column < TASK_COLUMNS ? (int)job->w.n_rows - column : TASK_COLUMNS;
     const int end_row = first_row + rows < job->m ? first_row + rows : job->m;
-    float *panels = t->scratch + (size_t)worker * SCRATCH, *widened = panels + (size_t)TASK_COLUMNS * MOST_K;
-    const int block = inputs_of_block(k, (int)g4_block_size(job->w.dtype));
-    for (int at = 0; at < k; at += block) {
-        const int length = k - at < block ? k - at : block;
-        pack(t->exec->kernels, &job->w, column, n, at, length, panels, widened);
-        for (int row = first_row; row < end_row; row += BLOCK_ROWS)
-            run_block(t->exec->kernels, job, panels, row, end_row - row < BLOCK_ROWS ? end_row - row : BLOCK_ROWS,
-                      column, n, at, length);
-    }
+    g4_panel_columns(t->exec->kernels, job, g4_pack_rows, first_row, end_row, column, n,
+                     job->out + (size_t)first_row * job->out_stride + column, job->out_stride,
+                     t->scratch + (size_t)worker * G4_PANEL_SCRATCH);
 }
 
 static void note(g4_exec *exec, double start, const g4_linear_job *jobs, int n_jobs)
@@ -121,7 +124,7 @@ g4_status g4_panel_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     int *first_task;
     double work = 0;
     G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
-    G4_ALLOC(exec, t.scratch, (size_t)g4_pool_size(exec->pool) * SCRATCH);
+    G4_ALLOC(exec, t.scratch, (size_t)g4_pool_size(exec->pool) * G4_PANEL_SCRATCH);
     first_task[0] = 0;
     for (int j = 0; j < n_jobs; j++) {
         const int m = jobs[j].m;

@@ -92,6 +92,7 @@ int engine_copy_ints(PyObject *object, const char *what, int32_t **copy, int *n)
 
 /* model.c, sequence.c, step.c, encoder.c, map.c, testing.c */
 extern PyType_Spec engine_model_spec, engine_sequence_spec, engine_encoder_spec, engine_map_spec;
+extern PyType_Spec engine_threads_spec, engine_features_spec;          /* features.c */
 g4_sequence *engine_open_sequence(PyObject *object);                   /* NULL: closed, and an exception is set */
 bool engine_lock(g4_sequence *seq);                                    /* false: in use, and an exception is set */
 PyObject *engine_sequence_wrap(model_object *owner, g4_sequence *seq); /* takes ownership of seq, also on failure */

@@ -93,7 +93,8 @@ static int module_exec(PyObject *module)
     if (PyArray_ImportNumPyAPI() < 0)
         return -1;
     if (add_type(module, &engine_model_spec) || add_type(module, &engine_sequence_spec) ||
-        add_type(module, &engine_encoder_spec) || add_type(module, &engine_map_spec))
+        add_type(module, &engine_encoder_spec) || add_type(module, &engine_map_spec) ||
+        add_type(module, &engine_threads_spec) || add_type(module, &engine_features_spec))
         return -1;
     PyObject *testing = engine_testing_module();
     int failed = testing ? PyModule_AddObjectRef(module, "testing", testing) : -1;

@@ -207,6 +207,42 @@ static PyObject *test_matmul_panel(PyObject *self, PyObject *args)
     return out;
 }
 
+/* fire(isa, x [n], before, scale, after, gate, threshold: [first + n] each or None, first, least) -> x [n], ids or None
+ */
+static PyObject *test_fire(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x;
+    PyObject *given[5];
+    const float *vectors[5];
+    int first;
+    float least;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!OOOOOif", &isa, &PyArray_Type, &x, &given[0], &given[1], &given[2], &given[3],
+                          &given[4], &first, &least))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 1))
+        return NULL;
+    const npy_intp n = PyArray_DIM(x, 0);
+    for (int i = 0; i < 5; i++) {
+        PyArrayObject *vector = (PyArrayObject *)given[i];
+        if (given[i] != Py_None &&
+            (!PyArray_Check(given[i]) || !is_rows(vector, NPY_FLOAT32, 1) || PyArray_DIM(vector, 0) != first + n))
+            return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "expected vectors of %zd", first + n);
+        vectors[i] = given[i] == Py_None ? NULL : PyArray_DATA(vector);
+    }
+    const g4_firing firing = {vectors[0], vectors[1], vectors[2], vectors[3], vectors[4]};
+    PyObject *values = PyArray_NewCopy(x, NPY_CORDER), *ids = PyArray_SimpleNew(1, &n, NPY_INT32), *found = NULL;
+    if (values && ids) {
+        const int n_ids = kernels->fire(PyArray_DATA((PyArrayObject *)values), &firing, first, (int)n, least,
+                                        PyArray_DATA((PyArrayObject *)ids));
+        found = n_ids < 0 ? Py_NewRef(Py_None) : PySequence_GetSlice(ids, 0, n_ids);
+    }
+    Py_XDECREF(ids);
+    return found ? Py_BuildValue("NN", values, found) : NULL;
+}
+
 /* (isa, rows [n, k] float32) -> the kernels of that instruction set, or NULL with an exception set */
 static const g4_kernels *rows_arguments(PyObject *args, PyArrayObject **rows)
 {
@@ -582,6 +618,8 @@ static PyMethodDef testing_methods[] = {
     {"matmul_int8", test_matmul_int8, METH_VARARGS, "matmul_int8(isa, dtype, quantize_rows(…), m, w) -> [m, n]"},
     {"weighted_sum", test_weighted_sum, METH_VARARGS,
      "weighted_sum(isa, dtype, p [m, n], v [n, d], acc [m, d]) -> [m, d]"},
+    {"fire", test_fire, METH_VARARGS,
+     "fire(isa, x, before, scale, after, gate, threshold, first, least) -> x, ids or None"},
     {"matmul_panel", test_matmul_panel, METH_VARARGS,
      "matmul_panel(isa, x [m, k], w [k, 16], n, out or None) -> [m, n]"},
     {"matmul_tiles", test_matmul_tiles, METH_VARARGS, "matmul_tiles(isa, x [m, k], w [n, k]) -> [m, n]"},

@@ -7,15 +7,15 @@ out = denorm(values @ W_dec + b_dec) [+ x @ W_skip]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.dictionaries.features import Features, collect, join, strongest
+from gemma4 import _engine
+from gemma4.dictionaries.features import Features, join
 from gemma4.errors import FormatError
 from gemma4.memory import ready_blas
 
@@ -23,26 +23,31 @@ F32: TypeAlias = NDArray[np.float32]
 Array: TypeAlias = NDArray[Any]
 Norm: TypeAlias = Literal["none", "constant_norm_rescale", "layer_norm"]
 
-_ROWS, _COLUMNS = 512, 4096  # positions and features at a time: 8 MiB of pre-activations
+_ROWS = 512  # positions at a time
+_KEPT = 4 << 20  # with top-k: entries that all workers keep at a time, of 12 bytes
+_COLUMNS = 4096  # decoder rows at a time, for their norms
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LAYER_NORM_EPS = 1e-5  # SAELens's
 
 
-class Entries(NamedTuple):
-    rows: NDArray[np.intp]
-    ids: NDArray[np.int32]
-    values: F32
+class Steps(NamedTuple):
+    """From pre-activations x, which are without a bias, to the values of the features, each float32 [d_sae]:
+    value = (x + before) * scale + after, where value > max(threshold, 0) and x + gate > 0. None: no such step."""
+
+    before: F32 | None = None
+    scale: F32 | None = None
+    after: F32 | None = None
+    gate: F32 | None = None
+    threshold: F32 | None = None
 
 
 class Activation(Protocol):
-    """k: how many features a position has at most; None = any number."""
+    """k: how many features a position has at most, the highest, of equal ones the first; None = any number."""
 
     @property
     def k(self) -> int | None: ...
 
-    def fired(self, raw: F32, block: slice) -> Entries:
-        """The entries of a block of features, ids counted from its start. raw: x @ W_enc without the bias; may be
-        overwritten."""
-        ...
+    def steps(self) -> Steps: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +58,8 @@ class Threshold:
     threshold: F32  # [d_sae], >= 0
     k: None = None
 
-    def fired(self, raw: F32, block: slice) -> Entries:
-        raw += self.b_enc[block]
-        return _entries(raw, raw > self.threshold[block])
+    def steps(self) -> Steps:
+        return Steps(before=self.b_enc, threshold=self.threshold)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,18 +70,8 @@ class TopK:
     k: int
     ranked_by: Array | None = None  # W_dec: they are ranked, and returned, multiplied by the norms of its rows
 
-    @cached_property
-    def norms(self) -> F32 | None:
-        return None if self.ranked_by is None else _row_norms(self.ranked_by)
-
-    def fired(self, raw: F32, block: slice) -> Entries:
-        raw += self.b_enc[block]
-        if self.norms is not None:
-            raw *= self.norms[block]
-        if self.k >= raw.shape[1]:
-            return _entries(raw, raw > 0)
-        least = np.partition(raw, -self.k, axis=1)[:, -self.k, None]  # more than k where several equal it
-        return _entries(raw, (raw >= least) & (raw > 0))
+    def steps(self) -> Steps:
+        return Steps(before=self.b_enc, scale=None if self.ranked_by is None else _row_norms(self.ranked_by))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +83,14 @@ class Gated:
     b_mag: F32
     k: None = None
 
-    def fired(self, raw: F32, block: slice) -> Entries:
-        gate = raw + self.b_gate[block] > 0
-        raw *= self.scale[block]
-        raw += self.b_mag[block]
-        return _entries(raw, gate & (raw > 0))
+    def steps(self) -> Steps:
+        return Steps(scale=self.scale, after=self.b_mag, gate=self.b_gate)
 
 
-def _entries(values: F32, mask: NDArray[np.bool_]) -> Entries:
-    rows, ids = np.nonzero(mask)
-    return Entries(rows, ids.astype(np.int32), values[rows, ids])
+@lru_cache(maxsize=1)
+def _threads() -> _engine.Threads:
+    """One worker per core, for all dictionaries."""
+    return _engine.Threads()
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,28 +128,26 @@ class Weights:
 
     def encode(self, x: F32) -> Features:
         """x: float32 [pos, d_in], finite. Raises FormatError (weights that are NaN), MemoryError."""
-        ready_blas()
-        parts = (self._encode_rows(x[first : first + _ROWS]) for first in range(0, len(x), _ROWS))
-        return join(parts, self.d_sae)
+        k = self.activation.k or 0
+        n_rows = max(1, min(_ROWS, _KEPT // (k * _threads().n + 1)))
+        parts = (x[first : first + n_rows] for first in range(0, len(x), n_rows))
+        return join((self._encoded(part, 0, self.d_sae) for part in parts), self.d_sae)
 
-    def _encode_rows(self, x: F32) -> Features:
-        x = self._prepared(x)
-        found = list(self._blocks(x))
-        rows, ids, values = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        k = self.activation.k
-        if k is None:
-            return collect(rows, ids, values, len(x), self.d_sae)
-        return strongest(rows, ids, values, len(x), self.d_sae, k)
+    def _encoded(self, x: F32, first: int, n: int) -> Features:
+        return Features(*self._encoder.encode(self._prepared(x), first, n), self.d_sae)
 
-    def _blocks(self, x: F32) -> Iterator[Entries]:
-        for first in range(0, self.d_sae, _COLUMNS):
-            block = slice(first, min(first + _COLUMNS, self.d_sae))
-            raw = matmul(x, self.w_enc[:, block])
-            if not (np.isfinite(raw.min()) and np.isfinite(raw.max())):  # both carry NaN through
-                which = f"features {first} to {block.stop - 1}"
-                raise FormatError(f"the encoder's weights give NaN or infinities for {which}")
-            rows, ids, values = self.activation.fired(raw, block)
-            yield Entries(rows, ids + np.int32(first), values)
+    @cached_property
+    def _encoder(self) -> _engine.FeatureEncoder:
+        """It reads the matrix where it is mapped. float64, which nobody publishes, is converted as a whole."""
+        w = self.w_enc if self.w_enc.dtype.name in _STORED else self.w_enc.astype(np.float32)
+        dtype = _STORED[w.dtype.name]
+        w = w.view(f"u{w.itemsize}") if w.dtype.name == "bfloat16" else w
+        inputs_first = _has_rows(w)
+        if not inputs_first:
+            w = w.T if _has_rows(w.T) else np.ascontiguousarray(w).T
+        names = dict(zip(Steps._fields, self.activation.steps(), strict=True))
+        k = self.activation.k or 0
+        return _engine.FeatureEncoder(_threads(), dtype, w, inputs_first, **names, k=k)
 
     def _prepared(self, x: F32) -> F32:
         factor, shift = self._norm_of(x)
@@ -183,13 +173,7 @@ class Weights:
         """One feature at every position, float32 [pos]: one column of the encoder, unless features compete."""
         if self.activation.k is not None:
             return self.encode(x).feature(feature)
-        ready_blas()
-        column = slice(feature, feature + 1)
-        raw = matmul(self._prepared(x), self.w_enc[:, column])
-        rows, _, values = self.activation.fired(raw, column)
-        out = np.zeros(len(x), np.float32)
-        out[rows] = values
-        return out
+        return self._encoded(x, feature, 1).feature(feature)
 
     def written_by(self, feature: int, amounts: F32, x: F32) -> F32:
         """The part of the output that a feature of these values gives, float32 [pos, d_out]. x: the input, used if its
@@ -239,7 +223,11 @@ def _row_norms(matrix: Array) -> F32:
     return np.concatenate([np.linalg.norm(block.astype(np.float32), axis=1) for block in blocks])
 
 
+def _has_rows(matrix: Array) -> bool:
+    """Whether each row is contiguous, and the next one follows."""
+    return matrix.strides[1] == matrix.itemsize and matrix.strides[0] >= matrix.shape[1] * matrix.itemsize
+
+
 def matmul(x: F32, weights: Array) -> F32:
-    """float32 [n, k] @ [k, m], the one place where a kernel would go. Weights of other types, or that do not lie
-    aligned in their file, are copied: callers pass blocks."""
+    """float32 [n, k] @ [k, m]. Weights of other types, or that do not lie aligned in their file, are copied."""
     return np.matmul(x, np.require(weights, np.float32, "A"))

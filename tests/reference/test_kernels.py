@@ -82,7 +82,7 @@ def test_every_kernel_is_swept_here() -> None:
     in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", "matmul_int8", "widen") for dtype in FORMATS}
     limits = {"spin_f32", "spin_int8", "spin_int16", "spin_bf16", "read_sum"}  # in test_bench.py
     in_blocks |= {"quantize_rows", "weighted_sum_q8_0", "narrow_q8_0"}  # these in test_block_formats.py
-    others = {"sum_squares", "matmul_panel", "pack_panel"}
+    others = {"sum_squares", "matmul_panel", "pack_panel", "fire"}
     others |= {"quantize_rows16", "softmax_rows16", "pack_panel16", "matmul_panel16"}
     others |= {"tiles_of_x", "bf16_row_bf16", "matmul_tiles"}  # also, emulated, in csrc/tests, as are
     others |= {"matmul_by_tiles", "tiles_of_values"}  # these two (csrc/tests/kernels_test_attention.c)
@@ -267,6 +267,35 @@ def test_pack_panel(isa: str) -> None:
     for n, k in [(16, 1), (16, 31), (16, 64), (5, 33), (1, 100)]:
         w = placed(rng, values(rng, "nonfinite", (n, k)))
         assert same_bits(np.ascontiguousarray(testing.pack_panel(isa, w)[:, :n]), np.ascontiguousarray(w.T))
+
+
+# ---- features of a dictionary -------------------------------------------------------------------------------------
+
+
+@EVERY_KIND
+def test_fire(kind: str) -> None:
+    """Every combination of steps, sizes around 16 and 64, vectors that begin at any feature."""
+    rng = generator("fire", kind)
+    for used in range(32):
+        for n, first in [(1, 0), (15, 3), (16, 0), (63, 1), (64, 64), (65, 5), (200, 2)]:
+            x = placed(rng, values(rng, kind, (n,)))
+            steps = [values(rng, "normal", (first + n,)) if used >> i & 1 else None for i in range(5)]
+            before, scale, after, gate, threshold = [None if step is None else step[first:] for step in steps]
+            if steps[4] is not None and threshold is not None:
+                np.abs(steps[4], out=steps[4])
+                threshold[n // 2 :] = np.inf if n > 1 else 0.1
+            least = float(np.float32(rng.choice([0, 0.2])))
+            value = x if before is None else x + before
+            value = value if scale is None else value * scale
+            value = value if after is None else value + after
+            fires = value > np.maximum(least if threshold is None else threshold, np.float32(least))
+            fires &= True if gate is None else x + gate > 0
+            for isa in ISAS:
+                found, ids = testing.fire(isa, x, *steps, first, least)
+                if not np.isfinite(x).all():
+                    assert ids is None, (isa, used, n)
+                else:
+                    assert same(found, value) and np.array_equal(ids, np.flatnonzero(fires)), (isa, used, n)
 
 
 # ---- panels of whole numbers --------------------------------------------------------------------------------------
