@@ -10,8 +10,11 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from test_dictionaries import saelens
 
 import gemma4
 
@@ -203,3 +206,44 @@ def test_docstrings_become_lists():
     assert as_markdown("ids, x: int32 [pos]\nand so on") == "- `ids`, `x` – int32 [pos]\n\nand so on"
     code = "    with model.edit(x):\n        run()"
     assert as_markdown(code) == code
+
+
+# ---- the same ten steps in each tool --------------------------------------------------------------------------------
+
+
+def steps() -> list[list[str]]:
+    """The code blocks of each step, their first line is a comment that names the tool."""
+    text = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## \d+\. ", text, flags=re.M)[1:]
+    return [[code for language, code in FENCED.findall(section) if language == "python"] for section in sections]
+
+
+def test_the_ten_steps_run(tmp_path, monkeypatch):
+    """Our code of every step, in one namespace, with a small SAE where the page has one; and what it says comes out."""
+    found = steps()
+    assert len(found) == 10
+    assert [len([code for code in step if code.startswith("# gemma4\n")]) for step in found] == [1] * 10
+    assert all(len(step) >= 2 for step in found)  # beside another tool's
+    rng = np.random.default_rng(0)
+    wide = rng.standard_normal((512, 128), np.float32)
+    weights = {"W_enc": wide.T.copy(), "W_dec": wide, "b_enc": np.full(512, -20, np.float32), "b_dec": np.zeros(128)}
+    site = {"hook_name": "blocks.3.hook_resid_post"}
+    saelens(tmp_path / "my-sae", {k: v.astype(np.float32) for k, v in weights.items()}, metadata=site)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for step in found:
+        exec(compile(step[0], "docs/coming-from.md", "exec"), names)
+    mary, john = names["model"].to_single_token(" Mary"), names["model"].to_single_token(" John")
+    assert names["pieces"][0] == "<bos>" and names["pieces"][10] == " John"  # the giver, at position 10
+    assert names["logits"].shape == (15, names["model"].d_vocab) and names["resid"].shape == (15, 128)
+    assert names["patched"].argmax() == mary
+    assert names["model"].forward(names["other"], logits="last")[0].argmax() == john
+    assert np.abs(names["ablated"] - names["logits"][-1]).max() > 0.1
+    assert names["steered"].text != names["answer"].text
+    assert len(names["guesses"]) == 11 and names["guesses"][-1] == " Mary" and names["guesses"][0] != " Mary"
+    _, cache = names["model"].run_with_cache(names["prompt"], ["ln_final.hook_scale", "hook_logits_raw"])
+    raw = cache["hook_logits_raw"][-1]
+    np.testing.assert_allclose(names["shares"][:, -1].sum(), raw[mary] - raw[john], rtol=1e-4)
+    assert names["best"] in names["parts"].labels
+    assert len(names["fired"]) == len(names["values"]) > 0 and names["rebuilt"].shape == (15, 128)
+    assert names["story"].shape == (names["answer"].prompt_tokens + 4, 128)
