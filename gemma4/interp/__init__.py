@@ -4,17 +4,23 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from gemma4.interp.attribution import LogitAttribution, dla
     from gemma4.interp.experiments import Grid, head_ablations, head_patching, induction_scores, patching_grid
     from gemma4.interp.lens import LogitLens, logit_lens
+    from gemma4.interp.paths import PathEffects, path_patching
 
 __all__ = [
     "Grid",
+    "LogitAttribution",
     "LogitLens",
+    "PathEffects",
+    "dla",
     "head_ablations",
     "head_patching",
     "induction_scores",
     "logit_lens",
     "patching_grid",
+    "path_patching",
 ]
 
 
@@ -22,6 +28,6 @@ def __getattr__(name: str) -> object:
     """Import at first use: the modules of hooks and sites are part of the model, on which these build."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gemma4.interp import experiments, lens
+    from gemma4.interp import attribution, experiments, lens, paths
 
-    return getattr(lens if "lens" in name.lower() else experiments, name)
+    return next(getattr(module, name) for module in (lens, experiments, attribution, paths) if hasattr(module, name))

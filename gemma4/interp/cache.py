@@ -352,24 +352,32 @@ class ActivationCache(CapturedArrays):
                 labels.append(f"{i}_mid")
         return Stack(np.stack(values), labels)
 
-    def decompose_resid(self, layer: int | None = None, *, per_head: bool = False) -> Stack:
+    def decompose_resid(self, layer: int | None = None, *, per_head: bool = False, per_expert: bool = False) -> Stack:
         """Contribution of each component to the residual stream entering block `layer` (None: to the final one).
 
         The values sum over their first axis to hook_resid_pre of that block, up to rounding. per_head splits each
         attention into its heads, the norm after it frozen (needs ln1_post.hook_scale, and attn.hook_result or hook_z).
+        per_expert splits each MLP with experts into the dense part ("3_mlp_dense") and every expert that a position
+        has ("3_expert_17"), the norms after them frozen (needs mlp.hook_out_normed, moe.hook_out, moe.hook_expert_out
+        and hook_expert_ids, ln2_post.hook_scale).
         Needs hook_embed, hook_attn_out, hook_mlp_out and (where the model has them) hook_ple_out of the layers before.
         """
+        labels, values = zip(*self.components(layer, per_head=per_head, per_expert=per_expert), strict=True)
+        return Stack(np.stack(values), list(labels))
+
+    def components(
+        self, layer: int | None = None, *, per_head: bool = False, per_expert: bool = False
+    ) -> Iterator[tuple[str, F32]]:
+        """The parts of `decompose_resid` one after the other, label and float32 [pos, d_model]: one is in memory."""
         last = self._model.n_layers if layer is None else self._checked(layer)
         scalars = [self._model.layer_scalar(i) for i in range(last)]
         remaining = np.cumprod([1.0, *reversed(scalars)])[::-1]  # remaining[i] = s_i * ... * s_(last-1)
-        values, labels = [self["hook_embed"] * np.float32(remaining[0])], ["embed"]
+        yield "embed", self["hook_embed"] * np.float32(remaining[0])
         for i in range(last):
-            for label, written in self._written(i, per_head):
-                values.append(written * np.float32(remaining[i]))
-                labels.append(label)
-        return Stack(np.stack(values), labels)
+            for label, written in self._written(i, per_head, per_expert):
+                yield label, written * np.float32(remaining[i])
 
-    def _written(self, layer: int, per_head: bool) -> Iterator[tuple[str, F32]]:
+    def _written(self, layer: int, per_head: bool, per_expert: bool) -> Iterator[tuple[str, F32]]:
         if per_head:
             heads = self.head_results(layer)
             if self._weights.engine_config["post_norms"]:
@@ -379,9 +387,25 @@ class ActivationCache(CapturedArrays):
                 yield f"{layer}_head_{head}", heads[:, head]
         else:
             yield f"{layer}_attn_out", self[f"blocks.{layer}.hook_attn_out"]
-        yield f"{layer}_mlp_out", self[f"blocks.{layer}.hook_mlp_out"]
+        if per_expert and f"blocks.{layer}.moe.hook_out" in self._model.sites:
+            yield from self._of_experts(layer)
+        else:
+            yield f"{layer}_mlp_out", self[f"blocks.{layer}.hook_mlp_out"]
         if f"blocks.{layer}.hook_ple_out" in self._model.sites:
             yield f"{layer}_ple_out", self[f"blocks.{layer}.hook_ple_out"]
+
+    def _of_experts(self, layer: int) -> Iterator[tuple[str, F32]]:
+        """The shares of hook_mlp_out = norm(mlp.hook_out_normed + norm(moe.hook_out)), the norms' scales frozen."""
+        block, model = f"blocks.{layer}", self._weights
+        after = model.gain(f"layers.{layer}.post_feedforward_layernorm") / self[f"{block}.ln2_post.hook_scale"]
+        yield f"{layer}_mlp_dense", (self[f"{block}.mlp.hook_out_normed"] * after).astype(np.float32, copy=False)
+        total = self[f"{block}.moe.hook_out"]
+        scale = np.sqrt(np.mean(total * total, axis=-1, keepdims=True) + model.engine_config["rms_norm_eps"])
+        after = after * model.gain(f"layers.{layer}.post_feedforward_layernorm_2") / scale
+        ids, written = self[f"{block}.moe.hook_expert_ids"], self[f"{block}.moe.hook_expert_out"]
+        for expert in np.unique(ids):
+            chosen = (written * (ids == expert)[..., None]).sum(axis=1)
+            yield f"{layer}_expert_{expert}", (chosen * after).astype(np.float32, copy=False)
 
     def logit_attrs(
         self,

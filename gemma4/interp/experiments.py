@@ -8,14 +8,16 @@ itself, to the bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import checks
-from gemma4.edits import Ablate, Patch
+from gemma4.edits import Ablate, Add, Patch
 from gemma4.edits.base import Edit
 from gemma4.edits.scope import checked_where, listed
 from gemma4.html import Picture, heat
@@ -33,7 +35,18 @@ if TYPE_CHECKING:
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
 Metric: TypeAlias = Callable[[F32], float] | tuple[int | str, int | str]
+Score: TypeAlias = Callable[[F32], float]
 Chosen: TypeAlias = int | Iterable[int] | None
+What: TypeAlias = Literal["residual", "attention", "mlp", "ple", "heads", "experts"]
+Variant: TypeAlias = "tuple[Sequence, I32, Seq[Edit]]"
+T = TypeVar("T")
+_SITES = {
+    "residual": "hook_resid_pre",
+    "attention": "hook_attn_out",
+    "mlp": "hook_mlp_out",
+    "ple": "hook_ple_in",
+    "heads": "attn.hook_z",
+}
 _ROWS_PER_STEP = 2048  # of all variants that run together; their keys and values are in memory meanwhile
 
 
@@ -42,11 +55,12 @@ class Grid:
     """A metric for each variant of a run.
 
     values   float32 [rows, columns]: the metric with the patch or ablation of that cell
-    rows     names of the rows, "0", "1", ... for layers
+    rows     names of the rows, "0", "1", ... for layers, "3.17" for head or expert 17 of layer 3
     columns  names of the columns: tokens of the positions, or heads
     clean    the metric of the run that the patches come from; of the plain run for ablations
     corrupt  the metric of the run that is patched; the same as `clean` for ablations
     across   the meaning of the columns: "position" or "head"
+    down     the meaning of the rows: "layer", "layer.head" or "layer.expert"
     """
 
     values: F32
@@ -55,6 +69,7 @@ class Grid:
     clean: float
     corrupt: float
     across: str = "head"
+    down: str = "layer"
 
     @property
     def recovered(self) -> F32:
@@ -101,7 +116,8 @@ def patching_grid(
     corrupt: TextOrIds,
     metric: Metric,
     *,
-    site: str = "hook_resid_pre",
+    what: What | None = None,
+    site: str | None = None,
     layers: Chosen = None,
     positions: Chosen = None,
 ) -> Grid:
@@ -113,51 +129,104 @@ def patching_grid(
     clean, corrupt  text or ids of equal length
     metric          function of the last position's logits, float32 [d_vocab]; or a pair of tokens (ids, or text that is
                     one token): the difference of their logits
-    site            a site of the block: "hook_resid_pre", "hook_attn_out", "hook_mlp_out", "hook_ple_in", ...
+    what            "residual" (the default), "attention", "mlp", "ple" (per-layer embeddings): a row for each layer;
+                    "heads": a row for each head of each layer; "experts": a row for each expert that a token of either
+                    run has, whose weighted output at that position becomes that of the clean run, 0 where it has none
+    site            instead of `what`, a site of the block: "hook_resid_mid", "mlp.hook_post", ...
     layers          None = all that have the site; positions: None = all; negative ones count from the end
 
-    Positions before the patched one are computed once for all cells. Returns a `Grid` [layers, positions].
-    Raises ValueError (unequal lengths, no such position), SiteError (no such site).
+    Positions before the patched one are computed once for all cells. Returns a `Grid` [rows, positions].
+    Raises ValueError (unequal lengths, no such position), SiteError (no such site, no experts in this model).
     """
-    ids, cache = _clean_run(model, clean, corrupt, site)
-    score = _metric(model, metric)
-    chosen_layers = _layers_with(model, site, layers)
-    where = _chosen(positions, len(ids), "positions")
+    ids, others = aligned(model, corrupt, clean)
+    score, where = metric_of(model, metric), _chosen(positions, len(ids), "positions")
+    rows, down = _rows_of(model, ids, others, what, site, layers)
     with model.new_sequence(capacity=len(ids)) as base:
-        before = score(_last(model, ids, base))
+        before = score(last_logits(model, ids, base))
+        cells = [(i, j) for j, position in enumerate(where) for i, row in enumerate(rows) if row.edit(position)]
 
-        def variants() -> Iterator[tuple[Sequence, I32, Edit]]:
-            for position in where:
+        def variants() -> Iterator[Variant]:
+            for j, of_position in groupby(cells, lambda cell: cell[1]):
                 prefix = base.fork()
-                prefix.rewind(position)
-                for layer in chosen_layers:
-                    edit = Patch(f"blocks.{layer}.{site}", cache, pos=position)
-                    yield prefix.fork(), ids[prefix.length :], edit
+                prefix.rewind(where[j])
+                for i, _ in of_position:
+                    edit = rows[i].edit(where[j])
+                    assert edit is not None
+                    yield prefix.fork(), ids[prefix.length :], [edit]
                 prefix.close()
 
-        values = _scores(model, variants(), score)
-    table = values.reshape(len(where), len(chosen_layers)).T
+        table = np.full((len(rows), len(where)), before, np.float32)
+        for cell, value in zip(cells, scores_of(model, variants(), score), strict=True):
+            table[cell] = value
     tokens = model.to_str_tokens(ids) if _has_tokenizer(model) else [str(p) for p in range(len(ids))]
-    after = score(_last(model, as_ids(model, clean)))
-    return Grid(
-        np.ascontiguousarray(table),
-        [str(x) for x in chosen_layers],
-        [tokens[p] for p in where],
-        after,
-        before,
-        "position",
-    )
+    after = score(last_logits(model, others))
+    return Grid(table, [row.label for row in rows], [tokens[p] for p in where], after, before, "position", down)
+
+
+class _Row(NamedTuple):
+    """A row of a grid of positions: its name, and its edit at a position; None where nothing would change."""
+
+    label: str
+    edit: Callable[[int], Edit | None]
+
+
+def _rows_of(
+    model: Model, corrupt: I32, clean: I32, what: What | None, site: str | None, layers: Chosen
+) -> tuple[list[_Row], str]:
+    """The rows of `patching_grid`, and their meaning."""
+    if what is not None and (site is not None or what not in get_args(What)):
+        raise ValueError(f"patching_grid takes site= or what= of {', '.join(get_args(What))}, got {what!r:.60}")
+    if what == "experts":
+        return _expert_rows(model, corrupt, clean, _layers_with(model, "moe.hook_out", layers)), "layer.expert"
+    stem = _SITES.get(what or "residual", "") if site is None else site
+    chosen = _layers_with(model, stem, layers)
+    cache = model.run_with_cache(clean, [f"blocks.{layer}.{stem}" for layer in chosen], logits=None)[1]
+    heads = range(model.engine_config["n_heads"]) if what == "heads" else (None,)
+
+    def row(layer: int, head: int | None) -> _Row:
+        def edit(position: int) -> Edit:
+            return Patch(f"blocks.{layer}.{stem}", cache, head=head, pos=position)
+
+        return _Row(str(layer) if head is None else f"{layer}.{head}", edit)
+
+    return [row(layer, head) for layer in chosen for head in heads], "layer" if heads == (None,) else "layer.head"
+
+
+def _expert_rows(model: Model, corrupt: I32, clean: I32, layers: list[int]) -> list[_Row]:
+    names = [f"blocks.{layer}.moe.hook_expert_{what}" for layer in layers for what in ("ids", "out")]
+    before, after = (model.run_with_cache(ids, names, logits=None)[1] for ids in (corrupt, clean))
+
+    def row(layer: int, expert: int) -> _Row:
+        block = f"blocks.{layer}.moe"
+        chosen, outs = ([c[f"{block}.hook_expert_{what}"] for c in (before, after)] for what in ("ids", "out"))
+
+        def edit(position: int) -> Edit | None:
+            has = [ids[position] == expert for ids in chosen]
+            if not np.any(has):
+                return None
+            old, new = (out[position][mask].sum(0) for out, mask in zip(outs, has, strict=True))
+            return Add(f"{block}.hook_out", new - old, pos=position)
+
+        return _Row(f"{layer}.{expert}", edit)
+
+    pairs = [
+        (layer, int(expert))
+        for layer in layers
+        for expert in np.unique([c[f"blocks.{layer}.moe.hook_expert_ids"] for c in (before, after)])
+    ]
+    return [row(layer, expert) for layer, expert in pairs]
 
 
 def head_patching(model: Model, clean: TextOrIds, corrupt: TextOrIds, metric: Metric, *, layers: Chosen = None) -> Grid:
     """As `patching_grid`, with one head's attn.hook_z at all positions in each cell: [layers, heads]."""
-    ids, cache = _clean_run(model, clean, corrupt, "attn.hook_z")
-    score = _metric(model, metric)
+    ids, others = aligned(model, corrupt, clean)
+    cache = model.run_with_cache(others, "blocks.*.attn.hook_z", logits=None)[1]
+    score = metric_of(model, metric)
     chosen, n_heads = _layers_with(model, "attn.hook_z", layers), model.engine_config["n_heads"]
     edits = [Patch(f"blocks.{i}.attn.hook_z", cache, head=head) for i in chosen for head in range(n_heads)]
-    values = _scores(model, _whole_runs(model, ids, edits), score).reshape(len(chosen), n_heads)
+    values = _table(model, ids, edits, score, n_heads)
     heads = [str(head) for head in range(n_heads)]
-    before, after = score(_last(model, ids)), score(_last(model, as_ids(model, clean)))
+    before, after = score(last_logits(model, ids)), score(last_logits(model, others))
     return Grid(values, [str(x) for x in chosen], heads, after, before)
 
 
@@ -173,11 +242,11 @@ def head_ablations(
 
     prompt, metric, layers: as for `patching_grid`. mean: caches that hold attn.hook_z of the layers.
     """
-    ids, score = as_ids(model, prompt), _metric(model, metric)
+    ids, score = as_ids(model, prompt), metric_of(model, metric)
     chosen, n_heads = _layers_with(model, "attn.hook_z", layers), model.engine_config["n_heads"]
     edits = [Ablate(head=(i, head), mean=mean) for i in chosen for head in range(n_heads)]
-    values = _scores(model, _whole_runs(model, ids, edits), score).reshape(len(chosen), n_heads)
-    plain = score(_last(model, ids))
+    values = _table(model, ids, edits, score, n_heads)
+    plain = score(last_logits(model, ids))
     return Grid(values, [str(x) for x in chosen], [str(head) for head in range(n_heads)], plain, plain)
 
 
@@ -207,15 +276,18 @@ def induction_scores(model: Model, *, period: int = 24, n_prompts: int = 4, seed
 # -- variants of a run -------------------------------------------------------------------------------------------------
 
 
-def _whole_runs(model: Model, ids: I32, edits: Iterable[Edit]) -> Iterator[tuple[Sequence, I32, Edit]]:
-    for edit in edits:
-        yield model.new_sequence(capacity=len(ids)), ids, edit
+def whole_runs(model: Model, ids: I32, edits: Iterable[Seq[Edit]]) -> Iterator[Variant]:
+    for some in edits:
+        yield model.new_sequence(capacity=len(ids)), ids, some
 
 
-def _scores(
-    model: Model, variants: Iterable[tuple[Sequence, I32, Edit]], score: Callable[[F32], float]
-) -> NDArray[np.float32]:
-    """The metric of each variant (sequence, new tokens, edit), in order; many run in one step."""
+def _table(model: Model, ids: I32, edits: Iterable[Edit], score: Score, width: int) -> F32:
+    values = scores_of(model, whole_runs(model, ids, ([edit] for edit in edits)), score)
+    return np.array(values, np.float32).reshape(-1, width)
+
+
+def scores_of(model: Model, variants: Iterable[Variant], score: Score) -> list[float]:
+    """The metric of each variant (sequence, new tokens, edits), in order; many run in one step."""
     values: list[float] = []
     batch: list[Prompt] = []
 
@@ -227,13 +299,20 @@ def _scores(
                 prompt.sequence.close()
             batch.clear()
 
-    for sequence, ids, edit in variants:
-        batch.append(Prompt(sequence, ids, logits="last", hooks=bind_hooks(model.sites, [edit])))
+    for sequence, ids, edits in variants:
+        batch.append(Prompt(sequence, ids, logits="last", hooks=bind_hooks(model.sites, edits)))
         if sum(len(prompt.ids) for prompt in batch) >= _ROWS_PER_STEP:
             run()
     if batch:
         run()
-    return np.array(values, np.float32)
+    return values
+
+
+def in_batches(variants: Seq[T], n_rows: int) -> Iterator[list[T]]:
+    """The variants of a prompt of n_rows tokens, as many at a time as run together."""
+    size = max(1, _ROWS_PER_STEP // n_rows)
+    for first in range(0, len(variants), size):
+        yield list(variants[first : first + size])
 
 
 def _row(logits: F32 | None) -> F32:
@@ -241,21 +320,21 @@ def _row(logits: F32 | None) -> F32:
     return logits[-1]
 
 
-def _last(model: Model, ids: I32, sequence: Sequence | None = None) -> F32:
+def last_logits(model: Model, ids: I32, sequence: Sequence | None = None) -> F32:
     return model.forward(ids, logits="last", sequence=sequence)[0]
 
 
-def _clean_run(model: Model, clean: TextOrIds, corrupt: TextOrIds, site: str) -> tuple[I32, ActivationCache]:
-    """The ids of `corrupt`, and what `clean` has at the site in every layer."""
-    ids, others = as_ids(model, corrupt), as_ids(model, clean)
+def aligned(model: Model, first: TextOrIds, second: TextOrIds) -> tuple[I32, I32]:
+    """The ids of two prompts of equal length. Raises ValueError."""
+    ids, others = as_ids(model, first), as_ids(model, second)
     if len(ids) != len(others):
         raise ValueError(
-            f"clean has {len(others)} tokens, corrupt {len(ids)}: positions correspond only at equal lengths"
+            f"clean and corrupt have {len(others)} and {len(ids)} tokens: positions correspond only at equal lengths"
         )
-    return ids, model.run_with_cache(others, f"blocks.*.{site}", logits=None)[1]
+    return ids, others
 
 
-def _metric(model: Model, metric: Metric) -> Callable[[F32], float]:
+def metric_of(model: Model, metric: Metric) -> Score:
     if is_list_or_tuple(metric):
         if len(metric) != 2:
             raise TypeError(f"a metric is a function of logits or a pair of tokens, got {metric!r:.80}")

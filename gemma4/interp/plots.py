@@ -55,7 +55,7 @@ def grid(grid: Grid, title: str = "", *, recovered: bool | None = None, ax: Axes
     values, name = grid.shown(recovered)
     top = float(np.abs(values).max()) or 1.0
     figure = _heat(values, grid.rows, grid.columns, title or name, ax, color="RdBu", limits=(-top, top))
-    figure.axes[0].set(xlabel=grid.across, ylabel="layer")
+    figure.axes[0].set(xlabel=grid.across, ylabel=grid.down)
     return figure
 
 

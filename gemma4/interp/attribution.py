@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Direct logit attribution: the share of each head, MLP, expert and per-layer embedding in a logit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4 import checks
+from gemma4.inputs import TextOrIds
+from gemma4.narrow import is_list_or_tuple
+
+if TYPE_CHECKING:
+    from gemma4.interp.cache import ActivationCache
+    from gemma4.model import Model
+    from gemma4.step import Rows
+
+F32: TypeAlias = NDArray[np.float32]
+Target: TypeAlias = int | str | tuple[int | str, int | str] | None
+_STEMS = {
+    "hook_embed", "attn.hook_result", "ln1_post.hook_scale", "hook_mlp_out", "hook_ple_out", "mlp.hook_out_normed",
+    "moe.hook_expert_ids", "moe.hook_expert_out", "moe.hook_out", "ln2_post.hook_scale", "ln_final.hook_scale",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LogitAttribution:
+    """Shares of components in a logit before the softcap.
+
+    values     float32 [n, pos]: what the component adds to the logit; their sum over n is the logit
+    labels     n names: "embed", "3_head_2", "3_mlp_out", "3_ple_out"; with experts "3_mlp_dense", "3_expert_17"
+    logits     float32 [pos]: the logit, or the difference of two, read off the final residual stream
+    positions  int64 [pos], in the sequence
+    tokens     int32 [pos] or, for a difference, [2, pos]: whose logit it is
+    """
+
+    values: F32
+    labels: list[str]
+    logits: F32
+    positions: NDArray[np.int64]
+    tokens: NDArray[np.int32]
+
+    def top(self, k: int = 10, pos: int = -1) -> list[tuple[str, float]]:
+        """The k largest shares in absolute value at one of `positions` (an index into them), largest first."""
+        column = self.values[:, pos]
+        order = np.argsort(-np.abs(column), kind="stable")[:k]
+        return [(self.labels[i], float(column[i])) for i in order]
+
+
+def dla(model: Model, prompt: TextOrIds, of: Target = None, *, pos: Rows = "last") -> LogitAttribution:
+    """Direct logit attribution: what each component writes towards a token's logit.
+
+        dla(model, "When Mary and John went to the store, John gave a book to", of=" Mary").top()
+
+    prompt  text or ids of one prompt
+    of      a token, as id or text that is one token; a pair of them: the difference of their logits; None: the token
+            that the model finds likeliest at each position
+    pos     positions to explain, an int, a slice or a list; "all"; ["last"]
+
+    Exact on these models: a component's output is multiplied by the layer scalars that follow and divided by the scale
+    of the final norm, which are taken as they were in this run, as are those of the norms after attention, MLP and
+    experts. So the shares sum to the logit before the softcap, up to float32's rounding in the forward pass.
+    Raises ValueError (no such token or position), and what `Model.run_with_cache` raises.
+    """
+    last = f"blocks.{model.n_layers - 1}.hook_resid_post"
+    names = [name for name, site in model.sites.items() if site.stem in _STEMS or name == last]
+    where = None if pos == "all" else pos
+    logits, cache = model.run_with_cache(prompt, names, pos=where, logits=pos if of is None else None)
+    tokens = _tokens(model, of, logits, len(cache.positions))
+    direction = _direction(model, cache, tokens)
+    shares, labels = list[F32](), list[str]()
+    for label, written in cache.components(per_head=True, per_expert=True):
+        shares.append(np.einsum("pd,pd->p", written, direction, dtype=np.float64).astype(np.float32))
+        labels.append(label)
+    total = np.einsum("pd,pd->p", cache[last], direction, dtype=np.float64).astype(np.float32)
+    return LogitAttribution(np.stack(shares), labels, total, cache.positions, tokens)
+
+
+def _tokens(model: Model, of: Target, logits: F32 | None, n: int) -> NDArray[np.int32]:
+    if of is None:
+        assert logits is not None
+        return logits.argmax(-1).astype(np.int32)
+    if not is_list_or_tuple(of):
+        return np.full(n, _token(model, of), np.int32)
+    if len(of) != 2:
+        raise TypeError(f"of is a token or a pair of tokens, got {of!r:.80}")
+    return np.array([[_token(model, token)] * n for token in of], np.int32).reshape(2, n)
+
+
+def _token(model: Model, token: object) -> int:
+    if isinstance(token, str):
+        return model.to_single_token(token)
+    return checks.integer("of", token, 0, model.d_vocab - 1)
+
+
+def _direction(model: Model, cache: ActivationCache, tokens: NDArray[np.int32]) -> NDArray[np.float64]:
+    """[pos, d_model]: its dot product with a part of the final residual stream is that part's share."""
+    rows = model.unembed(tokens.ravel()).astype(np.float64).reshape(*tokens.shape, -1)
+    towards = rows if tokens.ndim == 1 else rows[0] - rows[1]
+    return towards * model.gain("norm") / cache["ln_final.hook_scale"]
