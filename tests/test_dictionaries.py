@@ -18,7 +18,8 @@ import gemma4
 from gemma4 import SAE, FormatError, StateError, Transcoder
 from gemma4.dictionaries import AblateFeature, ClampFeature, Features, ScaleFeature
 from gemma4.dictionaries.features import join
-from gemma4.edits import Scale, save_edits
+from gemma4.edits import Scale, load_edits, save_edits
+from gemma4.load.safetensors import SafetensorsFile
 
 D, N, OUT = 24, 9000, 16  # N: more than two blocks of features
 RNG = np.random.default_rng(0)
@@ -804,7 +805,7 @@ def test_attach_leaves_positions_that_were_not_trained_on(tiny, tmp_path):
 
 @pytest.fixture
 def transcoder(tiny, tmp_path):
-    folder = trained(tmp_path, tiny, "blocks.3.mlp.hook_in", architecture="skip_transcoder")
+    folder = trained(tmp_path / "transcoder", tiny, "blocks.3.mlp.hook_in", architecture="skip_transcoder")
     d = width(tiny, RESID)
     tensors = {name: np.array(array) for name, array in load_file(folder / "sae_weights.safetensors").items()}
     save_file(tensors | {"W_skip": 0.1 * numbers(d, d)}, folder / "sae_weights.safetensors")
@@ -937,5 +938,106 @@ def test_bad_feature_edits(standard, tmp_path):
         ClampFeature("sae", 1, 2.0)
     with pytest.raises(ValueError, match="must be finite"):
         ClampFeature(standard, 1, float("nan"))
-    with pytest.raises(TypeError, match="can be saved"):
-        save_edits(AblateFeature(standard, 1), tmp_path / "e.safetensors")
+
+
+# ---- edits of features in files -------------------------------------------------------------------------------------
+
+
+def test_saved_feature_edits(tiny, sae, transcoder, tmp_path):
+    """They act as before, to the bit; those of one dictionary share it."""
+    edits = [
+        ClampFeature(sae, 5, 2.5, pos=slice(2, None)),
+        ScaleFeature(sae, 7, -1.5, steps=[0]),
+        AblateFeature(transcoder, 3, prompts=0),
+    ]
+    with tiny.edit(edits):
+        expected = tiny.forward(TEXT)
+    again = load_edits(save_edits(edits, tmp_path / "e.safetensors"))
+    with tiny.edit(again):
+        np.testing.assert_array_equal(tiny.forward(TEXT), expected)
+    assert again[0].dictionary is again[1].dictionary is not sae
+    assert (type(again[0].dictionary), type(again[2].dictionary)) == (SAE, Transcoder)
+    for one, other in zip(edits, again, strict=True):
+        assert str(one) == str(other) and (one.pos, one.steps, one.prompts) == (other.pos, other.steps, other.prompts)
+        for name in ("site", "site_out", "fingerprint"):
+            assert getattr(one.dictionary, name, None) == getattr(other.dictionary, name, None)
+
+
+def test_a_site_given_to_load_is_saved(tmp_path):
+    sae = SAE.load(saelens(tmp_path / "sae", weights(n=8)), site="model.layers.1.output")
+    (again,) = load_edits(save_edits(AblateFeature(sae, 1), tmp_path / "e.safetensors"))
+    assert again.dictionary.site == "blocks.1.hook_resid_post"
+
+
+def test_saved_edits_of_dictionaries_that_moved(tmp_path):
+    work = tmp_path / "work"
+    sae = SAE.load(saelens(work / "dictionaries" / "sae", weights(n=8)))
+    path = save_edits([AblateFeature(sae, 1), ScaleFeature(sae, 1, 2)], work / "e.safetensors")
+    moved = tmp_path / "moved"
+    work.rename(moved)  # both together
+    assert load_edits(moved / "e.safetensors")[0].dictionary.path == moved / "dictionaries" / "sae"
+    elsewhere = tmp_path / "elsewhere"
+    (moved / "dictionaries" / "sae").rename(elsewhere)
+    with pytest.raises(FileNotFoundError, match=r"edit 0: its dictionary .*sae is not there; .*dictionaries=\{'.*sae'"):
+        load_edits(moved / "e.safetensors")
+    (first, _) = load_edits(moved / path.name, dictionaries={str(sae.path): elsewhere})
+    assert first.dictionary.fingerprint == sae.fingerprint
+
+
+@pytest.mark.parametrize("change", ["weight", "bias", "configuration", "width", "format"])
+def test_saved_edits_of_a_dictionary_that_changed(tmp_path, change):
+    tensors = weights(n=8)
+    folder = saelens(tmp_path / "sae", tensors)
+    path = save_edits(AblateFeature(SAE.load(folder), 1), tmp_path / "e.safetensors")
+    load_edits(path)
+    if change == "weight":
+        tensors["W_enc"][3, 3] += 1
+    elif change == "bias":
+        tensors["b_dec"][0] += 1
+    elif change == "width":
+        tensors = weights(n=9)
+    saelens(folder, tensors, **({"architecture": "topk", "k": 3} if change == "configuration" else {}))
+    if change == "format":
+        (folder / "sae_weights.safetensors").unlink()
+        sparsify(folder, weights(n=8), num_latents=8)
+    with pytest.raises(
+        FormatError, match=r"edit 0: .* is another dictionary than the saved one .*make the edits again"
+    ):
+        load_edits(path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        "sae",
+        [],
+        {},
+        {"kind": "SAE"},
+        {"kind": "Pickle"},
+        {"path": 3},
+        {"path": None},
+        {"fingerprint": ["a"]},
+        {"site_out": "hook_embed"},
+        {"more": 1},
+    ],
+)
+def test_hostile_names_of_dictionaries(tmp_path, entry):
+    sae = SAE.load(saelens(tmp_path / "sae", weights(n=8)))
+    good = SafetensorsFile(save_edits(AblateFeature(sae, 1), tmp_path / "e.safetensors"))
+    rows = json.loads(good.metadata["edits"])
+    named = rows[0]["dictionary"]["dictionary"]
+    whole = not isinstance(entry, dict) or not entry or entry == {"kind": "SAE"}
+    rows[0]["dictionary"]["dictionary"] = entry if whole else named | entry
+    save_file({"x": numbers(1)}, tmp_path / "f.safetensors", good.metadata | {"edits": json.dumps(rows)})
+    with pytest.raises(FormatError, match="edit 0: "):
+        load_edits(tmp_path / "f.safetensors")
+
+
+def test_edits_of_other_dictionaries_are_not_saved(tmp_path):
+    class Own(SAE):
+        pass
+
+    sae = Own.load(saelens(tmp_path / "sae", weights(n=8)))
+    with pytest.raises(TypeError, match="SAE or a Transcoder can be saved, got Own"):
+        save_edits(AblateFeature(sae, 1), tmp_path / "e.safetensors")

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Edits of single features: x += (new - old) * W_dec[feature]. The part that the dictionary misses stays as it is.
 
-A feature is read in Python, so these edits act as hooks do. They have the scope of every edit, see gemma4.edits.
+A feature is read in Python, so these edits act as hooks do. They have the scope of every edit, see gemma4.edits. They
+can be saved: the file names the dictionary by its path and its fingerprint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.dictionaries.features import F32, check_feature
-from gemma4.dictionaries.sae import Dictionary, as_rows
+from gemma4.dictionaries.sae import SAE, Dictionary, Transcoder, as_rows
 from gemma4.dictionaries.splice import bound_sites
 from gemma4.edits.arithmetic import finite
 from gemma4.edits.base import Edit, SiteEdit, Work
+from gemma4.edits.files import Reference, register
 from gemma4.edits.scope import Place, mask_of
 from gemma4.interp.sites import Site, SiteTable
 
@@ -123,3 +127,42 @@ class AblateFeature(FeatureEdit):
 
     def new(self, old: F32) -> F32:
         return np.zeros_like(old)
+
+
+# -- in files ----------------------------------------------------------------------------------------------------------
+
+_LOADERS: dict[str, Callable[..., Dictionary]] = {"SAE": SAE.load, "Transcoder": Transcoder.load}
+_NAMED_BY = ("kind", "path", "beside", "fingerprint")
+
+
+def _saved(dictionary: Dictionary, folder: Path) -> dict[str, Any]:
+    if type(dictionary) not in (SAE, Transcoder):
+        raise TypeError(f"only edits with an SAE or a Transcoder can be saved, got {type(dictionary).__name__}")
+    path = dictionary.path.absolute()
+    values = (type(dictionary).__name__, str(path), os.path.relpath(path, folder.absolute()), dictionary.fingerprint)
+    entry = {**dict(zip(_NAMED_BY, values, strict=True)), "site": dictionary.site}
+    return entry | ({"site_out": dictionary.site_out} if isinstance(dictionary, Transcoder) else {})
+
+
+def _opened(entry: dict[str, Any], folder: Path, places: Mapping[str, str | os.PathLike[str]]) -> Dictionary:
+    strings = {name: value for name, value in entry.items() if isinstance(value, str)}
+    sites = {name: strings.get(name) for name in entry if name in ("site", "site_out")}
+    if set(entry) != {*_NAMED_BY, *sites} or not set(_NAMED_BY) <= set(strings) or strings["kind"] not in _LOADERS:
+        wanted = f"{', '.join(_NAMED_BY)}, all strings, of the kind {' or '.join(_LOADERS)}"
+        raise ValueError(f"a dictionary is named by {wanted}, got {str(entry)[:200]}")
+    saved = strings["path"]
+    remedy = f"give the place where it is now: load_edits(path, dictionaries={{{saved!r}: place}})"
+    path = places.get(saved) or next((one for one in (Path(saved), folder / strings["beside"]) if one.exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"its dictionary {saved} is not there; {remedy}")
+    dictionary = _LOADERS[strings["kind"]](path, **sites)
+    if dictionary.fingerprint != strings["fingerprint"]:
+        dictionary.close()
+        raise ValueError(
+            f"{path} is another dictionary than the saved one (fingerprint {dictionary.fingerprint[:12]}, expected "
+            f"{strings['fingerprint']:.12}); {remedy}, or make the edits again"
+        )
+    return dictionary
+
+
+register((AblateFeature, ClampFeature, ScaleFeature), "dictionary", Reference(Dictionary, _saved, _opened))

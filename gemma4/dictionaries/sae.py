@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,8 +18,10 @@ from gemma4.dictionaries.features import F32, Features, check_feature
 from gemma4.dictionaries.formats import Opened, open_dictionary
 from gemma4.edits.recipes import Cache
 from gemma4.interp.sites import canonical_name
+from gemma4.load.mapped import MappedFile
 
 Activations: TypeAlias = ArrayLike | Cache
+_SAMPLES, _SAMPLE = 64, 4096  # stretches of a file in its fingerprint, and their bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,13 @@ class Dictionary:
             )
         return x[site]
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names a dictionary: 64 hexadecimal digits of its tensors' names and shapes, its configuration and a sample of
+        its file, 64 pages. Raises what `encode` raises for a file that changed."""
+        self._file.check()
+        return fingerprint(self._file, self.metadata)
+
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -251,6 +263,17 @@ class Transcoder(Dictionary):
 
     def _sites(self) -> str:
         return f"{super()._sites()}, writes {self.site_out or 'an unnamed site'}"
+
+
+def fingerprint(file: MappedFile, metadata: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, info in sorted(file.tensors.items()):
+        digest.update(f"{name} {info.dtype} {info.shape} {info.offset}\n".encode())
+    last = max(file.nbytes - _SAMPLE, 0)
+    for i in range(_SAMPLES):
+        first = last * i // (_SAMPLES - 1)
+        digest.update(file.buffer[first : first + _SAMPLE])
+    return digest.hexdigest()
 
 
 def as_rows(x: object, width: int, what: str) -> F32:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -39,6 +40,53 @@ _KINDS: dict[str, Callable[..., Edit]] = {
 }
 
 
+@dataclass(frozen=True)
+class Reference:
+    """How an object of another part of the package is saved: by naming it, not with its contents.
+
+    of    its type
+    save  the object and the folder of the file -> JSON
+    load  that, the folder, and the places that the reader of the file gave -> the object. Raises FormatError,
+          ValueError (another object than the saved one), FileNotFoundError
+    """
+
+    of: type
+    save: Callable[[Any, Path], dict[str, Any]]
+    load: Callable[[dict[str, Any], Path, Mapping[str, StrPath]], object]
+
+
+_REFERENCES: dict[str, Reference] = {}
+
+
+def register(kinds: Iterable[type[Edit]], name: str, reference: Reference) -> None:
+    """Let edits of these kinds be saved, which hold objects of that type. name: of the type, in the file."""
+    _KINDS.update({kind.__name__: kind for kind in kinds})
+    _REFERENCES[name] = reference
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file that is read. opened: the objects that it names, by their JSON, so that several edits share them."""
+
+    file: SafetensorsFile
+    places: Mapping[str, StrPath]
+    opened: dict[str, object] = dataclasses.field(default_factory=dict[str, object])
+
+    def tensor(self, name: Any) -> NDArray[Any]:
+        if name not in self.file.tensors:
+            raise ValueError(f"the file has no tensor {name!r:.80}")
+        return self.file.array(name).copy()
+
+    def object_of(self, kind: str, entry: Any) -> object:
+        if not isinstance(entry, dict):
+            raise ValueError(f"{kind} must be an object of JSON, got {entry!r:.60}")
+        key = json.dumps([kind, entry], sort_keys=True)
+        if key not in self.opened:
+            named = cast("dict[str, Any]", entry)
+            self.opened[key] = _REFERENCES[kind].load(named, self.file.path.parent, self.places)
+        return self.opened[key]
+
+
 class SavedCache(Mapping[str, F32]):
     """The part of a cache that a saved edit uses: its positions, and the arrays of the edited sites."""
 
@@ -61,11 +109,12 @@ class SavedCache(Mapping[str, F32]):
 def save_edits(edits: Edit | Iterable[Edit], path: StrPath, *, force: bool = False) -> Path:
     """Write edits to one .safetensors file, which `load_edits` reads. Returns the path.
 
-    Of a cache only the arrays of edited sites are written. Raises TypeError (a site chosen by a predicate, which is not
-    data), FileExistsError unless force.
+    Of a cache only the arrays of edited sites are written, of a dictionary its path and its fingerprint. Raises
+    TypeError (a site chosen by a predicate, which is not data), FileExistsError unless force.
     """
     tensors: Tensors = {}
-    rows = [_as_json(edit, f"{i}", tensors) for i, edit in enumerate(checked_edits(edits))]
+    folder = Path(path).parent
+    rows = [_as_json(edit, f"{i}", tensors, folder) for i, edit in enumerate(checked_edits(edits))]
     metadata = {"format": _FORMAT, "version": _VERSION, "edits": json.dumps(rows, allow_nan=False)}
     data = io.BytesIO()
     write_safetensors(data, tensors, metadata)
@@ -73,7 +122,7 @@ def save_edits(edits: Edit | Iterable[Edit], path: StrPath, *, force: bool = Fal
     return Path(path)
 
 
-def _as_json(edit: Edit, number: str, tensors: Tensors) -> dict[str, Any]:
+def _as_json(edit: Edit, number: str, tensors: Tensors, folder: Path) -> dict[str, Any]:
     kind = type(edit).__name__
     if _KINDS.get(kind) is not type(edit):
         raise TypeError(f"only edits of gemma4.edits can be saved, got {kind}")
@@ -83,8 +132,17 @@ def _as_json(edit: Edit, number: str, tensors: Tensors) -> dict[str, Any]:
         if kind == "KnockOut" and field.name == "pos":  # it is in the edge
             continue
         if value is not None:
-            row[field.name] = _plain(value, f"{number}.{field.name}", edit, tensors)
+            named = _named(value, folder)
+            row[field.name] = named or _plain(value, f"{number}.{field.name}", edit, tensors)
     return row
+
+
+def _named(value: Any, folder: Path) -> dict[str, Any] | None:
+    """The JSON of a value that is saved by reference."""
+    for name, reference in _REFERENCES.items():
+        if isinstance(value, reference.of):
+            return {name: reference.save(value, folder)}
+    return None
 
 
 def _plain(value: Any, name: str, edit: Edit, tensors: Tensors) -> Any:
@@ -126,14 +184,22 @@ def _save_cache(cache: Cache, name: str, edit: Edit, tensors: Tensors) -> list[s
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def load_edits(path: StrPath) -> list[Edit]:
-    """The edits of a file that `save_edits` wrote. Raises FormatError (no such file, or damaged), OSError."""
+def load_edits(path: StrPath, *, dictionaries: Mapping[str, StrPath] | None = None) -> list[Edit]:
+    """The edits of a file that `save_edits` wrote.
+
+    dictionaries: where a dictionary is now, by its saved path, if it moved. Else it is looked for at that path, and at
+    the same place relative to the file of edits.
+
+    Raises FormatError (no such file, damaged, or another dictionary than the saved one), FileNotFoundError (a
+    dictionary is missing), OSError.
+    """
     file = SafetensorsFile(Path(path))
     try:
         if file.metadata.get("format") != _FORMAT or file.metadata.get("version") != _VERSION:
             found = f"format {file.metadata.get('format')!r:.40}, version {file.metadata.get('version')!r:.20}"
             raise FormatError(f"{path} holds no edits: {found}, expected {_FORMAT!r}, {_VERSION!r}")
-        return [_edit(row, file, f"{path}: edit {i}") for i, row in enumerate(_rows(file, str(path)))]
+        source = _Source(file, dictionaries or {})
+        return [_edit(row, source, f"{path}: edit {i}") for i, row in enumerate(_rows(file, str(path)))]
     finally:
         file.close()
 
@@ -148,7 +214,7 @@ def _rows(file: SafetensorsFile, where: str) -> list[dict[str, Any]]:
     return cast("list[dict[str, Any]]", rows)
 
 
-def _edit(row: dict[str, Any], file: SafetensorsFile, where: str) -> Edit:
+def _edit(row: dict[str, Any], source: _Source, where: str) -> Edit:
     kind = row.get("kind")
     make = _KINDS.get(kind) if isinstance(kind, str) else None
     if make is None:
@@ -158,19 +224,21 @@ def _edit(row: dict[str, Any], file: SafetensorsFile, where: str) -> Edit:
     if unknown:
         raise FormatError(f"{where}: {kind} has no {unknown[0]!r:.60}; it has {', '.join(sorted(fields))}")
     try:
-        return make(**{name: _value(value, file) for name, value in row.items() if name != "kind"})
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        return make(**{name: _value(value, source) for name, value in row.items() if name != "kind"})
+    except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise FormatError(f"{where}: {error}") from None
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: {error}") from None
 
 
-def _value(value: Any, file: SafetensorsFile) -> Any:
+def _value(value: Any, source: _Source) -> Any:
     if isinstance(value, list):
-        return tuple(_value(one, file) for one in cast("list[Any]", value))
+        return tuple(_value(one, source) for one in cast("list[Any]", value))
     if not isinstance(value, dict):
         return value
     entry = cast("dict[str, Any]", value)
     if set(entry) == {"tensor"}:
-        return _tensor(file, entry["tensor"])
+        return source.tensor(entry["tensor"])
     if set(entry) == {"slice"}:
         return slice(*entry["slice"])
     if set(entry) == {"prompt"}:
@@ -179,15 +247,11 @@ def _value(value: Any, file: SafetensorsFile) -> Any:
         return float(entry["number"])
     if set(entry) == {"cache", "sites"}:
         name, sites = entry["cache"], entry["sites"]
-        arrays = {site: _tensor(file, f"{name}.{site}") for site in sites}
-        return SavedCache(_tensor(file, f"{name}.positions"), arrays)
+        arrays = {site: source.tensor(f"{name}.{site}") for site in sites}
+        return SavedCache(source.tensor(f"{name}.positions"), arrays)
+    if len(entry) == 1 and (name := next(iter(entry))) in _REFERENCES:
+        return source.object_of(name, entry[name])
     raise ValueError(f"a value of the unknown form {str(entry)[:60]}")
-
-
-def _tensor(file: SafetensorsFile, name: Any) -> NDArray[Any]:
-    if name not in file.tensors:
-        raise ValueError(f"the file has no tensor {name!r:.80}")
-    return file.array(name).copy()
 
 
 # -- control vectors ---------------------------------------------------------------------------------------------------
