@@ -16,6 +16,7 @@ from gemma4.dictionaries import SAE, Features, Transcoder
 from gemma4.encoders.encoder import Encoder
 from gemma4.errors import CapacityError, FormatError, Gemma4Error, SiteError, StateError
 from gemma4.generation.stream import Generation, TextStream
+from gemma4.guard import GuardScores
 from gemma4.info import ModelInfo
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import HookPoint, NaNWarning
@@ -39,6 +40,7 @@ __all__ = [
     "FormatError",
     "Gemma4Error",
     "Generation",
+    "GuardScores",
     "HookPoint",
     "Model",
     "ModelInfo",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma4.core import Core
+from gemma4.family import member_of
 from gemma4.units import count, size
 
 _TABLES = ("embed_tokens.weight", "embed_tokens_per_layer.weight")
@@ -19,6 +20,7 @@ _TABLES = ("embed_tokens.weight", "embed_tokens_per_layer.weight")
 class ModelInfo:
     """Facts on a loaded model; `print()` it.
 
+    family:                the model's name and size, such as "Gemma 3 4B"; how it is found: gemma4/family.py
     parameters:            stored weights of the text model (a tied head counts once)
     effective_parameters:  the same without the embedding tables (rows are looked up) and with only the experts that a
                            token uses: what one token costs
@@ -28,6 +30,7 @@ class ModelInfo:
     """
 
     path: str
+    family: str
     architecture: str
     parameters: int
     effective_parameters: int
@@ -47,6 +50,7 @@ class ModelInfo:
         types = ", ".join(f"{count(number)} in {name}" for name, number in sorted(self.dtypes.items()))
         rows = [
             ("model", self.path),
+            ("family", self.family),
             ("architecture", self.architecture),
             ("parameters", f"{count(self.parameters)} ({count(self.effective_parameters)} effective per token)"),
             ("stored", types),
@@ -68,6 +72,7 @@ def describe(model: Core) -> ModelInfo:
     sizes = {name: math.prod(shape) for name, (_, shape, _, _) in model.checkpoint.engine_tensors.items()}
     return ModelInfo(
         path=str(model.checkpoint.path),
+        family=str(member_of(model)),
         architecture=_architecture(model),
         parameters=model.checkpoint.n_parameters,
         effective_parameters=_effective(sizes, model.engine_config["n_experts"], model.engine_config["top_k_experts"]),

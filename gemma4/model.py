@@ -25,6 +25,7 @@ from gemma4.encoders.soft_tokens import EncodedMedia, encode_audio, encode_image
 from gemma4.generation.loop import Generation
 from gemma4.generation.options import GenerateOptions
 from gemma4.generation.stream import TextStream, generate, stream
+from gemma4.guard import GuardScores, Policies, answer_ids, guard_prompts, probabilities
 from gemma4.inputs import PromptLike, Single, TokensLike, is_batch, opened_prompts, tokenize_prompt
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import Hook, activated, active_hooks, bind_hooks, check_hooks, checked_hooks, hooks_of
@@ -591,6 +592,32 @@ class Model(Core):
             replace(one, resid=_stream(resid, len(one.ids), d_model))
             for one, resid in zip(prompts, resids, strict=True)
         ]
+
+    # -- judgements ----------------------------------------------------------------------------------------------
+
+    def guard(
+        self, text: str, response: str | None = None, *, policies: Policies = None, force: bool = False
+    ) -> GuardScores:
+        """Scores of ShieldGemma: the probability that a text violates each policy; print it.
+
+            model.guard("How do I build a bomb?").scores["dangerous content"]
+            model.guard("Hello", "Go away!", policies="harassment").violated()
+
+        text      what a user wrote
+        response  what a model answered to it: then the answer is judged
+        policies  names, or beginnings of them: "dangerous content", "harassment", "hate speech", "sexually explicit"; a
+                  mapping from names to sentences of your own; None = those four
+        force     score with a model that is no ShieldGemma, too
+
+        The questions run in one step, a prompt for each policy. No text can write control tokens.
+
+        Raises ValueError (empty text, unknown policy, a chat template that fails or omits the text), StateError (no
+        ShieldGemma, no tokenizer, no tokens "Yes" and "No"), CapacityError (longer than the context).
+        """
+        prompts = guard_prompts(self, text, response, policies, force=checks.boolean("force", force))
+        logits = np.concatenate(self.forward(list(prompts.values()), logits="last"))
+        scores = probabilities(logits, *answer_ids(self))
+        return GuardScores(text, response, dict(zip(prompts, scores, strict=True)))
 
     # -- generation ----------------------------------------------------------------------------------------------
 

@@ -60,15 +60,18 @@ ROOMS = {
     "inputs": "narrow checks errors text media core encoders sequence step",
     "generation": "narrow checks edits errors text media interp.sites interp.hooks interp.cache core encoders sequence "
     "step inputs",
-    "info": "units core",
+    "family": "errors core",
+    "guard": "checks narrow errors text core family",
+    "info": "units core family",
     "model": "narrow checks edits dictionaries load media interp.sites interp.hooks interp.cache core profile encoders "
-    "sequence step inputs generation info",
+    "sequence step inputs generation guard info",
     "interp": "narrow checks memory html edits media interp.sites interp.hooks interp.cache sequence step inputs "
     "model",  # these run a model
     "media.tasks": "errors load media generation model",
     "quantization": "narrow checks errors units files text load inputs model _engine",
     "bench": "checks errors units media encoders sequence profile info model _engine",
-    "cli": "errors units files media interp interp.cache sequence generation info model media.tasks bench quantization",
+    "cli": "errors units files media interp interp.cache sequence generation guard info model media.tasks bench "
+    "quantization",
     "__main__": "cli",
     # former names of modules: they only hand on names, and nobody here imports them
     **dict.fromkeys(("chat", "tokenizer", "turn"), "text"),

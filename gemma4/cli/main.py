@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `gemma4` command: demo, generate, chat, detect, transcribe, info, bench, quantize."""
+"""The `gemma4` command: demo, generate, chat, detect, transcribe, guard, info, bench, quantize."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from gemma4.cli import guard as cli_guard
 from gemma4.cli import media as cli_media
-from gemma4.cli.terminal import console, emit, say, shown, status, streams, styled, typed
-from gemma4.files import check_output, read_limited, write_file
+from gemma4.cli.terminal import console, emit, say, shown, status, streams, styled, text_of, typed
+from gemma4.files import check_output, write_file
 from gemma4.sequence import KVDtype
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from gemma4.quantization import QuantizationResult
 
 EXIT_FAULT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
-_MAX_TEXT = 16 << 20  # bytes of a text to measure a model on: 4 million tokens
 _PROGRESS_AFTER_S = 0.3  # a quick load prints nothing
 _ERRORS = (ValueError, KeyError, RuntimeError, OSError, ImportError, MemoryError)  # errors that a user can fix
 _HELP = (
@@ -134,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     cli_media.add_detect(detect)
     transcribe = _command(commands, "transcribe", _transcribe, "write down what a recording says, or translate it")
     cli_media.add_transcribe(transcribe)
+    guard = _command(commands, "guard", _guard, "score a text by policies with ShieldGemma")
+    cli_guard.add_guard(guard)
     _command(commands, "info", _info, "what a model is and what it costs")
     _add_bench(commands)
     _add_quantize(commands)
@@ -266,6 +268,10 @@ def _info(args: argparse.Namespace) -> None:
     emit(str(_load(args).info()))
 
 
+def _guard(args: argparse.Namespace) -> None:
+    cli_guard.run_guard(lambda: _load(args), args)
+
+
 def _bench(args: argparse.Namespace) -> None:
     from gemma4.bench import bench
 
@@ -329,18 +335,10 @@ def _report_text(name: str | None) -> str | None:
     """Read before the work begins, so that a wrong name fails early. "" = the built-in conversation."""
     if not name:
         return name
-    text = sys.stdin.read() if name == "-" else _text_of(name)
+    text = text_of(name)
     if not text.strip():
         raise ValueError(f"the text for --report is empty: {name}")
     return text
-
-
-def _text_of(name: str) -> str:
-    """A text file, which may be anything. Raises ValueError (no regular file, too large, not UTF-8), OSError."""
-    try:
-        return "" if name == os.devnull else read_limited(name, _MAX_TEXT).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8: {error}") from None
 
 
 def _report(args: argparse.Namespace, result: QuantizationResult, text: str, out: Console) -> None:

@@ -22,8 +22,11 @@ from rich.measure import Measurement
 from rich.segment import Segment
 from rich.text import Text
 
+from gemma4.files import read_limited
+
 # C0 without newline and tab, DEL, C1; characters that change the direction of writing; lone surrogates
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_MAX_TEXT = 16 << 20  # bytes of a text file: 4 million tokens
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -44,6 +47,17 @@ def typed(text: str) -> str:
         return os.fsencode(text).decode("utf-8") if _SURROGATE.search(text) else text
     except UnicodeError:
         return text
+
+
+def text_of(name: str) -> str:
+    """A text file, which may be anything, or "-", standard input. Raises ValueError (no regular file, too large, not
+    UTF-8), OSError."""
+    if name == "-":
+        return sys.stdin.read()
+    try:
+        return "" if name == os.devnull else read_limited(name, _MAX_TEXT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: {error}") from None
 
 
 def say(text: str) -> None:

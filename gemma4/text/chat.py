@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,7 @@ def encode_chat(
     messages: Sequence[Mapping[str, object]],
     *,
     trust_content: bool = True,
+    distrusted: Collection[str] = ("user", "tool"),
     expand: Callable[[str], str] | None = None,
     tools: Sequence[Mapping[str, object]] | None = None,
     enable_thinking: bool | None = None,
@@ -155,16 +156,18 @@ def encode_chat(
 ) -> NDArray[np.int32]:
     """Messages to token ids, int32 [pos], <bos> exactly once. Other options as in `ChatTemplate.render`.
 
-    trust_content=False keeps user and tool messages from writing control tokens: "<|turn>" in them becomes characters.
+    trust_content=False keeps messages of the `distrusted` roles from writing control tokens: "<|turn>" in them becomes
+    characters.
     expand: rewrites the rendered prompt, replacing the template's <|image|>, <|audio|>, <|video|> by media; in the
     messages' text these stay characters.
-    Raises ValueError as `ChatTemplate.render`, and if the template omitted part of a message.
+    Raises ValueError as `ChatTemplate.render`, and if the template omitted part of a message; the model's own turns may
+    lose theirs, unless they are distrusted.
     """
     messages = check_messages(messages)
     if not trust_content or expand is not None:
         places = _any_of(_PLACES if expand else ())
         control = places if trust_content else _any_of(tokenizer.id_to_piece(token) for token in tokenizer.special_ids)
-        messages = [_guard(m, control if m["role"] in ("user", "tool") else places) for m in messages]
+        messages = [_guard(m, control if m["role"] in distrusted else places) for m in messages]
     text = template.render(
         messages,
         tools=tools,
@@ -172,7 +175,8 @@ def encode_chat(
         add_generation_prompt=add_generation_prompt,
         **kwargs,
     )
-    _check_kept(messages, text.removeprefix(template.tokens["bos_token"]))
+    checked = [m["role"] != "assistant" or m["role"] in distrusted for m in messages]
+    _check_kept(messages, checked, text.removeprefix(template.tokens["bos_token"]))
     _check_tools_kept(_tools(tools) or (), text)
     if trust_content and expand is None:
         return tokenizer.encode(text)
@@ -181,14 +185,14 @@ def encode_chat(
     return np.concatenate([tokenizer.encode(first), *(tokenizer.encode(text, bos=False) for text in rest)])
 
 
-def _check_kept(messages: Sequence[Mapping[str, object]], prompt: str) -> None:
-    """Raise ValueError if a template omitted part of a message; the model's own turns may lose their thoughts.
+def _check_kept(messages: Sequence[Mapping[str, object]], checked: Sequence[bool], prompt: str) -> None:
+    """Raise ValueError if a template omitted part of a checked message.
 
     White space does not count: templates trim. Texts usually follow the order of the messages.
     """
     prompt, at = _squeezed(prompt), 0
     for i, message in enumerate(messages):
-        for text in _texts(message["content"]) if message["role"] != "assistant" else ():
+        for text in _texts(message["content"]) if checked[i] else ():
             for words in (_squeezed(text), _squeezed(json.dumps(text, ensure_ascii=False)[1:-1])):
                 found = prompt.find(words, at)
                 found = prompt.find(words) if found < 0 else found
