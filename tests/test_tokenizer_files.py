@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Backend
 import gemma4
 from gemma4.errors import FormatError
 from gemma4.load import cache, gguf_tokenizer, open_checkpoint
+from gemma4.media import source
 from gemma4.text.tokenizer import Tokenizer
 
 SOURCE = open_checkpoint("tiny-e").path
@@ -371,3 +372,14 @@ def test_quantize_in_little_memory(tmp_path, extra):
     done = subprocess.run([sys.executable, "-P", "-c", code, str(extra)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout in ("MemoryError\n", "done\n"), done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == ([out] if done.stdout == "done\n" else [])
+
+
+def test_a_library_that_does_not_fit_is_a_memory_error(monkeypatch):
+    """Python reports a shared library that cannot be mapped as ImportError; no package is missing."""
+
+    def import_module(name):
+        raise ImportError(f"{name}.so: failed to map segment from shared object")
+
+    monkeypatch.setattr(source.importlib, "import_module", import_module)
+    with pytest.raises(MemoryError, match="av cannot be loaded"):
+        source.require("av")

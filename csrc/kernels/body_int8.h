@@ -181,7 +181,7 @@ static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size
 
 /* ---- prefill ----------------------------------------------------------------------------------------------------- */
 
-/* Packs 8 rows of k <= INT8_K inputs into the panel. If only n >= 1 rows exist, the first row fills the rest; those
+/* Packs 8 rows of k <= INT8_K inputs into a half of the panel. If only n >= 1 rows exist, the first row fills the rest; those
  * products are unused. For formats with a zero point, min holds zero point times scale; only for Q4_0 (ZERO_POINT 8)
  * the tile subtracts the zero point itself. */
 #if BLOCK == 32
@@ -204,7 +204,7 @@ static INLINE void NAME(pack_factors_)(const uint8_t *block, size_t row_bytes, i
     }
 }
 
-static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, int8_panel *panel)
+static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, int8_panel *panel, int half)
 {
     const size_t row_bytes = WEIGHTS_IN(w_stride);
     for (int l = 0; l < k; l += 32) {
@@ -218,12 +218,12 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
             if (l % 128 == 0)
                 prefetch_ahead(block + (size_t)r * row_bytes, WEIGHTS_IN(128), INT8_N * row_bytes);
         }
-        transpose_fours(rows[0], 32, panel->q[l / 4][0]);
-        NAME(pack_factors_)(block, row_bytes, n, panel->scale[l / 32], panel->min[l / 32]);
+        transpose_fours(rows[0], 32, panel->q[l / 4][half][0], FOURS_STRIDE);
+        NAME(pack_factors_)(block, row_bytes, n, panel->scale[l / 32][half], panel->min[l / 32][half]);
     }
 }
 #else
-static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, int8_panel *panel)
+static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, int8_panel *panel, int half)
 {
     for (int l = 0; l < k; l += BLOCK) {
         int8_t rows[8][BLOCK];
@@ -235,12 +235,12 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
             for (int part = 0; part < BLOCK / 32; part++)
                 i8_store(rows[r] + part * 32, v.q[part]);
             for (int g = 0; g < BLOCK / GROUP; g++) {
-                panel->scale[l / GROUP + g][r] = v.scale[g];
-                panel->min[l / GROUP + g][r] = v.min[g] + (float)ZERO_POINT * v.scale[g];
+                panel->scale[l / GROUP + g][half][r] = v.scale[g];
+                panel->min[l / GROUP + g][half][r] = v.min[g] + (float)ZERO_POINT * v.scale[g];
             }
         }
         for (int part = 0; part < BLOCK / 32; part++)
-            transpose_fours(rows[0] + part * 32, BLOCK, panel->q[l / 4 + part * 8][0]);
+            transpose_fours(rows[0] + part * 32, BLOCK, panel->q[l / 4 + part * 8][half][0], FOURS_STRIDE);
     }
 }
 #endif
@@ -261,11 +261,11 @@ static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights
             memset(acc, 0, INT8_M * INT8_N * sizeof *acc);
             for (int l = 0; l < k; l += INT8_K) {
                 const int length = k - l < INT8_K ? k - l : INT8_K;
-                for (int half = 0; half < 2; half++) {
-                    const int row = half * 8 < block_n ? half * 8 : 0; /* up to 8 rows: both halves are the same */
+                for (int half = 0; half < 2 * INT8_PANELS; half++) {
+                    const int row = half * 8 < block_n ? half * 8 : 0; /* rows beyond n: the first ones again */
                     NAME(int8_pack_)
                     ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + row) * w_stride + (size_t)l), w_stride,
-                     block_n - row, length, &panels[half]);
+                     block_n - row, length, &panels[half / 2], half % 2);
                 }
                 (ZERO_POINT == 8 ? int8_tiles_32_8_lowered : INT8_TILES_OF(GROUP, SUMS_IN_INT16))(
                     x, (size_t)i, l, block_m, stride, panels, length, acc);

@@ -1,25 +1,30 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The tile of precision="fast": 4 rows of x against 16 weight rows, held as integers in two panels of 8.
+/* The tile of precision="fast": 4 rows of x against panels of 16 weight rows, held as integers.
  *
  * One instruction multiplies 32 bytes and adds pairs of products into 16 bits. Weights of up to 4 bits allow adding
  * eight such results before the pairs must be widened to 32 bits, 5 bits four, 6 bits two. That makes the tile three
  * times as fast as float32 on AVX2 (measured: docs/benchmarks.md). For 8-bit weights the sign is moved to x first.
  */
-enum { INT8_M = 256, INT8_N = 16, INT8_K = 512 };
+#ifndef INT8_PANELS
+#define INT8_PANELS 1 /* panels per tile */
+#endif
+enum { INT8_M = 256, INT8_N = 16 * INT8_PANELS, INT8_K = 512 };
 
-/* 8 weight rows. Each row has 4 consecutive inputs together, so that one load matches 4 broadcast bytes of x. */
+/* 16 weight rows, in halves of 8. Each row has 4 consecutive inputs together, so that one load matches 4 broadcast bytes
+ * of x. The halves lie side by side: AVX-512 loads both at once, without crossing a cache line. */
 typedef struct {
-    int8_t q[INT8_K / 4][8][4];
-    float scale[INT8_K / 16][8], min[INT8_K / 16][8];
+    _Alignas(64) int8_t q[INT8_K / 4][2][8][4];
+    float scale[INT8_K / 16][2][8], min[INT8_K / 16][2][8];
 } int8_panel;
+enum { FOURS_STRIDE = 2 * 8 * 4 }; /* bytes from 4 inputs of a half to the next 4 */
 
 /* The layout of the scratch of matmul_int8_. */
 typedef struct {
-    _Alignas(64) int8_panel panels[2];
+    int8_panel panels[INT8_PANELS];
     float acc[INT8_M * INT8_N];
 } int8_scratch;
 
-_Static_assert(sizeof(int8_scratch) == G4_INT8_SCRATCH * sizeof(float), "callers lend that much");
+_Static_assert(sizeof(int8_scratch) <= G4_INT8_SCRATCH * sizeof(float), "callers lend that much");
 
 /* The offset of four inputs of a row in x (g4_int8_rows, interleaved by 4 rows), from the start of their group. */
 static inline int place_in_x(int row, int four) { return four / 2 * 32 + row * 8 + four % 2 * 4; }
@@ -27,13 +32,14 @@ static inline int place_in_x(int row, int four) { return four / 2 * 32 + row * 8
 #ifdef INT8_TILE /* a header of that instruction set has the whole tile … */
 #include INT8_TILE
 #else
+_Static_assert(INT8_PANELS == 1, "this tile takes one panel");
 #ifdef GROUP_DOTS /* … or only group_dots */
 #include GROUP_DOTS
 #else
 /* dot[i][half] = x_i . w over a group of inputs, for m rows of x and 2 x 8 rows of w. `four`: index of the group's
  * first 4 inputs in the panel. start: two initial values for the pairs of each row, or NULL. */
 static INLINE void group_dots(const int m, const int group, const int fit, const int8_t *x, const int16_t (*start)[2],
-                              const int8_panel *panels, int four, i32x8 dot[4][2])
+                              const int8_panel *panel, int four, i32x8 dot[4][2])
 {
     const int steps = group / 4, run = fit && fit < steps ? fit : steps;
     for (int i = 0; i < m; i++)
@@ -45,7 +51,7 @@ static INLINE void group_dots(const int m, const int group, const int fit, const
             pairs[i][0] = pairs[i][1] = start ? i16_set_pair(start[i]) : i16_zero();
 #pragma GCC unroll 8
         for (int t = s; t < s + run; t++) {
-            const i8x32 w0 = i8_load(panels[0].q[four + t][0]), w1 = i8_load(panels[1].q[four + t][0]);
+            const i8x32 w0 = i8_load(panel->q[four + t][0][0]), w1 = i8_load(panel->q[four + t][1][0]);
             for (int i = 0; i < m; i++) {
                 const i8x32 xs = i8_load4(x + place_in_x(i, t));
                 if (fit) {
@@ -65,13 +71,13 @@ static INLINE void group_dots(const int m, const int group, const int fit, const
 }
 #endif
 
-/* acc[i][16] += x_i . w for m <= 4 rows of x over k inputs, k a multiple of 32. fit is SUMS_IN_INT16 of body_int8.h.
+/* acc[i][INT8_N] += x_i . w for m <= 4 rows of x over k inputs, k a multiple of 32. fit is SUMS_IN_INT16 of body_int8.h.
  *
  * lowered: q has a zero point of 8 (Q4_0), which the sums remove by starting at -8 sum x. That saves 8 % of the time
  * compared with subtracting it in float32 like a minimum. The two 16-bit lanes of a pair start at -4 sum x each. With
  * the lane's 16 products of 0..15 times x_l added, the value stays within 30,480 of 0 for any x. */
 static INLINE void int8_tile(const int m, const int group, const int fit, const bool lowered, const g4_int8_rows *x,
-                             size_t row, int input, size_t x_inputs, const int8_panel *panels, int k, float *acc)
+                             size_t row, int input, size_t x_inputs, const int8_panel *panel, int k, float *acc)
 {
     const bool has_min = fit && !lowered;
     const size_t at = row * x_inputs + 4 * (size_t)input;
@@ -81,14 +87,14 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
     const int16_t(*start)[2] = (const int16_t(*)[2])x->minus_4 + at / 32;
     for (int g = 0; g < k / group; g++) {
         i32x8 dot[4][2];
-        group_dots(m, group, fit, q + g * group * 4, lowered ? start + g * 4 : NULL, panels, g * group / 4, dot);
+        group_dots(m, group, fit, q + g * group * 4, lowered ? start + g * 4 : NULL, panel, g * group / 4, dot);
         for (int i = 0; i < m; i++) {
             const f32x8 dx = f8_set1(scale[g * group / 32 * 4 + i]);
             for (int half = 0; half < 2; half++) {
                 float *a = acc + i * INT8_N + half * 8;
-                f32x8 total = f8_fma(f8_mul(f8_load(panels[half].scale[g]), dx), f8_from_i32(dot[i][half]), f8_load(a));
+                f32x8 total = f8_fma(f8_mul(f8_load(panel->scale[g][half]), dx), f8_from_i32(dot[i][half]), f8_load(a));
                 if (has_min)
-                    total = f8_minus_product(total, f8_load(panels[half].min[g]), f8_set1(sums[g * 4 + i]));
+                    total = f8_minus_product(total, f8_load(panel->min[g][half]), f8_set1(sums[g * 4 + i]));
                 f8_store(a, total);
             }
         }

@@ -8,7 +8,7 @@ static inline int32x4_t start_of_rows(const int16_t a[2], const int16_t b[2])
 }
 
 static INLINE void group_dots(const int m, const int group, const int fit, const int8_t *x, const int16_t (*start)[2],
-                              const int8_panel *panels, int four, i32x8 dot[4][2])
+                              const int8_panel *panel, int four, i32x8 dot[4][2])
 {
     const int n_pairs = (m + 1) / 2;
     int32x4_t sum[2][8];
@@ -23,7 +23,7 @@ static INLINE void group_dots(const int m, const int group, const int fit, const
             xs[p] = vcombine_s8(vld1_s8(x + place_in_x(2 * p, t)), vld1_s8(x + place_in_x(second, t)));
         }
         for (int w = 0; w < 8; w++) {
-            const int8x16_t ws = vld1q_s8(panels[w / 4].q[four + t + w % 4 / 2][w % 2 * 4]);
+            const int8x16_t ws = vld1q_s8(panel->q[four + t + w % 4 / 2][w / 4][w % 2 * 4]);
             for (int p = 0; p < n_pairs; p++)
                 sum[p][w] = vmmlaq_s32(sum[p][w], xs[p], ws);
         }

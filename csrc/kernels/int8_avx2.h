@@ -162,7 +162,7 @@ static inline float f8_sum(f32x8 a)
     return _mm_cvtss_f32(_mm_add_ss(by_2, _mm_movehdup_ps(by_2)));
 }
 
-static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to)
+static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to, size_t to_stride)
 {
     __m256i row[8], pair[8], four[8];
     for (int r = 0; r < 8; r++)
@@ -177,7 +177,9 @@ static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to
             four[r + 2 * i + 1] = _mm256_unpackhi_epi64(pair[r + i], pair[r + 2 + i]);
         }
     for (int c = 0; c < 4; c++) {
-        _mm256_storeu_si256((__m256i *)(to + c * 32), _mm256_permute2x128_si256(four[c], four[4 + c], 0x20));
-        _mm256_storeu_si256((__m256i *)(to + (c + 4) * 32), _mm256_permute2x128_si256(four[c], four[4 + c], 0x31));
+        _mm256_storeu_si256((__m256i *)(to + (size_t)c * to_stride),
+                            _mm256_permute2x128_si256(four[c], four[4 + c], 0x20));
+        _mm256_storeu_si256((__m256i *)(to + (size_t)(c + 4) * to_stride),
+                            _mm256_permute2x128_si256(four[c], four[4 + c], 0x31));
     }
 }

@@ -204,19 +204,20 @@ static inline float f8_sum(f32x8 a)
 
 #ifdef __ARM_FEATURE_MATMUL_INT8
 /* The order of the matrix instruction (dots_i8mm.h): 8 bytes of rows 0 and 1, then of 2 and 3, … */
-static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to)
+static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to, size_t to_stride)
 {
     for (int r = 0; r < 8; r += 2)
         for (int c = 0; c < 32; c += 16) {
             const int64x2_t even = vreinterpretq_s64_s8(vld1q_s8(from + (size_t)r * stride + c));
             const int64x2_t odd = vreinterpretq_s64_s8(vld1q_s8(from + (size_t)(r + 1) * stride + c));
-            vst1q_s8(to + c * 8 + r * 8, vreinterpretq_s8_s64(vtrn1q_s64(even, odd)));
-            vst1q_s8(to + c * 8 + 64 + r * 8, vreinterpretq_s8_s64(vtrn2q_s64(even, odd)));
+            int8_t *at = to + (size_t)(c / 4 + r / 4) * to_stride + r % 4 * 8;
+            vst1q_s8(at, vreinterpretq_s8_s64(vtrn1q_s64(even, odd)));
+            vst1q_s8(at + 2 * to_stride, vreinterpretq_s8_s64(vtrn2q_s64(even, odd)));
         }
 }
 #else
-/* Transposes 4 groups of 4 bytes in each of 4 rows, `stride` apart, into 4 groups of 4 rows, 32 bytes apart. */
-static inline void transpose_4_fours(const int8_t *from, size_t stride, int8_t *to)
+/* Transposes 4 groups of 4 bytes in each of 4 rows, `stride` apart, into 4 groups of 4 rows, to_stride bytes apart. */
+static inline void transpose_4_fours(const int8_t *from, size_t stride, int8_t *to, size_t to_stride)
 {
     int32x4_t row[4];
     for (int r = 0; r < 4; r++)
@@ -226,15 +227,15 @@ static inline void transpose_4_fours(const int8_t *from, size_t stride, int8_t *
     const int64x2_t cd_02 = vreinterpretq_s64_s32(vtrn1q_s32(row[2], row[3]));
     const int64x2_t cd_13 = vreinterpretq_s64_s32(vtrn2q_s32(row[2], row[3]));
     vst1q_s8(to, vreinterpretq_s8_s64(vtrn1q_s64(ab_02, cd_02)));
-    vst1q_s8(to + 32, vreinterpretq_s8_s64(vtrn1q_s64(ab_13, cd_13)));
-    vst1q_s8(to + 64, vreinterpretq_s8_s64(vtrn2q_s64(ab_02, cd_02)));
-    vst1q_s8(to + 96, vreinterpretq_s8_s64(vtrn2q_s64(ab_13, cd_13)));
+    vst1q_s8(to + to_stride, vreinterpretq_s8_s64(vtrn1q_s64(ab_13, cd_13)));
+    vst1q_s8(to + 2 * to_stride, vreinterpretq_s8_s64(vtrn2q_s64(ab_02, cd_02)));
+    vst1q_s8(to + 3 * to_stride, vreinterpretq_s8_s64(vtrn2q_s64(ab_13, cd_13)));
 }
 
-static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to)
+static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to, size_t to_stride)
 {
     for (int r = 0; r < 8; r += 4)
         for (int c = 0; c < 8; c += 4)
-            transpose_4_fours(from + (size_t)r * stride + c * 4, stride, to + c * 32 + r * 4);
+            transpose_4_fours(from + (size_t)r * stride + c * 4, stride, to + (size_t)c * to_stride + r * 4, to_stride);
 }
 #endif

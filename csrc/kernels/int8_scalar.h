@@ -151,10 +151,10 @@ static inline float f8_sum(f32x8 a)
     return a.lane[0];
 }
 
-/* to[c][r] = from[r][c] for 8 rows, `stride` apart, of 8 groups of 4 bytes. */
-static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to)
+/* to[c][r] = from[r][c] for 8 rows, `stride` apart, of 8 groups of 4 bytes. Groups of `to` lie to_stride bytes apart. */
+static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to, size_t to_stride)
 {
     for (int r = 0; r < 8; r++)
         for (int c = 0; c < 8; c++)
-            memcpy(to + (c * 8 + r) * 4, from + (size_t)r * stride + c * 4, 4);
+            memcpy(to + (size_t)c * to_stride + r * 4, from + (size_t)r * stride + c * 4, 4);
 }

@@ -3,6 +3,7 @@
 #define DPWSSD _mm256_dpwssd_epi32
 #define DPWSSD_512 _mm512_dpwssd_epi32
 #define INT8_TILE "kernels/tile_vnni.h"
+#define INT8_PANELS 2
 #include "kernels/simd_avx512.h"
 #include "kernels/int8_vnni.h"
 

@@ -99,7 +99,7 @@ static inline size_t g4_tile_sums(int m, int n)
 
 /* Floats of scratch that a caller passes to matmul_* (accumulators, 72 rows of x, 32 of weights) and to matmul_int8_*.
  * A kernel's own frame is small, because the caller's thread may have 128 KiB of stack. */
-enum { G4_MATMUL_SCRATCH = 72 * 32 * 16 + (72 + 32) * 512, G4_INT8_SCRATCH = 7168 };
+enum { G4_MATMUL_SCRATCH = 72 * 32 * 16 + (72 + 32) * 512, G4_INT8_SCRATCH = 14336 };
 
 /* When the features of a dictionary fire: one number of each array for every feature, all finite but thresholds, which
  * may be infinite. NULL: no such step. */

@@ -22,6 +22,7 @@ from itertools import chain
 from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
+from numpy import fft
 from numpy.typing import ArrayLike, NDArray
 
 from gemma4.errors import FormatError
@@ -88,7 +89,7 @@ def log_mel(samples: NDArray[np.floating]) -> F32:
     padded = np.concatenate([np.zeros(FRAME // 2, np.float32), samples])
     # The reference cuts frames of 321 samples and drops the last: a frame needs that sample to exist.
     frames = np.lib.stride_tricks.sliding_window_view(padded, FRAME + 1)[::HOP, :-1]
-    magnitudes = np.abs(np.fft.rfft(frames * _window(), n=FFT, axis=-1))
+    magnitudes = np.abs(fft.rfft(frames * _window(), n=FFT, axis=-1))
     ready_blas()
     return np.log(magnitudes @ _filters() + MEL_FLOOR).astype(np.float32)
 

@@ -22,10 +22,16 @@ _LONGEST_NAME = 200  # characters of a path in a message; a file's text given fo
 
 
 def require(module: str) -> Any:
-    """An optional module. Raises ImportError that says which package is missing and the extra that brings it."""
+    """An optional module.
+
+    Raises ImportError that says which package is missing and the extra that brings it, MemoryError (its library cannot
+    be mapped).
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        if "failed to map segment" in str(error):
+            raise MemoryError(f"{module} cannot be loaded: {error}") from error
         package, extra = _PACKAGES.get(module.partition(".")[0], module), _EXTRAS.get(module, "media")
         raise ImportError(f'this needs {package} ({error}): pip install "gemma4[{extra}]"') from error
 
