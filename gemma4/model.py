@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from gemma4 import checks, info
 from gemma4.core import F32, Core, KVDtype, Precision
 from gemma4.dictionaries import SAE, Record, Transcoder
-from gemma4.dictionaries.splice import entered, splice
+from gemma4.dictionaries.splice import Splice, entered
 from gemma4.edits.base import Edit, checked_edits
 from gemma4.edits.scope import Extent
 from gemma4.encoders.encoder import Encoder, encoder_of
@@ -28,7 +28,18 @@ from gemma4.generation.stream import TextStream, generate, stream
 from gemma4.guard import GuardScores, Policies, answer_ids, guard_prompts, probabilities
 from gemma4.inputs import PromptLike, Single, TokensLike, is_batch, opened_prompts, tokenize_prompt
 from gemma4.interp.cache import ActivationCache
-from gemma4.interp.hooks import Hook, activated, active_hooks, bind_hooks, check_hooks, checked_hooks, hooks_of
+from gemma4.interp.hooks import (
+    Capture,
+    Hook,
+    Nested,
+    activated,
+    active_hooks,
+    apart,
+    bind_hooks,
+    check_hooks,
+    checked_hooks,
+    hooks_of,
+)
 from gemma4.interp.sites import Names, Site, SiteTable, names_of, reusable
 from gemma4.load import open_checkpoint
 from gemma4.media.audio import AudioLike
@@ -314,7 +325,8 @@ class Model(Core):
                        None = every site of the text model except those that grow with T*S, T*heads*d_model or d_vocab
                        (attn.hook_attn_scores, attn.hook_pattern, attn.hook_result, hook_logits_raw, hook_logits). Only
                        what is named is stored. `model.sites` lists the names, docs/sites.md explains them. Names that
-                       begin with "vision." or "audio." are of the encoders: see `ActivationCache.media`
+                       begin with "vision." or "audio." are of the encoders: see `ActivationCache.media`. Sites inside
+                       a dictionary (`attach`) are kept if they are named: see `ActivationCache.features`
         names_filter   another name for `names`, that of TransformerLens
         pos            keep only these positions of `ids`: an int, a slice, a list (negative counts from the end); None:
                        all of them
@@ -452,11 +464,16 @@ class Model(Core):
     ) -> tuple[F32 | None | list[F32] | list[None], ActivationCache | list[ActivationCache]]:
         if stop_at_layer is not None:
             stop_at_layer, logits = self._checked_stop(stop_at_layer), None
-        names = reusable(names)
-        capture = self._sites_from(start).select(names_of(names), stop_at_layer=stop_at_layer)
+        table = self._sites_from(start)
+        inside, names = apart(reusable(names), active_hooks(self), table)
+        capture = table.select(names_of(names), stop_at_layer=stop_at_layer)
         pos = "all" if pos is None else pos
-        outputs = self._run(ids, sequence, names, stop_at_layer, start, logits=logits, capture=capture, pos=pos)
+        kept = Capture()
+        with activated(self, [(inside, kept)] if inside else []):
+            outputs = self._run(ids, sequence, names, stop_at_layer, start, logits=logits, capture=capture, pos=pos)
         caches = cast("list[ActivationCache]", [out.cache for out in outputs])
+        for number, cache in enumerate(caches):
+            cache.keep_inside(kept.kept.get(number, {}))
         if is_batch(ids):
             return cast("list[F32]", [out.logits for out in outputs]), caches
         return outputs[0].logits, caches[0]
@@ -509,7 +526,10 @@ class Model(Core):
         of an encoder that the model does not have.
         """
         hooks = checked_hooks(hooks)
-        bind_hooks(self.sites, hooks_of(hooks))  # raises here for a wrong name, not at the first forward pass
+        attached = [hook for hook in active_hooks(self) if isinstance(hook, Nested)]
+        bind_hooks(
+            self.sites, hooks_of([*attached, *hooks])
+        )  # raises here for a wrong name, not at the first forward pass
         EncoderTaps.of(self, hooks)
         return activated(self, hooks)
 
@@ -527,14 +547,18 @@ class Model(Core):
                 model.forward("Once upon a time")
             record.features()[-1].ids
 
+        Inside the block the dictionary has sites of its own, named after the site that it reads: blocks.5.
+        hook_resid_post.hook_sae_acts_post (float [pos, d_sae]), .hook_sae_input, .hook_sae_recons and .hook_sae_error.
+        Functions (`hooks`, `run_with_hooks`) can read and edit them; `run_with_cache` keeps those that are named.
+
         error: add what the reconstruction misses, so that logits stay the same up to rounding; False replaces the site,
         but for positions that the dictionary was not trained on. Nestable.
 
         Raises ValueError (a dictionary that names no site, or of another width), SiteError (a site that this model
         lacks).
         """
-        hooks, record = splice(self.sites, dictionary, error=error)
-        return entered(self.hooks(hooks), record)
+        spliced = Splice(self.sites, dictionary, error=error)
+        return entered(self.hooks([spliced]), spliced.record)
 
     def profile(self) -> AbstractContextManager[Profile]:
         """`with model.profile() as profile:` notes the time of every operation run inside; see gemma4.profile."""

@@ -65,6 +65,10 @@ class Features:
         return (self[pos] for pos in range(len(self)))
 
     @property
+    def nbytes(self) -> int:
+        return self.offsets.nbytes + self.ids.nbytes + self.values.nbytes
+
+    @property
     def counts(self) -> NDArray[np.int64]:
         """Features that fired, int64 [pos]."""
         return np.diff(self.offsets)
@@ -88,6 +92,14 @@ class Features:
         array[self.rows[at]] = self.values[at]
         return array
 
+    def take(self, rows: NDArray[np.integer | np.bool_]) -> Features:
+        """These rows, in that order: `rows` are indices, or a mask of all."""
+        chosen: NDArray[np.int64] = np.arange(len(self))[rows]
+        counts = self.counts[chosen]
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        entries: NDArray[np.int64] = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], counts)
+        return Features(offsets, self.ids[entries], self.values[entries], self.d_sae)
+
     def top(self, k: int) -> Features:
         """The k strongest features of each position; of equal ones the first."""
         if not is_integer(k) or k < 1:
@@ -96,6 +108,12 @@ class Features:
 
     def __repr__(self) -> str:
         return f"Features: {len(self)} positions, {len(self.ids)} entries of {self.d_sae} features"
+
+
+def sparse(dense: F32) -> Features:
+    """The features of float32 [pos, d_sae] that are not 0."""
+    rows, ids = np.nonzero(dense)
+    return collect(rows, ids.astype(np.int32), dense[rows, ids], len(dense), dense.shape[1])
 
 
 def check_feature(feature: object, d_sae: int) -> int:

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.dictionaries.features import F32, Features, join
+from gemma4.dictionaries.features import F32, Features, join, sparse
 from gemma4.dictionaries.sae import Dictionary, Transcoder, as_rows, without_rows
-from gemma4.interp.hooks import Hook, HookPoint
+from gemma4.interp.hooks import NESTED_MARK, Capture, HookFn, HookPoint, NamedFn, NaNLog, Nested, make_edit
 from gemma4.interp.sites import Site, SiteTable
 
 
@@ -79,25 +79,89 @@ def _bound_site(dictionary: Dictionary, which: str, name: str | None, width: int
     return site
 
 
-def splice(table: SiteTable, dictionary: Dictionary, *, error: bool) -> tuple[list[Hook], Record]:
-    """Hooks that replace the written site by the reconstruction, and with `error` add what it misses."""
-    record = Record(dictionary)
-    reads, writes = bound_sites(dictionary, table)
-    inputs: dict[int, F32] = {}  # of the current pass, by sequence
+class Splice(Nested):
+    """A dictionary's reconstruction in place of the site that it writes, and with `error` what it misses besides.
 
-    def read(array: F32, point: HookPoint) -> None:
-        inputs[point.sequence] = as_rows(array, dictionary.d_in, f"{dictionary!r} reads").copy()
+    Its sites have SAELens's names, after that of the site which it reads: hook_sae_input, hook_sae_acts_post,
+    hook_sae_recons and, with `error`, hook_sae_error. The error is that of the unedited features.
+    """
 
-    def write(array: F32, point: HookPoint) -> None:
-        x = inputs.pop(point.sequence)
-        early = point.positions < dictionary.skip_positions
-        features = without_rows(dictionary.encode(x), early)
-        record.passes.append(Pass(point.sequence, point.positions, features))
-        rows = array.reshape(len(array), -1)
-        out = dictionary.decode(features, x)
-        rows[~early] = (out + (rows - out) if error else out)[~early]
+    def __init__(self, table: SiteTable, dictionary: Dictionary, *, error: bool) -> None:
+        self.dictionary, self.error, self.record = dictionary, error, Record(dictionary)
+        self._reads, self._writes = bound_sites(dictionary, table)
+        widths = {"input": dictionary.d_in, "acts_post": dictionary.d_sae, "recons": dictionary.d_out}
+        widths |= {"error": dictionary.d_out} if error else {}
+        self._of = {part: self._site(part, width) for part, width in widths.items()}
+        self.sites = {site.name: site for site in self._of.values()}
+        self._log = NaNLog()
 
-    return [(reads.name, read), (writes.name, write)], record
+    def _site(self, part: str, width: int) -> Site:
+        like = self._reads if part == "input" else self._writes
+        name = f"{self._reads.name}{NESTED_MARK}{part}"
+        return replace(like, name=name, id=-1, dims=("T", width), dtype=np.dtype(np.float32), keys="", axes="TD")
+
+    def pairs(self, inner: Mapping[str, Sequence[HookFn]]) -> list[NamedFn]:
+        inputs: dict[int, F32] = {}  # of the current pass, by sequence
+
+        def read(array: F32, point: HookPoint) -> None:
+            inputs[point.sequence] = as_rows(array, self.dictionary.d_in, f"{self.dictionary!r} reads").copy()
+
+        def write(array: F32, point: HookPoint) -> None:
+            early = point.positions < self.dictionary.skip_positions
+            rows = array.reshape(len(array), -1)
+            rows[~early] = self._written(inputs.pop(point.sequence), rows, early, point, inner)[~early]
+
+        return [(self._reads.name, read), (self._writes.name, write)]
+
+    def _written(
+        self,
+        x: F32,
+        rows: F32,
+        early: NDArray[np.bool_],
+        point: HookPoint,
+        inner: Mapping[str, Sequence[HookFn]],
+    ) -> F32:
+        """The rows that take the place of `rows`."""
+        encode, decode = self.dictionary.encode, self.dictionary.decode
+        clean = without_rows(encode(x), early)
+        edited = self._pass("input", x, point, inner)
+        features = self._pass_features(clean if edited is x else without_rows(encode(edited), early), point, inner)
+        self.record.passes.append(Pass(point.sequence, point.positions, features))
+        out = decode(features, edited)
+        missed = None
+        if self.error:
+            missed = rows - (out if features is clean else decode(clean, x))
+            missed = self._pass("error", missed, point, inner)
+        out = self._pass("recons", out, point, inner)
+        return out if missed is None else out + missed
+
+    def _pass(self, part: str, array: F32, point: HookPoint, inner: Mapping[str, Sequence[HookFn]]) -> F32:
+        """The array after the functions on that site; the same object if there are none."""
+        site = self._of[part]
+        fns, captures = _by_kind(inner.get(site.name, ()))
+        here = replace(point, name=site.name, layer=site.layer)
+        if fns:
+            array = make_edit(site, fns, here, self._log)(array.copy())
+        for capture in captures:
+            capture(array, here)
+        return array
+
+    def _pass_features(self, features: Features, point: HookPoint, inner: Mapping[str, Sequence[HookFn]]) -> Features:
+        site = self._of["acts_post"]
+        fns, captures = _by_kind(inner.get(site.name, ()))
+        here = replace(point, name=site.name, layer=site.layer)
+        if fns:
+            dense: F32 = make_edit(site, fns, here, self._log)(features.dense())
+            if not np.isfinite(dense).all():
+                raise ValueError(f"after the functions on {site.name}, features are NaN or infinite")
+            features = sparse(dense)
+        for capture in captures:
+            capture(features, here)
+        return features
+
+
+def _by_kind(fns: Sequence[HookFn]) -> tuple[list[HookFn], list[Capture]]:
+    return [fn for fn in fns if not isinstance(fn, Capture)], [fn for fn in fns if isinstance(fn, Capture)]
 
 
 @contextmanager

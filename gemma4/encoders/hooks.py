@@ -17,7 +17,7 @@ from gemma4.edits.base import Edit
 from gemma4.encoders.encoder import encoder_of
 from gemma4.encoders.soft_tokens import BOTH_WAYS, SOFT_ID, EncodedMedia, SoftRows, encode, stretch_ends
 from gemma4.interp.cache import EncoderCache
-from gemma4.interp.hooks import Hook, SiteHooks, bind_hooks, hooks_of
+from gemma4.interp.hooks import Hook, Nested, SiteHooks, bind_hooks, hooks_of
 from gemma4.interp.sites import Names, Site, names_of
 from gemma4.load.encoder_config import MODALITIES, Modality
 from gemma4.media.medium import Kind, Medium
@@ -42,7 +42,9 @@ class EncoderTaps:
         hooks = tuple(hooks)
         for modality in MODALITIES:
             named = [
-                hook for hook in hooks_of(hooks, f"{modality}.") if not isinstance(hook, Edit) and not callable(hook[0])
+                hook
+                for hook in hooks_of(hooks, f"{modality}.")
+                if not isinstance(hook, Edit | Nested) and not callable(hook[0])
             ]
             wanted: Names = [] if callable(names) else names_of(names, f"{modality}.")
             if named or wanted:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from gemma4 import checks
 from gemma4.core import Core
+from gemma4.dictionaries.features import Features
 from gemma4.errors import SiteError, StateError
 from gemma4.files import StrPath
 from gemma4.html import Picture
@@ -85,6 +86,10 @@ class EncoderCache(CapturedArrays):
         return f"EncoderCache: {len(self)} arrays of the {run.medium.kind} at positions {run.start} to {run.stop - 1}"
 
 
+def _face(value: F32 | Features) -> str:
+    return repr(value) if isinstance(value, Features) else str(list(value.shape))
+
+
 def _is_pair(key: object) -> bool:
     return isinstance(key, tuple) and len(cast("tuple[object, ...]", key)) == 2
 
@@ -99,6 +104,8 @@ class ActivationCache(CapturedArrays):
     positions:  int64 [T], where in the sequence they stand
     media:      one EncoderCache for each picture, frame and recording of which sites inside the encoders were captured
                 ("vision.…", "audio.…"): `cache.media[0]["vision.blocks.2.hook_resid_post"]`, `.run` says which it is
+
+    Sites inside an attached dictionary are not listed, but found: `cache[name]`, and sparse in `features`.
     """
 
     def __init__(
@@ -114,6 +121,20 @@ class ActivationCache(CapturedArrays):
         self.tokens = tokens
         self.positions = positions
         self.media = media
+        self._inside: dict[str, F32 | Features] = {}
+
+    @property
+    def features(self) -> dict[str, Features]:
+        """The features captured inside attached dictionaries, by the names of their sites. `cache[name]` makes them
+        dense, float32 [pos, d_sae]."""
+        return {name: value for name, value in self._inside.items() if isinstance(value, Features)}
+
+    def keep_inside(self, kept: Mapping[str, tuple[NDArray[np.int64], F32 | Features]]) -> None:
+        """Add what passed sites inside dictionaries, by name: the positions of all rows, of which those of this cache
+        are kept, and the rows."""
+        for name, (positions, value) in kept.items():
+            rows = np.isin(positions, self.positions)
+            self._inside[name] = value.take(rows) if isinstance(value, Features) else value[rows]
 
     # Pickles hold the arrays, not the model and its file mapping; copies in one process share the model.
 
@@ -153,6 +174,11 @@ class ActivationCache(CapturedArrays):
         The file appears when it is complete. Raises ValueError (activations inside encoders, `media`, which only a
         pickle holds; f16 for numbers beyond 65504), FileExistsError unless force, OSError.
         """
+        if self._inside:
+            raise ValueError(
+                f"this cache holds {next(iter(self._inside))!r}, inside a dictionary, which a safetensors file "
+                "does not take: capture without it, save its array yourself, or pickle the cache"
+            )
         if self.media:
             raise ValueError(
                 f"this cache holds activations inside encoders of {len(self.media)} pictures or sounds, which a "
@@ -191,6 +217,9 @@ class ActivationCache(CapturedArrays):
 
     def __getitem__(self, key: str | tuple[str, int]) -> F32:
         name = self._name(key)
+        if name in self._inside:
+            inside = self._inside[name]
+            return inside.dense() if isinstance(inside, Features) else inside
         if name not in self._arrays:
             if name.startswith(ENCODER_PREFIXES):
                 raise SiteError(f"{name!r} is inside an encoder: see cache.media, one cache for each picture or sound")
@@ -210,11 +239,11 @@ class ActivationCache(CapturedArrays):
         return f"blocks.{layer}.{stem}"
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and canonical_name(key) in self._arrays
+        return isinstance(key, str) and (canonical_name(key) in self._arrays or key in self._inside)
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + sum(cache.nbytes for cache in self.media)
+        return super().nbytes + sum(one.nbytes for one in (*self.media, *self._inside.values()))
 
     def to_dict(self) -> dict[str, F32]:
         """A plain dict of the same arrays, e.g. for `np.savez`."""
@@ -230,6 +259,7 @@ class ActivationCache(CapturedArrays):
             shapes = {self._arrays[site.name].shape for site in sites}
             where = f"  ({len(sites)} layers)" if sites[0].layer is not None else ""
             lines.append(f"  {stem:<28} {' '.join(str(list(shape)) for shape in sorted(shapes))}{where}")
+        lines += [f"  {name}: {_face(value)}" for name, value in self._inside.items()]
         lines += [f"  media[{i}]: {cache!r}" for i, cache in enumerate(self.media)]
         return "\n".join(lines)
 

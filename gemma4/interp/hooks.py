@@ -9,8 +9,11 @@ Wherever a hook can stand, an edit of `gemma4.edits` can, too: it is data, and t
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,14 +24,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from gemma4.edits.base import Edit, SiteEdit, check_edits
 from gemma4.edits.scope import Extent
-from gemma4.interp.sites import Names, Site, SiteTable, names_of
+from gemma4.errors import SiteError
+from gemma4.interp.sites import Names, Site, SiteTable, canonical_name, names_of
 from gemma4.narrow import is_iterable, is_sequence
 
 Array: TypeAlias = NDArray[Any]
 HookFn: TypeAlias = Callable[[NDArray[np.float32], "HookPoint"], ArrayLike | None]
 NamedFn: TypeAlias = tuple[Names, HookFn]
-Hook: TypeAlias = NamedFn | Edit
+Hook: TypeAlias = "NamedFn | Edit | Nested"
 SiteHooks: TypeAlias = list[tuple[Site, list[HookFn | SiteEdit]]]
+
+
+NESTED_MARK = ".hook_sae_"  # after the site's name, in the names of sites inside an attached dictionary
 
 
 class NaNWarning(RuntimeWarning):
@@ -59,6 +66,30 @@ class HookPoint:
         return int(self.positions[0])
 
 
+class Nested(ABC):
+    """A hook with sites of its own inside, as an attached dictionary has. Functions of other hooks can stand there.
+
+    sites  name -> site, in the order in which they are passed; each begins with the name of a site of the model
+    """
+
+    sites: Mapping[str, Site]
+
+    @abstractmethod
+    def pairs(self, inner: Mapping[str, Sequence[HookFn]]) -> list[NamedFn]:
+        """The functions that it has on sites of the model, which call those of `inner` at its own."""
+
+
+class Capture:
+    """A function for sites inside a `Nested`: it keeps what passes, by sequence and name. There it gets features as
+    they are, not as a dense array."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, dict[str, tuple[NDArray[np.int64], Any]]] = {}
+
+    def __call__(self, value: Any, point: HookPoint) -> None:
+        self.kept.setdefault(point.sequence, {})[point.name] = (point.positions, value)
+
+
 class NaNLog:
     """The sites where edits produced NaN, so that each is reported once."""
 
@@ -82,22 +113,75 @@ def bind_hooks(table: SiteTable, hooks: Iterable[Hook], *, stop_at_layer: int | 
     Raises SiteError for a name that matches no site, TypeError for something that is not a (names, function) pair.
     """
     bound: dict[str, tuple[Site, list[HookFn | SiteEdit]]] = {}
-    for hook in hooks:
+    plain, inner = _without_nested(list(hooks), table)
+    for hook in plain:
         if isinstance(hook, Edit):
             for part in hook.bound(table, stop_at_layer=stop_at_layer):
                 bound.setdefault(part.site.name, (part.site, []))[1].append(part)
             continue
-        names, fn = _checked_pair(hook)
-        for site in table.select(names, stop_at_layer=stop_at_layer):
-            bound.setdefault(site.name, (site, []))[1].append(fn)
+        for names, fn in hook.pairs(inner) if isinstance(hook, Nested) else [hook]:
+            for site in table.select(names, stop_at_layer=stop_at_layer):
+                bound.setdefault(site.name, (site, []))[1].append(fn)
     return [bound[name] for name in table if name in bound]
+
+
+def _without_nested(hooks: list[Hook], table: SiteTable) -> tuple[list[Hook], dict[str, list[HookFn]]]:
+    """The hooks on sites of the model, and the functions on sites inside nested ones."""
+    plain: list[Hook] = []
+    inner: dict[str, list[HookFn]] = {}
+    for hook in hooks:
+        if isinstance(hook, Edit | Nested):
+            plain.append(hook)
+            continue
+        names, fn = _checked_pair(hook)
+        inside, names = apart(names, hooks, table)
+        for name in inside:
+            inner.setdefault(name, []).append(fn)
+        if callable(names) or not inside or (is_iterable(names) and list(names)):
+            plain.append((names, fn))
+    return plain, inner
+
+
+def apart(names: Names, hooks: Iterable[Hook], table: SiteTable) -> tuple[list[str], Names]:
+    """The chosen sites inside nested hooks, and the names that are left for the model. None chooses none inside.
+
+    Raises SiteError for a name of a site inside that none of them has, or two.
+    """
+    inner = [name for hook in hooks if isinstance(hook, Nested) for name in hook.sites]
+    if names is None or callable(names):
+        chosen = [name for name in inner if names is not None and names(name)]
+        rest = names
+    else:
+        chosen, rest = list[str](), list[str]()
+        for pattern in [names] if isinstance(names, str) else names:
+            found = _inside(pattern, inner)
+            chosen += found
+            if not found or fnmatch.filter(table, pattern):
+                rest.append(pattern)
+    twice = [name for name in chosen if inner.count(name) > 1]
+    if twice:
+        raise SiteError(f"two dictionaries are attached at {twice[0]!r}: name its site with one of them attached")
+    return list(dict.fromkeys(chosen)), rest
+
+
+def _inside(pattern: object, inner: list[str]) -> list[str]:
+    """The names that a pattern matches. Raises SiteError where it can mean no site of a model."""
+    if not isinstance(pattern, str):
+        return []
+    outer, mark, part = pattern.rpartition(NESTED_MARK)
+    found = fnmatch.filter(inner, canonical_name(outer) + mark + part if mark else pattern)
+    if mark and not found:
+        near = difflib.get_close_matches(pattern, inner, n=4, cutoff=0.5) or inner
+        known = f"closest: {', '.join(near)}" if near else "no dictionary is attached: use it in `with model.attach(…)`"
+        raise SiteError(f"no site {pattern!r}; {known}")
+    return found
 
 
 def checked_hooks(hooks: object) -> list[Hook]:
     """The hooks as a list of pairs and edits. Raises TypeError."""
     if isinstance(hooks, str | Edit) or not is_iterable(hooks):
         raise TypeError(f"hooks are pairs (site name, glob or predicate; function) in a list, got {hooks!r:.80}")
-    return [hook if isinstance(hook, Edit) else _checked_pair(hook) for hook in hooks]
+    return [hook if isinstance(hook, Edit | Nested) else _checked_pair(hook) for hook in hooks]
 
 
 def check_hooks(hooks: SiteHooks, extent: Extent) -> None:
@@ -122,7 +206,7 @@ def hooks_of(hooks: Iterable[Hook], prefix: str = "") -> list[Hook]:
     """
     chosen: list[Hook] = []
     for hook in hooks:
-        if isinstance(hook, Edit):  # of the text model
+        if isinstance(hook, Edit | Nested):  # of the text model
             chosen += [] if prefix else [hook]
             continue
         names, fn = _checked_pair(hook)

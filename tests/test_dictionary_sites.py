@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sites inside an attached dictionary: captured, read and edited by functions, under SAELens's names."""
+
+import copy
+import json
+import pickle
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from gemma4 import SAE, Features, NaNWarning, SiteError, Transcoder
+
+TEXT = "Once upon a time there was a little girl named Lily"
+RESID = "blocks.2.hook_resid_post"
+ACTS, INPUT, RECONS, ERROR = (f"{RESID}.hook_sae_{part}" for part in ("acts_post", "input", "recons", "error"))
+N = 80
+
+
+def written(folder, model, site, out=None, **config):
+    rng = np.random.default_rng(3)
+    d, d_out = (int(np.prod(model.sites[name].dims[1:])) for name in (site, out or site))
+    folder.mkdir()
+    sizes = {"W_enc": (d, N), "W_dec": (N, d_out), "b_enc": (N,), "b_dec": (d_out,)}
+    save_file(
+        {k: rng.standard_normal(v, dtype=np.float32) / 8 for k, v in sizes.items()}, folder / "sae_weights.safetensors"
+    )
+    names = {"hook_name": site, "hook_name_out": out}
+    (folder / "cfg.json").write_text(json.dumps({"d_in": d, "d_sae": N, "d_out": d_out, "metadata": names} | config))
+    return folder
+
+
+@pytest.fixture
+def sae(tiny, tmp_path):
+    with SAE.load(written(tmp_path / "sae", tiny, RESID, apply_b_dec_to_input=False)) as sae:
+        yield sae
+
+
+def test_captured(tiny, sae):
+    plain, cache = tiny.run_with_cache(TEXT, RESID)
+    with tiny.attach(sae):
+        logits, inside = tiny.run_with_cache(TEXT, [RESID, ACTS, INPUT, RECONS, ERROR])
+        _, same = tiny.run_with_cache(TEXT, f"{RESID}.*")
+    x = cache[RESID]
+    features = sae.encode(x)
+    assert isinstance(inside.features[ACTS], Features) and list(inside) == [RESID] and not list(same)
+    np.testing.assert_array_equal(inside[ACTS], features.dense())
+    np.testing.assert_array_equal(inside.features[ACTS].offsets, features.offsets)
+    np.testing.assert_array_equal(inside[INPUT], x)
+    np.testing.assert_array_equal(inside[RECONS], sae.decode(features, x))
+    np.testing.assert_array_equal(inside[ERROR], x - sae.decode(features, x))
+    np.testing.assert_array_equal(inside[RESID], inside[RECONS] + inside[ERROR])
+    assert np.abs(logits - plain).max() < 2e-5 * np.abs(plain).max()
+    assert ACTS in inside and ACTS not in cache and set(same.features) == {ACTS}
+    assert inside.nbytes > same.nbytes > inside.features[ACTS].nbytes
+    assert f"{ACTS}: Features: {len(x)} positions" in repr(inside) and f"{RECONS}: {list(x.shape)}" in repr(inside)
+
+
+def test_captured_positions_and_batches(tiny, sae):
+    prompts = [TEXT, "The dog", "Lily likes to play"]
+    with tiny.attach(sae):
+        _, whole = tiny.run_with_cache(prompts, [ACTS, RESID])
+        _, some = tiny.run_with_cache(prompts, ACTS, pos=[0, -1])
+        _, last = tiny.run_with_cache(TEXT, ACTS, pos=-1)
+    for one, two in zip(whole, some, strict=True):
+        np.testing.assert_array_equal(two[ACTS], one[ACTS][[0, -1]])
+    np.testing.assert_array_equal(last[ACTS], whole[0][ACTS][-1:])
+    assert not np.array_equal(whole[0][ACTS][:3], whole[2][ACTS][:3])
+
+
+def test_copies_keep_them(tiny, sae, tmp_path):
+    with tiny.attach(sae):
+        _, cache = tiny.run_with_cache(TEXT, [ACTS, RECONS, RESID])
+    for other in (copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        np.testing.assert_array_equal(other[ACTS], cache[ACTS])
+        np.testing.assert_array_equal(other[RECONS], cache[RECONS])
+    with pytest.raises(ValueError, match="hook_sae_acts_post', inside a dictionary"):
+        cache.save(tmp_path / "cache.safetensors")
+
+
+def test_by_predicate_and_by_default(tiny, sae):
+    with tiny.attach(sae):
+        _, chosen = tiny.run_with_cache(TEXT, lambda name: name.endswith(("acts_post", "resid_mid")))
+        _, default = tiny.run_with_cache(TEXT)
+        _, alias = tiny.run_with_cache(TEXT, "model.layers.2.output.hook_sae_acts_post")
+    assert set(chosen.features) == {ACTS} == set(alias.features) and len(chosen) == tiny.n_layers
+    assert not default.features and len(default) > 50
+
+
+def test_functions_read(tiny, sae):
+    seen = {}
+
+    def look(array, site):
+        seen[site.name] = (array.copy(), site.layer, site.positions.copy())
+
+    with tiny.attach(sae):
+        expected = tiny.forward(TEXT)
+        logits = tiny.run_with_hooks(TEXT, [(f"{RESID}.hook_sae_*", look)])
+        _, cache = tiny.run_with_cache(TEXT, f"{RESID}.hook_sae_*")
+    np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
+    assert set(seen) == {ACTS, INPUT, RECONS, ERROR}
+    for name, (array, layer, positions) in seen.items():
+        np.testing.assert_array_equal(array, cache[name])
+        assert layer == 2 and array.dtype == np.float32
+        np.testing.assert_array_equal(positions, cache.positions)
+
+
+def test_functions_edit(tiny, sae):
+    """As SAELens: the error is that of the unedited features."""
+    _, plain = tiny.run_with_cache(TEXT, RESID)
+    x, features = plain[RESID], sae.encode(plain[RESID])
+    error = x - sae.decode(features, x)
+    feature = int(features[3].ids[0])
+
+    def clamp(acts, site):
+        acts[:, feature] = 4
+
+    def halved(array, site):
+        return array / 2
+
+    expected = features.dense()
+    expected[:, feature] = 4
+    changed = {
+        ACTS: (clamp, expected @ np.float32(sae._weights.w_dec) + sae._weights.b_dec + error),
+        INPUT: (halved, sae.decode(sae.encode(x / 2), x / 2) + error),
+        RECONS: (halved, sae.decode(features, x) / 2 + error),
+        ERROR: (halved, sae.decode(features, x) + error / 2),
+    }
+    for name, (fn, wanted) in changed.items():
+        with tiny.attach(sae) as record, tiny.hooks([(name, fn)]):
+            _, cache = tiny.run_with_cache(TEXT, [RESID, name])
+        np.testing.assert_allclose(cache[RESID], wanted, atol=2e-5 * np.abs(wanted).max())
+        assert not np.allclose(cache[RESID], x, atol=1e-2)
+    assert record.features().d_sae == N
+    with tiny.attach(sae) as record, tiny.hooks([(ACTS, clamp)]):
+        _, cache = tiny.run_with_cache(TEXT, ACTS)
+    np.testing.assert_array_equal(cache[ACTS], expected)  # after the edit
+    np.testing.assert_array_equal(record.features().dense(), expected)
+
+
+def test_functions_act_in_order(tiny, sae):
+    def add(acts, site):
+        acts[:, 0] += 1
+
+    def double(acts, site):
+        acts *= 2
+
+    with tiny.attach(sae):
+        _, plain = tiny.run_with_cache(TEXT, ACTS)
+        with tiny.hooks([(ACTS, add)]), tiny.hooks([(ACTS, double)]):
+            _, cache = tiny.run_with_cache(TEXT, ACTS)
+    one = np.eye(1, N, dtype=np.float32)
+    np.testing.assert_array_equal(cache[ACTS], 2 * (plain[ACTS] + one))
+
+
+def test_without_the_error_term(tiny, sae):
+    with tiny.attach(sae, error=False):
+        _, cache = tiny.run_with_cache(TEXT, [RESID, RECONS])
+        with pytest.raises(SiteError, match=f"closest: .*{RECONS}"):
+            tiny.run_with_cache(TEXT, ERROR)
+    np.testing.assert_array_equal(cache[RESID], cache[RECONS])
+
+
+def test_while_generating(tiny, sae):
+    seen = []
+
+    def clamp(acts, site):
+        seen.append(site.start)
+        acts[:, 7] = 9
+
+    with tiny.attach(sae) as record, tiny.hooks([(ACTS, clamp)]):
+        tiny.generate("Once upon a time", max_tokens=4, temperature=0, seed=0)
+    assert seen[0] == 0 and len(seen) >= 3 and (record.features().feature(7) == 9).all()
+
+
+def test_a_transcoder(tiny, tmp_path):
+    folder = written(tmp_path / "tc", tiny, "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out", architecture="transcoder")
+    base = "blocks.1.mlp.hook_in.hook_sae_"
+    with Transcoder.load(folder) as tc, tiny.attach(tc):
+        _, cache = tiny.run_with_cache(TEXT, f"{base}*")
+        _, plain = tiny.run_with_cache(TEXT, ["blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"])
+        np.testing.assert_array_equal(cache[f"{base}recons"], tc(plain["blocks.1.mlp.hook_in"]))
+        wanted = plain["blocks.1.hook_mlp_out"]
+        np.testing.assert_allclose(
+            cache[f"{base}recons"] + cache[f"{base}error"], wanted, atol=1e-5 * np.abs(wanted).max()
+        )
+
+
+def test_names_that_are_wrong(tiny, sae):
+    def nothing(array, site):
+        pass
+
+    for name in (ACTS, f"{RESID}.hook_sae_*"):
+        with pytest.raises(SiteError, match="no dictionary is attached"):
+            tiny.run_with_cache(TEXT, name)
+        with pytest.raises(SiteError, match="no dictionary is attached"):
+            tiny.hooks([(name, nothing)])
+    with tiny.attach(sae):
+        for name in (f"{RESID}.hook_sae_acts", "blocks.3.hook_resid_post.hook_sae_acts_post", "x.hook_sae_y"):
+            with pytest.raises(SiteError, match=f"no site '{name}'; closest: .*hook_sae"):
+                tiny.run_with_cache(TEXT, name)
+            with pytest.raises(SiteError, match=f"no site '{name}'; closest: .*hook_sae"):
+                tiny.run_with_hooks(TEXT, [([name, ACTS], nothing)])
+        with pytest.raises(SiteError, match="no site"):
+            tiny.run_with_cache(TEXT, [ACTS, "blocks.2.hook_resid_pots"])
+        with pytest.raises(TypeError, match="a site name is a string"):
+            tiny.run_with_cache(TEXT, [ACTS, 3])
+        with tiny.attach(sae), pytest.raises(SiteError, match="two dictionaries"):
+            tiny.run_with_cache(TEXT, ACTS)
+
+
+def test_functions_that_are_wrong(tiny, sae):
+    with tiny.attach(sae):
+        with pytest.raises(ValueError, match=r"hook_sae_acts_post returned shape \(1,\)"):
+            tiny.run_with_hooks(TEXT, [(ACTS, lambda array, site: np.zeros(1))])
+        with pytest.raises(ZeroDivisionError):
+            tiny.run_with_hooks(TEXT, [(RECONS, lambda array, site: 1 // 0)])
+        with pytest.warns(NaNWarning), pytest.raises(ValueError, match=r"hook_sae_acts_post, features are NaN"):
+            tiny.run_with_hooks(TEXT, [(ACTS, lambda array, site: array * np.nan)])
+        tiny.forward(TEXT)  # goes on
