@@ -69,10 +69,12 @@ ROOMS = {
     "interp": "narrow checks memory html edits media interp.sites interp.hooks interp.cache sequence step inputs "
     "model",  # these run a model
     "media.tasks": "errors load media generation model",
+    "harvest": "narrow checks errors files text load dictionaries dictionaries.features interp.sites interp.hooks "
+    "interp.saved interp.dataset interp.cache media core inputs model",
     "quantization": "narrow checks errors units files text load inputs model _engine",
     "bench": "checks errors units media encoders sequence profile info model _engine",
     "cli": "errors units files media interp interp.cache sequence generation guard info model media.tasks bench "
-    "quantization",
+    "quantization harvest interp.saved",
     "__main__": "cli",
     # former names of modules: they only hand on names, and nobody here imports them
     **dict.fromkeys(("chat", "tokenizer", "turn"), "text"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `gemma4` command: demo, generate, chat, detect, transcribe, guard, info, bench, quantize."""
+"""The `gemma4` command: demo, generate, chat, detect, transcribe, guard, info, bench, quantize, harvest."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from gemma4.cli import guard as cli_guard
+from gemma4.cli import harvest as cli_harvest
 from gemma4.cli import media as cli_media
 from gemma4.cli.terminal import console, emit, say, shown, status, streams, styled, text_of, typed
 from gemma4.files import check_output, write_file
@@ -139,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     _command(commands, "info", _info, "what a model is and what it costs")
     _add_bench(commands)
     _add_quantize(commands)
+    harvest = _command(commands, "harvest", _harvest, "run a model over a corpus and store activations; resumes")
+    cli_harvest.add_harvest(harvest)
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="for errors show the traceback, too")
     return parser
@@ -385,6 +388,10 @@ def _detect(args: argparse.Namespace) -> None:
 
 def _transcribe(args: argparse.Namespace) -> None:
     cli_media.run_transcribe(_load(args), args, say)
+
+
+def _harvest(args: argparse.Namespace) -> None:
+    cli_harvest.run_harvest(_load(args), args)
 
 
 def _read_line() -> str | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 F32: TypeAlias = NDArray[np.float32]
 
 # letter of an axis (csrc/model/sites.inc) -> name of the dimension, and its meaning
-_DIMENSIONS = {
+DIMENSIONS = {
     "T": ("pos", "position in the sequence"),
     "S": ("key", "position of a key or value in the sequence"),
     "D": ("d_model", "channel of the residual stream"),
@@ -61,12 +61,12 @@ def to_dataset(
 
 def _names(site: Site, array: F32, several: frozenset[str]) -> Iterator[str]:
     for letter, size in zip(site.axes, array.shape, strict=True):
-        name = _DIMENSIONS[letter][0]
+        name = DIMENSIONS[letter][0]
         yield f"{name}_{size}" if letter in several else name
 
 
 def _attributes(site: Site) -> dict[str, str | int]:
-    axes = "; ".join(f"{name}: {meaning}" for name, meaning in (_DIMENSIONS[letter] for letter in site.axes))
+    axes = "; ".join(f"{name}: {meaning}" for name, meaning in (DIMENSIONS[letter] for letter in site.axes))
     facts: dict[str, str | int] = {"site": site.stem, "axes": axes, "writable": int(site.writable)}
     facts |= {} if site.layer is None else {"layer": site.layer}
     return facts | ({"keys": _KEYS[site.keys]} if site.keys else {})

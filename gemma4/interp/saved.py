@@ -25,10 +25,11 @@ from gemma4.load.safetensors import SafetensorsFile, write_safetensors
 from gemma4.narrow import is_dict, is_integer, is_list
 
 F32: TypeAlias = NDArray[np.float32]
+Stored: TypeAlias = NDArray[Any]  # of a SavedDtype, or integers
 SavedDtype: TypeAlias = Literal["f32", "f16", "bf16"]
 
 _FORMAT, _VERSION = "gemma4.cache", "1"
-_TYPES: dict[str, np.dtype[Any]] = {
+TYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
     "f16": np.dtype(np.float16),
     "bf16": np.dtype(ml_dtypes.bfloat16),
@@ -91,7 +92,7 @@ def write_cache(path: StrPath, saved: Saved, dtype: SavedDtype, *, force: bool) 
     """Raises ValueError (unknown dtype, a number too large for f16), and as `gemma4.files.new_file`."""
     checks.choice("dtype", dtype, get_args(SavedDtype))
     tensors: dict[str, NDArray[Any]] = {"tokens": saved.tokens, "positions": saved.positions}
-    tensors |= {name: _narrowed(array, dtype, name) for name, array in saved.arrays.items()}
+    tensors |= {name: narrowed(array, dtype, name) for name, array in saved.arrays.items()}
     model = saved.model
     metadata = {"format": _FORMAT, "version": _VERSION, "model": model.name, "fingerprint": model.fingerprint}
     metadata["sites"] = model.as_json()
@@ -100,11 +101,12 @@ def write_cache(path: StrPath, saved: Saved, dtype: SavedDtype, *, force: bool) 
     return Path(path)
 
 
-def _narrowed(array: F32, dtype: SavedDtype, name: str) -> NDArray[Any]:
+def narrowed(array: F32, dtype: SavedDtype, name: str) -> Stored:
+    """Floats as that type, rounded to nearest; integers as they are. Raises ValueError for f16 beyond 65504."""
     if array.dtype != np.float32 or dtype == "f32":
         return array
     with np.errstate(over="ignore"):
-        narrow = array.astype(_TYPES[dtype])
+        narrow = array.astype(TYPES[dtype])
     if dtype == "f16" and (np.isinf(narrow) & ~np.isinf(array)).any():
         raise ValueError(f"{name} holds numbers beyond 65504, the largest f16: save with dtype='bf16' or 'f32'")
     return narrow

@@ -58,24 +58,41 @@ def write_safetensors(
 
     Raises TypeError for a dtype that the format lacks, ValueError for tables that `parse_header` would refuse.
     """
-    for name, array in tensors.items():
-        if array.dtype.newbyteorder("<") not in _NAMES:
-            raise TypeError(f"{name}: a safetensors file cannot hold {array.dtype}")
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    head, offsets = layout({name: (array.dtype, array.shape) for name, array in tensors.items()}, metadata)
+    file.write(head)
+    for name in offsets:
+        file.write(stored_bytes(tensors[name]))
+
+
+def layout(
+    tensors: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file of tensors of these types and shapes, and the byte at which each begins, in file order.
+
+    Raises as `write_safetensors`.
+    """
+    for name, (dtype, _) in tensors.items():
+        if dtype.newbyteorder("<") not in _NAMES:
+            raise TypeError(f"{name}: a safetensors file cannot hold {dtype}")
+    ordered = sorted(tensors.items(), key=lambda item: -item[1][0].itemsize)
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins: dict[str, int] = {}
     end = 0
-    for name, array in ordered:
-        begin, end = end, end + array.nbytes
-        dtype = _NAMES[array.dtype.newbyteorder("<")]
-        table[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
+    for name, (dtype, shape) in ordered:
+        begins[name], end = end, end + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": _NAMES[dtype.newbyteorder("<")], "shape": shape, "data_offsets": [begins[name], end]}
     head = json.dumps(table, separators=(",", ":"), allow_nan=False).encode()
     head += b" " * (-len(head) % 8)
     if len(head) > MAX_HEADER:
         raise ValueError(f"names and metadata take {len(head):,} bytes, a safetensors file has {MAX_HEADER:,} for them")
-    file.write(len(head).to_bytes(8, "little") + head)
-    for _, array in ordered:
-        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-        file.write(little.reshape(-1).view(np.uint8).data)
+    head = len(head).to_bytes(8, "little") + head
+    return head, {name: len(head) + begin for name, begin in begins.items()}
+
+
+def stored_bytes(array: NDArray[Any]) -> memoryview:
+    """The bytes that the format holds for an array, whole or a part of its rows; not copied where they are so."""
+    little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    return little.reshape(-1).view(np.uint8).data
 
 
 def parse_header(head: bytes, file_size: int, where: str = "file") -> tuple[dict[str, TensorInfo], dict[str, str]]:

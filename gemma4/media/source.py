@@ -17,7 +17,7 @@ FileLike: TypeAlias = str | os.PathLike[str] | bytes  # and bytes-like objects
 _BYTES = (bytes, bytearray, memoryview)
 _FILES = {"audio": "sound"}
 _PACKAGES = {"PIL": "Pillow", "av": "PyAV", "pillow_heif": "pillow-heif"}
-_EXTRAS = {"pillow_heif": "heic", "xarray": "xarray"}
+_EXTRAS = {"pillow_heif": "heic", "xarray": "xarray", "pyarrow": "harvest", "zarr": "harvest"}
 _LONGEST_NAME = 200  # characters of a path in a message; a file's text given for its path is longer
 
 
@@ -32,7 +32,8 @@ def require(module: str) -> Any:
     except ImportError as error:
         if "failed to map segment" in str(error):
             raise MemoryError(f"{module} cannot be loaded: {error}") from error
-        package, extra = _PACKAGES.get(module.partition(".")[0], module), _EXTRAS.get(module, "media")
+        name = module.partition(".")[0]
+        package, extra = _PACKAGES.get(name, name), _EXTRAS.get(name, "media")
         raise ImportError(f'this needs {package} ({error}): pip install "gemma4[{extra}]"') from error
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import hashlib
+import json
 import re
 import sys
 import threading
@@ -139,6 +141,12 @@ class Tokenizer:
         if token is None:
             raise KeyError(f"no piece {piece!r:.120} in the vocabulary; a space is written ▁")
         return token
+
+    @property
+    def fingerprint(self) -> str:
+        """64 hex digits that tell tokenizers apart: a digest of everything that encoding depends on."""
+        same = json.dumps(sorted(self._same.items()))
+        return hashlib.sha256((self._backend.to_str() + same).encode("utf-8", "surrogatepass")).hexdigest()
 
     def __len__(self) -> int:
         return self.vocab_size
