@@ -85,6 +85,9 @@ def test_by_predicate_and_by_default(tiny, sae):
         _, alias = tiny.run_with_cache(TEXT, "model.layers.2.output.hook_sae_acts_post")
     assert set(chosen.features) == {ACTS} == set(alias.features) and len(chosen) == tiny.n_layers
     assert not default.features and len(default) > 50
+    with tiny.attach(sae):
+        _, both = tiny.run_with_cache(TEXT, "blocks.2.*resid_post*")
+    assert list(both) == [RESID] and ACTS in both.features
 
 
 def test_functions_read(tiny, sae):

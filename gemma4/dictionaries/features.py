@@ -97,7 +97,7 @@ class Features:
         chosen: NDArray[np.int64] = np.arange(len(self))[rows]
         counts = self.counts[chosen]
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        entries: NDArray[np.int64] = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], counts)
+        entries = np.arange(int(offsets[-1])) + np.repeat(self.offsets[chosen] - offsets[:-1], counts)
         return Features(offsets, self.ids[entries], self.values[entries], self.d_sae)
 
     def top(self, k: int) -> Features:

@@ -166,7 +166,7 @@ class Dictionary:
         """Names a dictionary: 64 hexadecimal digits of its tensors' names and shapes, its configuration and a sample of
         its file, 64 pages. Raises what `encode` raises for a file that changed."""
         self._file.check()
-        return fingerprint(self._file, self.metadata)
+        return _fingerprint(self._file, self.metadata)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
@@ -265,7 +265,7 @@ class Transcoder(Dictionary):
         return f"{super()._sites()}, writes {self.site_out or 'an unnamed site'}"
 
 
-def fingerprint(file: MappedFile, metadata: dict[str, Any]) -> str:
+def _fingerprint(file: MappedFile, metadata: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, info in sorted(file.tensors.items()):
         digest.update(f"{name} {info.dtype} {info.shape} {info.offset}\n".encode())
