@@ -119,6 +119,8 @@ def link_faults(source: Path, text: str) -> Iterator[str]:
         target = (source.parent / match[1]).resolve()
         if not target.exists():
             yield f"{source.name}: no {match[1]}"
+        elif target.is_dir() and not (target / "README.md").is_file() and source != ROOT / "README.md":
+            yield f"{source.name}: {match[1]} is a folder, for which the site has no page"
         elif match[2] and target.suffix == ".md" and match[2][1:] not in slugs(target):
             yield f"{source.name}: no {match[2]} in {match[1]}"
 
@@ -127,8 +129,8 @@ def test_links_between_files_lead_somewhere():
     faults = [fault for path in DOCUMENTS for fault in link_faults(path, path.read_text(encoding="utf-8"))]
     faults += [fault for path in NOTEBOOKS for cell in cells(path, "markdown") for fault in link_faults(path, cell)]
     assert not faults
-    text = "[a](guide.md#tokens-and-logits) [b](nowhere.md) [c](guide.md#nothing) `[d](x.md)`"
-    assert len(list(link_faults(ROOT / "docs" / "sites.md", text))) == 2
+    text = "[a](guide.md#tokens-and-logits) [b](nowhere.md) [c](guide.md#nothing) `[d](x.md)` [e](../csrc)"
+    assert len(list(link_faults(ROOT / "docs" / "sites.md", text))) == 3
 
 
 def test_links_of_the_site_lead_to_its_pages():
