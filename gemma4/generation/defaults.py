@@ -31,7 +31,7 @@ MAX_TOP_K = 1 << 31
 _IN_FILES = ("temperature", "top_p", "min_p", "repetition_penalty")
 _UNSET_IDS = (-1, (1 << 32) - 1)  # written by converters where there is no such token
 # Besides the tokens with which the template ends turns: here the model waits for the result of a call.
-_WAITS = "<|tool_response>"
+_WAITS = ("<|tool_response>", "<start_function_response>")  # of Gemma 4, of FunctionGemma
 
 
 def read_defaults(config: Mapping[str, object]) -> tuple[dict[str, Any], list[str]]:
@@ -111,8 +111,9 @@ def turn_ends(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[int, ...]:
     except ValueError:  # a template that needs more than a question and an answer
         after = ""
     ids: list[int] = tokenizer.encode(after.lstrip(), bos=False)[:1].tolist() if after.strip() else []
-    if _WAITS in template.source:
-        ids += tokenizer.encode(_WAITS, bos=False)[:1].tolist()
+    for waits in _WAITS:
+        if waits in template.source:
+            ids += tokenizer.encode(waits, bos=False)[:1].tolist()
     return tuple(token for token in ids if token in tokenizer.special_ids and token != tokenizer.bos_id)
 
 

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from gemma4.core import Core
 from gemma4.text.turn import (
-    MARKERS,
     ModelTurn,
     as_plain_text,
     as_written,
     is_bare_call,
+    marker_ids,
     may_be_bare_call,
     parse_turn,
 )
@@ -59,7 +59,8 @@ class ContinuationText:
 class TurnText:
     """A model turn: the answer as pieces of text, thinking only if requested, tool calls never.
 
-    Channels are distinguished by the ids of their markers, so text that only looks like a marker stays text. Text that
+    Channels are distinguished by the ids of their markers, whatever the vocabulary calls them, so text that only looks
+    like a marker stays text. Text that
     may be a call without its opening marker is held back until that is certain. prompt: int32 [pos]; some
     templates end inside an open thinking channel, to which the following text belongs.
     """
@@ -67,21 +68,25 @@ class TurnText:
     def __init__(
         self, tokenizer: Tokenizer, prompt: NDArray[np.int32], show_thinking: bool = False, tools: Collection[str] = ()
     ) -> None:
-        self._special, self._tools, self._show_thinking = tokenizer.special_ids, frozenset(tools), show_thinking
-        self._opens = {_id(tokenizer, _THINK[0]): "thinking", _id(tokenizer, _CALL[0]): "tool_call"}
-        self._call_end = _id(tokenizer, _CALL[1])
-        self._closes = {_id(tokenizer, _THINK[1]), self._call_end}
-        self._began_thinking = _is_open(prompt, _id(tokenizer, _THINK[0]), _id(tokenizer, _THINK[1]))
+        self._tools, self._show_thinking = frozenset(tools), show_thinking
+        ids = marker_ids(tokenizer)
+        self._names = {token: marker for marker, token in ids.items()}
+        self._special = tokenizer.special_ids | set(self._names)
+        # -1: a vocabulary without this marker; no sampled id equals it
+        thinks, self._call_end = ids.get(_THINK[0], -1), ids.get(_CALL[1], -1)
+        self._opens = {thinks: "thinking", ids.get(_CALL[0], -1): "tool_call"}
+        self._closes = {ids.get(_THINK[1], -1), self._call_end}
+        self._began_thinking = _is_open(prompt, thinks, ids.get(_THINK[1], -1))
         self._channel = "thinking" if self._began_thinking else "text"
         self._label: str | None = None  # start of a channel's name line ("thought\n"), as far as received
         self._held: str | None = ""  # text since the last marker while it may be a call; None once it cannot be
         self._stream = tokenizer.decode_stream(skip_special=True)
-        self._markers = [text for text in MARKERS if _id(tokenizer, text) in tokenizer.special_ids]
+        self._markers = list(ids)
         self._whole = tokenizer.decode_stream()
         self._turn: list[tuple[bool, str]] = []  # (is a control token, text) for `parsed`
 
     def push(self, token: int) -> list[Piece]:
-        self._turn.append((token in self._special, _decoded(self._whole, token)))
+        self._keep(token)
         if token not in self._opens and token not in self._closes:
             return self._visible(_decoded(self._stream, token))
         if token == self._call_end and self._held:
@@ -97,8 +102,14 @@ class TurnText:
     def end(self, token: int) -> list[Piece]:
         """The remaining text when generation stops at `token`, which is not shown; a marker may complete a call."""
         if token in self._special:
-            self._turn.append((True, _decoded(self._whole, token)))
+            self._keep(token)
         return self.flush()
+
+    def _keep(self, token: int) -> None:
+        """Append a token to the turn, a marker under its name in Gemma 4."""
+        name = self._names.get(token)
+        text = _decoded(self._whole, token) if name is None else self._whole.flush() + name
+        self._turn.append((token in self._special, text))
 
     def flush(self) -> list[Piece]:
         pieces = self._visible(self._stream.flush())
@@ -143,13 +154,6 @@ def _decoded(stream: DecodeStream, token: int) -> str:
         return stream.push(token)
     except ValueError:
         return stream.flush() + "\ufffd"
-
-
-def _id(tokenizer: Tokenizer, piece: str) -> int:
-    try:
-        return tokenizer.piece_to_id(piece)
-    except KeyError:  # a vocabulary without this marker: no sampled id equals it
-        return -1
 
 
 def _is_open(prompt: NDArray[np.int32], opening: int, closing: int) -> bool:

@@ -19,8 +19,7 @@ from gemma4.text.tokenizer_file import SAME_TOKENS, SPACES
 PREFIX = "tokenizer.ggml."
 _MODELS = ("gemma4", "llama")
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
-_TURNS = ("<start_of_turn>", "<end_of_turn>")  # the chat format of Gemma 2 and 3; some files call them user-defined
-NAMED = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *_TURNS)
+NAMED = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
 _ARRAYS = ("tokens", "token_type", "merges", "scores")
 _VERSION = b"5"  # version of the output of `tokenizer_table`
 _MAX_SPLITS = 1 << 26  # characters of all ways to split tokens in two: 40 times those of 262,144 tokens
@@ -144,8 +143,8 @@ def _added(tokens: list[str], kinds: list[int]) -> list[dict[str, Any]]:
             "lstrip": False,
             "rstrip": False,
             "normalized": False,
-            # `gemma4.text.tokenizer.Tokenizer` knows those of Gemma 4's chat format
-            "special": kind != _USER_DEFINED or token in _TURNS,
+            # some files call a chat format's tokens user-defined; `gemma4.text.tokenizer.Tokenizer` knows them
+            "special": kind != _USER_DEFINED,
         }
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) or token in NAMED or CONTROL.fullmatch(token)

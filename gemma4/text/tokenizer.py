@@ -27,8 +27,8 @@ from gemma4.text.tokenizer_file import MAX_FILE, make_backend, panics_are_errors
 
 I32 = NDArray[np.int32]
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-# Tokens that control the chat format. Some converted files list a few of them as ordinary added tokens.
-CONTROL = re.compile(r"<\|.+>|<.+\|>")
+# Tokens that control the chat format, of Gemma 4 and of earlier models. Some files list a few as ordinary added tokens.
+CONTROL = re.compile(r"<\|.+>|<.+\|>|<(?:start|end)_(?:of_turn|function_(?:declaration|call|response))>|<escape>")
 _BYTES_PER_BYTE = 320  # bytes of memory per byte of text during encoding; at most 226 were measured
 
 

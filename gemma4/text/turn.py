@@ -12,6 +12,7 @@ another way are repaired if unambiguous (gemma4/text/repair.py). Time is linear 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Collection
@@ -21,12 +22,25 @@ from typing import Any, NamedTuple
 from gemma4.narrow import is_dict, is_list_or_tuple
 from gemma4.text.literals import QUOTE, Malformed, add_member, literal
 from gemma4.text.repair import offered, repair_calls
+from gemma4.text.tokenizer import Tokenizer
 
 _MARKS = (
     "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", "<|turn>",
     "<turn|>", "<bos>", "<eos>", "<pad>",
 )  # fmt: skip
 MARKERS = (*_MARKS, QUOTE)  # texts with a meaning in a turn
+# Their names in vocabularies of Gemma 3: FunctionGemma's calls, MedGemma's thoughts
+_EARLIER = {
+    "<|channel>": "<unused94>",
+    "<channel|>": "<unused95>",
+    "<|tool_call>": "<start_function_call>",
+    "<tool_call|>": "<end_function_call>",
+    "<|tool_response>": "<start_function_response>",
+    "<tool_response|>": "<end_function_response>",
+    "<|turn>": "<start_of_turn>",
+    "<turn|>": "<end_of_turn>",
+    QUOTE: "<escape>",
+}
 _MARK = re.compile("|".join(map(re.escape, _MARKS)))
 _SEAM = "\ufdd0"  # a noncharacter: inserted into text that only looks like a marker
 _ENDS = ("<turn|>", "<eos>", "<|tool_response>")
@@ -77,6 +91,17 @@ def parse_turn(text: str, *, thinking: bool = False, tools: Collection[str] = ()
     thoughts = [t.strip() for t in reader.thoughts]
     thought = "\n".join(t for t in thoughts if t)
     return ModelTurn("".join(reader.content).strip(), thought, tuple(reader.calls), tuple(reader.malformed))
+
+
+def marker_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The id of each of MARKERS that the vocabulary has, under the name of Gemma 4 or that of an earlier model."""
+    out: dict[str, int] = {}
+    for marker in MARKERS:
+        for name in (marker, _EARLIER.get(marker)):
+            if name is not None and marker not in out:
+                with contextlib.suppress(KeyError):
+                    out[marker] = tokenizer.piece_to_id(name)
+    return out
 
 
 def as_plain_text(text: str, markers: Collection[str]) -> str:
