@@ -201,8 +201,8 @@ class EncoderConfig(TypedDict):
 Medium: TypeAlias = tuple[F32, I32 | None, F32]
 
 # site id · layer (0 for sites of the whole encoder) · index of the medium · where it goes, with the site's dims, or a
-# callable that edits it as in Tap
-EncoderTap: TypeAlias = tuple[int, int, int, NDArray[Any] | Callable[[NDArray[Any]], Any]]
+# callable or Edit that changes it · rows, as in Tap: of the site's axis "T", "N" or "U"
+EncoderTap: TypeAlias = tuple[int, int, int, NDArray[Any] | Callable[[NDArray[Any]], Any] | Edit, I32 | None]
 
 class Encoder:
     def __init__(self, model: Model, config: EncoderConfig, tensors: Tensors) -> None:

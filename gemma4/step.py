@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -19,7 +18,7 @@ from gemma4.edits.scope import Place
 from gemma4.encoders.soft_tokens import SoftRows
 from gemma4.errors import CapacityError, StateError
 from gemma4.interp.cache import ActivationCache
-from gemma4.interp.hooks import HookFn, HookPoint, SiteHooks, make_edit
+from gemma4.interp.hooks import HookPoint, SiteHooks, works
 from gemma4.interp.sites import Site
 from gemma4.narrow import is_array, is_iterable
 from gemma4.profile import step_array
@@ -115,7 +114,12 @@ class _Plan:
         return sequence, ids, embeddings, rows, logits, ends, resid
 
     def edits(self, model: Core, plans: Seq[_Plan]) -> list[Tap]:
-        return [tap for site, acts in self.prompt.hooks for tap in self._edits(site, acts, model, plans)]
+        """The taps of hooks and edits, in their order."""
+        return [
+            (site.id, site.layer or 0, self.run_index, *work)
+            for site, acts in self.prompt.hooks
+            for work in works(site, acts, self._point(site), model.nan_log, lambda edit: self._work_of(edit, plans))
+        ]
 
     def copies(self) -> Iterator[Tap]:
         """The captures, and the rows that other runs take, which their `edits` have asked for."""
@@ -133,17 +137,6 @@ class _Plan:
         n_keys = self.before + len(self.prompt.ids)
         empty = np.zeros(site.shape(len(positions), n_keys), np.float32)
         return self.lent.setdefault((site.name, positions.tobytes()), (site, positions, empty))[2]
-
-    def _edits(self, site: Site, acts: list[HookFn | SiteEdit], model: Core, plans: Seq[_Plan]) -> Iterator[Tap]:
-        """Functions and edits in their order; functions that follow each other are one call."""
-        where = site.id, site.layer or 0, self.run_index
-        for are_edits, group in groupby(acts, lambda act: isinstance(act, SiteEdit)):
-            if are_edits:
-                for edit in cast("Iterator[SiteEdit]", group):
-                    yield from ((*where, *tap) for tap in self._work_of(edit, plans))
-            else:
-                fns = cast("list[HookFn]", list(group))
-                yield *where, make_edit(site, fns, self._point(site), model.nan_log), None
 
     def _work_of(self, edit: SiteEdit, plans: Seq[_Plan]) -> list[tuple[Work, I32 | None]]:
         place = self._place()

@@ -520,7 +520,6 @@ def test_control_vectors(tiny, tmp_path):
         (lambda d: [Scale("blocks.1.hook_mlp_out", 2, head=1)], ValueError, "no heads"),
         (lambda d: [Scale("blocks.1.attn.hook_z", 2, head=44)], ValueError, "heads 0 to"),
         (lambda d: [Scale("blocks.1.hook_mlp_out", 2, index=d)], ValueError, "last axis"),
-        (lambda d: [Scale("vision.hook_soft", 2)], NotImplementedError, "text model"),
         (lambda d: [Set("blocks.1.hook_mlp_out", 0), Ablate("blocks.*.hook_mlp_out")], ValueError, "both set"),
         (lambda d: [KnockOut((3, slice(None)), 0)], ValueError, "would keep no key"),
         (lambda d: [KnockOut((1, 0), 0), KnockOut((1, 1), 0)], ValueError, "would keep no key"),

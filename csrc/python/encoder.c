@@ -257,7 +257,7 @@ static int read_args(encode_args *a, PyObject *media, PyObject *taps)
         if (read_medium(a, PyTuple_GetItem(a->medium_tuple, (Py_ssize_t)i), &a->media[i]))
             return -1;
     }
-    const engine_tap_owner owner = {a, &a->gil, "medium", a->n_media, site_exists, site_shape, NULL};
+    const engine_tap_owner owner = {a, &a->gil, "medium", a->n_media, site_exists, site_shape};
     return engine_read_taps(taps, &owner, &a->taps);
 }
 

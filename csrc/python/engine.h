@@ -73,7 +73,6 @@ typedef struct {
     int n_runs;
     bool (*exists)(void *context, g4_site site, int layer);
     int (*shape)(void *context, const g4_tap *tap, int64_t shape[G4_MAX_DIMS]); /* returns the number of axes */
-    int (*n_rows)(void *context, int run);                                      /* NULL: taps take no `rows` */
 } engine_tap_owner;
 
 typedef struct {

@@ -86,11 +86,6 @@ static int site_shape(void *context, const g4_tap *tap, int64_t shape[G4_MAX_DIM
     return g4_site_shape(g4_model_config(s->model->model), tap->site, tap->layer, run->n_rows, n_keys, shape);
 }
 
-static int rows_of(void *context, int run)
-{
-    return ((const step_args *)context)->runs[run].n_rows;
-}
-
 static int read_args(step_args *s, PyObject *runs, PyObject *taps)
 {
     s->run_tuple = PySequence_Tuple(runs);
@@ -107,7 +102,7 @@ static int read_args(step_args *s, PyObject *runs, PyObject *taps)
         if (read_run(s, PyTuple_GetItem(s->run_tuple, (Py_ssize_t)i), &s->runs[i]))
             return -1;
     }
-    const engine_tap_owner owner = {s, &s->gil, "run", s->n_runs, site_exists, site_shape, rows_of};
+    const engine_tap_owner owner = {s, &s->gil, "run", s->n_runs, site_exists, site_shape};
     return engine_read_taps(taps, &owner, &s->taps);
 }
 

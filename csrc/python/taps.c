@@ -51,16 +51,19 @@ static int read_destination(const engine_tap_owner *owner, g4_tap *tap, PyObject
 
 static int read_rows(const engine_tap_owner *owner, g4_tap *tap, PyObject *rows)
 {
+    int64_t shape[G4_MAX_DIMS];
     int32_t *ints;
     int n;
-    if (g4_site_row_axis(tap->site) < 0) /* cached keys and values have no row axis: copy all */
+    const int row_axis = g4_site_row_axis(tap->site);
+    if (row_axis < 0) /* cached keys and values have no row axis: copy all */
         rows = Py_None;
     if (engine_copy_ints(rows, "a tap's rows", &ints, &n))
         return -1;
     tap->rows = ints;
-    const int n_rows = owner->n_rows(owner->context, tap->run);
-    if (ints && n != n_rows) {
-        PyErr_Format(PyExc_ValueError, "a tap's rows: %d given for a %s of %d positions", n, owner->run_name, n_rows);
+    owner->shape(owner->context, tap, shape);
+    if (ints && n != shape[row_axis]) {
+        PyErr_Format(PyExc_ValueError, "a tap's rows: %d given for a %s of %d positions", n, owner->run_name,
+                     (int)shape[row_axis]);
         return -1;
     }
     return 0;
@@ -150,11 +153,10 @@ static int read_tap(const engine_tap_owner *owner, PyObject *tuple, g4_tap *tap,
 {
     PyObject *target, *rows = Py_None;
     int site;
-    if (!PyTuple_Check(tuple) ||
-        !PyArg_ParseTuple(tuple, owner->n_rows ? "iiiOO" : "iiiO", &site, &tap->layer, &tap->run, &target, &rows)) {
+    if (!PyTuple_Check(tuple) || !PyArg_ParseTuple(tuple, "iiiO|O", &site, &tap->layer, &tap->run, &target, &rows)) {
         PyErr_Clear();
-        PyErr_Format(PyExc_TypeError, "a tap is a tuple (site, layer, %s, array, callable or edit%s)", owner->run_name,
-                     owner->n_rows ? ", rows" : "");
+        PyErr_Format(PyExc_TypeError, "a tap is a tuple (site, layer, %s, array, callable or edit, rows or None)",
+                     owner->run_name);
         return -1;
     }
     if (site < 0 || site >= G4_N_SITES || !owner->exists(owner->context, (g4_site)site, tap->layer)) {
@@ -173,7 +175,7 @@ static int read_tap(const engine_tap_owner *owner, PyObject *tuple, g4_tap *tap,
         tap->context = edit;
         return 0;
     }
-    if (owner->n_rows && read_rows(owner, tap, rows))
+    if (read_rows(owner, tap, rows))
         return -1;
     return PyTuple_Check(target) ? read_edit(owner, tap, target) : read_destination(owner, tap, target);
 }

@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from gemma4.edits.base import Edit, Kind, SiteEdit
 from gemma4.edits.scope import Span, checked_where, listed
-from gemma4.interp.sites import ENCODER_PREFIXES, Names, Site, SiteTable, names_of, reusable
-from gemma4.narrow import is_number
+from gemma4.interp.sites import Names, Site, SiteTable, names_of, reusable
+from gemma4.narrow import is_mapping, is_number
 
 F32: TypeAlias = NDArray[np.float32]
 
@@ -23,7 +23,8 @@ F32: TypeAlias = NDArray[np.float32]
 class OnSites(Edit):
     """An edit of named sites.
 
-    site     a name, glob, list of them, or predicate
+    site     a name, glob, list of them, or predicate; also of an encoder ("vision.…", "audio.…"), except by predicate.
+             There `pos` are rows inside the encoder, of each picture, frame or recording
     head     of a site with heads: one index or several; None = all
     index    along the last axis (neurons, channels, experts): an int or slice; None = all
     """
@@ -49,9 +50,11 @@ class OnSites(Edit):
         return f"{type(self).__name__}({shown!r})"
 
     def _select(self, table: SiteTable, stop_at_layer: int | None) -> list[Site]:
-        if not callable(self.site) and any(names_of(self.site, prefix) for prefix in ENCODER_PREFIXES):
-            raise NotImplementedError(f"{self}: edits are of the text model; hook an encoder's sites with a function")
         return table.select(self.site, stop_at_layer=stop_at_layer)
+
+    def within(self, prefix: str) -> Edit | None:
+        names = names_within(self.site, prefix)
+        return None if names is None else self if names is self.site else replace(self, site=names)
 
     def _spans(self, site: Site) -> Iterator[tuple[tuple[int, Span], ...]]:
         """One set of spans for each head."""
@@ -92,10 +95,22 @@ class OnSites(Edit):
         return [SiteEdit(self, site, kind, spans=spans) for site in sites for spans in self._spans(site)]
 
 
+def names_within(names: Names, prefix: str) -> Names:
+    """Those of an edit's names that are an encoder's, or the text model's; None: there is none.
+
+    A predicate chooses among the text model's sites.
+    """
+    if callable(names):
+        return None if prefix else names
+    mine = names_of(names, prefix)
+    given = [names] if isinstance(names, str) else names
+    return names if mine == given else mine or None
+
+
 def head_axis(site: Site) -> int | None:
     if len(site.dims) != 3 or not site.stem.startswith("attn."):
         return None
-    return 0 if site.dims[1] == "T" else 1
+    return 0 if site.dims[1] == site.rows else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +162,7 @@ class WithValue(OnSites):
 
     def _with_rows(self, part: SiteEdit) -> SiteEdit:
         values = cast(F32, self.value)
-        axis = next(i for i, dim in enumerate(part.site.dims) if dim in ("T", "S"))
+        axis = next(i for i, dim in enumerate(part.site.dims) if dim == (part.site.rows or "S"))
         at = axis - len(part.site.dims) + values.ndim
         if at < 0 or values.shape[at] == 1:
             return replace(part, values=values)
@@ -212,6 +227,8 @@ def finite(value: object, what: str) -> float:
 
 def frozen(value: object, what: str) -> F32:
     """A read-only float32 copy without NaN."""
+    if is_mapping(value):
+        raise TypeError(f"{what}: the value must be an array, got a {type(value).__name__}; give the array of one site")
     array = np.asarray(value)
     if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
         raise TypeError(f"{what}: the value must be numbers, got {array.dtype}")

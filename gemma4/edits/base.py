@@ -75,6 +75,10 @@ class Edit:
     def prompt_set(self) -> frozenset[int] | None:
         return as_set(self.prompts)
 
+    def within(self, prefix: str) -> Edit | None:
+        """The edit on those of its sites that are an encoder's ("vision.", "audio."), or ("") the text model's."""
+        return None if prefix else self
+
     def concerns(self, prompt: int) -> bool:
         return self.prompt_set is None or prompt in self.prompt_set
 
@@ -197,7 +201,7 @@ class SiteEdit:
         """The work for the engine in this run: pairs (work, rows), see `_engine.Tap`; [] if the edit rests."""
         if not self.edit.acts(place.step, place.prompt):
             return []
-        if "T" not in self.site.dims:
+        if not self.site.rows:
             return self._cached_taps(place)
         if self.ready and self.edit.where is None and self.rows is None:  # all rows, every time: the usual steering
             return [(self.ready, None)]
@@ -244,7 +248,7 @@ class SiteEdit:
         n_keys, spans = place.first + place.n, dict(self.spans)
         rows = np.unique(wanted)
         values = lend(self.site, rows)[tuple(slice(*spans.get(axis, (None,))) for axis in range(len(self.site.dims)))]
-        if "T" not in self.site.dims:
+        if not self.site.rows:
             together = np.flatnonzero((np.diff(ours) != 1) | (np.diff(wanted) != 1)) + 1
             return [
                 (
@@ -276,7 +280,7 @@ class SiteEdit:
                 f"{self.edit}: prompt {place.prompt} cannot take position {missing[0]} of {self.site.name} from prompt "
                 f"{source.prompt}, which computes positions {there[0]} to {there[-1]} in this step"
             )
-        same_length = self.edit.where is None or ("S" in self.site.dims and "T" in self.site.dims)
+        same_length = self.edit.where is None or ("S" in self.site.dims and self.site.rows != "")
         if len(ours) and same_length and here[-1] != there[-1]:
             raise ValueError(
                 f"{self.edit}: prompt {place.prompt} ends at position {here[-1]} in this step, prompt {source.prompt} "
@@ -287,13 +291,13 @@ class SiteEdit:
 
     def _reach(self, place: Place) -> NDArray[np.int64]:
         """The positions of the site that a run has: those that it computes, or all keys."""
-        return np.arange(place.first if "T" in self.site.dims else 0, place.first + place.n)
+        return np.arange(place.first if self.site.rows else 0, place.first + place.n)
 
     def _arithmetic(self, n_keys: int, keys: Span) -> Arithmetic:
         spans, sizes = [WHOLE] * len(self.site.dims), list[int]()
         for axis, dim in enumerate(self.site.dims):
             spans[axis] = keys if dim == "S" else dict(self.spans).get(axis, WHOLE)
-            size = n_keys if dim == "S" else self._n_value_rows() if dim == "T" else int(dim)
+            size = n_keys if dim == "S" else self._n_value_rows() if dim == self.site.rows else int(dim)
             sizes.append(size if spans[axis] == WHOLE else spans[axis][1] - spans[axis][0])
         values = self.values
         if values is not None:
@@ -328,7 +332,7 @@ def check_edits(edits: Iterable[SiteEdit], extent: Extent) -> None:
         edit.check_prompts(extent.n_prompts)
         if not edit.concerns(extent.prompt):
             continue
-        chosen = edit.check_extent(extent, cached="T" not in part.site.dims)
+        chosen = edit.check_extent(extent, cached=not part.site.rows)
         if part.kind == "set" and edit.overwrites:
             before = written.setdefault(part.site.name, [])
             for other, rows in before:

@@ -13,10 +13,10 @@ from typing import Protocol, TypeAlias, cast, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gemma4.edits.arithmetic import OnSites, Scale, Set, finite, frozen
+from gemma4.edits.arithmetic import OnSites, Scale, Set, finite, frozen, names_within
 from gemma4.edits.base import Edit, Routing, SiteEdit, Source
 from gemma4.edits.scope import Checked, Where, checked_where, listed
-from gemma4.interp.sites import Names, Site, SiteTable, reusable
+from gemma4.interp.sites import ENCODER_PREFIXES, Names, Site, SiteTable, reusable
 from gemma4.narrow import is_integer, is_list_or_tuple
 
 F32: TypeAlias = NDArray[np.float32]
@@ -37,7 +37,7 @@ class Cache(Protocol):
 
 def _positions_axis(site: Site) -> int:
     """The axis of positions, or of key positions where there is no other."""
-    return site.dims.index("T" if "T" in site.dims else "S")
+    return site.dims.index(site.rows or "S")
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,13 @@ class Patch(OnSites):
 
     def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
         if isinstance(self.value, FromPrompt):
-            source = Source(self.value.prompt, cast(Checked, self.source_pos))
-            return [replace(part, source=source) for part in self.parts_of(table, stop_at_layer, "set")]
+            source, parts = (
+                Source(self.value.prompt, cast(Checked, self.source_pos)),
+                self.parts_of(table, stop_at_layer, "set"),
+            )
+            if any(part.site.name.startswith(ENCODER_PREFIXES) for part in parts):
+                raise ValueError(f"{self}: encoders run before the step; capture `cache.media` and give the array")
+            return [replace(part, source=source) for part in parts]
         if not isinstance(self.value, Cache):
             same = Set(self.site, self.value, head=self.head, index=self.index, pos=self.where)
             return [replace(part, edit=self) for part in same.bound(table, stop_at_layer=stop_at_layer)]
@@ -128,9 +133,9 @@ class Patch(OnSites):
         """The rows to write at `pos`, cut to the part that is edited."""
         cache, site = cast(Cache, self.value), part.site
         if site.name not in cache:
-            raise ValueError(f"{self}: the cache holds no {site.name}; capture it with names=")
+            raise ValueError(f"{self}: {_absent(site)}")
         array, axis = cache[site.name], _positions_axis(site)
-        held = [int(p) for p in (cache.positions if "T" in site.dims else range(array.shape[axis]))]
+        held = [int(p) for p in (cache.positions if site.rows else range(array.shape[axis]))]
         index = {p: i for i, p in enumerate(held)}
         end = held[-1] + 1 if held else 0
         source = [p + end if p < 0 else p for p in listed(self.source_pos) or listed(self.where) or ()]
@@ -224,15 +229,21 @@ class Ablate(Edit):
         parts = [replace(part, edit=self) for part in parts]
         return parts if self.mean is None else [self._at_mean(part) for part in parts]
 
+    def within(self, prefix: str) -> Edit | None:
+        if self.site is None:
+            return super().within(prefix)
+        names = names_within(self.site, prefix)
+        return None if names is None else self if names is self.site else replace(self, site=names)
+
     def _at_mean(self, part: SiteEdit) -> SiteEdit:
         caches, site = _caches(self.mean), part.site
         if not caches:
             return replace(part, values=cast(F32, self.mean))
-        if "S" in site.dims and "T" in site.dims:
+        if "S" in site.dims and site.rows:
             raise ValueError(f"{self}: {site.name} has one value for each pair of positions, of which there is no mean")
         missing = [cache for cache in caches if site.name not in cache]
         if missing:
-            raise ValueError(f"{self}: a cache holds no {site.name}; capture it with names=")
+            raise ValueError(f"{self}: {_absent(site)}")
         axis = _positions_axis(site)
         rows = np.concatenate([cache[site.name] for cache in caches], axis=axis)
         mean = rows.mean(axis=axis, keepdims=True, dtype=np.float64)
@@ -242,6 +253,12 @@ class Ablate(Edit):
 
     def __str__(self) -> str:
         return f"Ablate(head={self.head})" if self.head else f"Ablate({self.site!r})"
+
+
+def _absent(site: Site) -> str:
+    if site.name.startswith(ENCODER_PREFIXES):
+        return f"a cache has {site.name} for each medium; give the array, cache.media[0][{site.name!r}]"
+    return f"the cache holds no {site.name}; capture it with names="
 
 
 def _caches(value: object) -> list[Cache]:

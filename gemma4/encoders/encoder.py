@@ -9,14 +9,15 @@ about a second for the largest, and the file's pages leave memory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import _engine
 from gemma4.core import Core
-from gemma4.interp.hooks import HookFn, HookPoint, SiteHooks, active_hooks, bind_hooks, hooks_of, make_edit
+from gemma4.edits.scope import Extent, Place
+from gemma4.interp.hooks import HookPoint, SiteHooks, active_hooks, bind_hooks, check_hooks, hooks_of, works
 from gemma4.interp.sites import Names, Site, SiteTable
 from gemma4.load.encoder_config import EncoderConfig, Modality
 from gemma4.narrow import is_sequence
@@ -135,18 +136,14 @@ class Encoder:
         caches = [{site.name: self._empty(site, len(rows)) for site in capture} for rows, _ in inputs]
         taps: list[EncoderTap] = []
         for i, (rows, _) in enumerate(inputs):
-            for site, fns in hooks:
-                positions = np.arange(self._sizes(len(rows))["T" if "T" in site.dims else str(site.dims[0])])
-                point = HookPoint(site.name, site.layer, sequence, positions, first + i)
-                taps.append(
-                    (
-                        site.id,
-                        site.layer or 0,
-                        i,
-                        make_edit(site, cast("list[HookFn]", fns), point, self._model.nan_log),
-                    )
-                )
-            taps += [(self.sites[name].id, self.sites[name].layer or 0, i, array) for name, array in caches[i].items()]
+            for site, acts in hooks:
+                n = self._sizes(len(rows))[site.rows]
+                check_hooks([(site, acts)], Extent(0, n, n, prompt=sequence))
+                point = HookPoint(site.name, site.layer, sequence, np.arange(n), first + i)
+                place = Place(0, n, n, prompt=sequence)
+                done = works(site, acts, point, self._model.nan_log, lambda edit, place=place: edit.taps(place))
+                taps += [(site.id, site.layer or 0, i, *work) for work in done]
+            taps += [(self.sites[name].id, self.sites[name].layer or 0, i, a, None) for name, a in caches[i].items()]
         media = [(rows, at, out) for (rows, at), out in zip(inputs, soft, strict=True)]
         with step_array(self._model, self.modality) as profile:
             self.engine.encode(media, taps, profile=profile)

@@ -44,7 +44,7 @@ class EncoderTaps:
             named = [
                 hook
                 for hook in hooks_of(hooks, f"{modality}.")
-                if not isinstance(hook, Edit | Nested) and not callable(hook[0])
+                if isinstance(hook, Edit | Nested) or not callable(hook[0])
             ]
             wanted: Names = [] if callable(names) else names_of(names, f"{modality}.")
             if named or wanted:

@@ -17,18 +17,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gemma4.edits.base import Edit, SiteEdit, check_edits
+from gemma4.edits.base import Edit, SiteEdit, Work, check_edits
 from gemma4.edits.scope import Extent
 from gemma4.errors import SiteError
 from gemma4.interp.sites import Names, Site, SiteTable, canonical_name, names_of
 from gemma4.narrow import is_iterable, is_sequence
 
 Array: TypeAlias = NDArray[Any]
+I32: TypeAlias = NDArray[np.int32]
 HookFn: TypeAlias = Callable[[NDArray[np.float32], "HookPoint"], ArrayLike | None]
 NamedFn: TypeAlias = tuple[Names, HookFn]
 Hook: TypeAlias = "NamedFn | Edit | Nested"
@@ -202,18 +204,36 @@ def _checked_pair(hook: Any) -> NamedFn:
 def hooks_of(hooks: Iterable[Hook], prefix: str = "") -> list[Hook]:
     """The hooks whose names begin with an encoder's prefix ("vision.", "audio."), or ("") those of the text model.
 
-    Predicates are called with every name of both.
+    Predicates of functions are called with every name of both.
     """
     chosen: list[Hook] = []
     for hook in hooks:
-        if isinstance(hook, Edit | Nested):  # of the text model
-            chosen += [] if prefix else [hook]
+        if isinstance(hook, Edit | Nested):
+            whole = None if prefix else hook  # an attached dictionary is of the text model
+            part = hook.within(prefix) if isinstance(hook, Edit) else whole
+            chosen += [] if part is None else [part]
             continue
         names, fn = _checked_pair(hook)
         names = names_of(names, prefix)
         if callable(names) or names:
             chosen.append((names, fn))
     return chosen
+
+
+def works(
+    site: Site,
+    acts: list[HookFn | SiteEdit],
+    point: HookPoint,
+    log: NaNLog,
+    taps_of: Callable[[SiteEdit], list[tuple[Work, I32 | None]]],
+) -> Iterator[tuple[Work, I32 | None]]:
+    """The engine's work at a site, in order: functions that follow each other are one call."""
+    for are_edits, group in groupby(acts, lambda act: isinstance(act, SiteEdit)):
+        if are_edits:
+            for edit in cast("Iterator[SiteEdit]", group):
+                yield from taps_of(edit)
+        else:
+            yield make_edit(site, cast("list[HookFn]", list(group)), point, log), None
 
 
 def make_edit(site: Site, fns: Sequence[HookFn], point: HookPoint, log: NaNLog) -> Callable[[Array], Array]:

@@ -33,6 +33,7 @@ KEPT_ONLY_WHEN_NAMED = frozenset(
 
 _BLOCK = re.compile(r"(?:vision\.|audio\.)?blocks\.(\d+)\.(.+)")
 _HF_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)")
+_ROWS = ("T", "N", "U")
 _GLOB = re.compile(r"[*?\[]")
 
 # TransformerLens bridge name inside a block -> ours
@@ -144,6 +145,11 @@ class Site:
     pruned: bool
     writable: bool
     axes: str
+
+    @property
+    def rows(self) -> str:
+        """The letter of its rows among `dims`: "T", an encoder's "N" or "U"; "" for cached keys and values."""
+        return next((dim for dim in self.dims if isinstance(dim, str) and dim in _ROWS), "")
 
     @property
     def stem(self) -> str:
