@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from media_files import encoded, picture
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from small_models import E_LIKE, write_checkpoint
 from torch.utils.data import DataLoader
 
@@ -688,6 +689,180 @@ def test_open_what_is_none(tmp_path, harvested):
         (tmp_path / "manifest.json").write_text(json.dumps(manifest | change))
         with pytest.raises(FormatError):
             H.open(tmp_path)
+
+
+# -- features ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory):
+    """A dictionary of SAELens' kind for blocks.1.hook_resid_post of tiny-e."""
+    folder, rng = tmp_path_factory.mktemp("sae"), np.random.default_rng(0)
+    w_enc = rng.standard_normal((128, 96)).astype(np.float32)
+    tensors = {
+        "W_enc": w_enc,
+        "W_dec": w_enc.T.copy(),
+        "b_enc": np.zeros(96, np.float32),
+        "b_dec": np.zeros(128, np.float32),
+    }
+    save_file(tensors, folder / "sae_weights.safetensors")
+    config = {"architecture": "standard", "d_in": 128, "d_sae": 96, "dtype": "float32"}
+    (folder / "cfg.json").write_text(json.dumps(config | {"metadata": {"hook_name": "blocks.1.hook_resid_post"}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def coded(tiny, texts, sae, tmp_path_factory):
+    out = tmp_path_factory.mktemp("harvest") / "coded"
+    H.harvest(tiny, texts, "blocks.3.hook_resid_post", out=out, shard_tokens=300, sae=sae, top_k=8, examples=4)
+    return out
+
+
+def test_features_are_those_of_encode(tiny, sae, coded):
+    with H.open(coded) as dataset, gemma4.SAE.load(sae) as dictionary:
+        assert dataset.sites == ("blocks.3.hook_resid_post",)
+        for number in (0, 17, 39):
+            rows = range(int(dataset.bounds[number]), int(dataset.bounds[number + 1]))
+            shard = int(np.searchsorted(dataset.first_rows, rows.start, side="right")) - 1
+            first = rows.start - int(dataset.first_rows[shard])
+            found = dataset.features(shard)[first : first + len(rows)]
+            _, cache = tiny.run_with_cache(TEXTS[number], dictionary.site)
+            wanted = dictionary.encode(cache).top(8)
+            assert found.ids.tolist() == wanted.ids.tolist() and found.offsets.tolist() == wanted.offsets.tolist()
+            np.testing.assert_allclose(found.values, wanted.values, rtol=1e-6)
+        with pytest.raises(IndexError):
+            dataset.features(0, 1)
+        with pytest.raises(IndexError):
+            dataset.examples(1)
+
+
+def test_examples_of_a_dataset(coded):
+    with H.open(coded) as dataset:
+        dense = np.concatenate([dataset.features(shard).dense() for shard in range(dataset.n_shards)])
+        found = dataset.examples()
+        assert found["activations"].shape == (96, 4)
+        for feature in range(96):
+            order = np.lexsort((np.arange(len(dense)), -dense[:, feature]))[:4]
+            order = order[dense[order, feature] > 0]
+            n = len(order)
+            assert found["activations"][feature, :n].tolist() == dense[order, feature].tolist()
+            assert (found["activations"][feature, n:] == 0).all() and (found["seq_ids"][feature, n:] == -1).all()
+            assert (dataset.bounds[found["seq_ids"][feature, :n]] + found["positions"][feature, :n] == order).all()
+        np.testing.assert_allclose(found["feature_frequencies"], (dense > 0).mean(axis=0), rtol=1e-6)
+
+
+def test_features_do_not_depend_on_workers(tiny, texts, sae, coded, tmp_path):
+    options = {"shard_tokens": 300, "sae": {sae: None}, "top_k": 8, "examples": 4, "workers": 2}
+    H.harvest(tiny, texts, "blocks.3.hook_resid_post", out=tmp_path / "a", **options)
+    assert contents(tmp_path / "a") == contents(coded)
+
+
+def test_features_alone(tiny, texts, sae, tmp_path, capsys):
+    command = [
+        "harvest",
+        "--corpus",
+        str(texts),
+        "--out",
+        str(tmp_path / "a"),
+        "--sae",
+        f"{sae}=blocks.2.hook_resid_post",
+    ]
+    assert main(command) == 0
+    with H.open(tmp_path / "a") as dataset:
+        assert dataset.sites == () and dataset.dictionaries[0]["site"] == "blocks.2.hook_resid_post"
+        assert len(dataset.features(0)) == len(dataset)
+
+
+def test_dictionaries_that_do_not_fit(tiny, random_e, texts, ids, sae, coded, tmp_path):
+    with pytest.raises(ValueError, match="does not fit"):
+        H.harvest(random_e, ids, (), out=tmp_path / "a", sae=sae)
+    with pytest.raises(FileNotFoundError):
+        H.harvest(tiny, texts, (), out=tmp_path / "a", sae=tmp_path / "gone")
+    other = shutil.copytree(sae, tmp_path / "other")
+    flip(other / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match="another harvest: dictionaries"):
+        H.harvest(tiny, texts, "blocks.3.hook_resid_post", out=coded, shard_tokens=300, sae=other, top_k=8)
+
+
+# -- exports -----------------------------------------------------------------------------------------------------------
+
+
+def test_parquet(harvested, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with H.open(harvested) as dataset:
+        H.to_parquet(dataset, tmp_path / "p")
+        table = parquet.read_table(tmp_path / "p")
+        assert table["tokens"].to_pylist() == np.asarray(dataset["tokens"]).tolist()
+        rows = np.array(table[dataset.sites[0]].to_pylist(), np.float32)
+        assert (rows == np.asarray(dataset[dataset.sites[0]]).astype(np.float32)).all()
+        with pytest.raises(FileExistsError):
+            H.to_parquet(dataset, tmp_path / "p")
+        with pytest.raises(SiteError):
+            H.to_parquet(dataset, tmp_path / "q", "hook_embed")
+        assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_zarr(harvested, tmp_path):
+    zarr = pytest.importorskip("zarr")
+    with H.open(harvested) as dataset:
+        group = zarr.open_group(str(H.to_zarr(dataset, tmp_path / "z")), mode="r")
+        for name in ("seq_id", dataset.sites[1]):
+            whole = np.asarray(dataset[name])
+            assert (group[name][:] == (whole.astype(np.float32) if name == dataset.sites[1] else whole)).all()
+        assert group.attrs["gemma4.harvest"]["dtype"] == "bf16"
+
+
+def stretches(dataset, context):
+    """The first row of each, by hand."""
+    return [row for begin, end in pairwise(dataset.bounds.tolist()) for row in range(begin, end - context + 1, context)]
+
+
+def test_saelens(harvested, tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import ipc
+
+    with H.open(harvested) as dataset:
+        site, context = dataset.sites[0], 16
+        H.to_saelens(dataset, tmp_path / "s", site, context=context)
+        starts = stretches(dataset, context)
+        tokens, acts = np.asarray(dataset["tokens"]), np.asarray(dataset[site]).astype(np.float32)
+        files = [one["filename"] for one in json.loads((tmp_path / "s" / "state.json").read_text())["_data_files"]]
+        tables = [ipc.open_stream(tmp_path / "s" / name).read_all() for name in files]
+        found = [
+            (t, a)
+            for table in tables
+            for t, a in zip(*(table[c].to_pylist() for c in ("token_ids", site)), strict=True)
+        ]
+        assert [t for t, _ in found] == [tokens[row : row + context].tolist() for row in starts]
+        assert all((np.array(a) == acts[row : row + context]).all() for (_, a), row in zip(found, starts, strict=True))
+        with pytest.raises(ValueError, match="no sequence has 1000 tokens"):
+            H.to_saelens(dataset, tmp_path / "t", site, context=1000)
+        datasets = pytest.importorskip("datasets")
+        loaded = datasets.load_from_disk(str(tmp_path / "s")).with_format("numpy")
+        assert loaded.features[site].shape == (context, 128) and len(loaded) == len(starts)
+        assert (loaded[3][site] == acts[starts[3] : starts[3] + context]).all()
+
+
+def test_delphi(coded, tmp_path):
+    with H.open(coded) as dataset:
+        H.to_delphi(dataset, tmp_path / "d", context=16, n_splits=3)
+        starts, tokens = stretches(dataset, 16), np.asarray(dataset["tokens"])
+        dense = np.concatenate([dataset.features(shard).dense() for shard in range(dataset.n_shards)])
+        folder = tmp_path / "d" / "blocks.1.hook_resid_post"
+        assert sorted(path.name for path in folder.glob("*.safetensors")) == [
+            "0_31.safetensors",
+            "32_63.safetensors",
+            "64_95.safetensors",
+        ]
+        found = np.zeros((len(starts), 16, 96), np.float32)
+        for path in folder.glob("*.safetensors"):
+            part = load_file(path)
+            places = part["locations"].astype(np.int64) + np.array([0, 0, int(path.stem.split("_")[0])])
+            found[tuple(places.T)] = part["activations"]
+            assert part["tokens"].tolist() == [tokens[row : row + 16].tolist() for row in starts]
+        wanted = np.stack([dense[row : row + 16] for row in starts]).astype(np.float16)
+        assert (found == wanted).all()
+        assert json.loads((folder / "config.json").read_text())["ctx_len"] == 16
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ SWITCHED_OFF = {
 # Modules that no user imports: readers and writers of files, the command line, helpers.
 INSIDE = re.compile(
     r"(load|cli|quantization)\.(?!__init__|divergence|result)|narrow|npz|files|_moved|__main__|"
-    r"harvest\.(?!__init__|dataset|run)|checks|generation\.defaults|media\.(container|source)|text\.(literals|parts|repair|sandbox|tokenizer_file)"
+    r"harvest\.(?!__init__|dataset|export|run)|checks|generation\.defaults|media\.(container|source)|text\.(literals|parts|repair|sandbox|tokenizer_file)"
 )
 
 

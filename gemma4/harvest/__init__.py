@@ -11,6 +11,19 @@ Stopped anyhow and run again, a harvest resumes; its bytes do not depend on the 
 
 from gemma4.harvest.dataset import Column, Dataset, SiteStats
 from gemma4.harvest.dataset import open_harvest as open
+from gemma4.harvest.export import to_delphi, to_parquet, to_saelens, to_zarr
 from gemma4.harvest.run import Harvested, Progress, harvest
 
-__all__ = ["Column", "Dataset", "Harvested", "Progress", "SiteStats", "harvest", "open"]
+__all__ = [
+    "Column",
+    "Dataset",
+    "Harvested",
+    "Progress",
+    "SiteStats",
+    "harvest",
+    "open",
+    "to_delphi",
+    "to_parquet",
+    "to_saelens",
+    "to_zarr",
+]

@@ -191,10 +191,14 @@ class Dataset(Mapping[str, Column]):
 
     # -- sequences and batches ---------------------------------------------------------------------------------------
 
+    def sequence_bounds(self, shard: int) -> NDArray[np.int64]:
+        """int64 [sequences + 1]: the first row of each sequence of a shard, counted in the shard, and the end."""
+        return self.tensor(shard, DATA, "cu_seqlens")
+
     @cached_property
     def bounds(self) -> NDArray[np.int64]:
         """int64 [n_sequences + 1]: sequence i has the rows bounds[i] to bounds[i + 1] - 1."""
-        parts = [self.tensor(shard, DATA, "cu_seqlens")[1:] + self.first_rows[shard] for shard in range(self.n_shards)]
+        parts = [self.sequence_bounds(shard)[1:] + self.first_rows[shard] for shard in range(self.n_shards)]
         return np.concatenate([np.zeros(1, np.int64), *parts])
 
     @cached_property
