@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from gemma4._engine import cpu_info
 from gemma4._moved import moved
-from gemma4.dictionaries import SAE, Features, Transcoder
+from gemma4.dictionaries import SAE, Crosscoder, CrossLayerTranscoder, Features, Transcoder
 from gemma4.encoders.encoder import Encoder
 from gemma4.errors import CapacityError, FormatError, Gemma4Error, SiteError, StateError
 from gemma4.generation.stream import Generation, TextStream
@@ -35,6 +35,8 @@ __all__ = [
     "SAE",
     "ActivationCache",
     "CapacityError",
+    "CrossLayerTranscoder",
+    "Crosscoder",
     "Encoder",
     "Features",
     "FormatError",

@@ -674,7 +674,7 @@ def test_what_is_no_dictionary(tmp_path):
     with pytest.raises((FormatError, FileNotFoundError)):
         SAE.load(tmp_path / "params.npz")
     (tmp_path / "params_layer_0.safetensors").write_bytes(b"x")
-    with pytest.raises(NotImplementedError, match="crosscoder"):
+    with pytest.raises(ValueError, match=r"several layers: open it with gemma4\.Crosscoder\.load"):
         SAE.load(tmp_path)
 
 

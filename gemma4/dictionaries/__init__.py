@@ -11,6 +11,7 @@
 Files are mapped and untrusted. Formats, and traps of each: docs/guide.md.
 """
 
+from gemma4.dictionaries.cross import Crosscoder, CrossLayerTranscoder
 from gemma4.dictionaries.edits import AblateFeature, ClampFeature, FeatureEdit, ScaleFeature
 from gemma4.dictionaries.features import Features, Fired
 from gemma4.dictionaries.sae import SAE, Dictionary, Metrics, Transcoder
@@ -20,6 +21,8 @@ __all__ = [
     "SAE",
     "AblateFeature",
     "ClampFeature",
+    "CrossLayerTranscoder",
+    "Crosscoder",
     "Dictionary",
     "FeatureEdit",
     "Features",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, Literal, NoReturn, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from gemma4.load.huggingface import read_json
 from gemma4.load.mapped import MappedFile
 from gemma4.load.mapped_npz import MappedNpz
 from gemma4.load.safetensors import SafetensorsFile
-from gemma4.narrow import is_dict
+from gemma4.narrow import is_dict, is_list
 
 F32: TypeAlias = NDArray[np.float32]
 _MOST = 1 << 31  # features, widths
@@ -101,6 +101,28 @@ class _Tensors:
         return values
 
 
+@dataclass(frozen=True, eq=False)
+class OpenedLayers:
+    """A dictionary of several layers as read from its files.
+
+    weights    of each layer, whose output is that of all layers, [n_layers * d_out]; without biases
+    b_dec      float32 [n_layers, d_out]
+    skips      what each layer's input adds to its own output, [d_in, d_out]; None: no such matrix
+    sites, sites_out   of each layer; None where the files do not say
+    kind       "crosscoder", "clt"; None: the files do not say
+    """
+
+    files: tuple[MappedFile, ...]
+    weights: tuple[Weights, ...]
+    b_dec: F32
+    skips: tuple[NDArray[Any] | None, ...]
+    sites: tuple[str, ...] | None
+    sites_out: tuple[str, ...] | None
+    kind: Literal["crosscoder", "clt"] | None
+    metadata: dict[str, Any]
+    skip_positions: int
+
+
 def open_dictionary(path: Path) -> Opened:
     """Raises FileNotFoundError, OSError, FormatError (damaged, no dictionary, a pickle), NotImplementedError."""
     reader, path = _recognise(path)
@@ -126,8 +148,11 @@ def _recognise(path: Path) -> tuple[Callable[[Path], Opened], Path]:
     pickles = [name for name in found if name.endswith(_PICKLES)]
     if pickles:
         raise FormatError(f"{folder} has {pickles[0]!r:.80}; {_HOW_TO_CONVERT}")
-    if any(name.startswith("params_layer_") for name in found):
-        raise NotImplementedError(f"{folder} holds a crosscoder or cross-layer transcoder, which is not read yet")
+    if any(_LAYER_FILE.fullmatch(name) for name in found):
+        raise ValueError(
+            f"{folder} holds a dictionary of several layers: open it with gemma4.Crosscoder.load or "
+            "gemma4.CrossLayerTranscoder.load"
+        )
     shown = ", ".join(found[:8]) or "nothing"
     raise FormatError(f"{folder} holds {shown}; expected one of {', '.join(_READERS)}")
 
@@ -223,6 +248,121 @@ def _site(fields: Fields, *names: str) -> str | None:
             fields.fail(name, value, "a hook point's name")
         return canonical_name(value)
     return None
+
+
+_LAYER_FILE = re.compile(r"params_layer_(\d+)\.safetensors")
+_KINDS: Mapping[str, Literal["crosscoder", "clt"]] = {
+    "crosscoder": "crosscoder",
+    "clt": "clt",
+    "cross_layer_transcoder": "clt",
+}
+
+
+_LAYERED_SITES = {"crosscoder": ("hook_resid_post", "hook_resid_post"), "clt": ("mlp.hook_in", "hook_mlp_out")}
+
+
+def open_layers(folder: Path, kind: Literal["crosscoder", "clt"]) -> OpenedLayers:
+    """A crosscoder or a cross-layer transcoder: params_layer_0.safetensors and so on, each with the encoder of its
+    layer and the decoder from it to all.
+
+    kind: used if its files do not say. Raises FileNotFoundError, OSError, FormatError (damaged, or a layer is missing),
+    NotImplementedError.
+    """
+    config = folder / "config.json"
+    raw = read_json(config) if config.is_file() else {}
+    fields = Fields(raw, str(config))
+    architecture = fields.get("architecture", "jump_relu")
+    if architecture != "jump_relu":
+        raise NotImplementedError(f"{config}: architecture {architecture!r:.60} is not read, only jump_relu")
+    paths = _layer_files(folder)
+    files = list[SafetensorsFile]()
+    try:
+        for path in paths:
+            files.append(SafetensorsFile(path))
+        tensors = [_Tensors(file) for file in files]
+        shape = tensors[0].mapped("w_dec", None, len(files), None).shape
+        weights, b_dec, skips = zip(*(_layer(one, shape) for one in tensors), strict=True)
+        stated = _kind(fields, folder)
+        layers = _layers(folder, len(files), stated or kind)
+        names = zip(("hf_hook_point_in", "hf_hook_point_out"), _LAYERED_SITES[stated or kind], strict=True)
+        sites, sites_out = (_sites(fields, name, stem, layers) for name, stem in names)
+        return OpenedLayers(
+            tuple(files),
+            weights,
+            np.stack(b_dec),
+            skips,
+            sites,
+            sites_out,
+            stated,
+            raw,
+            _IT_PROLOGUE if str(fields.get("model_name", "")).endswith("-it") else 0,
+        )
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+def _layer_files(folder: Path) -> list[Path]:
+    """The files of every layer, in order."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; give the one with params_layer_0.safetensors")
+    found = {int(match[1]): entry for entry in folder.iterdir() if (match := _LAYER_FILE.fullmatch(entry.name))}
+    if sorted(found) != list(range(len(found))) or not found:
+        held = ", ".join(map(str, sorted(found))) or "none"
+        raise FormatError(f"{folder} has params_layer_N.safetensors of these layers: {held}; expected all from 0 on")
+    return [found[layer] for layer in sorted(found)]
+
+
+def _layer(tensors: _Tensors, shape: tuple[int, ...]) -> tuple[Weights, F32, NDArray[Any] | None]:
+    """Weights, bias and skip connection of one layer. shape: of w_dec, [d_sae, n_layers, d_out], as in the first."""
+    d_sae, n_layers, d_out = shape
+    w_enc = tensors.mapped("w_enc", None, d_sae)
+    w_dec = tensors.decoder("w_dec", d_sae, n_layers, d_out).reshape(d_sae, n_layers * d_out)
+    skip = "affine_skip_connection"
+    return (
+        Weights(
+            w_enc,
+            w_dec,
+            np.zeros(n_layers * d_out, np.float32),
+            _jump_relu(tensors, "b_enc", d_sae),
+            denormalise=False,
+        ),
+        tensors.vector("b_dec", d_out),
+        tensors.mapped(skip, w_enc.shape[0], d_out) if skip in tensors else None,
+    )
+
+
+def _layers(folder: Path, n: int, kind: Literal["crosscoder", "clt"]) -> list[int] | None:
+    """The layers' numbers in the model: of a CLT all, of a crosscoder those of the folder's name,
+    layer_7_13_17_22_width_65k. None: it does not say."""
+    if kind == "clt":
+        return list(range(n))
+    match = re.match(r"layers?((?:_\d+)+)_width", folder.absolute().name)
+    numbers = [int(number) for number in match[1].split("_")[1:]] if match else []
+    return numbers if len(numbers) == n else None
+
+
+def _kind(fields: Fields, folder: Path) -> Literal["crosscoder", "clt"] | None:
+    stated = str(fields.get("type", "")).lower()
+    if stated in _KINDS:
+        return _KINDS[stated]
+    return next((_KINDS[part] for part in reversed(folder.absolute().parts[:-1]) if part in _KINDS), None)
+
+
+def _sites(fields: Fields, name: str, stem: str, layers: list[int] | None) -> tuple[str, ...] | None:
+    """One hook point for each layer; a single one is that of one layer, and stands for the same place in all. Without
+    one, it is `stem` of each block."""
+    value = fields.get(name, None)
+    if is_list(value):
+        if not all(isinstance(one, str) and len(one) <= 200 for one in value):
+            fields.fail(name, value, "hook points' names")
+        return tuple(canonical_name(cast(str, one)) for one in value)
+    site = _site(fields, name) or f"blocks.0.{stem}"
+    match = re.fullmatch(r"blocks\.\d+\.(.+)", site)
+    if not match:
+        fields.fail(name, site, "a place inside a block, or one for each layer")
+    return None if layers is None else tuple(f"blocks.{layer}.{match[1]}" for layer in layers)
 
 
 # -- SAELens -----------------------------------------------------------------------------------------------------------

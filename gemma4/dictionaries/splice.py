@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,8 @@ class Splice(Nested):
     """
 
     def __init__(self, table: SiteTable, dictionary: Dictionary, *, error: bool) -> None:
+        if not isinstance(cast(object, dictionary), Dictionary):
+            raise TypeError(f"an SAE or a Transcoder can be attached, got {type(dictionary).__name__}")
         self.dictionary, self.error, self.record = dictionary, error, Record(dictionary)
         self._reads, self._writes = bound_sites(dictionary, table)
         widths = {"input": dictionary.d_in, "acts_post": dictionary.d_sae, "recons": dictionary.d_out}
