@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gemma 4 on CPUs: run it, and read or edit every activation.
 
-import gemma4
-model = gemma4.load("tiny-e")
-logits, cache = model.run_with_cache("Once upon a time", names="blocks.*.hook_resid_post")
-for piece in model.stream("Once upon a time"): print(piece, end="")
-gemma4.quantize("tiny-e", "tiny-e.gguf", type="Q8_0")
+    import gemma4
+    model = gemma4.load("tiny-e")
+    logits, cache = model.run_with_cache("Once upon a time", names="blocks.*.hook_resid_post")
+    for piece in model.stream("Once upon a time"): print(piece, end="")
+    gemma4.quantize("tiny-e", "tiny-e.gguf", type="Q8_0")
+
+Guide, tutorials and the table of all sites: docs/.
 """
 
 from typing import TYPE_CHECKING

@@ -20,6 +20,8 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own: plots inline
     if "sees" in path.stem and not gemma4.load("tiny-e").modalities.image:
         pytest.skip("the shipped tiny-e has no towers")
+    if "probe" in path.stem:
+        pytest.importorskip("sklearn", reason="needs scikit-learn")
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]

@@ -38,6 +38,8 @@ MODULES = (
     "gemma4.media.tasks",
     "gemma4.media.video",
 )
+FIRST = ("load", "Model")  # on the page of gemma4
+WITHOUT_METHODS = ("gemma4.edits",)  # what the engine asks of an edit is no concern of its user
 NOT_PYTHON = ("gemma4.cli", "gemma4.text")  # the command; the parts of `Model` that handle text
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^(```.*?^```[^\n]*\n)", re.S | re.M)
@@ -84,14 +86,15 @@ def reference_pages() -> dict[str, str]:
 def reference_page(module: str, homes: Mapping[str, str]) -> str:
     """Package docstring and entries. The package `gemma4` links to names that have their entry in another module."""
     entries, links = [], []
-    for name in public_names(module):
+    for name in sorted(public_names(module), key=lambda name: name not in FIRST or module != "gemma4"):
         home = homes.get(name, module)
         if module == "gemma4" and name == "load":  # a function; gemma4.load is also a package
             entries.append("::: gemma4.model.load\n")
         elif module == "gemma4" and home != module:
             links.append(f'- <a id="{module}.{name}"></a>[`{name}`]({home}.md#{home}.{name}), from `{home}`')
         else:
-            entries.append(f"::: {module}.{name}\n")
+            options = "    options: {members: false, inherited_members: false}\n" if module in WITHOUT_METHODS else ""
+            entries.append(f"::: {module}.{name}\n{options}")
     options = "    options: {show_root_heading: false, members: false, show_root_toc_entry: false, heading_level: 1}\n"
     about = f"# {module}\n\n::: {module}\n{options}"
     also = ["## Also here\n\n" + "\n".join(links) + "\n"] if links else []
