@@ -73,8 +73,8 @@ ROOMS = {
     "interp.saved interp.dataset interp.cache media core inputs model",
     "quantization": "narrow checks errors units files text load inputs model _engine",
     "bench": "checks errors units media encoders sequence profile info model _engine",
-    "cli": "errors units files media interp interp.cache sequence generation guard info model media.tasks bench "
-    "quantization harvest interp.saved",
+    "cli": "narrow errors units files html media interp interp.cache interp.saved sequence generation guard info model "
+    "media.tasks bench quantization harvest",
     "__main__": "cli",
     # former names of modules: they only hand on names, and nobody here imports them
     **dict.fromkeys(("chat", "tokenizer", "turn"), "text"),

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tempfile
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from gemma4.cli.look import image_of
 from gemma4.cli.terminal import styled
 from gemma4.files import check_output, free_name, write_file
 from gemma4.generation.stream import Generation
@@ -142,16 +141,11 @@ def _plot(lens: LogitLens, tokens: list[str], output: Path, console: Console) ->
     """The heat map in the format of the file name; None where matplotlib is missing."""
     from gemma4.interp import plots
 
-    image = io.BytesIO()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # the font lacks some scripts
-            kind = output.suffix[1:] or "png"
-            plots.overview(lens, tokens).savefig(image, format=kind, dpi=130)  # pyright: ignore[reportUnknownMemberType]  # its **kwargs
+        return image_of(plots.overview(lens, tokens), output.suffix[1:] or "png")
     except ImportError as error:
         console.print(styled(f"no heat map: {error}", console, "yellow"))
         return None
-    return image.getvalue()
 
 
 def _save(picture: bytes, output: Path | None, force: bool, model: Model, console: Console) -> None:

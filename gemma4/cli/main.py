@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `gemma4` command: demo, generate, chat, detect, transcribe, guard, info, bench, quantize, harvest."""
+"""The `gemma4` command: every command's options, and what it runs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from rich.progress import Progress
 
 from gemma4.cli import guard as cli_guard
 from gemma4.cli import harvest as cli_harvest
+from gemma4.cli import look
 from gemma4.cli import media as cli_media
 from gemma4.cli.terminal import console, emit, say, shown, status, streams, styled, text_of, typed
 from gemma4.files import check_output, write_file
@@ -137,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     cli_media.add_transcribe(transcribe)
     guard = _command(commands, "guard", _guard, "score a text by policies with ShieldGemma")
     cli_guard.add_guard(guard)
+    look.add_lens(_command(commands, "lens", _lens, "the next token that the model would say after each block"))
+    text = "what each attention, MLP and per-layer embedding adds to the logit of the predicted token"
+    look.add_attribute(_command(commands, "attribute", _attribute, text))
     _command(commands, "info", _info, "what a model is and what it costs")
     _add_bench(commands)
     _add_quantize(commands)
@@ -392,6 +396,14 @@ def _transcribe(args: argparse.Namespace) -> None:
 
 def _harvest(args: argparse.Namespace) -> None:
     cli_harvest.run_harvest(_load(args), args)
+
+
+def _lens(args: argparse.Namespace) -> None:
+    look.run_lens(lambda: _load(args), args)
+
+
+def _attribute(args: argparse.Namespace) -> None:
+    look.run_attribute(lambda: _load(args), args)
 
 
 def _read_line() -> str | None:

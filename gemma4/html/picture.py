@@ -86,6 +86,6 @@ def note(text: str | None) -> Markup | None:
     return tag("p", text, class_="g4-note") if text else None
 
 
-def left_out(shown: int, n: int, what: str) -> str | None:
-    """Small print for a picture that shows the last columns alone."""
-    return None if shown == n else f"The last {shown} of {n} {what}; to_html() shows all."
+def left_out(shown: int, n: int, what: str, how: str = "to_html()") -> str | None:
+    """Small print for a picture that shows the last columns alone, and how to see the others."""
+    return None if shown == n else f"The last {shown} of {n} {what}; {how} shows all."

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import checks
+from gemma4.html import Picture, bars, heat
+from gemma4.html.markup import visible
+from gemma4.html.picture import FEW, left_out
 from gemma4.inputs import TextOrIds
+from gemma4.interp.lens import texts_of
 from gemma4.narrow import is_list_or_tuple
 
 if TYPE_CHECKING:
@@ -20,9 +24,10 @@ if TYPE_CHECKING:
 
 F32: TypeAlias = NDArray[np.float32]
 Target: TypeAlias = int | str | tuple[int | str, int | str] | None
-_STEMS = {
-    "hook_embed", "attn.hook_result", "ln1_post.hook_scale", "hook_mlp_out", "hook_ple_out", "mlp.hook_out_normed",
-    "moe.hook_expert_ids", "moe.hook_expert_out", "moe.hook_out", "ln2_post.hook_scale", "ln_final.hook_scale",
+_STEMS = {"hook_embed", "hook_mlp_out", "hook_ple_out", "ln_final.hook_scale"}
+_OF_HEADS = {"attn.hook_result", "ln1_post.hook_scale"}
+_OF_EXPERTS = {
+    "mlp.hook_out_normed", "moe.hook_expert_ids", "moe.hook_expert_out", "moe.hook_out", "ln2_post.hook_scale",
 }  # fmt: skip
 
 
@@ -35,6 +40,8 @@ class LogitAttribution:
     logits     float32 [pos]: the logit, or the difference of two, read off the final residual stream
     positions  int64 [pos], in the sequence
     tokens     int32 [pos] or, for a difference, [2, pos]: whose logit it is
+    prompt     pos texts of the tokens at the positions
+    names      pos texts of `tokens`, as they are shown: "·Mary", for a difference "·Mary less ·John"
     """
 
     values: F32
@@ -42,6 +49,8 @@ class LogitAttribution:
     logits: F32
     positions: NDArray[np.int64]
     tokens: NDArray[np.int32]
+    prompt: list[str] = field(default_factory=list[str])
+    names: list[str] = field(default_factory=list[str])
 
     def top(self, k: int = 10, pos: int = -1) -> list[tuple[str, float]]:
         """The k largest shares in absolute value at one of `positions` (an index into them), largest first."""
@@ -49,8 +58,42 @@ class LogitAttribution:
         order = np.argsort(-np.abs(column), kind="stable")[:k]
         return [(self.labels[i], float(column[i])) for i in order]
 
+    @property
+    def title(self) -> str:
+        """The explained logit, in words."""
+        different = sorted(set(self.names))
+        return f"Logit of {different[0] if len(different) == 1 else 'the predicted tokens'}, by component"
 
-def dla(model: Model, prompt: TextOrIds, of: Target = None, *, pos: Rows = "last") -> LogitAttribution:
+    def to_html(self, last: int | None = None) -> Picture:
+        """Bars of one position; a table of components by positions if there are several.
+
+        last: only that number of positions at the end. Raises ValueError (last below 1).
+        """
+        n = len(self.positions)
+        first = n - min(n, n if last is None else checks.integer("last", last, 1, n))
+        few = left_out(n - first, n, "positions")
+        prompt = self.prompt or [str(position) for position in self.positions]
+        if n - first == 1:
+            total = f"At {visible(prompt[-1])}: they sum to {self.logits[-1]:.4g}."
+            said = " ".join(part for part in (total, few) if part)
+            return bars(self.labels, self.values[:, -1], title=self.title, small_print=said)
+        rows = ["sum", *reversed(self.labels)]
+        values = np.concatenate([self.logits[None], self.values[::-1]])[:, first:]
+        return heat(values, rows, prompt[first:], title=self.title, corner="component", small_print=few)
+
+    def _repr_html_(self) -> str:
+        return self.to_html(min(FEW, len(self.positions)) or None).fragment()
+
+
+def dla(
+    model: Model,
+    prompt: TextOrIds,
+    of: Target = None,
+    *,
+    pos: Rows = "last",
+    per_head: bool = True,
+    per_expert: bool = True,
+) -> LogitAttribution:
     """Direct logit attribution: what each component writes towards a token's logit.
 
         dla(model, "When Mary and John went to the store, John gave a book to", of=" Mary").top()
@@ -59,6 +102,7 @@ def dla(model: Model, prompt: TextOrIds, of: Target = None, *, pos: Rows = "last
     of      a token, as id or text that is one token; a pair of them: the difference of their logits; None: the token
             that the model finds likeliest at each position
     pos     positions to explain, an int, a slice or a list; "all"; ["last"]
+    per_head, per_expert   attention by head, MLPs by expert; False = as a whole: "3_attn_out", "3_mlp_out"
 
     Exact on these models: a component's output is multiplied by the layer scalars that follow and divided by the scale
     of the final norm, which are taken as they were in this run, as are those of the norms after attention, MLP and
@@ -66,17 +110,20 @@ def dla(model: Model, prompt: TextOrIds, of: Target = None, *, pos: Rows = "last
     Raises ValueError (no such token or position), and what `Model.run_with_cache` raises.
     """
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
-    names = [name for name, site in model.sites.items() if site.stem in _STEMS or name == last]
+    stems = _STEMS | (_OF_HEADS if per_head else {"hook_attn_out"}) | (_OF_EXPERTS if per_expert else set[str]())
+    names = [name for name, site in model.sites.items() if site.stem in stems or name == last]
     where = None if pos == "all" else pos
     logits, cache = model.run_with_cache(prompt, names, pos=where, logits=pos if of is None else None)
     tokens = _tokens(model, of, logits, len(cache.positions))
     direction = _direction(model, cache, tokens)
     shares, labels = list[F32](), list[str]()
-    for label, written in cache.components(per_head=True, per_expert=True):
+    for label, written in cache.components(per_head=per_head, per_expert=per_expert):
         shares.append(np.einsum("pd,pd->p", written, direction, dtype=np.float64).astype(np.float32))
         labels.append(label)
     total = np.einsum("pd,pd->p", cache[last], direction, dtype=np.float64).astype(np.float32)
-    return LogitAttribution(np.stack(shares), labels, total, cache.positions, tokens)
+    texts, of_each = texts_of(model, cache.tokens), [texts_of(model, row) for row in np.atleast_2d(tokens)]
+    explained = [" less ".join(map(visible, pair)) for pair in zip(*of_each, strict=True)]
+    return LogitAttribution(np.stack(shares), labels, total, cache.positions, tokens, texts, explained)
 
 
 def _tokens(model: Model, of: Target, logits: F32 | None, n: int) -> NDArray[np.int32]:

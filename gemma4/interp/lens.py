@@ -115,17 +115,17 @@ def logit_lens(
     if goal is not None:
         checks.integer("target", goal, 0, model.d_vocab - 1)
     flat = resid.reshape(-1, resid.shape[-1])
-    ids, probs, target_probs = _top(model, final_norm(model, flat), top_k, goal)
+    ids, probs, target_probs = top_tokens(model, flat, top_k, goal)
     shape = resid.shape[:2]
     return LogitLens(
         labels=["embed", *map(str, range(model.n_layers))],
         positions=cache.positions,
         ids=ids.reshape(*shape, -1),
         probs=probs.reshape(*shape, -1),
-        tokens=[[_texts(model, row) for row in layer] for layer in ids.reshape(*shape, -1)],
+        tokens=[[texts_of(model, row) for row in layer] for layer in ids.reshape(*shape, -1)],
         target_probs=None if target_probs is None else target_probs.reshape(shape),
         norms=np.linalg.norm(resid, axis=-1),
-        prompt=_texts(model, cache.tokens),
+        prompt=texts_of(model, cache.tokens),
     )
 
 
@@ -150,9 +150,14 @@ def lens_logits(model: Model, normed: F32) -> Iterator[tuple[int, F32]]:
         yield first, cap * np.tanh(logits / cap) if cap else logits
 
 
-def _top(model: Model, normed: F32, k: int, target: int | None) -> tuple[NDArray[np.int32], F32, F32 | None]:
-    """The k most likely ids of each row with their probabilities, from one pass over the vocabulary."""
-    rows = len(normed)
+def top_tokens(
+    model: Model, resid: F32, k: int, target: int | None = None
+) -> tuple[NDArray[np.int32], F32, F32 | None]:
+    """Next tokens read off residual vectors [rows, d_model], from one pass over the vocabulary.
+
+    Returns ids int32 [rows, k], most likely first, their probabilities float32 [rows, k], and those of `target` [rows].
+    """
+    rows, normed = len(resid), final_norm(model, resid)
     ids, best = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32)
     peak, total = np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float64)
     goal: F32 | None = None
@@ -175,5 +180,6 @@ def _keep_best(ids: NDArray[np.int32], logits: F32, k: int) -> tuple[NDArray[np.
     return np.take_along_axis(ids, order, 1), np.take_along_axis(logits, order, 1)
 
 
-def _texts(model: Model, ids: NDArray[np.int32]) -> list[str]:
+def texts_of(model: Model, ids: NDArray[np.int32]) -> list[str]:
+    """The texts of tokens; of a model without a tokenizer their ids."""
     return model.to_str_tokens(ids) if model.checkpoint.tokenizer_path else [str(i) for i in ids]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.interp.attribution import LogitAttribution
 from gemma4.interp.experiments import Grid
 from gemma4.interp.lens import LogitLens
 from gemma4.interp.media_plots import frames, picture, pyplot, spectrogram
@@ -25,9 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "attention_pattern",
+    "attribution_bars",
+    "attribution_panels",
     "frames",
     "grid",
     "lens_heatmap",
+    "lens_panels",
     "overview",
     "picture",
     "residual_norms",
@@ -73,6 +77,49 @@ def attention_pattern(
         ax.set_yticks(range(len(tokens)), [_label(t) for t in tokens], fontsize=7)
     figure.tight_layout()
     return figure
+
+
+def lens_panels(lenses: Sequence[LogitLens]) -> Figure:
+    """The logit lens of several prompts, a panel each, one above the other."""
+    width = max(7.0, 0.75 * max(len(lens.prompt) for lens in lenses) + 2)
+    heights = [0.3 * len(lens.labels) + 1.6 for lens in lenses]
+    figure, axes = _column(width, heights)
+    for ax, lens in zip(axes, lenses, strict=True):
+        lens_heatmap(lens, lens.prompt, ax)
+    figure.tight_layout()
+    return figure
+
+
+def attribution_bars(found: LogitAttribution, *, top: int = 20, ax: Axes | None = None) -> Figure:
+    """Bars of the `top` largest contributions to the logit at the last position, the largest on top."""
+    values = found.values[:, -1]
+    order: list[int] = np.argsort(-np.abs(values), kind="stable")[:top][::-1].tolist()
+    if ax is None:
+        ax = pyplot().subplots(figsize=(7.0, 0.22 * len(order) + 1.2))[1]
+    assert ax is not None
+    colours = ["#2670d0" if values[at] >= 0 else "#d0761a" for at in order]
+    ax.barh(range(len(order)), values[order], color=colours)
+    ax.set_yticks(range(len(order)), [found.labels[at] for at in order], fontsize=8)
+    ax.axvline(0, color="gray", linewidth=0.8)
+    ax.set_title(f"{found.title}: {found.logits[-1]:.3g}".replace("$", r"\$"), fontsize=10)
+    figure: Any = ax.figure
+    return figure
+
+
+def attribution_panels(results: Sequence[LogitAttribution], *, top: int = 20) -> Figure:
+    """`attribution_bars` of several prompts, one above the other."""
+    figure, axes = _column(7.0, [0.22 * min(top, len(found.labels)) + 1.2 for found in results])
+    for ax, found in zip(axes, results, strict=True):
+        attribution_bars(found, top=top, ax=ax)
+    figure.tight_layout()
+    return figure
+
+
+def _column(width: float, heights: Sequence[float]) -> tuple[Figure, Sequence[Axes]]:
+    figure, axes = pyplot().subplots(
+        len(heights), 1, figsize=(width, sum(heights)), height_ratios=heights, squeeze=False
+    )
+    return figure, axes[:, 0]
 
 
 def overview(lens: LogitLens, tokens: Sequence[str]) -> Figure:
