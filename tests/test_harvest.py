@@ -481,6 +481,12 @@ def test_a_full_disk_in_a_worker(ids, random_dir, tmp_path):
     H.open(tmp_path / "a").verify()
 
 
+def test_ray_is_an_extra(tiny, texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"gemma4\[ray\]"):
+        H.harvest(tiny, texts, RESID, out=tmp_path / "a", engine="ray")
+
+
 # -- damage and changes ------------------------------------------------------------------------------------------------
 
 

@@ -49,7 +49,7 @@ def add_harvest(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that share --threads (default: 1)"
     )
-    parser.add_argument("--engine", choices=("local",), default="local", help="default: %(default)s")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="for job arrays: part I of 0..N-1")
 
 

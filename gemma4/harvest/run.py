@@ -20,6 +20,7 @@ from gemma4.harvest.dictionaries import make_coding, paths_of
 from gemma4.harvest.finish import begin, finish
 from gemma4.harvest.local import run_here, run_processes
 from gemma4.harvest.plan import FORMAT, VERSION, Options, Plan, SiteNames, differences, make_plan
+from gemma4.harvest.ray_data import run_ray
 from gemma4.harvest.readers import SampleBy
 from gemma4.harvest.store import MANIFEST, Store
 from gemma4.harvest.worker import Ended, Event, Ran, Spec
@@ -27,7 +28,7 @@ from gemma4.interp.saved import SavedDtype
 from gemma4.model import Model
 from gemma4.narrow import is_dict
 
-Engine: TypeAlias = Literal["local"]
+Engine: TypeAlias = Literal["local", "ray"]
 Dictionaries: TypeAlias = StrPath | Iterable[StrPath] | Mapping[StrPath, str | None]
 MAX_WORKERS = 1024
 
@@ -125,7 +126,8 @@ def harvest(
     examples      strongest rows to note for each feature
     shard_tokens  about the tokens of a shard: the work that an end loses at most
     workers       processes, each with the same number of the model's threads. The bytes do not depend on it
-    engine        "local": processes of this machine
+    engine        "local": processes of this machine. "ray": actors of Ray Data on all nodes of the cluster, which see
+                  corpus, model and `out` under the same paths (gemma4[ray])
     part          (i, n): make only shards i, i + n, …, for job arrays; the job that ends last completes the dataset
     mmproj        as `model` was loaded with, for workers
     progress      called after every step; scanning: (weight, file) while the corpus is read for the first time
@@ -149,7 +151,9 @@ def harvest(
     todo = [shard for shard in range(part[0], len(plan.slices), part[1]) if shard not in there]
     tally = _Tally(plan, len(there), todo, progress)
     spec = Spec.of(model, plan, store, mmproj, workers)
-    if workers == 1:
+    if engine == "ray":
+        run_ray(spec, todo, workers, tally.note)
+    elif workers == 1:
         run_here(model, spec, todo, tally.note)
     else:
         run_processes(spec, todo, workers, tally.note)

@@ -96,7 +96,7 @@ def main() -> None:
                 rows = maker.make(shard, lambda n_tokens: _send(out, {"ran": n_tokens}))
                 _send(out, {"shard": shard, "rows": rows})
     except Exception as error:
-        pickled = base64.b64encode(_pickled(error)).decode()
+        pickled = base64.b64encode(pickled_error(error)).decode()
         _send(out, {"error": f"{type(error).__name__}: {error}", "pickle": pickled})
 
 
@@ -104,7 +104,8 @@ def _send(out: TextIO, event: dict[str, object]) -> None:
     print(json.dumps(event), file=out, flush=True)
 
 
-def _pickled(error: Exception) -> bytes:
+def pickled_error(error: Exception) -> bytes:
+    """The pickle of an exception, or of a RuntimeError with its words."""
     try:
         pickled = pickle.dumps(error)
         pickle.loads(pickled)

@@ -17,7 +17,7 @@ FileLike: TypeAlias = str | os.PathLike[str] | bytes  # and bytes-like objects
 _BYTES = (bytes, bytearray, memoryview)
 _FILES = {"audio": "sound"}
 _PACKAGES = {"PIL": "Pillow", "av": "PyAV", "pillow_heif": "pillow-heif"}
-_EXTRAS = {"pillow_heif": "heic", "xarray": "xarray", "pyarrow": "harvest", "zarr": "harvest"}
+_EXTRAS = {"pillow_heif": "heic", "xarray": "xarray", "pyarrow": "harvest", "zarr": "harvest", "ray": "ray"}
 _LONGEST_NAME = 200  # characters of a path in a message; a file's text given for its path is longer
 
 
