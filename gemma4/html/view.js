@@ -199,7 +199,7 @@
 
   const label = (text, side, axis) => {
     const made = make("span", "", text);
-    made.style[axis] = `${side}px`;
+    made.style[axis] = made.style.lineHeight = `${side}px`;
     if (side < 9) made.style.visibility = "hidden";
     return made;
   };
