@@ -194,6 +194,13 @@ def test_check_of_the_site_misses_no_name(site):
     assert len(found) >= len(gemma4.__all__)
     assert next(check.faults(site / "nothing")).endswith("no page there")
 
+    names = pages.public_names("gemma4.edits")
+    (site / "reference").mkdir()
+    entries = "".join(f'<h2 id="gemma4.edits.{name}"></h2>' for name in names if name != "Steer")
+    (site / "reference" / "gemma4.edits.html").write_text(entries, encoding="utf-8")
+    missing = [fault for fault in check.faults(site) if "gemma4.edits.html" in fault]
+    assert missing == ["reference/gemma4.edits.html: no entry for Steer"]
+
 
 def test_docstrings_become_lists():
     pytest.importorskip("griffe", reason="needs the extra docs")
@@ -206,6 +213,7 @@ def test_docstrings_become_lists():
         "What it does.\n\n- `names` – which: a glob,\n  or a list\n- `pos` – all\n\nRaises ValueError: no."
     )
     assert as_markdown("ids, x: int32 [pos]\nand so on") == "- `ids`, `x` – int32 [pos]\n\nand so on"
+    assert as_markdown("    site  where\n          head  is text here") == "- `site` – where\n  head  is text here"
     code = "    with model.edit(x):\n        run()"
     assert as_markdown(code) == code
 
