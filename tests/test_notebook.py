@@ -32,5 +32,9 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_stored_small(path):
+    """And with its outputs: the tutorials of the site are the stored notebooks."""
     assert path.stat().st_size < 500_000
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs) >= 3
     assert not any(folder in line for folder in ("/home/", "/root/", "/tmp/") for line in path.read_text().splitlines())

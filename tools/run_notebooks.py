@@ -4,6 +4,7 @@
 python tools/run_notebooks.py [NOTEBOOK …]     default: all of notebooks/
 """
 
+import os
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,6 +42,7 @@ def without_paths(notebook: nbformat.NotebookNode, *folders: Path) -> None:
 
 
 def main() -> None:
+    os.environ.pop("MPLBACKEND", None)  # the kernel's own, which stores pictures
     paths = [Path(name) for name in sys.argv[1:]] or sorted((ROOT / "notebooks").glob("*.ipynb"))
     for path in paths:
         with TemporaryDirectory() as folder:
