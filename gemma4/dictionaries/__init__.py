@@ -13,6 +13,7 @@ Files are mapped and untrusted. Formats, and traps of each: docs/guide.md.
 
 from gemma4.dictionaries.cross import Crosscoder, CrossLayerTranscoder
 from gemma4.dictionaries.edits import AblateFeature, ClampFeature, FeatureEdit, ScaleFeature
+from gemma4.dictionaries.examples import Example, Examples, FeatureSource, Histogram, Ranked
 from gemma4.dictionaries.features import Features, Fired
 from gemma4.dictionaries.sae import SAE, Dictionary, Metrics, Transcoder
 from gemma4.dictionaries.splice import Pass, Record
@@ -24,11 +25,16 @@ __all__ = [
     "CrossLayerTranscoder",
     "Crosscoder",
     "Dictionary",
+    "Example",
+    "Examples",
     "FeatureEdit",
+    "FeatureSource",
     "Features",
     "Fired",
+    "Histogram",
     "Metrics",
     "Pass",
+    "Ranked",
     "Record",
     "ScaleFeature",
     "Transcoder",

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each feature of a dictionary fires most: `examples.safetensors` of Gemma Scope 2, a dashboard without a model.
+
+    examples = Examples.load("gemma-scope-2-1b-pt/resid_post/layer_13_width_16k_l0_medium")
+    for example in examples.top(1721, 5):
+        example.tokens, example.values           # around the strongest position of a sequence
+    examples.density(1721), examples.histogram(1721), examples.logits(1721)
+
+Whatever has the four methods of `FeatureSource` can be shown as cards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Protocol, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.dictionaries.features import F32, check_feature
+from gemma4.errors import FormatError
+from gemma4.load.safetensors import SafetensorsFile
+from gemma4.narrow import is_integer
+
+I32: TypeAlias = NDArray[np.int32]
+_NAME = "examples.safetensors"
+_NEEDED = ("activations", "seq_ids", "positions", "feature_frequencies")
+_RANKED = ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")
+
+
+class Example(NamedTuple):
+    """A stretch of one sequence in which a feature fires.
+
+    tokens    int32 [n]
+    values    float32 [n], the feature at each token; 0 where it is not among the stored activations
+    sequence  its number
+    start     the position of tokens[0] in it
+    """
+
+    tokens: I32
+    values: F32
+    sequence: int
+    start: int
+
+
+class Ranked(NamedTuple):
+    """The tokens whose logits a feature changes most, the strongest first. tokens: int32 [k]; logits: float32 [k]."""
+
+    tokens: I32
+    logits: F32
+
+
+class Histogram(NamedTuple):
+    """How often a feature has which value. counts: int64 [bins]; edges: float64 [bins + 1]."""
+
+    counts: NDArray[np.int64]
+    edges: NDArray[np.float64]
+
+
+class FeatureSource(Protocol):
+    """The parts of a feature's card. Each method raises IndexError for a feature that does not exist.
+
+    d_sae      features of the dictionary
+    density    the share of tokens at which it fires
+    histogram  of its values, where it fires
+    top        up to n examples, the strongest first, each of another sequence: the strongest position with `context`
+               tokens on either side; None = the whole sequence
+    logits     the tokens that it raises and lowers most; both empty if that is not known
+    """
+
+    @property
+    def d_sae(self) -> int: ...
+    def density(self, feature: int) -> float: ...
+    def histogram(self, feature: int, bins: int = 40) -> Histogram: ...
+    def top(self, feature: int, n: int = 10, *, context: int | None = 24) -> list[Example]: ...
+    def logits(self, feature: int) -> tuple[Ranked, Ranked]: ...
+
+
+class Examples:
+    """A `FeatureSource` of stored activations.
+
+    tensors   activations, seq_ids and positions [d_sae, n_examples]: the strongest ones of each feature in any order, 0
+              where there are no more; feature_frequencies [d_sae]; optional top_tokens, top_logits, bottom_tokens and
+              bottom_logits [d_sae, k]. They may be mapped: only rows of features that are asked for are read
+    tokens_of the ids of a sequence, [n_tokens], from its number
+    n_sequences   how many there are
+    where     the name of the source, for messages
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, NDArray[np.generic]],
+        tokens_of: Callable[[int], NDArray[np.integer]],
+        n_sequences: int,
+        where: str = "examples",
+    ) -> None:
+        self.path: Path | None = None
+        self._tensors, self._tokens_of, self._n_sequences, self._where = tensors, tokens_of, n_sequences, where
+        self._file: SafetensorsFile | None = None
+        self._check_shapes()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Open an examples.safetensors, or the folder of a dictionary that has one. It is mapped, not read.
+
+        Raises FileNotFoundError, OSError, FormatError (damaged, or another file).
+        """
+        given = Path(path)
+        given = given / _NAME if given.is_dir() else given
+        if not given.exists():
+            raise FileNotFoundError(f"there is no {given}; give an {_NAME} of Gemma Scope 2, or its folder")
+        file = SafetensorsFile(given)
+        try:
+            if "tokens" not in file.tensors or len(file.tensors["tokens"].shape) != 2:
+                raise FormatError(f"{given} has no tensor tokens [sequences, length]; is it an {_NAME}?")
+            tensors = {name: file.array(name) for name in file.tensors}
+            for name in (*_NEEDED[:3], "tokens"):
+                if name in tensors and tensors[name].size:
+                    file.advise_random(name)
+            tokens = tensors["tokens"]
+            if tokens.dtype.kind not in "iu":
+                raise FormatError(f"{given}: tokens is {tokens.dtype}, expected integers")
+            found = cls(tensors, lambda sequence: tokens[sequence], len(tokens), str(given))
+        except BaseException:
+            file.close()
+            raise
+        found.path, found._file = given, file
+        return found
+
+    def _fail(self, what: str) -> NoReturn:
+        raise FormatError(f"{self._where}: {what}")
+
+    def _check_shapes(self) -> None:
+        missing = [name for name in _NEEDED if name not in self._tensors]
+        some = [name for name in _RANKED if name in self._tensors]
+        if some and len(some) < len(_RANKED):
+            missing += [name for name in _RANKED if name not in some]
+        if missing:
+            self._fail(f"there is no tensor {missing[0]}; it has {', '.join(list(self._tensors)[:12])}")
+        shape = self._tensors["activations"].shape
+        ranked = self._tensors[_RANKED[0]].shape if some else ()
+        wanted = dict.fromkeys(_NEEDED[:3], shape) | {"feature_frequencies": shape[:1]} | dict.fromkeys(some, ranked)
+        for name, size in wanted.items():
+            array = self._tensors[name]
+            rank = 1 if name == "feature_frequencies" else 2
+            integers = name in ("seq_ids", "positions") or name.endswith("tokens")
+            if array.ndim != rank or array.shape != size or array.shape[0] != shape[0]:
+                self._fail(f"{name} has shape {list(array.shape)}, expected that of {shape[0]} features, {list(size)}")
+            if (array.dtype.kind in "iu") != integers or (array.dtype.kind not in "iuf" and not _is_bf16(array)):
+                self._fail(f"{name} is {array.dtype}, expected {'integers' if integers else 'floats'}")
+
+    # -- a feature -----------------------------------------------------------------------------------------------------
+
+    @property
+    def d_sae(self) -> int:
+        return self._tensors["activations"].shape[0]
+
+    @property
+    def densities(self) -> F32:
+        """The share of tokens at which each feature fires, float32 [d_sae]."""
+        self._check()
+        return np.array(self._tensors["feature_frequencies"], np.float32)
+
+    def density(self, feature: int) -> float:
+        """The share of tokens at which the feature fires. Raises IndexError, StateError (closed)."""
+        return float(self._row("feature_frequencies", feature))
+
+    def histogram(self, feature: int, bins: int = 40) -> Histogram:
+        """Counts of the stored, strongest activations. Raises IndexError, ValueError, FormatError, StateError."""
+        _check_count("bins", bins)
+        values = self._stored(feature)[0]
+        high = float(values.max(initial=0)) or 1.0
+        counts, edges = np.histogram(values, int(bins), (0.0, high))
+        return Histogram(counts.astype(np.int64), edges)
+
+    def top(self, feature: int, n: int = 10, *, context: int | None = 24) -> list[Example]:
+        """Up to n examples, as `FeatureSource` says. Raises IndexError, ValueError, FormatError (a damaged file),
+        StateError."""
+        _check_count("n", n)
+        if context is not None and (not is_integer(context) or context < 0):
+            raise ValueError(f"context must be a whole number from 0 on, or None, got {context!r:.60}")
+        around = None if context is None else int(context)
+        values, sequences, positions = self._stored(feature)
+        order = np.lexsort((positions, sequences, -values))
+        found: dict[int, int] = {}  # the strongest entry of each sequence
+        for entry in order:
+            found.setdefault(int(sequences[entry]), int(entry))
+            if len(found) == n:
+                break
+        return [
+            self._example(sequence, int(positions[entry]), around, positions[at := sequences == sequence], values[at])
+            for sequence, entry in found.items()
+        ]
+
+    def _example(self, sequence: int, position: int, context: int | None, positions: Any, values: F32) -> Example:
+        """values: of the feature at `positions` of the sequence."""
+        tokens = np.asarray(self._tokens_of(sequence))
+        if positions.max() >= len(tokens):
+            self._fail(f"position {positions.max()} of sequence {sequence}, which has {len(tokens)} tokens")
+        whole = np.zeros(len(tokens), np.float32)
+        whole[positions] = values
+        start, stop = (0, len(tokens)) if context is None else (max(0, position - context), position + context + 1)
+        self._check()
+        return Example(tokens[start:stop].astype(np.int32), whole[start:stop], sequence, start)
+
+    def logits(self, feature: int) -> tuple[Ranked, Ranked]:
+        """The tokens that it raises and lowers most. Raises IndexError, FormatError (NaN), StateError."""
+        check_feature(feature, self.d_sae)
+        if _RANKED[0] not in self._tensors:
+            nothing = Ranked(np.empty(0, np.int32), np.empty(0, np.float32))
+            return nothing, nothing
+        up, down = (self._ranked(side, feature) for side in ("top", "bottom"))
+        return up, down
+
+    def _ranked(self, side: str, feature: int) -> Ranked:
+        logits = np.array(self._row(f"{side}_logits", feature), np.float32)
+        tokens = np.array(self._row(f"{side}_tokens", feature), np.int32)
+        if not np.isfinite(logits).all():
+            self._fail(f"{side}_logits of feature {feature} hold NaN or infinities")
+        order = np.argsort(-logits if side == "top" else logits, kind="stable")
+        return Ranked(tokens[order], logits[order])
+
+    def _stored(self, feature: int) -> tuple[F32, NDArray[np.int64], NDArray[np.int64]]:
+        """Activations that are not 0, the numbers of their sequences, and their positions."""
+        values = np.array(self._row("activations", feature), np.float32)
+        if not np.isfinite(values).all():
+            self._fail(f"activations of feature {feature} hold NaN or infinities")
+        at = values > 0
+        sequences, positions = (np.array(self._row(name, feature), np.int64)[at] for name in ("seq_ids", "positions"))
+        for name, numbers, most in (("seq_ids", sequences, self._n_sequences), ("positions", positions, 1 << 31)):
+            if numbers.size and not 0 <= numbers.min() <= numbers.max() < most:
+                self._fail(
+                    f"{name} of feature {feature} are {numbers.min()} to {numbers.max()}, expected 0 to {most - 1}"
+                )
+        return values[at], sequences, positions
+
+    def _row(self, name: str, feature: int) -> Any:
+        check_feature(feature, self.d_sae)
+        self._check()
+        return self._tensors[name][feature]
+
+    # -- life ----------------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self._file is not None:
+            self._file.check()
+
+    def close(self) -> None:
+        """Release the file. Using the examples afterwards raises StateError."""
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return self.d_sae
+
+    def __repr__(self) -> str:
+        n = self._tensors["activations"].shape[1]
+        return f"Examples: up to {n} of each of {self.d_sae} features, from {self._n_sequences} sequences"
+
+
+def _is_bf16(array: NDArray[Any]) -> bool:
+    return array.dtype.name == "bfloat16"
+
+
+def _check_count(what: str, given: object) -> None:
+    if not is_integer(given) or not 1 <= given <= 1 << 20:
+        raise ValueError(f"{what} must be a whole number from 1 to {1 << 20}, got {given!r:.60}")
