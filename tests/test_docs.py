@@ -254,7 +254,7 @@ def test_the_ten_steps_run(tmp_path, monkeypatch):
     assert len(names["guesses"]) == 11 and names["guesses"][-1] == " Mary" and names["guesses"][0] != " Mary"
     _, cache = names["model"].run_with_cache(names["prompt"], ["ln_final.hook_scale", "hook_logits_raw"])
     raw = cache["hook_logits_raw"][-1]
-    np.testing.assert_allclose(names["shares"][:, -1].sum(), raw[mary] - raw[john], rtol=1e-4)
-    assert names["best"] in names["parts"].labels
+    np.testing.assert_allclose(names["whole"], raw[mary] - raw[john], rtol=1e-4)
+    assert names["strongest"][0][0] == "9_head_0"
     assert len(names["fired"]) == len(names["values"]) > 0 and names["rebuilt"].shape == (15, 128)
     assert names["story"].shape == (names["answer"].prompt_tokens + 4, 128)
