@@ -40,6 +40,21 @@ def tiny() -> gemma4.Model:
     return gemma4.load("tiny-e")
 
 
+PROMPT = "When Mary and John went to the store"
+
+
+@pytest.fixture(scope="session", params=["tiny-e", "tiny-moe"])
+def model(request: pytest.FixtureRequest) -> gemma4.Model:
+    """Each shipped model. Modules may have a `model` of their own."""
+    return gemma4.load(request.param)
+
+
+@pytest.fixture(scope="session")
+def cache(model: gemma4.Model) -> gemma4.ActivationCache:
+    """Every site of the model on PROMPT."""
+    return model.run_with_cache(PROMPT, "*")[1]
+
+
 @pytest.fixture
 def prompt() -> np.ndarray:
     """int32 [12]: longer than the random models' window."""

@@ -8,22 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import PROMPT
 from small_models import E_LIKE, MOE_LIKE, write_checkpoint
 
 import gemma4
 from gemma4 import ActivationCache, SiteError, StateError
-
-PROMPT = "When Mary and John went to the store"
-
-
-@pytest.fixture(scope="module", params=["tiny-e", "tiny-moe"])
-def model(request):
-    return gemma4.load(request.param)
-
-
-@pytest.fixture(scope="module")
-def cache(model):
-    return model.run_with_cache(PROMPT, "*")[1]
 
 
 def close(a, b):

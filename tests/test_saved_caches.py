@@ -12,26 +12,15 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import PROMPT
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-import gemma4
 from gemma4 import ActivationCache, FormatError, SiteError, StateError
 from gemma4.edits import Patch
 from gemma4.load.safetensors import SafetensorsFile, write_safetensors
 
-PROMPT = "When Mary and John went to the store"
 OTHER = "When Lily and Tom went to the forest"
-
-
-@pytest.fixture(scope="module", params=["tiny-e", "tiny-moe"])
-def model(request):
-    return gemma4.load(request.param)
-
-
-@pytest.fixture(scope="module")
-def cache(model):
-    return model.run_with_cache(PROMPT, "*")[1]
 
 
 @pytest.fixture(scope="module")
