@@ -148,6 +148,12 @@ STEPS = [
         "for (int i = 0; i < n_taps; i++) {\n        int *first = &index->first[",
         "capture_api api",
     ),
+    Mistake(
+        "a TAP on a copy: captures are right, edits change nothing",
+        "    TAP(MLP_POST, layer, gate);\n",
+        "    memcpy(up, gate, (size_t)f->n_rows * (size_t)width * sizeof *up);\n    TAP(MLP_POST, layer, up);\n",
+        "edits",
+    ),
     Mistake("later keys have score 0", "to[j] = unseen;", "to[j] = 0;", f"{EXACT} capture_api"),
     Mistake(
         "keys of a prompt are copied to every prompt of its length",
@@ -422,6 +428,24 @@ ENCODERS = [
 # ---- the package ----------------------------------------------------------------------------------------------------
 
 PACKAGE = [
+    Mistake(
+        "ShieldGemma's score is the probability of No",
+        "logits[:, yes].astype(np.float64) - logits[:, no]",
+        "logits[:, no].astype(np.float64) - logits[:, yes]",
+        "guard",
+    ),
+    Mistake(
+        "files may hold more layers than their configuration says",
+        "if int(found[1]) >= config.n_layers:",
+        "if int(found[1]) > config.n_layers:",
+        "hostile_configs",
+    ),
+    Mistake(
+        "strings of FunctionGemma's calls have no quotes",
+        '    QUOTE: "<escape>",\n',
+        "",
+        "family_chat",
+    ),
     Mistake("a draw of exactly a border", 'side="right" if beyond else "left"', 'side="left"', "sampling"),
     Mistake(
         "repetition makes negative logits likelier",

@@ -134,17 +134,17 @@ class MappedFile(ABC):
         except OSError:
             return  # deleted or moved: the mapping keeps the old file alive
         if (now.st_dev, now.st_ino) != (self._stat.st_dev, self._stat.st_ino):
-            raise FormatError(f"{self.path} was replaced by another file since it was loaded; load the model again")
+            raise FormatError(f"{self.path} was replaced by another file since it was loaded; load it again")
 
     def _check_same(self, when: str) -> None:
         now = os.fstat(self._fd)
         if now.st_size != self._stat.st_size:
             size = f"from {self._stat.st_size} to {now.st_size} bytes"
-            raise FormatError(f"{self.path} changed size {when}, {size}; load the model again")
+            raise FormatError(f"{self.path} changed size {when}, {size}; load it again")
         if now.st_mtime_ns != self._stat.st_mtime_ns:
-            raise FormatError(f"{self.path} was written to {when}; load the model again")
+            raise FormatError(f"{self.path} was written to {when}; load it again")
         if self.view.is_torn():
-            raise FormatError(f"{self.path} lost a part {when}, which it may have again; load the model again")
+            raise FormatError(f"{self.path} lost a part {when}, which it may have again; load it again")
 
     def close(self) -> None:
         """Release the file. Arrays still held keep the mapping alive until they are freed."""

@@ -109,13 +109,7 @@ def _model(c: TextConfig) -> dict[str, Any]:
     full = c.layer_types.index(FULL)  # there always is one: the last
     local = c.layer_types.index(SLIDING) if SLIDING in c.layer_types else full
     out: dict[str, Any] = {
-        "block_count": c.n_layers,
-        "context_length": c.context_length,
-        "embedding_length": c.d_model,
-        "feed_forward_length": _one_or_all(c.d_mlp),
-        "attention.head_count": c.n_heads,
-        "attention.head_count_kv": _one_or_all(c.n_kv_heads),
-        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        **_shapes(c),
         "attention.sliding_window": c.sliding_window,
         "attention.sliding_window_pattern": [kind == SLIDING for kind in c.layer_types],
         "attention.shared_kv_layers": c.n_layers - c.first_shared_layer,
@@ -139,15 +133,9 @@ def _earlier_model(c: TextConfig) -> dict[str, Any]:
     family = EARLIER[c.model_type]
     rope = c.rope[FULL if FULL in c.layer_types else SLIDING]
     out: dict[str, Any] = {
-        "block_count": c.n_layers,
-        "context_length": c.context_length,
-        "embedding_length": c.d_model,
-        "feed_forward_length": _one_or_all(c.d_mlp),
-        "attention.head_count": c.n_heads,
-        "attention.head_count_kv": _one_or_all(c.n_kv_heads),
+        **_shapes(c),
         "attention.key_length": c.head_dim[0],
         "attention.value_length": c.head_dim[0],
-        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
         "rope.freq_base": rope.theta,
     }
     if rope.rope_type == "linear":
@@ -159,6 +147,19 @@ def _earlier_model(c: TextConfig) -> dict[str, Any]:
         out["attention.sliding_window_pattern"] = slides
     caps = {"final_logit_softcapping": c.logit_softcap, "attn_logit_softcapping": c.attention_softcap}
     return out | {key: value for key, value in caps.items() if value}
+
+
+def _shapes(c: TextConfig) -> dict[str, Any]:
+    """The keys that every architecture has."""
+    return {
+        "block_count": c.n_layers,
+        "context_length": c.context_length,
+        "embedding_length": c.d_model,
+        "feed_forward_length": _one_or_all(c.d_mlp),
+        "attention.head_count": c.n_heads,
+        "attention.head_count_kv": _one_or_all(c.n_kv_heads),
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+    }
 
 
 def _one_or_all(values: tuple[int, ...]) -> int | list[int]:
