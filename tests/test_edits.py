@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from gguf import GGUFWriter
+from small_models import E_LIKE, write_checkpoint
 
 import gemma4
 from gemma4.edits import (
@@ -26,6 +27,8 @@ from gemma4.edits import (
     load_edits,
     save_edits,
 )
+from gemma4.errors import FormatError
+from gemma4.load.safetensors import SafetensorsFile
 
 TEXT = "Once upon a time there was a little girl named Lily who liked to play"
 RNG = np.random.default_rng(0)
@@ -436,6 +439,38 @@ def test_saved_edits_do_the_same(model, tmp_path):
             expected = model.forward(ids)
         with model.edit(again):
             assert np.array_equal(model.forward(ids), expected), name
+
+
+def test_saved_edits_name_the_model_of_their_caches(random_e, tmp_path):
+    name = "blocks.2.hook_resid_post"
+    caches = [random_e.run_with_cache(ids, name)[1] for ids in ([2, 5, 6], [2, 7, 8])]
+    edits = [Patch(name, caches[0]), Ablate(name, mean=caches)]
+    first = save_edits(edits, tmp_path / "e.safetensors")
+    again = save_edits(load_edits(first, model=random_e), tmp_path / "again.safetensors")
+    with gemma4.load(write_checkpoint(tmp_path / "m", E_LIKE, seed=1)) as other:
+        for path in (first, again):
+            assert len(load_edits(path)) == len(load_edits(path, model=random_e)) == 2
+            words = f"edit 0: its cache is of another model .*{random_e.fingerprint}.*{other.fingerprint}"
+            with pytest.raises(FormatError, match=words):
+                load_edits(path, model=other)
+        unnamed = changed(first, tmp_path / "u.safetensors", f', "model": "{random_e.fingerprint}"', "")
+        assert len(load_edits(unnamed, model=other)) == 2
+    for wrong in ("3", "null", "[]"):
+        path = changed(first, tmp_path / "w.safetensors", f'"{random_e.fingerprint}"', wrong)
+        with pytest.raises(FormatError, match="named by its fingerprint"):
+            load_edits(path)
+
+
+def changed(source, path, old, new):
+    """The file with other text in its list of edits."""
+    from safetensors.numpy import save_file
+
+    file = SafetensorsFile(source)
+    assert old in file.metadata["edits"]
+    edits = file.metadata["edits"].replace(old, new)
+    save_file({name: file.array(name) for name in file.tensors}, path, file.metadata | {"edits": edits})
+    file.close()
+    return path
 
 
 def test_saved_scope(tmp_path, tiny):

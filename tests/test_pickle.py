@@ -9,9 +9,10 @@ import pickle
 
 import numpy as np
 import pytest
+from small_models import E_LIKE, write_checkpoint
 
 import gemma4
-from gemma4 import SiteError, StateError
+from gemma4 import ActivationCache, SiteError, StateError
 
 PROMPT = "When Mary and John went to the store"
 
@@ -62,6 +63,29 @@ def test_a_cache_takes_no_other_model(cache):
     again = pickle.loads(pickle.dumps(cache))
     with gemma4.load("tiny-moe") as other, pytest.raises(ValueError, match="other sites"):
         again.attach(other)
+
+
+def test_a_cache_takes_other_weights_only_by_force(random_e, tmp_path):
+    """Its sites are the same, its unembedding is not."""
+    cache = random_e.run_with_cache([2, 5, 6], ["hook_embed", "blocks.*", "ln_final.*"])[1]
+    saved = ActivationCache.load(cache.save(tmp_path / "c.safetensors"))
+    with gemma4.load(write_checkpoint(tmp_path / "m", E_LIKE, seed=1)) as other:
+        for again in (saved, pickle.loads(pickle.dumps(cache))):
+            names = f"{random_e.checkpoint.path.name}.*{random_e.fingerprint}.*{other.fingerprint}.*force=True"
+            with pytest.raises(ValueError, match=names):
+                again.attach(other)
+            with pytest.raises(ValueError, match="force must be"):
+                again.attach(other, force="yes")
+            with pytest.raises(StateError, match=r"attach\(model\)"):  # nothing was attached
+                again.logit_attrs(again.accumulated_resid(), 7)
+            again.attach(other, force=True)
+            stack = again.accumulated_resid()
+            assert not np.array_equal(again.logit_attrs(stack, 7), cache.logit_attrs(stack, 7))
+            assert again.fingerprint == random_e.fingerprint and again.model_name == cache.model_name
+            parts = again.decompose_resid(layer=2).values  # by the scalars of the model that ran
+            np.testing.assert_array_equal(parts, cache.decompose_resid(layer=2).values)
+            again.attach(random_e)
+            np.testing.assert_array_equal(again.logit_attrs(stack, 7), cache.logit_attrs(stack, 7))
 
 
 def test_copies_share_the_model(tiny, cache):

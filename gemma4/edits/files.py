@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,18 +64,35 @@ def register(kinds: Iterable[type[Edit]], name: str, reference: Reference) -> No
     _REFERENCES[name] = reference
 
 
+class Fingerprinted(Protocol):
+    """A loaded model, as far as files of edits know one."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class _Source:
     """A file that is read. opened: the objects that it names, by their JSON, so that several edits share them."""
 
     file: SafetensorsFile
     places: Mapping[str, StrPath]
+    model: Fingerprinted | None
     opened: dict[str, object] = dataclasses.field(default_factory=dict[str, object])
 
     def tensor(self, name: Any) -> NDArray[Any]:
         if name not in self.file.tensors:
             raise ValueError(f"the file has no tensor {name!r:.80}")
         return self.file.array(name).copy()
+
+    def cache(self, name: Any, sites: Any, fingerprint: Any) -> SavedCache:
+        if not isinstance(fingerprint, str):
+            raise ValueError(f"a model must be named by its fingerprint, got {fingerprint!r:.60}")
+        if self.model is not None and fingerprint not in ("", self.model.fingerprint):
+            found = f"{fingerprint!r:.40}, this one is {self.model.fingerprint!r}"
+            raise ValueError(f"its cache is of another model (fingerprint {found}): make the edit again")
+        arrays = {site: self.tensor(f"{name}.{site}") for site in sites}
+        return SavedCache(self.tensor(f"{name}.positions"), arrays, fingerprint)
 
     def object_of(self, kind: str, entry: Any) -> object:
         if not isinstance(entry, dict):
@@ -88,10 +105,11 @@ class _Source:
 
 
 class SavedCache(Mapping[str, F32]):
-    """The part of a cache that a saved edit uses: its positions, and the arrays of the edited sites."""
+    """The part of a cache that a saved edit uses: its positions, the arrays of the edited sites, and the fingerprint of
+    the model that ran, "" if nothing names it."""
 
-    def __init__(self, positions: NDArray[np.int64], arrays: Mapping[str, F32]) -> None:
-        self.positions, self._arrays = positions, dict(arrays)
+    def __init__(self, positions: NDArray[np.int64], arrays: Mapping[str, F32], fingerprint: str) -> None:
+        self.positions, self._arrays, self.fingerprint = positions, dict(arrays), fingerprint
 
     def __getitem__(self, name: str) -> F32:
         return self._arrays[name]
@@ -109,8 +127,9 @@ class SavedCache(Mapping[str, F32]):
 def save_edits(edits: Edit | Iterable[Edit], path: StrPath, *, force: bool = False) -> Path:
     """Write edits to one .safetensors file, which `load_edits` reads. Returns the path.
 
-    Of a cache only the arrays of edited sites are written, of a dictionary its path and its fingerprint. Raises
-    TypeError (a site chosen by a predicate, which is not data), FileExistsError unless force.
+    Of a cache only the arrays of edited sites are written, and the fingerprint of its model; of a dictionary its path
+    and its fingerprint. Raises TypeError (a site chosen by a predicate, which is not data), FileExistsError unless
+    force.
     """
     tensors: Tensors = {}
     folder = Path(path).parent
@@ -152,7 +171,8 @@ def _plain(value: Any, name: str, edit: Edit, tensors: Tensors) -> Any:
     if isinstance(value, recipes.FromPrompt):
         return {"prompt": value.prompt}
     if isinstance(value, Cache):
-        return {"cache": name, "sites": _save_cache(value, name, edit, tensors)}
+        sites = _save_cache(value, name, edit, tensors)
+        return {"cache": name, "sites": sites, "model": getattr(value, "fingerprint", "")}
     if isinstance(value, slice):
         ends = cast("slice[int | None, int | None, int | None]", value)
         return {"slice": [ends.start, ends.stop, ends.step]}
@@ -184,13 +204,17 @@ def _save_cache(cache: Cache, name: str, edit: Edit, tensors: Tensors) -> list[s
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def load_edits(path: StrPath, *, dictionaries: Mapping[str, StrPath] | None = None) -> list[Edit]:
+def load_edits(
+    path: StrPath, *, dictionaries: Mapping[str, StrPath] | None = None, model: Fingerprinted | None = None
+) -> list[Edit]:
     """The edits of a file that `save_edits` wrote.
 
     dictionaries: where a dictionary is now, by its saved path, if it moved. Else it is looked for at that path, and at
     the same place relative to the file of edits.
+    model: the loaded model that the edits are for: caches that name another one are refused. None = they are not
+    compared.
 
-    Raises FormatError (no such file, damaged, or another dictionary than the saved one), FileNotFoundError (a
+    Raises FormatError (no such file, damaged, another dictionary or model than the saved one), FileNotFoundError (a
     dictionary is missing), OSError.
     """
     file = SafetensorsFile(Path(path))
@@ -198,7 +222,7 @@ def load_edits(path: StrPath, *, dictionaries: Mapping[str, StrPath] | None = No
         if file.metadata.get("format") != _FORMAT or file.metadata.get("version") != _VERSION:
             found = f"format {file.metadata.get('format')!r:.40}, version {file.metadata.get('version')!r:.20}"
             raise FormatError(f"{path} holds no edits: {found}, expected {_FORMAT!r}, {_VERSION!r}")
-        source = _Source(file, dictionaries or {})
+        source = _Source(file, dictionaries or {}, model)
         return [_edit(row, source, f"{path}: edit {i}") for i, row in enumerate(_rows(file, str(path)))]
     finally:
         file.close()
@@ -245,10 +269,8 @@ def _value(value: Any, source: _Source) -> Any:
         return recipes.FromPrompt(entry["prompt"])
     if set(entry) == {"number"}:
         return float(entry["number"])
-    if set(entry) == {"cache", "sites"}:
-        name, sites = entry["cache"], entry["sites"]
-        arrays = {site: source.tensor(f"{name}.{site}") for site in sites}
-        return SavedCache(source.tensor(f"{name}.positions"), arrays)
+    if set(entry) - {"model"} == {"cache", "sites"}:
+        return source.cache(entry["cache"], entry["sites"], entry.get("model", ""))
     if len(entry) == 1 and (name := next(iter(entry))) in _REFERENCES:
         return source.object_of(name, entry[name])
     raise ValueError(f"a value of the unknown form {str(entry)[:60]}")

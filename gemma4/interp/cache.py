@@ -108,6 +108,8 @@ class ActivationCache(CapturedArrays):
     Sites inside an attached dictionary are not listed, but found: `cache[name]`, and sparse in `features`.
     """
 
+    _ran: Detached | None = None  # the model that ran, once another object is attached
+
     def __init__(
         self,
         model: Core | Detached,
@@ -154,7 +156,7 @@ class ActivationCache(CapturedArrays):
 
     @property
     def _detached(self) -> Detached:
-        model = self._model
+        model = self._ran or self._model
         if isinstance(model, Detached):
             return model
         name = model.checkpoint.path.name
@@ -206,14 +208,22 @@ class ActivationCache(CapturedArrays):
         """`Core.fingerprint` of the model that ran, 16 hex digits."""
         return self._detached.fingerprint
 
-    def attach(self, model: Core) -> None:
+    def attach(self, model: Core, *, force: bool = False) -> None:
         """Attach a model to a loaded cache, for methods that need weights (`logit_attrs`, `per_head=True`).
 
-        Raises ValueError for a model with other sites.
+        force: also one with the same sites and other weights than those that ran, such as a quantised copy.
+
+        Raises ValueError for a model with other sites, or another model than the cache names unless force.
         """
         if list(model.sites.values()) != list(self._model.sites.values()):
             raise ValueError(f"the cache is of a model with other sites than {model!r}")
-        self._model = model
+        if self.fingerprint not in ("", model.fingerprint) and not checks.boolean("force", force):
+            ran = f"{self.model_name} (fingerprint {self.fingerprint})"
+            raise ValueError(
+                f"the cache is of another model, {ran}; {model!r} has the fingerprint {model.fingerprint}. "
+                "attach(model, force=True) takes its weights nevertheless"
+            )
+        self._ran, self._model = self._detached, model
 
     def __getitem__(self, key: str | tuple[str, int]) -> F32:
         name = self._name(key)
@@ -400,7 +410,8 @@ class ActivationCache(CapturedArrays):
     ) -> Iterator[tuple[str, F32]]:
         """The parts of `decompose_resid` one after the other, label and float32 [pos, d_model]: one is in memory."""
         last = self._model.n_layers if layer is None else self._checked(layer)
-        scalars = [self._model.layer_scalar(i) for i in range(last)]
+        ran = self._detached
+        scalars = [ran.layer_scalar(i) for i in range(last)]
         remaining = np.cumprod([1.0, *reversed(scalars)])[::-1]  # remaining[i] = s_i * ... * s_(last-1)
         yield "embed", self["hook_embed"] * np.float32(remaining[0])
         for i in range(last):
