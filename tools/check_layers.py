@@ -44,8 +44,8 @@ ROOMS = {
     "interp.sites": "narrow errors",
     "edits": "narrow errors files load interp.sites",
     "interp.hooks": "narrow errors interp.sites edits",
-    "dictionaries.features": "narrow",
-    "dictionaries": "narrow memory errors load edits interp.sites interp.hooks dictionaries.features _engine",
+    "dictionaries.features": "narrow html",
+    "dictionaries": "narrow memory errors html load edits interp.sites interp.hooks dictionaries.features _engine",
     "core": "checks errors text load media interp.sites interp.hooks _engine",
     "interp.saved": "narrow checks errors files load interp.sites",
     "interp.tables": "checks memory interp.sites",
@@ -66,15 +66,15 @@ ROOMS = {
     "info": "units core family",
     "model": "narrow checks edits dictionaries load media interp.sites interp.hooks interp.cache core profile encoders "
     "sequence step inputs generation guard info",
-    "interp": "narrow checks memory html edits media interp.sites interp.hooks interp.cache sequence step inputs "
-    "model",  # these run a model
+    "interp": "narrow checks memory html edits dictionaries media interp.sites interp.hooks interp.cache sequence step "
+    "inputs model",  # these run a model
     "media.tasks": "errors load media generation model",
     "harvest": "narrow checks errors files text load dictionaries dictionaries.features interp.sites interp.hooks "
     "interp.saved interp.dataset interp.cache media core inputs model",
     "quantization": "narrow checks errors units files text load inputs model _engine",
     "bench": "checks errors units media encoders sequence profile info model _engine",
     "cli": "narrow errors units files html media interp interp.cache interp.saved sequence generation guard info model "
-    "media.tasks bench quantization harvest",
+    "media.tasks bench quantization dictionaries harvest load",
     "__main__": "cli",
     # former names of modules: they only hand on names, and nobody here imports them
     **dict.fromkeys(("chat", "tokenizer", "turn"), "text"),

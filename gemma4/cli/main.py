@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from gemma4.cli import features as cli_features
 from gemma4.cli import guard as cli_guard
 from gemma4.cli import harvest as cli_harvest
 from gemma4.cli import look
@@ -141,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     look.add_lens(_command(commands, "lens", _lens, "the next token that the model would say after each block"))
     text = "what each attention, MLP and per-layer embedding adds to the logit of the predicted token"
     look.add_attribute(_command(commands, "attribute", _attribute, text))
+    text = "cards of a dictionary's features, from a harvest or from Gemma Scope 2's examples"
+    cli_features.add_features(_command(commands, "features", _features, text))
     _command(commands, "info", _info, "what a model is and what it costs")
     _add_bench(commands)
     _add_quantize(commands)
@@ -404,6 +407,10 @@ def _lens(args: argparse.Namespace) -> None:
 
 def _attribute(args: argparse.Namespace) -> None:
     look.run_attribute(lambda: _load(args), args)
+
+
+def _features(args: argparse.Namespace) -> None:
+    cli_features.run_features(lambda: _load(args), args)
 
 
 def _read_line() -> str | None:

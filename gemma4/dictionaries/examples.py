@@ -12,7 +12,7 @@ Whatever has the four methods of `FeatureSource` can be shown as cards.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, Self, TypeAlias
 
@@ -27,6 +27,7 @@ from gemma4.narrow import is_integer
 I32: TypeAlias = NDArray[np.int32]
 _NAME = "examples.safetensors"
 _NEEDED = ("activations", "seq_ids", "positions", "feature_frequencies")
+_BLOCK = 1024  # features whose activations are read at once
 _RANKED = ("top_tokens", "top_logits", "bottom_tokens", "bottom_logits")
 
 
@@ -205,6 +206,54 @@ class Examples:
         self._check()
         return Example(tokens[start:stop].astype(np.int32), whole[start:stop], sequence, start)
 
+    def peaks(self) -> tuple[F32, I32]:
+        """Each feature's largest stored activation and the token there: float32, int32 [d_sae]; 0 and -1 without one.
+
+        Reads all activations once. Raises FormatError, StateError.
+        """
+        values, tokens = np.zeros(self.d_sae, np.float32), np.full(self.d_sae, -1, np.int32)
+        for first, stored in self._blocks():
+            at = stored.argmax(axis=1)
+            values[first : first + len(stored)] = np.take_along_axis(stored, at[:, None], 1)[:, 0]
+            for feature in map(int, np.flatnonzero(values[first : first + len(stored)] > 0) + first):
+                sequence, position = (int(self._row(name, feature)[at[feature - first]]) for name in _NEEDED[1:3])
+                self._check_place(feature, sequence, position)
+                tokens[feature] = self._tokens_of(sequence)[position]
+        return values, tokens
+
+    def together(self, features: Sequence[int], n: int = 10) -> list[list[tuple[int, float]]]:
+        """Other features that are strong at the same tokens: (feature, share) for each of `features`, up to n, the
+        largest share first. share: the part of this feature's stored activations at which the other has one, too.
+
+        Reads all activations once. Raises IndexError, ValueError, FormatError, StateError.
+        """
+        _check_count("n", n)
+        own = [np.unique(_places(*self._stored(feature)[1:])) for feature in features]
+        shares = np.zeros((len(own), self.d_sae), np.float64)
+        for first, stored in self._blocks():
+            rows = slice(first, first + len(stored))
+            keys = _places(*(np.array(self._tensors[name][rows], np.int64) for name in _NEEDED[1:3]))
+            keys[stored <= 0] = -1
+            for row, places in enumerate(own):
+                if len(places):
+                    shares[row, rows] = np.isin(keys, places).sum(axis=1) / len(places)
+        shares[np.arange(len(own)), list(features)] = 0
+        order = np.argsort(-shares, axis=1, kind="stable")[:, :n]
+        return [[(int(i), float(row[i])) for i in at if row[i] > 0] for row, at in zip(shares, order, strict=True)]
+
+    def _blocks(self) -> Iterator[tuple[int, F32]]:
+        """(first feature, float32 [features, n_examples]) of all stored activations."""
+        self._check()
+        for first in range(0, self.d_sae, _BLOCK):
+            yield first, np.array(self._tensors["activations"][first : first + _BLOCK], np.float32)
+
+    def _check_place(self, feature: int, sequence: int, position: int) -> None:
+        if not 0 <= sequence < self._n_sequences:
+            self._fail(f"seq_ids of feature {feature} hold {sequence}, expected 0 to {self._n_sequences - 1}")
+        n = len(self._tokens_of(sequence))
+        if not 0 <= position < n:
+            self._fail(f"position {position} of sequence {sequence}, which has {n} tokens")
+
     def logits(self, feature: int) -> tuple[Ranked, Ranked]:
         """The tokens that it raises and lowers most. Raises IndexError, FormatError (NaN), StateError."""
         check_feature(feature, self.d_sae)
@@ -264,6 +313,11 @@ class Examples:
     def __repr__(self) -> str:
         n = self._tensors["activations"].shape[1]
         return f"Examples: up to {n} of each of {self.d_sae} features, from {self._n_sequences} sequences"
+
+
+def _places(sequences: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """One number for each token of each sequence."""
+    return (sequences << 32) | positions
 
 
 def _is_bf16(array: NDArray[Any]) -> bool:

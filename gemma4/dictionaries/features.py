@@ -10,6 +10,8 @@ from typing import NamedTuple, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.html import Picture, heat
+from gemma4.html.picture import FEW, left_out
 from gemma4.narrow import is_integer
 
 F32: TypeAlias = NDArray[np.float32]
@@ -106,6 +108,31 @@ class Features:
             raise ValueError(f"top: k must be an integer from 1 on, got {k!r:.60}")
         return strongest(self.rows, self.ids, self.values, len(self), self.d_sae, int(k))
 
+    def to_html(self, last: int | None = None, k: int = 8) -> Picture:
+        """A table of the k strongest features of each position: number and value, the value as colour.
+
+        last: only that number of positions at the end. Raises ValueError (k or last below 1).
+        """
+        if last is not None and (not is_integer(last) or last < 1):
+            raise ValueError(f"last must be an integer from 1 on, got {last!r:.60}")
+        first = 0 if last is None else max(0, len(self) - int(last))
+        best = [_by_value(one) for one in self[first:].top(k)]
+        values = np.zeros((len(best), k), np.float32)
+        for row, one in zip(values, best, strict=True):
+            row[: len(one.ids)] = one.values
+        return heat(
+            values,
+            [f"{at} ({count} fired)" for at, count in enumerate(self.counts[first:], first)],
+            [f"no. {rank + 1}" for rank in range(k)],
+            words=[[*(str(i) for i in one.ids), *["-"] * (k - len(one.ids))] for one in best],
+            title=repr(self),
+            corner="position",
+            small_print=left_out(len(best), len(self), "positions"),
+        )
+
+    def _repr_html_(self) -> str:
+        return self.to_html(FEW).fragment()
+
     def __repr__(self) -> str:
         return f"Features: {len(self)} positions, {len(self.ids)} entries of {self.d_sae} features"
 
@@ -114,6 +141,11 @@ def sparse(dense: F32) -> Features:
     """The features of float32 [pos, d_sae] that are not 0."""
     rows, ids = np.nonzero(dense)
     return collect(rows, ids.astype(np.int32), dense[rows, ids], len(dense), dense.shape[1])
+
+
+def _by_value(fired: Fired) -> Fired:
+    order = np.argsort(-fired.values, kind="stable")
+    return Fired(fired.ids[order], fired.values[order])
 
 
 def check_feature(feature: object, d_sae: int) -> int:

@@ -17,10 +17,13 @@ from numpy.typing import ArrayLike, NDArray
 from gemma4.dictionaries.features import F32, Features, check_feature
 from gemma4.dictionaries.formats import Opened, open_dictionary
 from gemma4.edits.recipes import Cache
+from gemma4.html import Picture
+from gemma4.html.cells import plain
 from gemma4.interp.sites import canonical_name
 from gemma4.load.mapped import MappedFile
 
 Activations: TypeAlias = ArrayLike | Cache
+_MOST_FACTS = 24  # of a configuration, that a table shows
 _SAMPLES, _SAMPLE = 64, 4096  # stretches of a file in its fingerprint, and their bytes
 
 
@@ -179,6 +182,16 @@ class Dictionary:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def to_html(self) -> Picture:
+        """A table: format, site, widths, and the configuration as stored (long values are cut)."""
+        facts = [("format", self.format), ("files", self.path.name), ("site", self.site or "unnamed")]
+        facts += [(name, f"{getattr(self, name):,}") for name in ("d_in", "d_sae", "d_out", "skip_positions")]
+        stored = [(name, f"{value!r:.120}") for name, value in list(self.metadata.items())[:_MOST_FACTS]]
+        return Picture(type(self).__name__, plain(("", ""), facts + stored))
+
+    def _repr_html_(self) -> str:
+        return self.to_html().fragment()
 
     def _sites(self) -> str:
         return f"reads {self.site or 'an unnamed site'}"

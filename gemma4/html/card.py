@@ -33,7 +33,7 @@ class Card:
     feature     its number in the dictionary
     title       what the card is called
     facts       (name, number as text), for example density and largest value
-    histogram   counts [n], and edges [n + 1] of the values
+    histogram   counts [n], and edges [n + 1] of the values, under the heading histogram_title
     up, down    (token, logit) that its direction raises and lowers most
     near        (other feature, how strongly they go together), under the heading near_title
     examples    with the strongest first
@@ -43,6 +43,7 @@ class Card:
     title: str
     facts: Sequence[tuple[str, str]] = ()
     histogram: tuple[NDArray[np.int64], F64] | None = None
+    histogram_title: str = "values"
     up: Sequence[tuple[str, float]] = ()
     down: Sequence[tuple[str, float]] = ()
     near: Sequence[tuple[int, float]] = ()
@@ -65,7 +66,7 @@ def cards(shown: Sequence[Card], *, title: str = "", small_print: str | None = N
 def card(shown: Card, here: set[int] | frozenset[int] = frozenset()) -> Markup:
     """One card. here: features that the page has cards of, which become links."""
     lists = (
-        _histogram(*shown.histogram) if shown.histogram is not None else None,
+        _histogram(shown.histogram_title, *shown.histogram) if shown.histogram is not None else None,
         _logits("raises", shown.up),
         _logits("lowers", shown.down),
         _near(shown, here),
@@ -109,7 +110,7 @@ def _near(shown: Card, here: set[int] | frozenset[int]) -> Markup | None:
     return tag("div", tag("h4", shown.near_title), tag("div", table, class_="g4-scroll"))
 
 
-def _histogram(counts: NDArray[np.int64], edges: F64) -> Markup:
+def _histogram(title: str, counts: NDArray[np.int64], edges: F64) -> Markup:
     """Bars of the logarithm of the counts, since most values are small."""
     heights = np.log1p(counts) / max(1e-9, np.log1p(counts).max(initial=0))
     width = _WIDTH / max(1, len(counts))
@@ -139,4 +140,4 @@ def _histogram(counts: NDArray[np.int64], edges: F64) -> Markup:
         role="img",
         aria_label=f"histogram of {int(counts.sum())} values",
     )
-    return tag("div", tag("h4", "values (counts on a log scale)"), picture)
+    return tag("div", tag("h4", f"{title} (counts on a log scale)"), picture)

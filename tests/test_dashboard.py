@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`gemma4 features`: cards, tables and Neuronpedia's JSON of Gemma Scope 2's examples and of a harvest."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from test_feature_examples import LENGTH, SEQUENCES, N, grid, tensors
+from test_html import HOSTILE, Page
+
+import gemma4
+from gemma4 import harvest, html
+from gemma4.cli import main
+from gemma4.dictionaries import Examples, Features
+from gemma4.html.markup import number, visible
+from gemma4.interp.dashboard import direct_logits, feature_card, holding, neuronpedia
+
+TEXTS = [
+    "When Mary and John went to the store, John gave a book to Mary.",
+    "Once upon a time there was a little girl who lived near the forest.",
+    "The 😀 مرحبا <b> $x$ </script> cat",
+]
+
+
+@pytest.fixture(scope="module")
+def data():
+    return tensors(np.random.default_rng(0)) | {
+        "tokens": np.arange(8, 8 + SEQUENCES * LENGTH, dtype=np.int32).reshape(SEQUENCES, LENGTH)
+    }
+
+
+@pytest.fixture(scope="module")
+def scope(data, tmp_path_factory):
+    """A folder of Gemma Scope 2 with examples."""
+    folder = tmp_path_factory.mktemp("scope")
+    save_file(data, folder / "examples.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("sae"), np.random.default_rng(0)
+    w_enc = rng.standard_normal((128, 48)).astype(np.float32)
+    stored = {"W_enc": w_enc, "W_dec": w_enc.T.copy(), "b_enc": np.full(48, -9, np.float32)}
+    save_file(stored | {"b_dec": np.zeros(128, np.float32)}, folder / "sae_weights.safetensors")
+    config = {"architecture": "standard", "d_in": 128, "d_sae": 48, "dtype": "float32", "note": "<b>" + "x" * 500}
+    (folder / "cfg.json").write_text(json.dumps(config | {"metadata": {"hook_name": "blocks.1.hook_resid_post"}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def acts(tiny, sae, tmp_path_factory):
+    """A harvest of sparse features alone."""
+    folder = tmp_path_factory.mktemp("acts")
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS), encoding="utf-8")
+    harvest.harvest(tiny, corpus, [], out=folder / "out", sae=sae)
+    return folder / "out"
+
+
+def words(ids):
+    return [f"w{i}" for i in ids]
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+
+def test_peaks_are_the_strongest_places(data, scope):
+    with Examples.load(scope) as examples:
+        values, tokens = examples.peaks()
+    for feature in range(N):
+        whole = grid(data, feature)
+        assert values[feature] == whole.max()
+        assert tokens[feature] == (data["tokens"].ravel()[whole.argmax()] if whole.max() else -1)
+
+
+def test_features_that_are_strong_at_the_same_tokens(data, scope):
+    fired = np.stack([grid(data, feature).ravel() > 0 for feature in range(N)])
+    with Examples.load(scope) as examples:
+        found = examples.together(range(N), N)
+        assert examples.together([5], 2) == [found[5][:2]]
+        assert examples.together([], 2) == []
+    for feature in range(N):
+        shares = (fired & fired[feature]).sum(axis=1) / max(1, fired[feature].sum())
+        expected = {i: share for i, share in enumerate(shares) if share > 0 and i != feature}
+        assert dict(found[feature]) == pytest.approx(expected)
+        assert [share for _, share in found[feature]] == sorted(expected.values(), reverse=True)
+    assert found[4] == []  # it never fires
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"seq_ids": SEQUENCES}, "seq_ids of feature"), ({"positions": LENGTH}, "position 20 of")]
+)
+def test_places_that_do_not_exist_are_said(data, tmp_path, change, words):
+    [(name, value)] = change.items()
+    save_file(data | {name: np.full_like(data[name], value)}, tmp_path / "examples.safetensors")
+    with Examples.load(tmp_path) as examples, pytest.raises(gemma4.FormatError, match=words):
+        examples.peaks()
+
+
+# ---- cards -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_card_holds_everything(data, scope):
+    with Examples.load(scope) as examples:
+        card = feature_card(examples, 2, words, n_examples=3, context=2, near=[(5, 0.25), (1, 0.125)])
+        silent = feature_card(examples, 4, words)
+    assert card.feature == 2 and card.facts[0] == (
+        "fires at",
+        f"{100 * data['feature_frequencies'][2]:.3g} % of tokens",
+    )
+    assert card.facts[1] == ("largest value", number(grid(data, 2).max()))
+    assert len(card.examples) == 3 and card.histogram[0].sum() == 30 and len(card.up) == len(card.down) == 10
+    best = card.examples[0]
+    assert best.values.max() == grid(data, 2).max() and len(best.texts) <= 5
+    assert silent.examples == [] and silent.histogram is None
+    page = Page(html.cards([card, silent]).page())
+    assert len(page.named("div", "g4-example")) == 3 and "0.250" in page.texts and "w8" not in page.texts[:0]
+
+
+def test_cards_of_hostile_tokens(scope):
+    with Examples.load(scope) as examples:
+        cards = [feature_card(examples, i, lambda ids: [HOSTILE[j % len(HOSTILE)] for j in ids]) for i in range(N)]
+    text = html.cards(cards, title=HOSTILE[0]).page()
+    text.encode()
+    assert len(Page(text).named("script")) == 1 and not Page(text).named("img")
+
+
+def test_neuronpedias_json(data, scope):
+    with Examples.load(scope) as examples:
+        made = neuronpedia(
+            examples, 2, words, model_id="gemma-3-1b", source_id="13-gemmascope-2-res-16k", near=[(7, 0.5)]
+        )
+        again = json.loads(json.dumps(made))
+    assert again == made
+    assert (made["modelId"], made["layer"], made["index"]) == ("gemma-3-1b", "13-gemmascope-2-res-16k", "2")
+    assert made["sourceSetName"] == "gemmascope-2-res-16k" and made["correlated_features_indices"] == [7]
+    assert len(made["freq_hist_data_bar_heights"]) == len(made["freq_hist_data_bar_values"]) == 40
+    assert sum(made["freq_hist_data_bar_heights"]) == 30
+    assert made["maxActApprox"] == float(grid(data, 2).max()) and made["frac_nonzero"] == float(
+        data["feature_frequencies"][2]
+    )
+    assert made["pos_values"] == sorted(made["pos_values"], reverse=True) and made["neg_values"] == sorted(
+        made["neg_values"]
+    )
+    for one in made["activations"]:
+        assert len(one["tokens"]) == len(one["values"]) and one["values"][one["maxValueTokenIndex"]] == one["maxValue"]
+
+
+def test_direct_logits(tiny, sae):
+    with gemma4.SAE.load(sae) as dictionary:
+        [(up, down)] = direct_logits(tiny, dictionary, [3], k=5)
+        logits = tiny.unembed(slice(None)) @ (dictionary.direction(3) * tiny.gain("norm"))
+        assert direct_logits(tiny, dictionary, []) == []
+    assert np.allclose(up.logits, np.sort(logits)[::-1][:5], rtol=1e-4) and up.tokens[0] == logits.argmax()
+    assert np.allclose(down.logits, np.sort(logits)[:5], rtol=1e-4) and down.tokens[0] == logits.argmin()
+    with pytest.raises(ValueError, match="the residual stream has 128"):
+        direct_logits(tiny, SimpleNamespace(d_out=64), [0])
+
+
+def test_holding():
+    assert holding("mary", [" Mary", "Ros\nemary", "Mar y"]).tolist() == [True, True, False]
+    assert holding("·M", [" Mary", "Mary"]).tolist() == [True, False]
+
+
+# ---- what notebooks show ---------------------------------------------------------------------------------------------
+
+
+def test_features_show_the_strongest(sae):
+    features = Features(
+        np.array([0, 2, 2, 5]), np.array([1, 4, 0, 2, 3], np.int32), np.array([1, 2, 5, 3, 4], np.float32), 9
+    )
+    page = Page(features._repr_html_())
+    titles = page.texts
+    assert "0 (2 fired)" in titles and "1 (0 fired)" in titles and "3 positions" in titles[0]
+    cells = [text for text in titles[titles.index("2 (3 fired)") + 1 :] if text.strip()]
+    assert cells[:4] == ["0", "3", "2", "-"]
+    assert len(Page(features.to_html(1, 2).fragment()).named("td")) == 2
+    assert "The last 1 of 3 positions" in features.to_html(1)._repr_html_()
+    for wrong in ({"last": 0}, {"k": 0}):
+        with pytest.raises(ValueError, match="from 1 on"):
+            features.to_html(**wrong)
+    with gemma4.SAE.load(sae) as dictionary:
+        text = dictionary._repr_html_()
+    assert "blocks.1.hook_resid_post" in Page(text).texts and "<b>" not in text and "x" * 200 not in text
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def rows_of(out):
+    return [line.split() for line in out.splitlines() if line.split() and line.split()[0].isdigit()]
+
+
+def test_features_of_gemma_scope(data, scope, capsys, tmp_path):
+    page, file = tmp_path / "f.html", tmp_path / "f.json"
+    argv = ["features", str(scope), "--count", "4", "--html", str(page), "--json", str(file), "--source-id", "1-x"]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    peaks = np.array([grid(data, feature).max() for feature in range(N)])
+    order = np.argsort(-peaks, kind="stable")[:4].tolist()
+    assert [int(row[0]) for row in rows_of(out)] == order and "11 of them fire" in out and "tokens are ids" in out
+    assert [row[3] for row in rows_of(out)] == [number(peaks[feature]) for feature in order]
+    found = Page(page.read_text(encoding="utf-8"))
+    assert [card["id"] for card in found.named("article")] == [f"feature-{feature}" for feature in order]
+    made = json.loads(file.read_text())
+    assert [one["index"] for one in made] == [str(feature) for feature in order] and made[0]["layer"] == "1-x"
+    assert made[0]["pos_str"][0].startswith("<") and len(made[0]["activations"]) == 8
+
+
+def test_order_choice_and_search(data, scope, capsys):
+    assert main(["features", str(scope), "--sort", "density", "--count", "20"]) == 0
+    alive = [feature for feature in range(N) if feature != 4]
+    expected = sorted(alive, key=lambda feature: -data["feature_frequencies"][feature])
+    assert [int(row[0]) for row in rows_of(capsys.readouterr().out)] == expected
+    assert main(["features", str(scope), "--feature", "4", "--feature", "2", "--feature", "4"]) == 0
+    assert [int(row[0]) for row in rows_of(capsys.readouterr().out)] == [4, 2]
+    peak = data["tokens"].ravel()[grid(data, 7).argmax()]
+    assert main(["features", str(scope), "--search", f"<{peak}>", "--sort", "index"]) == 0
+    assert 7 in [int(row[0]) for row in rows_of(capsys.readouterr().out)]
+    raised = data["top_tokens"][9][0]
+    assert main(["features", str(scope), "--search", f"<{raised}>"]) == 0
+    assert 9 in [int(row[0]) for row in rows_of(capsys.readouterr().out)]
+
+
+def test_features_of_a_harvest(tiny, acts, sae, capsys, tmp_path):
+    page, file = tmp_path / "f.html", tmp_path / "f.json"
+    argv = ["features", str(acts), "--sae", str(sae), "--count", "3", "--html", str(page), "--json", str(file)]
+    assert main(argv) == 0
+    dataset = harvest.open(acts)
+    stored = dataset.examples()
+    order = np.argsort(-stored["activations"].max(axis=1), kind="stable")[:3]
+    rows = rows_of(capsys.readouterr().out)
+    assert [int(row[0]) for row in rows] == order.tolist()
+    place = int(dataset.bounds[stored["seq_ids"][order[0], 0]] + stored["positions"][order[0], 0])
+    assert rows[0][4] == visible(tiny.to_str_tokens([int(dataset["tokens"][place])])[0])
+    made = json.loads(file.read_text(encoding="utf-8"))
+    assert len(made[0]["pos_str"]) == 10 and made[0]["correlated_features_indices"]
+    text = page.read_text(encoding="utf-8")
+    assert len(Page(text).named("article")) == 3 and len(Page(text).named("script")) == 1
+    with gemma4.SAE.load(sae) as dictionary:
+        up = direct_logits(tiny, dictionary, order[:1].tolist())[0][0]
+    assert made[0]["pos_str"] == tiny.to_str_tokens(up.tokens)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["none"], "examples.safetensors"),
+        (["scope", "--feature", "99"], "there is no feature 99"),
+        (["scope", "--search", "nowhere"], "no feature fires with 'nowhere'"),
+        (["scope", "--count", "0"], "--count 0"),
+        (["scope", "--examples", "0"], "--examples 0"),
+        (["scope", "--context", "-1"], "context"),
+        (["scope", "--sae", "sae"], "--sae needs --model"),
+        (["scope", "--sae", "sae", "--model", "tiny-e"], "has 48 features"),
+        (["scope", "--html", "x", "--json", "x"], "both name x"),
+        (["scope", "--html", "none/x.html"], "no such folder"),
+        (["acts", "--dictionary", "3"], "has 1, counted from 0"),
+        (["acts", "--model", "tiny-moe"], "another tokenizer"),
+        (["plain"], "harvest with --sae"),
+    ],
+)
+def test_errors_are_one_line(tiny, scope, acts, sae, tmp_path, monkeypatch, capsys, argv, words):
+    for name, path in (("scope", scope), ("acts", acts), ("sae", sae)):
+        (tmp_path / name).symlink_to(path)
+    if "plain" in argv:
+        corpus = tmp_path / "c.txt"
+        corpus.write_text("one two", encoding="utf-8")
+        harvest.harvest(tiny, corpus, "blocks.1.hook_resid_post", out=tmp_path / "plain")
+    monkeypatch.chdir(tmp_path)
+    if "tiny-moe" in argv and harvest.plan.tokenizer_fingerprint(tiny) == harvest.plan.tokenizer_fingerprint(
+        gemma4.load("tiny-moe")
+    ):
+        pytest.skip("both shipped models have one tokenizer")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    extra = ["--html", "out.html"] if "--html" not in argv and "--json" not in argv else []
+    assert main(["features", *argv, *extra]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
