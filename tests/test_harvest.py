@@ -421,6 +421,28 @@ def test_a_killed_worker_is_replaced(tiny, texts, harvested, tmp_path, monkeypat
     assert contents(tmp_path / "a") == contents(harvested)
 
 
+def test_two_harvests_at_once(ids, random_dir, tmp_path):
+    """Of one dataset: both end well, and its bytes are those of one."""
+    command = harvest_command(random_dir, ids, tmp_path / "a")
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [(process.communicate()[1], process.returncode)[1] for process in both] == [0, 0]
+    with gemma4.load(random_dir, threads=1) as model:
+        H.harvest(model, ids, RESID, out=tmp_path / "b", shard_tokens=60)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_a_shard_that_another_process_completed_meanwhile(tiny, texts, harvested, tmp_path, monkeypatch):
+    def finished_elsewhere(*_):
+        shutil.copytree(harvested / "shards", tmp_path / "a" / "shards", dirs_exist_ok=True)
+        store.Store(tmp_path / "a").clean(everything=True)
+        return facts(*_)
+
+    facts = shard.facts_of
+    monkeypatch.setattr(shard, "facts_of", finished_elsewhere)
+    H.harvest(tiny, texts, RESID, out=tmp_path / "a", shard_tokens=300)
+    assert contents(tmp_path / "a") == contents(harvested)
+
+
 def test_a_shard_that_kills_every_worker_ends_the_harvest(tiny, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(local, "_COMMAND", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(RuntimeError, match=r"died 3 times at shard \d+ \(SIGKILL"):

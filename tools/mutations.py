@@ -579,4 +579,57 @@ PACKAGE = [
     Mistake("the mel window is symmetric", "np.hanning(FRAME + 1)[:-1]", "np.hanning(FRAME)", "media_audio"),
 ]
 
-MISTAKES = [*TEXT, *STEPS, *OPS, *ENCODERS, *PACKAGE]
+# ---- harvests -------------------------------------------------------------------------------------------------------
+
+HARVEST = [
+    Mistake(
+        "harvest: the mean of merged rows leans to the later ones",
+        "mean = self.mean + apart * (later.n / n)",
+        "mean = self.mean + apart * 0.5",
+        "harvest",
+    ),
+    Mistake(
+        "harvest: a damaged shard of the right size passes",
+        "if found.sha256 != wanted.sha256:",
+        "if len(found.sha256) != len(wanted.sha256):",
+        "harvest",
+    ),
+    Mistake(
+        "harvest: a tensor's middle is not in the model's fingerprint",
+        "digest.update(flat[begin : begin + _CHUNK].data)",
+        "digest.update(flat[begin : begin + 64].data)",
+        "harvest",
+    ),
+    Mistake(
+        "harvest: documents are read on after the limit",
+        "elif document.number == limit.document:",
+        "else:",
+        "harvest",
+    ),
+    Mistake(
+        "harvest: a longer document goes on without BOS",
+        "Piece(TokenizedPrompt(np.concatenate([bos, body[i : i + step]])), ",
+        "Piece(TokenizedPrompt(np.concatenate([bos[i:], body[i : i + step]])), ",
+        "harvest",
+    ),
+    Mistake(
+        "harvest: sequences are numbered by shard",
+        'if self.name == "seq_id" else rows',
+        "if False else rows",
+        "harvest",
+    ),
+    Mistake(
+        "harvest: a dead worker's shard is lost",
+        "self._left.appendleft(shard)",
+        "pass",
+        "harvest",
+    ),
+    Mistake(
+        "harvest: examples are in the order of their shards",
+        "order = np.lexsort((rows, -values, ids))",
+        "order = np.lexsort((rows, ids))",
+        "harvest",
+    ),
+]
+
+MISTAKES = [*TEXT, *STEPS, *OPS, *ENCODERS, *PACKAGE, *HARVEST]

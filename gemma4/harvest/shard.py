@@ -72,17 +72,17 @@ class ShardMaker:
         skipped: list[Skipped] = []
         cutter, corpus, limit = self._plan.cutter, self._plan.corpus, self._plan.limit
         pieces = list(cutter.pieces(self._model, corpus, part, limit, skipped))
+        rows = sum(map(len, pieces))
         with self._store.new_shard(shard) as folder:
             try:
                 facts = self._write(folder, pieces, ran)
-                rows = sum(map(len, pieces))
                 left_out = [[one.document, one.reason] for one in skipped]
                 record = Record(self._digest, rows, len(pieces), part.count, facts, left_out)
                 with synced_file(folder / RECORD) as file:
                     file.write(json.dumps(record.as_json(), indent=1, sort_keys=True).encode())
             except OSError as error:
                 if error.filename is None and error.errno is not None:  # a write names no file
-                    raise OSError(error.errno, error.strerror, str(folder)) from error
+                    raise OSError(error.errno, error.strerror, str(self._store.root)) from error
                 raise
         return rows
 
@@ -90,7 +90,7 @@ class ShardMaker:
         moments = {site.name: Moments.none(row_shape(site)) for site in self._plan.sites if _is_float(site)}
         features: list[list[Features]] = [[] for _ in self._dictionaries]
         tensors = self._tensors(pieces)
-        _check_room(folder, tensors)
+        _check_room(self._store.root, tensors)
         with synced_file(folder / DATA) as file:
             writer = TensorWriter(file, tensors)
             for name, array in tokens_of(pieces).items():
@@ -183,9 +183,9 @@ def _moment_tensors(moments: dict[str, Moments]) -> dict[str, Array]:
     return tensors
 
 
-def _check_room(folder: Path, tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> None:
+def _check_room(root: Path, tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> None:
     """Raises OSError before the work if the disk has not enough space left."""
     need = sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors.values())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(root).free
     if free < need:
-        raise OSError(errno.ENOSPC, f"the next shard needs {need:,} bytes, the disk has {free:,} left", str(folder))
+        raise OSError(errno.ENOSPC, f"the next shard needs {need:,} bytes, the disk has {free:,} left", str(root))

@@ -124,7 +124,8 @@ class Store:
     def new_shard(self, shard: int) -> Iterator[Path]:
         """A folder for a shard's files, each synced by its writer; at the end of the block it becomes the shard.
 
-        If the block raises, the folder is removed. If another process was faster with the same shard, that one stays.
+        If the block raises, the folder is removed. If another process was faster with the same shard, that one stays,
+        also if it completed the dataset and removed this folder.
         """
         partial = self.shards / f".{shard:06d}.{socket.gethostname()}-{os.getpid()}-{os.urandom(8).hex()}.partial"
         partial.mkdir(parents=True)
@@ -137,6 +138,9 @@ class Store:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES) or not self.folder(shard).is_dir():
                     raise
             sync_folder(self.shards)
+        except FileNotFoundError:
+            if partial.is_dir() or not self.folder(shard).is_dir():
+                raise
         finally:
             remove_shard(partial)
 
