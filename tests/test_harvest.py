@@ -186,6 +186,8 @@ def test_sites_that_cannot_be_stored(tiny, texts, tmp_path, sites, words):
 
 
 def test_options_out_of_range(tiny, texts, tmp_path):
+    with pytest.raises(ValueError, match="top_k is of dictionaries"):
+        H.harvest(tiny, texts, RESID, out=tmp_path / "a", top_k=3)
     for option, value in {
         "workers": 0,
         "context": 1,
@@ -304,6 +306,10 @@ def test_damaged_documents_can_be_left_out(tiny, tmp_path):
         (b'{"messages": [{"role": "user", "content": [{"type": "hologram"}]}]}', "line 2: .*hologram"),
         (b'{"messages": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}]}', "gone.png|line 2"),
         (b'{"tokens": [2, 99999]}', "line 2: token id 99999"),
+        (b'{"tokens": [2, 1' + b"0" * 40 + b"]}", "line 2: a token id is out of range"),
+        (b'{"tokens": [2, true]}', "line 2: 'tokens' is list"),
+        (b'{"tokens": [2, 3.5]}', "line 2: 'tokens' is list"),
+        (b'{"text": "\\ud800"}', "line 2: the text is not valid Unicode"),
     ],
 )
 def test_damaged_lines_are_named(tiny, tmp_path, line, words):
@@ -600,6 +606,19 @@ def test_one_changed_weight_is_another_model(random_dir, ids, tmp_path):
     flip(file, file.stat().st_size // 2)
     with gemma4.load(model) as opened, pytest.raises(ValueError, match="model fingerprint"):
         H.harvest(opened, ids, RESID, out=tmp_path / "a", shard_tokens=2000)
+
+
+def test_a_corpus_that_changes_meanwhile(tiny, tmp_path):
+    corpus = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+
+    def progress(now):
+        if now.shards == 2:
+            write_lines(corpus, [{"text": text} for text in [TEXTS[0], *TEXTS]])
+
+    with pytest.raises(FormatError, match=r"a\.jsonl changed since the harvest began"):
+        H.harvest(tiny, corpus, RESID, out=tmp_path / "out", shard_tokens=300, progress=progress)
+    with pytest.raises(ValueError, match="corpus fingerprint"):
+        H.harvest(tiny, corpus, RESID, out=tmp_path / "out", shard_tokens=300)
 
 
 def test_a_moved_corpus_and_model_are_the_same(tiny, texts, harvested, tmp_path):

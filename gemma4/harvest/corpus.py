@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias, get_args
@@ -56,8 +56,9 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """A corpus that was read once. fingerprint: of all its bytes, 64 hex digits."""
+    """A corpus that was read once. corpus: it, with its files' stamps; fingerprint: of all its bytes, 64 hex digits."""
 
+    corpus: Corpus
     fingerprint: str
     n_documents: int
     weight: int
@@ -66,11 +67,12 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """files: in order; key, sample_by: see `gemma4.harvest.harvest`."""
+    """files: in order; key, sample_by: see `gemma4.harvest.harvest`; stamps: the files' sizes and times."""
 
     files: tuple[str, ...]
     key: str | None = None
     sample_by: SampleBy = "line"
+    stamps: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def open(cls, paths: StrPath | Iterable[StrPath], key: str | None = None, sample_by: SampleBy = "line") -> Corpus:
@@ -93,19 +95,20 @@ class Corpus:
         slice_weight: a slice ends with the document that brings it to that weight. Raises FormatError naming file and
         line, FileNotFoundError (a medium), OSError.
         """
+        scanned = replace(self, stamps=tuple(_stamp(file) for file in self.files))
         cutter, digest = _Cutter(slice_weight), hashlib.sha256(json.dumps([self.key, self.sample_by]).encode())
         for index in range(len(self.files)):
-            reader = self._reader(index)
+            reader = scanned._reader(index)
             for raw in reader.documents():
                 for medium in media_files(raw.content):
                     digest.update(_digest_of_medium(medium, reader.where(raw.number)))
                 cutter.add(index, raw.start, raw.number, _weight(raw.content))
                 progress(cutter.weight, reader.path.name)
             digest.update(f"{reader.path.suffix.lower()} ".encode() + _digest_of(reader.path))
-        return Scan(digest.hexdigest(), cutter.count, cutter.weight, cutter.finish())
+        return Scan(scanned, digest.hexdigest(), cutter.count, cutter.weight, cutter.finish())
 
     def read(self, part: Slice) -> Iterator[Document]:
-        """The documents of a slice. Raises FormatError if the files have changed so much that it has fewer."""
+        """The documents of a slice. Raises FormatError (a file changed since it was scanned), OSError."""
         number = part.first
         for span in part.spans:
             reader = self._reader(span.file)
@@ -114,13 +117,10 @@ class Corpus:
                     number, reader.where(span.number + raw.number - 1 if span.start else raw.number), raw.content
                 )
                 number += 1
-        if number != part.first + part.count:
-            raise FormatError(
-                f"the corpus changed: documents {part.first} to {part.first + part.count - 1} were there, now "
-                f"{number - part.first} of them are left"
-            )
 
     def _reader(self, file: int) -> Reader:
+        if self.stamps and _stamp(self.files[file]) != self.stamps[file]:
+            raise FormatError(f"{self.files[file]} changed since the harvest began")
         return reader_of(Path(self.files[file]), self.key, self.sample_by)
 
 
@@ -185,6 +185,11 @@ def _text_length(content: object) -> int:
     if is_list_or_tuple(content):
         return sum(_text_length(part) for part in content)
     return _text_length(content.get("text")) if is_mapping(content) else 0
+
+
+def _stamp(file: str) -> tuple[int, int]:
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 def _digest_of(path: Path) -> bytes:

@@ -43,7 +43,7 @@ class Coding:
         return open_dictionary(self.path)
 
 
-def make_coding(path: StrPath, site: str | None, top_k: int | None, sites: SiteTable) -> Coding:
+def make_coding(path: StrPath, site: str | None, top_k: int | None, examples: int, sites: SiteTable) -> Coding:
     """Raises ValueError (it names no site, or one of another width), SiteError, and as `SAE.load`."""
     if top_k is not None:
         checks.integer("top_k", top_k, 1, 1 << 31)
@@ -63,6 +63,7 @@ def make_coding(path: StrPath, site: str | None, top_k: int | None, sites: SiteT
             "site": found.name,
             "d_sae": int(dictionary.d_sae),
             "top_k": top_k,
+            "examples": examples,
         }
     return Coding(name, found.name, top_k, facts)
 

@@ -28,7 +28,7 @@ def begin(store: Store, plan: Plan) -> None:
     store.write_manifest(_head(plan) | {"complete": False})
 
 
-def finish(store: Store, plan: Plan, n_examples: int) -> None:
+def finish(store: Store, plan: Plan) -> None:
     """Merge the shards' statistics and examples, and write the manifest.
 
     Raises FormatError (a damaged shard), OSError.
@@ -37,7 +37,7 @@ def finish(store: Store, plan: Plan, n_examples: int) -> None:
     _write(store, STATS, _statistics(store, plan))
     names = [STATS]
     for number, coding in enumerate(plan.codings):
-        found = _examples(store, number, Examples(int(coding.facts["d_sae"]), n_examples), records)
+        found = _examples(store, number, Examples(coding.facts["d_sae"], coding.facts["examples"]), records)
         names.append(f"examples-{number}.safetensors")
         _write(store, names[-1], found)
     done = {

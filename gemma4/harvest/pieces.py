@@ -125,7 +125,10 @@ class Cutter:
             return TokenizedPrompt(model.to_tokens(content, bos=model.tokenizer.bos_id is not None))
         if is_messages(content):
             return model.to_prompt(content, image_tokens=self.image_tokens)
-        ids = np.array(content, np.int64)
+        try:
+            ids = np.array(content, np.int64)
+        except OverflowError:
+            raise ValueError(f"a token id is out of range: the vocabulary has {model.n_token_ids} tokens") from None
         return as_tokenized(model, ids) if len(ids) else TokenizedPrompt(ids.astype(np.int32))
 
 

@@ -104,6 +104,7 @@ def make_plan(
     image_tokens = model.image_tokens if options.image_tokens is None else options.image_tokens
     cutter = Cutter(context, image_tokens, options.skip_damaged)
     scan = corpus.scan(options.shard_tokens * WEIGHT_OF_TOKEN, scanning)
+    corpus = scan.corpus
     limit = None
     if options.max_tokens is not None:
         limit = cutter.limit(model, corpus, scan.slices, options.max_tokens)

@@ -142,7 +142,9 @@ def harvest(
     checks.choice("engine", engine, get_args(Engine))
     _check_part(part)
     options = Options(dtype, context, max_tokens, shard_tokens, image_tokens, skip_damaged)
-    codings = tuple(make_coding(path, site, top_k, model.sites) for path, site in paths_of(sae))
+    codings = tuple(make_coding(path, site, top_k, examples, model.sites) for path, site in paths_of(sae))
+    if top_k is not None and not codings:
+        raise ValueError("top_k is of dictionaries: give one (sae=, --sae)")
     store = Store(Path(os.path.expanduser(checks.path("out", out))))
     _check_folder(store)
     plan = make_plan(model, Corpus.open(corpus, key, sample_by), sites, options, codings, scanning)
@@ -159,7 +161,7 @@ def harvest(
         run_processes(spec, todo, workers, tally.note)
     complete = len(store.found()) == len(plan.slices)
     if complete:
-        finish(store, plan, examples)
+        finish(store, plan)
     return Harvested(store.root, complete, len(todo), len(there), len(plan.slices), tally.tokens, tally.seconds)
 
 
