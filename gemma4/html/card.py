@@ -43,12 +43,12 @@ class Card:
     title: str
     facts: Sequence[tuple[str, str]] = ()
     histogram: tuple[NDArray[np.int64], F64] | None = None
-    histogram_title: str = "values"
     up: Sequence[tuple[str, float]] = ()
     down: Sequence[tuple[str, float]] = ()
     near: Sequence[tuple[int, float]] = ()
     near_title: str = "fires together with"
     examples: Sequence[Example] = field(default_factory=tuple)
+    histogram_title: str = "values"
 
 
 def cards(shown: Sequence[Card], *, title: str = "", small_print: str | None = None) -> Picture:

@@ -52,13 +52,13 @@ def feature_card(
         feature,
         f"feature {feature}",
         facts,
-        (histogram.counts, histogram.edges) if fired else None,
-        "strongest values",
-        _pairs(up, texts),
-        _pairs(down, texts),
-        near,
-        "strong at the same tokens (share)",
-        [Stretch(texts(one.tokens), one.values.astype(np.float64)) for one in stretches],
+        histogram=(histogram.counts, histogram.edges) if fired else None,
+        histogram_title="strongest values",
+        up=_pairs(up, texts),
+        down=_pairs(down, texts),
+        near=near,
+        near_title="strong at the same tokens (share)",
+        examples=[Stretch(texts(one.tokens), one.values.astype(np.float64)) for one in stretches],
     )
 
 
