@@ -11,10 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from family_models import FUNCTION_TOKENS, GEMMA3, TURNS, renamed_tokenizer, write_member
+from family_models import (
+    FUNCTION_TOKENS,
+    GEMMA3,
+    GUARD_TEMPLATE,
+    PLAIN_TEMPLATE,
+    TURNS,
+    renamed_tokenizer,
+    write_member,
+)
 
 import gemma4
 from gemma4.generation.pieces import TurnText
+from gemma4.text.chat import ChatTemplate
 from gemma4.text.tokenizer import Tokenizer
 from gemma4.text.turn import ToolCall
 
@@ -159,6 +168,46 @@ def test_ids_of_the_released_vocabulary() -> None:
     )
     golden = [2, 105, 55060, 107, 3048, 659, 496, 2028, 600, 740, 776, 1292, 11687, 607, 506, 2269, 5151, 46]
     assert Tokenizer.from_table(table, "x").encode(text).tolist() == [*golden, 163688, 236787, 828]
+
+
+def test_as_a_gguf_file(function: Path, tmp_path: Path) -> None:
+    """The same member, chat and ends; clients of llama.cpp see the markers of calls."""
+    config = GEMMA3 | {"query_pre_attn_scalar": 16}
+    source = write_member(
+        tmp_path / "m", config, json.loads((function / "tokenizer.json").read_text()), FUNCTION_TEMPLATE
+    )
+    path = gemma4.quantize(source, tmp_path / "x.gguf", type="F32").path
+    messages = [{"role": "user", "content": "Is it wet?"}]
+    with gemma4.load(path) as ours, gemma4.load(source) as theirs:
+        assert ours.info().family == theirs.info().family == "FunctionGemma (architecture of Gemma 3)"
+        found, expected = (m.generate(messages, tools=[WEATHER], max_tokens=6, seed=1) for m in (ours, theirs))
+        assert list(found.tokens) == list(expected.tokens) and found.prompt_tokens == expected.prompt_tokens
+        assert ours.config.eos_token_ids == (1, 106, 50)
+        assert (
+            turn_of(ours, CALL, tools=["weather"])[1].parsed() == turn_of(theirs, CALL, tools=["weather"])[1].parsed()
+        )
+        kinds = ours.checkpoint.metadata["tokenizer.ggml.token_type"].values()
+        shown = {ours.tokenizer.id_to_piece(i) for i in range(46, 53) if kinds[i] == 4}
+        assert shown == set(FUNCTION_TOKENS.values()) - {"<start_function_declaration>", "<end_function_declaration>"}
+
+
+@pytest.mark.parametrize("template", [FUNCTION_TEMPLATE, TRANSLATE_TEMPLATE, PLAIN_TEMPLATE, GUARD_TEMPLATE])
+def test_templates_write_what_they_write_in_transformers(template: str, function: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(function / "tokenizer.json"), bos_token="<bos>")
+    part = {"type": "text", "source_lang_code": "cs", "target_lang_code": "de-DE", "text": " Ahoj \n"}
+    content = [part] if template == TRANSLATE_TEMPLATE else " Ahoj \n"
+    messages = [{"role": "user", "content": content}]
+    for options in ({"add_generation_prompt": True}, {"add_generation_prompt": False, "guideline": "None."}):
+        expected = reference.apply_chat_template(
+            messages,
+            tools=[{"type": "function", "function": WEATHER}],
+            chat_template=template,
+            tokenize=False,
+            **options,
+        )
+        found = ChatTemplate(template).render(messages, tools=[WEATHER], **options)
+        assert found == expected and "Ahoj" in found
 
 
 # -- TranslateGemma ----------------------------------------------------------------------------------------------------

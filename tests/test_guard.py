@@ -50,6 +50,7 @@ class Reference:
         torch = pytest.importorskip("torch")
         import transformers
 
+        torch.set_num_threads(1)  # the model is tiny
         self.torch = torch
         self.tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_file=str(path / "tokenizer.json"), bos_token="<bos>"

@@ -42,7 +42,16 @@ _ALL_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 _SCORE = -1000.0  # score of every token where merges determine the order
 _TURN_ENDS = ("<turn|>", "<end_of_turn>")  # of Gemma 4's chat format, and of earlier models'
 # control tokens that llama.cpp should show nevertheless, for clients that parse the answer
-_VISIBLE = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+_VISIBLE = (
+    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'),
+    *(
+        "<start_function_call>",
+        "<end_function_call>",
+        "<start_function_response>",
+        "<end_function_response>",
+        "<escape>",
+    ),
+)
 
 
 def metadata(checkpoint: Checkpoint, kind: str) -> dict[str, Any]:
