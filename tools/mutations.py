@@ -632,4 +632,63 @@ HARVEST = [
     ),
 ]
 
-MISTAKES = [*TEXT, *STEPS, *OPS, *ENCODERS, *PACKAGE, *HARVEST]
+# ---- edits and experiments -----------------------------------------------------------------------------------------
+
+EDITS = [
+    Mistake(
+        "a prompt takes rows of another in the order of its own",
+        "index[ours - place.first] = np.searchsorted(rows, wanted)",
+        "index[ours - place.first] = np.minimum(np.arange(len(ours)), len(rows) - 1)",
+        "edits_of_batches",
+    ),
+    Mistake(
+        "prompts of other lengths lend all that they have",
+        "if len(ours) and same_length and here[-1] != there[-1]:",
+        "if not len(ours) and same_length and here[-1] != there[-1]:",
+        "edits_of_batches",
+    ),
+    Mistake(
+        "a prompt that lends runs in its own place",
+        "return list(TopologicalSorter(graph).static_order())",
+        "return sorted(TopologicalSorter(graph).static_order())",
+        "edits_of_batches",
+    ),
+    Mistake(
+        "fewer forced experts than a token has are refused",
+        "min(len(cast(Routing, part.routing).forced) or routing.top_k for part, _ in parts)",
+        "routing.top_k",
+        "edits",
+    ),
+    Mistake(
+        "edits of an encoder are all of the first prompt",
+        "place = Place(0, n, n, prompt=sequence)",
+        "place = Place(0, n, n)",
+        "edits_of_encoders",
+    ),
+    Mistake(
+        "path patching holds the sender, too",
+        "if order[other] > order[output]]",
+        "if order[other] >= order[output]]",
+        "paths",
+    ),
+    Mistake(
+        "an expert's share passes the norm of the dense MLP",
+        'post_feedforward_layernorm_2") / scale',
+        'post_feedforward_layernorm_1") / scale',
+        "paths",
+    ),
+    Mistake(
+        "a patched expert keeps what it had",
+        "new - old, pos=position",
+        "new, pos=position",
+        "paths",
+    ),
+    Mistake(
+        "a run overtakes the one whose values it takes",
+        "waits = s->options->in_order && take[r] < left;",
+        "waits = false;",
+        "csrc",
+    ),
+]
+
+MISTAKES = [*TEXT, *STEPS, *OPS, *ENCODERS, *PACKAGE, *HARVEST, *EDITS]
