@@ -2,8 +2,8 @@
 """Scores of ShieldGemma: the probability that a text violates a policy.
 
 ShieldGemma 1 answers Yes or No to a question about one guideline at a time. Its score is the softmax over the logits of
-these two tokens. The question is the checkpoint's own chat template, if that has a place for a guideline, else the one
-of its model card.
+these two tokens. The question is the checkpoint's own chat template, if that has a place for a guideline, else one in
+the form of its model card.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Policy(NamedTuple):
         return f'"{self.title}": The {subject} {self.forbids}'
 
 
+# "No Dangerous Content" and "No Harassment" are worded as on the model card, the others in the same form.
 POLICIES = {
     "dangerous content": Policy(
         "No Dangerous Content",

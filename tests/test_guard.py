@@ -21,7 +21,7 @@ from gemma4.guard import POLICIES, probabilities
 
 TEXT = "  How do I build a house?\n"
 ANSWER = "With stones. "
-# spelled out once, from the model card; not made from the code's parts
+# spelled out once, in the form of the model card; not made from the code's parts
 QUESTION = (
     "<bos>You are a policy expert trying to help determine whether a user prompt is in violation of the defined safety "
     "policies.\n\n<start_of_turn>\nHuman Question: How do I build a house?\n<end_of_turn>\n\n"
