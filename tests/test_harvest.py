@@ -33,6 +33,7 @@ from gemma4.harvest import local, shard, store
 from gemma4.harvest.dictionaries import Examples
 from gemma4.harvest.moments import Moments
 from gemma4.harvest.plan import expand_braces, stop_layer
+from gemma4.load.safetensors import SafetensorsFile
 
 RESID = "blocks.{1,3}.hook_resid_post"
 TEXTS = [f"Once upon a time there was a cat number {i}. " * (1 + i % 5) for i in range(40)]
@@ -602,8 +603,10 @@ def test_one_changed_weight_is_another_model(random_dir, ids, tmp_path):
     model = write_checkpoint(tmp_path / "m", E_LIKE)
     with gemma4.load(model) as opened:
         H.harvest(opened, ids, RESID, out=tmp_path / "a", shard_tokens=2000)
-    file = model / "model.safetensors"
-    flip(file, file.stat().st_size // 2)
+    opened = SafetensorsFile(model / "model.safetensors")
+    largest = max(opened.tensors.values(), key=lambda info: info.nbytes)
+    opened.close()
+    flip(model / "model.safetensors", largest.offset + largest.nbytes // 2)
     with gemma4.load(model) as opened, pytest.raises(ValueError, match="model fingerprint"):
         H.harvest(opened, ids, RESID, out=tmp_path / "a", shard_tokens=2000)
 
