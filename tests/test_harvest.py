@@ -13,13 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import wave
 from itertools import pairwise
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from media_files import encoded, picture
+from media_files import encoded, picture, tone
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from small_models import E_LIKE, write_checkpoint
@@ -280,6 +281,21 @@ def test_media_are_documents(tiny, tmp_path):
     (tmp_path / "in" / "a.png").write_bytes(encoded(Image.fromarray(picture(64, 48, seed=1)), "PNG"))
     with pytest.raises(ValueError, match="corpus fingerprint"):
         H.harvest(tiny, tmp_path / "in", RESID, out=tmp_path / "out")
+
+
+def test_recordings_are_documents(tiny, tmp_path):
+    samples = (tone(0.5) * 30000).astype("<i2")
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, len(samples), "NONE", ""))
+        file.writeframes(samples.tobytes())
+    H.harvest(tiny, tmp_path / "a.wav", RESID, out=tmp_path / "out")
+    with H.open(tmp_path / "out") as dataset:
+        prompt = tiny.to_prompt([{"role": "user", "content": [{"type": "audio", "audio": str(tmp_path / "a.wav")}]}])
+        _, cache = tiny.run_with_cache(prompt)
+        found = dataset.sequence(0)
+        assert (found[dataset.sites[1]] == cache[dataset.sites[1]].astype(ml_dtypes.bfloat16)).all()
+        [run] = prompt.runs
+        assert (np.flatnonzero(found["token_type"] == 3) == np.arange(run.start, run.stop)).all()
 
 
 def test_damaged_documents_can_be_left_out(tiny, tmp_path):

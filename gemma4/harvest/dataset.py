@@ -311,7 +311,7 @@ class Dataset(Mapping[str, Column]):
 
     @property
     def dictionaries(self) -> list[dict[str, Any]]:
-        """The dictionaries that encoded on the fly: name, fingerprint, site, d_sae, top_k."""
+        """The dictionaries that encoded on the fly: name, fingerprint, site, d_sae, top_k, examples."""
         return list(self.manifest["plan"]["dictionaries"])
 
     def features(self, shard: int, dictionary: int = 0) -> Features:
