@@ -131,8 +131,14 @@ def answer_ids(model: Core) -> tuple[int, int]:
 
 
 def probabilities(logits: F32, yes: int, no: int) -> list[float]:
-    """Softmax over two columns of logits [n, d_vocab], in float64: the probability of `yes` in each row."""
-    difference = logits[:, yes].astype(np.float64) - logits[:, no]
+    """Softmax over two columns of logits [n, d_vocab], in float64: the probability of `yes` in each row.
+
+    Raises ValueError for logits without an answer: NaN is below every threshold, and would pass for harmless.
+    """
+    with np.errstate(invalid="ignore"):  # inf - inf
+        difference = logits[:, yes].astype(np.float64) - logits[:, no]
+    if np.isnan(difference).any():
+        raise ValueError("the logits of Yes and No are NaN or both infinite: weights or an edit are broken, no score")
     return (0.5 + 0.5 * np.tanh(difference / 2)).tolist()
 
 

@@ -635,8 +635,8 @@ class Model(Core):
 
         The questions run in one step, a prompt for each policy. No text can write control tokens.
 
-        Raises ValueError (empty text, unknown policy, a chat template that fails or omits the text), StateError (no
-        ShieldGemma, no tokenizer, no tokens "Yes" and "No"), CapacityError (longer than the context).
+        Raises ValueError (empty text, unknown policy, a chat template that fails or omits the text, logits of NaN),
+        StateError (no ShieldGemma, no tokenizer, no tokens "Yes" and "No"), CapacityError (longer than the context).
         """
         prompts = guard_prompts(self, text, response, policies, force=checks.boolean("force", force))
         logits = np.concatenate(self.forward(list(prompts.values()), logits="last"))

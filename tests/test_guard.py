@@ -211,6 +211,19 @@ def test_probabilities_of_far_apart_logits() -> None:
     assert probabilities(logits, 0, 1) == pytest.approx(expected, abs=1e-12)
 
 
+def test_no_score_is_no_pass(folder: Path) -> None:
+    """NaN is below every threshold."""
+
+    def spoil(array: np.ndarray, site: gemma4.HookPoint) -> None:
+        array[:] = np.nan
+
+    wanted = pytest.raises(ValueError, match="NaN or both infinite")
+    with gemma4.load(folder) as model, model.hooks([("hook_logits", spoil)]), pytest.warns(gemma4.NaNWarning), wanted:
+        model.guard("Hello")
+    with pytest.raises(ValueError, match="both infinite"):
+        probabilities(np.full((1, 2), np.inf, np.float32), 0, 1)
+
+
 def test_violations_and_text() -> None:
     found = GuardScores("x", None, {"harassment": 0.5, "hate speech": 0.25})
     assert found.violated() == ["harassment"] and found.violated(0.2) == ["harassment", "hate speech"]
