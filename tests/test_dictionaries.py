@@ -711,7 +711,14 @@ def test_opening_does_not_read(tmp_path):
     start = time.perf_counter()
     sae = SAE.load(tmp_path)
     assert time.perf_counter() - start < 1
-    assert not sae.direction(d_sae - 1).any()
+    before = resident()
+    assert not sae.direction(d_sae - 1).any() and not sae.values_of(99, np.ones((2, d_in), np.float32)).any()
+    assert resident() - before < 64 << 20  # the pages of a column: 16 MiB
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_public_names():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeAlias, cast
 
@@ -90,6 +91,12 @@ class _Tensors:
         array = self.mapped(name, *shape)
         self.file.advise_random(name)
         return array
+
+    encoder = decoder
+
+    def before_all(self, name: str) -> Callable[[], None]:
+        """For `Weights`: the first call says that all of this matrix is read."""
+        return cache(lambda: self.file.advise_whole(name))
 
     def vector(self, name: str, size: int, *, infinite: bool = False) -> F32:
         """A float32 copy without NaN, and unless `infinite` without infinities."""
@@ -173,7 +180,7 @@ def _open_gemma_scope_1(path: Path) -> Opened:
     """`params.npz`. The file does not name its site; its place in the published repositories does."""
     file = MappedNpz(path)
     tensors = _Tensors(file)
-    w_enc = tensors.mapped("W_enc", None, None)
+    w_enc = tensors.encoder("W_enc", None, None)
     d_in, d_sae = w_enc.shape
     w_dec = tensors.decoder("W_dec", d_sae, None)
     where = path.absolute().as_posix()
@@ -192,6 +199,7 @@ def _open_gemma_scope_1(path: Path) -> Opened:
         tensors.vector("b_dec", w_dec.shape[1]),
         _jump_relu(tensors, "b_enc", d_sae),
         scale=d_in**-0.5 if embedding else 1.0,
+        before_all=tensors.before_all("W_enc"),
     )
     return Opened("Gemma Scope 1", file, weights, site, site_out, transcoder, {})
 
@@ -214,7 +222,7 @@ def _open_gemma_scope_2(path: Path) -> Opened:
         raise NotImplementedError(f"{config}: a {kind:.40} is not read yet")
     file = SafetensorsFile(path)
     tensors = _Tensors(file)
-    w_enc = tensors.mapped("w_enc", None, None)
+    w_enc = tensors.encoder("w_enc", None, None)
     d_in, d_sae = w_enc.shape
     if fields.integer("width", d_sae, 1, _MOST) != d_sae:
         tensors.fail(f"w_enc has {d_sae} features, width in {config.name} is {fields.get('width', d_sae)}")
@@ -233,6 +241,7 @@ def _open_gemma_scope_2(path: Path) -> Opened:
         _jump_relu(tensors, "b_enc", d_sae),
         w_skip=w_skip,
         denormalise=False,
+        before_all=tensors.before_all("w_enc"),
     )
     skip = _IT_PROLOGUE if str(fields.get("model_name", "")).endswith("-it") else 0
     return Opened("Gemma Scope 2", file, weights, site, site_out if transcoder else None, transcoder, raw, skip)
@@ -317,7 +326,7 @@ def _layer_files(folder: Path) -> list[Path]:
 def _layer(tensors: _Tensors, shape: tuple[int, ...]) -> tuple[Weights, F32, NDArray[Any] | None]:
     """Weights, bias and skip connection of one layer. shape: of w_dec, [d_sae, n_layers, d_out], as in the first."""
     d_sae, n_layers, d_out = shape
-    w_enc = tensors.mapped("w_enc", None, d_sae)
+    w_enc = tensors.encoder("w_enc", None, d_sae)
     w_dec = tensors.decoder("w_dec", d_sae, n_layers, d_out).reshape(d_sae, n_layers * d_out)
     skip = "affine_skip_connection"
     return (
@@ -327,6 +336,7 @@ def _layer(tensors: _Tensors, shape: tuple[int, ...]) -> tuple[Weights, F32, NDA
             np.zeros(n_layers * d_out, np.float32),
             _jump_relu(tensors, "b_enc", d_sae),
             denormalise=False,
+            before_all=tensors.before_all("w_enc"),
         ),
         tensors.vector("b_dec", d_out),
         tensors.mapped(skip, w_enc.shape[0], d_out) if skip in tensors else None,
@@ -388,7 +398,7 @@ def _open_saelens(path: Path) -> Opened:
     d_in, d_sae = fields.integer("d_in", None, 1, _MOST), fields.integer("d_sae", None, 1, _MOST)
     transcoder = architecture in _TRANSCODERS
     d_out = fields.integer("d_out", d_in, 1, _MOST) if transcoder else d_in
-    w_enc, w_dec = tensors.mapped("W_enc", d_in, d_sae), tensors.decoder("W_dec", d_sae, d_out)
+    w_enc, w_dec = tensors.encoder("W_enc", d_in, d_sae), tensors.decoder("W_dec", d_sae, d_out)
     if "scaling_factor" in tensors and (tensors.vector("scaling_factor", d_sae) != 1).any():
         raise NotImplementedError(f"{path}: a finetuning scaling_factor is not read")
     b_dec = tensors.vector("b_dec", d_out)
@@ -403,6 +413,7 @@ def _open_saelens(path: Path) -> Opened:
         by_norm=by_norm,
         w_skip=tensors.mapped("W_skip", d_out, d_in).T if "skip" in architecture else None,
         denormalise=not transcoder,
+        before_all=tensors.before_all("W_enc"),
     )
     site = _site(named, "hf_hook_point_in", "hf_hook_name", "hook_name", "hook_point")
     site_out = _site(named, "hf_hook_point_out", "hf_hook_name_out", "hook_name_out") if transcoder else None
@@ -484,7 +495,7 @@ def _open_sparsify(path: Path) -> Opened:
     tensors = _Tensors(file)
     d_sae = fields.integer("num_latents", 0, 0, _MOST) or d_in * fields.integer("expansion_factor", 32, 1, _MOST)
     transcode = fields.boolean("transcode", False)
-    w_enc = tensors.mapped("encoder.weight", d_sae, d_in).T
+    w_enc = tensors.encoder("encoder.weight", d_sae, d_in).T
     w_dec = tensors.decoder("W_dec", d_sae, None if transcode else d_in)
     d_out = w_dec.shape[1]
     b_dec = tensors.vector("b_dec", d_out)
@@ -497,6 +508,7 @@ def _open_sparsify(path: Path) -> Opened:
         b_in=None if transcode else b_dec,
         w_skip=tensors.mapped("W_skip", d_out, d_in).T if fields.boolean("skip_connection", False) else None,
         denormalise=False,
+        before_all=tensors.before_all("encoder.weight"),
     )
     module = path.absolute().parent.name
     site = _module_site(module, "input" if transcode else "output")

@@ -7,6 +7,7 @@ out = denorm(values @ W_dec + b_dec) [+ x @ W_skip]
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -113,6 +114,7 @@ class Weights:
     by_norm: bool = False
     w_skip: Array | None = None
     denormalise: bool = True  # transcoders do not: their output is another site's
+    before_all: Callable[[], None] | None = None  # called before all of w_enc is read, not before single features are
 
     @property
     def d_in(self) -> int:
@@ -128,6 +130,8 @@ class Weights:
 
     def encode(self, x: F32) -> Features:
         """x: float32 [pos, d_in], finite. Raises FormatError (weights that are NaN), MemoryError."""
+        if self.before_all:
+            self.before_all()
         k = self.activation.k or 0
         n_rows = max(1, min(_ROWS, _KEPT // (k * _threads().n + 1)))
         parts = (x[first : first + n_rows] for first in range(0, len(x), n_rows))

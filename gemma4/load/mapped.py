@@ -114,6 +114,12 @@ class MappedFile(ABC):
         for advice in ("MADV_RANDOM", "MADV_NOHUGEPAGE"):
             self._advise(advice, info.offset, info.offset + info.nbytes)
 
+    def advise_whole(self, name: str) -> None:
+        """Undo `advise_random`: all of this tensor is read now."""
+        info = self.tensors[name]
+        for advice in ("MADV_NORMAL", "MADV_HUGEPAGE"):
+            self._advise(advice, info.offset, info.offset + info.nbytes)
+
     def _advise(self, advice: str, start: int, stop: int) -> None:
         """Advise the system about the whole pages in [start, stop), where such advice exists; without it reading is
         slower."""
