@@ -28,9 +28,11 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def data():
-    return tensors(np.random.default_rng(0)) | {
-        "tokens": np.arange(8, 8 + SEQUENCES * LENGTH, dtype=np.int32).reshape(SEQUENCES, LENGTH)
-    }
+    """Tokens that tiny-e has; feature 4, which never fires, has the places of feature 5 with the value 0."""
+    made = tensors(np.random.default_rng(0))
+    for name in ("seq_ids", "positions"):
+        made[name][4] = made[name][5]
+    return made | {"tokens": np.arange(8, 8 + SEQUENCES * LENGTH, dtype=np.int32).reshape(SEQUENCES, LENGTH)}
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +181,8 @@ def test_features_show_the_strongest(sae):
     assert "0 (2 fired)" in titles and "1 (0 fired)" in titles and "3 positions" in titles[0]
     cells = [text for text in titles[titles.index("2 (3 fired)") + 1 :] if text.strip()]
     assert cells[:4] == ["0", "3", "2", "-"]
+    looks = [cell["style"] for cell in page.named("td")]
+    assert looks[:3] == ["--v:0.4", "--v:0.2", "--v:0"] and looks[16:20] == ["--v:1", "--v:0.8", "--v:0.6", "--v:0"]
     assert len(Page(features.to_html(1, 2).fragment()).named("td")) == 2
     assert "The last 1 of 3 positions" in features.to_html(1)._repr_html_()
     for wrong in ({"last": 0}, {"k": 0}):

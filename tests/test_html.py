@@ -385,6 +385,11 @@ def test_a_lens_shows_the_last_block_on_top(tiny, run):
     lines = cell["title"].split("\n")
     assert lines[0] == f"after block {tiny.n_layers - 1}, at ·to (position {len(run[0]) - 1})"
     assert lines[1] == f"{number(lens.probs[-1, -1, 0])}  {visible(lens.tokens[-1][-1][0])}"
+    assert cell["style"] == colour(lens.probs[-1, -1, 0], 1.0)["style"]
+    first = page.named("td")[-len(run[0])]  # the embedding, the first position
+    assert first["style"] == colour(lens.probs[0, 0, 0], 1.0)["style"] and first["title"].startswith(
+        "after block embed"
+    )
     assert len(lines) == 7 and lines[-1] == f"{number(lens.target_probs[-1, -1])}  the target"
     assert lens.prompt == run[0]
 
@@ -393,10 +398,12 @@ def test_grids_show_themselves(tiny):
     grid = patching_grid(tiny, PROMPT, CORRUPT, (" Mary", " John"), layers=[0, 3], positions=[-1, -2])
     text = grid._repr_html_()
     assert "Share of the clean run recovered" in text and len(Page(text).named("td")) == 4
-    heads = head_ablations(tiny, PROMPT, (" Mary", " John"), layers=[3])
-    values = [text for text in Page(heads._repr_html_()).texts if text in {number(x) for x in heads.change[0]}]
-    assert len(values) >= 4
-    assert len(Page(heads.to_html(2).fragment()).named("td")) == 2
+    heads = head_ablations(tiny, PROMPT, (" Mary", " John"), layers=[3, 6])
+    assert heads.change.shape == (2, 4)
+    texts = Page(heads._repr_html_()).texts
+    expected = [text for row in (1, 0) for text in (heads.rows[row], *map(number, heads.change[row]))]  # 6 above 3
+    assert texts[-len(expected) :] == expected
+    assert len(Page(heads.to_html(2).fragment()).named("td")) == 4
     with pytest.raises(ValueError, match="last"):
         heads.to_html(0)
 

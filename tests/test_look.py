@@ -64,6 +64,8 @@ def test_attribution_shows_bars_or_a_table(tiny):
     page = Page(several._repr_html_())
     assert len(page.named("td")) == (len(several.labels) + 1) * len(several.prompt)
     assert page.texts[page.texts.index("sum") + 1] == number(several.logits[0])
+    for label in ("embed", several.labels[-1]):
+        assert page.texts[page.texts.index(label) + 1] == number(several.values[several.labels.index(label), 0])
     with pytest.raises(ValueError, match="last"):
         several.to_html(0)
 
@@ -98,7 +100,9 @@ def test_lens(tiny, capsys, tmp_path):
 def test_lens_of_the_last_positions(capsys, tmp_path):
     page = tmp_path / "lens.html"
     assert main(["lens", PROMPT, "--last", "2", "--html", str(page)]) == 0
-    assert "the last 2 of 15 positions; --last 0 shows more" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the last 2 of 15 positions; --last 0 shows more" in out
+    assert next(line.split() for line in out.splitlines() if "block" in line) == ["block", "·book", "·to", "p"]
     assert "The last 2 of 15 positions; --last 0 shows all." in page.read_text(encoding="utf-8")
     assert main(["lens", "Once upon a time", "--last", "0"]) == 0
     assert "positions" not in capsys.readouterr().out
