@@ -257,3 +257,14 @@ def test_ids_of_experts_are_no_numbers(model):
 def test_patches_that_make_no_sense(make, error, complaint):
     with pytest.raises(error, match=re.escape(complaint)):
         make()
+
+
+def test_prompts_that_a_list_lacks(tiny):
+    """Also while generating, where a batch may be open."""
+    edit = Add(RESID, 1.0, prompts=2)
+    for run in (
+        lambda: tiny.generate([CLEAN, CORRUPT], hooks=[edit], max_tokens=2),
+        lambda: tiny.stream(CLEAN, hooks=[edit]),
+    ):
+        with pytest.raises(ValueError, match="no prompt 2"):
+            run()
