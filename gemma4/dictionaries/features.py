@@ -123,7 +123,7 @@ class Features:
         return heat(
             values,
             [f"{at} ({count} fired)" for at, count in enumerate(self.counts[first:], first)],
-            [f"no. {rank + 1}" for rank in range(k)],
+            [f"#{rank + 1}" for rank in range(k)],
             words=[[*(str(i) for i in one.ids), *["-"] * (k - len(one.ids))] for one in best],
             title=repr(self),
             corner="position",
