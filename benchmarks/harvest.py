@@ -51,10 +51,11 @@ def forward_rate(model: gemma4.Model, plan: Plan) -> float:
     return sum(map(len, pieces)) / (time.perf_counter() - start)
 
 
-def harvest_rate(model: gemma4.Model, corpus: Path, site: str, out: Path, workers: int) -> float:
+def harvest_rate(model: gemma4.Model, corpus: Path, site: str, out: Path, *, shard_tokens: int, workers: int) -> float:
     """Tokens per second of a harvest into a new folder, from its first step on."""
     seen: list[harvest.Progress] = []
-    harvest.harvest(model, corpus, site, out=out, workers=workers, progress=seen.append)
+    options = {"shard_tokens": shard_tokens, "workers": workers}
+    harvest.harvest(model, corpus, site, out=out, progress=seen.append, **options)
     return (seen[-1].tokens - seen[0].tokens) / (seen[-1].seconds - seen[0].seconds)
 
 
@@ -69,14 +70,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, gemma4.load(args.model, threads=args.threads) as model:
         root, threads = Path(folder), model.engine.threads
         write_corpus(root / "corpus.jsonl", model.n_token_ids, args.tokens)
-        options = Options("bf16", None, None, 1 << 14, None, False)
+        shard_tokens = min(1 << 14, args.tokens // (8 * threads))  # enough shards that workers end together
+        options = Options("bf16", None, None, shard_tokens, None, False)
         plan = make_plan(model, Corpus.open(root / "corpus.jsonl"), args.site, options)
         rates: dict[str, list[float]] = {"forward": [], "one": [], "workers": []}
         for number in range(args.rounds):
             rates["forward"].append(forward_rate(model, plan))
             for name, workers in (("one", 1), ("workers", threads)):
                 out = root / f"{name}-{number}"
-                rates[name].append(harvest_rate(model, root / "corpus.jsonl", args.site, out, workers))
+                sizes = {"shard_tokens": shard_tokens, "workers": workers}
+                rates[name].append(harvest_rate(model, root / "corpus.jsonl", args.site, out, **sizes))
     print(f"{args.model}, {args.site}, {threads} threads, {args.tokens:,} tokens, {args.rounds} rounds")
     for name, text in {
         "forward": "forward passes alone",
