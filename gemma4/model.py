@@ -40,7 +40,7 @@ from gemma4.interp.hooks import (
     checked_hooks,
     hooks_of,
 )
-from gemma4.interp.sites import Names, Site, SiteTable, names_of, reusable
+from gemma4.interp.sites import Names, Site, SiteTable, names_of
 from gemma4.load import open_checkpoint
 from gemma4.media.audio import AudioLike
 from gemma4.media.image import ImageLike
@@ -465,7 +465,7 @@ class Model(Core):
         if stop_at_layer is not None:
             stop_at_layer, logits = self._checked_stop(stop_at_layer), None
         table = self._sites_from(start)
-        inside, names = apart(reusable(names), active_hooks(self), table)
+        inside, names = apart(names, active_hooks(self), table)
         capture = table.select(names_of(names), stop_at_layer=stop_at_layer)
         pos = "all" if pos is None else pos
         kept = Capture()

@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from gemma4.edits.base import Edit, SiteEdit, Work, check_edits
 from gemma4.edits.scope import Extent
 from gemma4.errors import SiteError
-from gemma4.interp.sites import Names, Site, SiteTable, canonical_name, names_of
+from gemma4.interp.sites import Names, Site, SiteTable, canonical_name, names_of, reusable
 from gemma4.narrow import is_iterable, is_sequence
 
 Array: TypeAlias = NDArray[Any]
@@ -147,8 +147,9 @@ def _without_nested(hooks: list[Hook], table: SiteTable) -> tuple[list[Hook], di
 def apart(names: Names, hooks: Iterable[Hook], table: SiteTable) -> tuple[list[str], Names]:
     """The chosen sites inside nested hooks, and the names that are left for the model. None chooses none inside.
 
-    Raises SiteError for a name of a site inside that none of them has, or two.
+    Raises SiteError for a name of a site inside that none of them has, or two; TypeError for what is no name.
     """
+    names = reusable(names)
     inner = [name for hook in hooks if isinstance(hook, Nested) for name in hook.sites]
     if names is None or callable(names):
         chosen = [name for name in inner if names is not None and names(name)]

@@ -99,8 +99,12 @@ _HF_MODEL = {
 
 
 def reusable(names: Names) -> Names:
-    """The same names, safe to iterate more than once."""
-    return list(names) if is_iterable(names) and not isinstance(names, str) else names
+    """The same names, safe to iterate more than once. Raises TypeError if they are none."""
+    if names is None or isinstance(names, str) or callable(names):
+        return names
+    if not is_iterable(names):
+        raise TypeError(f"names must be a site name or glob, several of them, or a predicate, got {names!r:.80}")
+    return list(names)
 
 
 def names_of(names: Names, prefix: str = "") -> Names:
@@ -108,12 +112,11 @@ def names_of(names: Names, prefix: str = "") -> Names:
 
     Predicates are called with every name of text model and encoders; None, the default, selects no encoder site.
     """
+    names = reusable(names)
     if names is None:
         return [] if prefix else None
     if callable(names):
         return names
-    if not is_iterable(names):
-        raise TypeError(f"names must be a site name or glob, several of them, or a predicate, got {names!r:.80}")
     return [name for name in ([names] if isinstance(names, str) else names) if _is_of(name, prefix)]
 
 
