@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from gemma4 import checks, info
 from gemma4.core import F32, Core, KVDtype, Precision
 from gemma4.dictionaries import SAE, Record, Transcoder
-from gemma4.dictionaries.splice import Splice, entered
+from gemma4.dictionaries.splice import Splice, entered, warn_of_another_model
 from gemma4.edits.base import Edit, checked_edits
 from gemma4.edits.scope import Extent
 from gemma4.encoders.encoder import Encoder, encoder_of
@@ -554,10 +554,11 @@ class Model(Core):
         error: add what the reconstruction misses, so that logits stay the same up to rounding; False replaces the site,
         but for positions that the dictionary was not trained on. Nestable.
 
-        Raises ValueError (a dictionary that names no site, or of another width), SiteError (a site that this model
-        lacks).
+        Warns if its files name another model by its `fingerprint`. Raises ValueError (a dictionary that names no site,
+        or of another width), SiteError (a site that this model lacks).
         """
         spliced = Splice(self.sites, dictionary, error=error)
+        warn_of_another_model(dictionary, lambda: self.fingerprint)
         return entered(self.hooks([spliced]), spliced.record)
 
     def profile(self) -> AbstractContextManager[Profile]:

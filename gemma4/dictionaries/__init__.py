@@ -2,6 +2,7 @@
 """Dictionaries: sparse autoencoders and transcoders, which read activations as sums of a few features.
 
     sae = gemma4.SAE.load("path")              # Gemma Scope 1 and 2, SAELens, sparsify
+    sae = gemma4.SAE.load("tiny-e/blocks.4.hook_resid_post")                  # one that comes with the package
     features = sae.encode(cache)               # sparse: features[pos].ids, .values
     sae.decode(features), sae.error(cache), sae.metrics(cache)
 
@@ -16,6 +17,7 @@ from gemma4.dictionaries.edits import AblateFeature, ClampFeature, FeatureEdit, 
 from gemma4.dictionaries.examples import Example, Examples, FeatureSource, Histogram, Ranked
 from gemma4.dictionaries.features import Features, Fired
 from gemma4.dictionaries.sae import SAE, Dictionary, Metrics, Transcoder
+from gemma4.dictionaries.shipped import shipped_dictionaries
 from gemma4.dictionaries.splice import Pass, Record
 
 __all__ = [
@@ -38,4 +40,5 @@ __all__ = [
     "Record",
     "ScaleFeature",
     "Transcoder",
+    "shipped_dictionaries",
 ]

@@ -16,11 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from gemma4.dictionaries.features import F32, Features, check_feature
 from gemma4.dictionaries.formats import Opened, open_dictionary
+from gemma4.dictionaries.shipped import locate
 from gemma4.edits.recipes import Cache
 from gemma4.html import Picture
 from gemma4.html.cells import plain
 from gemma4.interp.sites import canonical_name
 from gemma4.load.mapped import MappedFile
+from gemma4.narrow import is_dict
 
 Activations: TypeAlias = ArrayLike | Cache
 _MOST_FACTS = 24  # of a configuration, that a table shows
@@ -63,7 +65,7 @@ class Dictionary:
 
     @classmethod
     def _opened(cls, path: str | os.PathLike[str]) -> tuple[Opened, Path]:
-        path = Path(path)
+        path = locate(path)
         opened = open_dictionary(path)
         if opened.transcoder is (not cls._is_transcoder):
             opened.file.close()
@@ -171,6 +173,13 @@ class Dictionary:
         self._file.check()
         return _fingerprint(self._file, self.metadata)
 
+    @property
+    def model_fingerprint(self) -> str | None:
+        """`fingerprint` of the model whose activations it was trained on; None if its files do not say."""
+        inner = self.metadata.get("metadata")
+        found = inner.get("model_fingerprint") if is_dict(inner) else None
+        return found if isinstance(found, str) else None
+
     # -- life ----------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -218,7 +227,8 @@ class SAE(Dictionary):
         """Open the folder or the file of a dictionary; the format is recognised. Files are mapped, not read.
 
         path  Gemma Scope 1 (params.npz), Gemma Scope 2 (params.safetensors, config.json), SAELens
-              (sae_weights.safetensors, cfg.json) or sparsify (sae.safetensors, cfg.json)
+              (sae_weights.safetensors, cfg.json) or sparsify (sae.safetensors, cfg.json); or the name of a shipped
+              one, "tiny-e/blocks.4.hook_resid_post": `gemma4.dictionaries.shipped_dictionaries` lists them
         site  the site that it reads, where the files do not say, or another one
 
         Raises FileNotFoundError, OSError, FormatError (damaged, another format, a pickle), NotImplementedError (an

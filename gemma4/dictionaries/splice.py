@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -165,6 +166,17 @@ class Splice(Nested):
 
 def _by_kind(fns: Sequence[HookFn]) -> tuple[list[HookFn], list[Capture]]:
     return [fn for fn in fns if not isinstance(fn, Capture)], [fn for fn in fns if isinstance(fn, Capture)]
+
+
+def warn_of_another_model(dictionary: Dictionary, fingerprint: Callable[[], str]) -> None:
+    """Warn if the files say that it was trained on another model than the one of this fingerprint."""
+    named = dictionary.model_fingerprint
+    if named is not None and named != fingerprint():
+        warnings.warn(
+            f"{dictionary!r} of {dictionary.path} was trained on another model (fingerprint {named:.16}), or on this "
+            f"one with other weights (this one has {fingerprint()}): its features may mean nothing here",
+            stacklevel=3,
+        )
 
 
 @contextmanager

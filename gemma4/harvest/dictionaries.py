@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gemma4 import checks
 from gemma4.dictionaries import SAE, Dictionary, Features, Transcoder
 from gemma4.dictionaries.sae import without_rows
+from gemma4.dictionaries.shipped import locate
 from gemma4.errors import FormatError
 from gemma4.files import StrPath
 from gemma4.interp.sites import SiteTable
@@ -47,7 +48,7 @@ def make_coding(path: StrPath, site: str | None, top_k: int | None, examples: in
     """Raises ValueError (it names no site, or one of another width), SiteError, and as `SAE.load`."""
     if top_k is not None:
         checks.integer("top_k", top_k, 1, 1 << 31)
-    name = os.path.abspath(os.path.expanduser(checks.path("sae", path)))
+    name = os.path.abspath(locate(os.path.expanduser(checks.path("sae", path))))
     with open_dictionary(name, site) as dictionary:
         if dictionary.site is None:
             raise ValueError(

@@ -136,7 +136,7 @@ def page_of(source: str) -> str | None:
         return str(Path(*path.parts[1:]))
     if path.parent == Path("notebooks") and path.suffix == ".ipynb":
         return f"tutorials/{path.stem}.md"
-    if path.parts[:2] == ("gemma4", "pretrained") and path.name == "README.md":
+    if path.parent.parent == Path("gemma4", "pretrained") and path.name == "README.md":
         return f"models/{path.parts[2]}.md"
     return None
 
