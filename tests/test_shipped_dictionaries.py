@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import gemma4
+import gemma4.harvest
 from gemma4 import SAE, Transcoder, edits
 from gemma4.dictionaries import shipped_dictionaries
 from gemma4.interp import evaluate_dictionary
@@ -56,6 +57,16 @@ def test_edits_with_them_are_saved(tmp_path):
     edits.save_edits(edit, tmp_path / "edits")
     (found,) = edits.load_edits(tmp_path / "edits")
     assert found.dictionary.fingerprint == edit[0].dictionary.fingerprint
+
+
+def test_a_harvest_takes_them_by_name(tmp_path):
+    (tmp_path / "texts.txt").write_text("Once upon a time\n")
+    model = gemma4.load("tiny-e")
+    gemma4.harvest.harvest(model, tmp_path / "texts.txt", out=tmp_path / "out", sae=NAMES[0])
+    with gemma4.harvest.open(tmp_path / "out") as dataset:
+        features = dataset.features(0)
+    _, cache = model.run_with_cache("Once upon a time", NAMES[0].split("/")[1])
+    assert features.ids.tolist() == SAE.load(NAMES[0]).encode(cache).ids.tolist()
 
 
 def edits_of(name):

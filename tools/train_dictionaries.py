@@ -47,6 +47,7 @@ class Recipe:
     site_out: str | None = None
     d_sae: int = 1024
     k: int = 20
+    steps: int = 1200
 
     @property
     def name(self) -> str:
@@ -63,7 +64,7 @@ class Recipe:
 
 RECIPES = (
     Recipe("tiny-e", "blocks.4.hook_resid_post"),
-    Recipe("tiny-e", "blocks.9.mlp.hook_in", "blocks.9.hook_mlp_out"),
+    Recipe("tiny-e", "blocks.9.mlp.hook_in", "blocks.9.hook_mlp_out", steps=800),
     Recipe("tiny-moe", "blocks.2.hook_resid_post"),
 )
 
@@ -261,14 +262,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the dictionaries of the shipped models.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(names)}")
     parser.add_argument("--work", type=Path, required=True, help="folder of corpora and harvests")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=0, help="default: those of the recipe")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="the shipped ones were trained with 1")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(names):
         parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(names)}")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     for recipe in RECIPES:
         if arguments.names and recipe.name not in arguments.names:
@@ -276,7 +276,9 @@ def main() -> None:
         of_model = [one for one in RECIPES if one.model == recipe.model]
         sites = sorted({site for one in of_model for site in (one.site, one.target)})
         rows = activations(recipe.model, sites, arguments.work, arguments.seed)
-        found, *scales = train(recipe, rows[recipe.site], rows[recipe.target], arguments.steps, arguments.seed)
+        found, *scales = train(
+            recipe, rows[recipe.site], rows[recipe.target], arguments.steps or recipe.steps, arguments.seed
+        )
         save(recipe, found.tensors(*scales))
 
 
