@@ -181,9 +181,9 @@ static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size
 
 /* ---- prefill ----------------------------------------------------------------------------------------------------- */
 
-/* Packs 8 rows of k <= INT8_K inputs into a half of the panel. If only n >= 1 rows exist, the first row fills the rest; those
- * products are unused. For formats with a zero point, min holds zero point times scale; only for Q4_0 (ZERO_POINT 8)
- * the tile subtracts the zero point itself. */
+/* Packs 8 rows of k <= INT8_K inputs into a half of the panel. If only n >= 1 rows exist, the first row fills the
+ * rest; those products are unused. For formats with a zero point, min holds zero point times scale; only for Q4_0
+ * (ZERO_POINT 8) the tile subtracts the zero point itself. */
 #if BLOCK == 32
 static INLINE void NAME(pack_factors_)(const uint8_t *block, size_t row_bytes, int n, float scale[8], float min[8])
 {

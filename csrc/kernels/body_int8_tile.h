@@ -10,8 +10,8 @@
 #endif
 enum { INT8_M = 256, INT8_N = 16 * INT8_PANELS, INT8_K = 512 };
 
-/* 16 weight rows, in halves of 8. Each row has 4 consecutive inputs together, so that one load matches 4 broadcast bytes
- * of x. The halves lie side by side: AVX-512 loads both at once, without crossing a cache line. */
+/* 16 weight rows, in halves of 8. Each row has 4 consecutive inputs together, so that one load matches 4 broadcast
+ * bytes of x. The halves lie side by side: AVX-512 loads both at once, without crossing a cache line. */
 typedef struct {
     _Alignas(64) int8_t q[INT8_K / 4][2][8][4];
     float scale[INT8_K / 16][2][8], min[INT8_K / 16][2][8];
@@ -71,7 +71,7 @@ static INLINE void group_dots(const int m, const int group, const int fit, const
 }
 #endif
 
-/* acc[i][INT8_N] += x_i . w for m <= 4 rows of x over k inputs, k a multiple of 32. fit is SUMS_IN_INT16 of body_int8.h.
+/* acc[i][INT8_N] += x_i . w for m <= 4 rows of x over k inputs, k a multiple of 32; fit: SUMS_IN_INT16, body_int8.h.
  *
  * lowered: q has a zero point of 8 (Q4_0), which the sums remove by starting at -8 sum x. That saves 8 % of the time
  * compared with subtracting it in float32 like a minimum. The two 16-bit lanes of a pair start at -4 sum x each. With

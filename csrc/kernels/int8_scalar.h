@@ -151,7 +151,7 @@ static inline float f8_sum(f32x8 a)
     return a.lane[0];
 }
 
-/* to[c][r] = from[r][c] for 8 rows, `stride` apart, of 8 groups of 4 bytes. Groups of `to` lie to_stride bytes apart. */
+/* to[c][r] = from[r][c] for 8 rows, `stride` apart, of 8 groups of 4 bytes; groups of `to` are to_stride apart. */
 static inline void transpose_fours(const int8_t *from, size_t stride, int8_t *to, size_t to_stride)
 {
     for (int r = 0; r < 8; r++)

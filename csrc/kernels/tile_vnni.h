@@ -2,7 +2,7 @@
 /* int8_tile of body_int8_tile.h with one register for 4 inputs of each of 16 rows of w. One instruction, DPBUSD, adds
  * their products with 4 bytes of x to 16 sums. Two panels side by side make 8 sums in flight with 4 rows of x, enough
  * for two units with a latency of 4 cycles, and 6 loads for 8 products: one panel needs 5 loads for 4. One Zen 5 core,
- * 512 rows of Q4_0 at 6144 inputs: 505 Gop/s with one panel of two separate halves, 600 with one whole, 690 with two. */
+ * 512 rows of Q4_0 at 6144 inputs: 505 Gop/s with one panel of two separate halves, 600 in one, 690 with two. */
 _Static_assert(INT8_PANELS == 2, "see above");
 
 /* Start value of the sums, from the pair of -4 sum x. With a zero point of 8: -8 sum x (times = 1). With signed q,

@@ -2,8 +2,8 @@
 /* The encoder of a dictionary (sparse autoencoder, transcoder): rows of activations to the few features that fire. The
  * dense result never exists: 64 features at a time are computed for all rows, and those that fire are kept.
  *
- * A pre-activation is one sum over the inputs in order (matmul_panel, weighted_sum), so results depend neither on other rows, nor on
- * threads, nor on the instruction set. */
+ * A pre-activation is one sum over the inputs in order (matmul_panel, weighted_sum), so results depend neither on other
+ * rows, nor on threads, nor on the instruction set. */
 #ifndef GEMMA4_OPS_FEATURES_H
 #define GEMMA4_OPS_FEATURES_H
 
