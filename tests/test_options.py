@@ -23,7 +23,7 @@ ANSWER = "The capital of France is Paris."
 
 def copy_of_tiny(folder, **files):
     """tiny-e with files replaced, or (None) left out."""
-    for file in TINY.iterdir():
+    for file in filter(Path.is_file, TINY.iterdir()):
         text = files.get(file.stem)
         if text is not None:
             (folder / file.name).write_text(json.dumps(text))

@@ -187,7 +187,7 @@ def write_card(
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     text = config["text_config"]
     results = [Result(**score) for score in scores]
-    size = sum(file.stat().st_size for file in directory.iterdir() if file.name != "README.md")
+    size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file() and file.name != "README.md")
     card = _HEAD.format(
         name=name,
         about=_ABOUT[name],
