@@ -66,7 +66,7 @@ static void test_pool_inside_its_own_poll(void)
 }
 
 #ifndef __SANITIZE_THREAD__ /* TSan starts no threads in a forked child */
-enum { N_CALLERS = 4 };
+enum { N_CALLERS = 4, FORK_THREADS = 3 };
 
 typedef struct {
     g4_pool *pool;
@@ -105,12 +105,23 @@ static bool run_in_child(g4_pool *pool)
     return n_done == N_CALLERS * N_TASKS;
 }
 
+static void meet_task(void *context, int task, int worker)
+{
+    (void)task, (void)worker;
+    atomic_fetch_add((atomic_int *)context, 1);
+    while (atomic_load((atomic_int *)context) < FORK_THREADS)
+        sched_yield();
+}
+
 static void test_pool_after_fork(void)
 {
     for (int round = 0; round < 50; round++) {
         atomic_int done[N_TASKS] = {0};
-        g4_pool *pool = g4_pool_new(3);
+        atomic_int n_there = 0;
+        g4_pool *pool = g4_pool_new(FORK_THREADS);
         g4_pool_run(pool, N_TASKS, false, count_task, done, NULL, NULL);
+        /* all threads run by now: AddressSanitizer locks while one starts, and a child would inherit the lock */
+        g4_pool_run(pool, FORK_THREADS, false, meet_task, &n_there, NULL, NULL);
         const pid_t child = fork();
         int status = -1;
         if (child == 0) {
