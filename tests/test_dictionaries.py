@@ -796,12 +796,16 @@ def test_attach_while_generating_and_in_batches(tiny, tmp_path):
         agrees(record.features(number).dense(), sae.encode(a.cache).dense())
 
 
-def test_attach_leaves_positions_that_were_not_trained_on(tiny, tmp_path):
+def trained_from_position_4(tiny, folder):
     d = width(tiny, RESID)
     tensors = {"w_enc": numbers(d, 64), "w_dec": numbers(64, d), "b_enc": numbers(64), "b_dec": numbers(d)}
     config = dict.fromkeys(("hf_hook_point_in", "hf_hook_point_out"), "model.layers.2.output")
     config |= {"width": 64, "model_name": "some-it"}
-    sae = SAE.load(scope_2(tmp_path, tensors | {"threshold": np.zeros(64, np.float32)}, **config))
+    return SAE.load(scope_2(folder, tensors | {"threshold": np.zeros(64, np.float32)}, **config))
+
+
+def test_attach_leaves_positions_that_were_not_trained_on(tiny, tmp_path):
+    sae = trained_from_position_4(tiny, tmp_path)
     _, plain = tiny.run_with_cache(TEXT, RESID)
     with tiny.attach(sae, error=False) as record:
         _, cache = tiny.run_with_cache(TEXT, RESID)
@@ -934,6 +938,21 @@ def test_feature_edits_keep_their_scope(tiny, tmp_path):
     agrees(zeroed[RESID][3], (2 - old[0]) * sae.direction(5))
     with pytest.raises(ValueError, match="position 99 cannot be edited"), tiny.edit([AblateFeature(sae, 5, pos=99)]):
         tiny.forward(TEXT)
+
+
+def test_feature_edits_leave_positions_that_were_not_trained_on(tiny, tmp_path):
+    """As `attach` does; named positions are edited."""
+    sae = trained_from_position_4(tiny, tmp_path)
+    _, plain = tiny.run_with_cache(TEXT, RESID)
+    for edit, first in (
+        (ClampFeature(sae, 5, 40.0), 4),
+        (ClampFeature(sae, 5, 40.0, pos=slice(2, None)), 2),
+        (ClampFeature(sae, 5, 40.0, pos=range(1, 9)), 1),
+    ):
+        with tiny.edit(edit):
+            _, cache = tiny.run_with_cache(TEXT, RESID)
+        changed = np.flatnonzero((cache[RESID] != plain[RESID]).any(axis=1))
+        assert changed[0] == first and (np.diff(changed) == 1).all()
 
 
 def test_bad_feature_edits(standard, tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import gemma4
 import gemma4.harvest
 from gemma4 import SAE, Transcoder, edits
-from gemma4.dictionaries import shipped_dictionaries
+from gemma4.dictionaries import shipped, shipped_dictionaries
 from gemma4.interp import evaluate_dictionary
 
 PRETRAINED = Path(gemma4.__file__).parent / "pretrained"
@@ -57,6 +58,25 @@ def test_edits_with_them_are_saved(tmp_path):
     edits.save_edits(edit, tmp_path / "edits")
     (found,) = edits.load_edits(tmp_path / "edits")
     assert found.dictionary.fingerprint == edit[0].dictionary.fingerprint
+    data = (tmp_path / "edits").read_bytes()
+    assert b"tiny-e/blocks.4.hook_resid_post" in data and b"pretrained" not in data  # the name, no place
+
+
+def test_saved_edits_find_them_elsewhere(tmp_path, monkeypatch):
+    """In another installation; or where the reader says, if that has none."""
+    name = "tiny-e/blocks.4.hook_resid_post"
+    edits.save_edits(edits_of(name), tmp_path / "edits")
+    elsewhere = tmp_path / "installed"
+    shutil.copytree(folder(name), elsewhere / "tiny-e" / "dictionaries" / "blocks.4.hook_resid_post")
+    monkeypatch.setattr(shipped, "PRETRAINED", elsewhere)
+    (found,) = edits.load_edits(tmp_path / "edits")
+    assert found.dictionary.path.is_relative_to(elsewhere)
+    (elsewhere / "tiny-e" / "dictionaries").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=rf"its dictionary {name} is not there; .*dictionaries={{'{name}'"):
+        edits.load_edits(tmp_path / "edits")
+    places = {name: tmp_path / "moved" / "blocks.4.hook_resid_post"}
+    (found,) = edits.load_edits(tmp_path / "edits", dictionaries=places)
+    assert found.dictionary.path == places[name]
 
 
 def test_a_harvest_takes_them_by_name(tmp_path):

@@ -2,7 +2,7 @@
 """Edits of single features: x += (new - old) * W_dec[feature]. The part that the dictionary misses stays as it is.
 
 A feature is read in Python, so these edits act as hooks do. They have the scope of every edit, see gemma4.edits. They
-can be saved: the file names the dictionary by its path and its fingerprint.
+can be saved: the file names the dictionary by its path (a shipped one by its name) and its fingerprint.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from gemma4.dictionaries.features import F32, check_feature
 from gemma4.dictionaries.sae import SAE, Dictionary, Transcoder, as_rows
+from gemma4.dictionaries.shipped import locate, shipped_name
 from gemma4.dictionaries.splice import bound_sites
 from gemma4.edits.arithmetic import finite
 from gemma4.edits.base import Edit, SiteEdit, Work
@@ -51,6 +52,8 @@ class FeatureEdit(Edit):
 
     dictionary  `SAE` or `Transcoder`; a transcoder's feature is read at `site` and changed at `site_out`
     feature     0 to d_sae - 1
+
+    With pos=None, the positions on which the dictionary was not trained (`skip_positions`) stay as they are.
     """
 
     dictionary: Dictionary
@@ -87,7 +90,10 @@ class FeatureEdit(Edit):
         """new - old, 0 outside the scope."""
         old = self.dictionary.values_of(self.feature, as_rows(array, self.dictionary.d_in, f"{self} reads"))
         positions = np.arange(place.first, place.first + place.n)
-        return np.where(mask_of(self.where, positions, place.n_prompt), self.new(old) - old, np.float32(0))
+        chosen = mask_of(self.where, positions, place.n_prompt)
+        if self.where is None:
+            chosen &= positions >= self.dictionary.skip_positions
+        return np.where(chosen, self.new(old) - old, np.float32(0))
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({self.feature})"
@@ -139,7 +145,8 @@ def _saved(dictionary: Dictionary, folder: Path) -> dict[str, Any]:
     if type(dictionary) not in (SAE, Transcoder):
         raise TypeError(f"only edits with an SAE or a Transcoder can be saved, got {type(dictionary).__name__}")
     path = dictionary.path.absolute()
-    values = (type(dictionary).__name__, str(path), os.path.relpath(path, folder.absolute()), dictionary.fingerprint)
+    places = (name,) * 2 if (name := shipped_name(path)) else (str(path), os.path.relpath(path, folder.absolute()))
+    values = (type(dictionary).__name__, *places, dictionary.fingerprint)
     entry = {**dict(zip(_NAMED_BY, values, strict=True)), "site": dictionary.site}
     return entry | ({"site_out": dictionary.site_out} if isinstance(dictionary, Transcoder) else {})
 
@@ -152,7 +159,7 @@ def _opened(entry: dict[str, Any], folder: Path, places: Mapping[str, str | os.P
         raise ValueError(f"a dictionary is named by {wanted}, got {str(entry)[:200]}")
     saved = strings["path"]
     remedy = f"give the place where it is now: load_edits(path, dictionaries={{{saved!r}: place}})"
-    path = places.get(saved) or next((one for one in (Path(saved), folder / strings["beside"]) if one.exists()), None)
+    path = places.get(saved) or next((one for one in (locate(saved), folder / strings["beside"]) if one.exists()), None)
     if path is None:
         raise FileNotFoundError(f"its dictionary {saved} is not there; {remedy}")
     dictionary = _LOADERS[strings["kind"]](path, **sites)

@@ -20,6 +20,11 @@ def shipped_dictionaries() -> list[str]:
     return sorted(f"{config.parents[2].name}/{config.parent.name}" for config in found)
 
 
+def shipped_name(path: Path) -> str | None:
+    """The name of the shipped dictionary at this place; None if it is another one."""
+    return next((name for name in shipped_dictionaries() if locate(name) == path), None)
+
+
 def locate(name_or_path: str | os.PathLike[str]) -> Path:
     """The place of a dictionary: a shipped name first (write "./name" for a folder), else the path as given."""
     if os.fspath(name_or_path) in shipped_dictionaries():
