@@ -228,6 +228,12 @@ def steps() -> list[list[str]]:
     return [[code for language, code in FENCED.findall(section) if language == "python"] for section in sections]
 
 
+def edits_in_sentences(names: dict[str, Any]) -> list[Any]:
+    """The edits that the page's sentences name in passing, made."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [eval(code, names) for code in re.findall(r"`(Steer\(.*?\))`", text)]
+
+
 def test_the_ten_steps_run(tmp_path, monkeypatch):
     """Our code of every step, in one namespace, with a small SAE where the page has one; and what it says comes out."""
     found = steps()
@@ -251,6 +257,10 @@ def test_the_ten_steps_run(tmp_path, monkeypatch):
     assert np.abs(names["ablated"] - names["logits"][-1]).max() > 0.1
     greedy = names["model"].generate(names["start"], max_tokens=5, temperature=0, hooks=[names["steer"]]).text
     assert greedy != names["answer"].text and names["steered"].tokens.size > 0
+    limited = edits_in_sentences(names)
+    assert [(edit.pos, edit.steps) for edit in limited] == [(-1, None), (None, (1, 2, 3))]
+    for edit in limited:
+        assert names["model"].generate(names["start"], max_tokens=5, hooks=[edit]).tokens.size
     assert len(names["guesses"]) == 11 and names["guesses"][-1] == " Mary" and names["guesses"][0] != " Mary"
     _, cache = names["model"].run_with_cache(names["prompt"], ["ln_final.hook_scale", "hook_logits_raw"])
     raw = cache["hook_logits_raw"][-1]
