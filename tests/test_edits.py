@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Edits as data: each does what a Python function does, to the bit, wherever a hook can stand."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from gemma4.edits import (
     Clamp,
     ForbidExperts,
     ForceExperts,
+    FromPrompt,
     KnockOut,
     Patch,
     ProjectOut,
@@ -27,6 +29,7 @@ from gemma4.edits import (
     load_edits,
     save_edits,
 )
+from gemma4.edits.files import SavedCache
 from gemma4.errors import FormatError
 from gemma4.load.safetensors import SafetensorsFile
 
@@ -486,6 +489,79 @@ def test_saved_scope(tmp_path, tiny):
         save_edits(Scale(lambda name: True, 2), tmp_path / "f.safetensors")
 
 
+def test_numbers_of_numpy_are_saved(tmp_path):
+    one, two = np.int64(1), np.int64(2)
+    edits = [
+        Scale("blocks.1.hook_mlp_out", np.float32(0.5), pos=slice(one, None, two), index=slice(one, two), steps=one),
+        Scale("blocks.1.hook_mlp_out", 0, pos=slice(0, 1 << 80), index=np.int32(3)),
+        Patch("blocks.1.hook_mlp_out", FromPrompt(one), pos=np.array([1, 2]), source_pos=[two, one]),
+        KnockOut((slice(two, None), one), layers=one, heads=np.array([1])),
+    ]
+    again = load_edits(save_edits(edits, tmp_path / "e.safetensors"))
+    assert [edit.pos for edit in again] == [slice(1, None, 2), edits[1].pos, (1, 2), slice(2, None)]
+    assert again[0].index == slice(1, 2) and again[2].value == FromPrompt(1) and again[3].edge == edits[3].edge
+
+
+def test_an_edge_as_text_has_either_order(tiny):
+    """As an edge of a graph: only the later position can be the query."""
+    for given, queries, keys in (
+        (("pos 5", "pos 9"), 9, 5),
+        (("pos 9", "pos 5"), 9, 5),
+        (("pos 2-3", "pos 7-8"), (7, 8), (2, 3)),
+        (("pos -1", "pos 4"), -1, 4),
+        (("pos 5", "pos 5"), 5, 5),
+    ):
+        assert KnockOut(edge=given).edge == (queries, keys)
+    with tiny.edit(KnockOut(edge=("pos 5", "pos 9"), layers=range(4))):
+        _, cache = tiny.run_with_cache(TEXT, "blocks.2.attn.hook_pattern")
+    assert not cache["pattern", 2][:, 9, 5].any() and cache["pattern", 2][:, 9, 4].all()
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"kind": "KnockOut", "edge": ["pos 1-999999999", 0]}, "positions, more than any model"),
+        ({"kind": "KnockOut", "edge": ["pos 1-" + "9" * 5000, 0]}, "text like"),
+        ({"kind": "Scale", "site": "hook_embed", "pos": {"slice": ["a", None]}}, "ends of a slice"),
+        ({"kind": "Scale", "site": "hook_embed", "pos": {"slice": [0.5, None]}}, "ends of a slice"),
+        ({"kind": "Scale", "site": "hook_embed", "index": {"slice": [[], None]}}, "ends of a slice"),
+        ({"kind": "Scale", "site": "hook_embed", "index": [1, 2]}, "index must be"),
+        ({"kind": "Scale", "site": "hook_embed", "pos": 1 << 70}, "whole numbers"),
+        ({"kind": "Patch", "site": "hook_embed", "value": {"cache": "c", "sites": ["hook_embed"]}}, "integers [pos]"),
+    ],
+)
+def test_hostile_files_of_edits(tmp_path, row, complaint):
+    from safetensors.numpy import save_file
+
+    tensors = {"c.hook_embed": np.zeros((2, 128), np.float32), "c.positions": np.zeros((2, 1), np.int64)}
+    metadata = {"format": "gemma4.edits", "version": "1", "edits": json.dumps([row])}
+    save_file(tensors, tmp_path / "e.safetensors", metadata)
+    with pytest.raises(gemma4.FormatError, match=re.escape(complaint)):
+        load_edits(tmp_path / "e.safetensors")
+
+
+def test_deep_nesting_in_files_of_edits(tmp_path):
+    from safetensors.numpy import save_file
+
+    row = '{"kind": "Scale", "site": ' + "[" * 900 + "]" * 900 + "}"
+    save_file({}, tmp_path / "e.safetensors", {"format": "gemma4.edits", "version": "1", "edits": f"[{row}]"})
+    with pytest.raises(gemma4.FormatError, match="nested too deeply"):
+        load_edits(tmp_path / "e.safetensors")
+
+
+@pytest.mark.parametrize("kind", [Patch, lambda site, cache: Ablate(site, mean=cache)])
+def test_caches_whose_arrays_do_not_fit(tiny, kind):
+    """As a damaged file may hold them."""
+    name, d = "blocks.1.hook_resid_post", tiny.config.d_model
+    for shape in ((2, d), (4, d), (3, d + 1), (3, 1, d), ()):
+        cache = SavedCache(np.arange(3), {name: np.zeros(shape, np.float32)}, "")
+        with (
+            pytest.raises(ValueError, match=r"has shape .* at 3 positions, expected \[3, 128\]"),
+            tiny.edit(kind(name, cache)),
+        ):
+            pass
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -587,6 +663,16 @@ def test_edits_that_cannot_act(tiny, edits, error, complaint):
         (lambda: KnockOut((1, 5)), ValueError, "no query sees a later key"),
         (lambda: KnockOut("pos 1"), TypeError, "pair"),
         (lambda: KnockOut(("row 1", 0)), ValueError, "pos 5"),
+        (lambda: KnockOut(("pos 1-999999999999", 0)), ValueError, "pos 5-9"),
+        (lambda: KnockOut(("pos 1-99999999", 0)), ValueError, "names 99999999 positions"),
+        (lambda: Scale([], 0), ValueError, "the list of sites is empty"),
+        (lambda: Ablate(iter(())), ValueError, "the list of sites is empty"),
+        (lambda: Scale("x", 0, index=[1, 2]), TypeError, "index must be one number or a slice"),
+        (lambda: Scale("x", 0, index=slice("a", None)), TypeError, "the ends of a slice must be whole numbers"),
+        (lambda: Scale("x", 0, pos=slice("a", None)), TypeError, "the ends of a slice must be whole numbers"),
+        (lambda: Scale("x", 0, pos=slice(0.5, None)), TypeError, "the ends of a slice must be whole numbers"),
+        (lambda: Scale("x", 0, pos=1 << 63), ValueError, "beyond every model"),
+        (lambda: Scale("x", 0, head=[0, -(1 << 62)]), ValueError, "beyond every model"),
         (lambda: KnockOut((1, 0), pos=3), TypeError, "edge"),
         (lambda: ForbidExperts([]), ValueError, "empty"),
         (lambda: ForceExperts(slice(3)), TypeError, "several"),

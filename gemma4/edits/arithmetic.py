@@ -37,13 +37,15 @@ class OnSites(Edit):
         super().__post_init__()
         if self.site is None:
             raise TypeError(f"{type(self).__name__} needs a site name, glob or predicate")
-        self._set("site", reusable(self.site))
+        self._set("site", checked_sites(self.site, type(self).__name__))
         head = checked_where(self.head, "head")
         if isinstance(head, slice):
             raise TypeError(f"head must be one number or several, got {head}")
         self._set("head", head)
-        if self.index is not None and not isinstance(self.index, slice):
-            self._set("index", checked_where(self.index, "index"))
+        index = checked_where(self.index, "index")
+        if isinstance(index, tuple):
+            raise TypeError(f"index must be one number or a slice, got {index!r:.60}; several need an edit each")
+        self._set("index", index)
 
     def __str__(self) -> str:
         shown = self.site if isinstance(self.site, str) else "..." if callable(self.site) else list(self.site or ())
@@ -93,6 +95,14 @@ class OnSites(Edit):
         if ids:
             raise ValueError(f"{self}: {ids[0]} holds ids, which no arithmetic can edit; ForceExperts chooses experts")
         return [SiteEdit(self, site, kind, spans=spans) for site in sites for spans in self._spans(site)]
+
+
+def checked_sites(names: Names, what: str) -> Names:
+    """The names, safe to iterate more than once. Raises TypeError, ValueError (none)."""
+    checked = reusable(names)
+    if checked == []:
+        raise ValueError(f"{what}: the list of sites is empty: the edit would never act")
+    return checked
 
 
 def names_within(names: Names, prefix: str) -> Names:

@@ -92,7 +92,10 @@ class _Source:
             found = f"{fingerprint!r:.40}, this one is {self.model.fingerprint!r}"
             raise ValueError(f"its cache is of another model (fingerprint {found}): make the edit again")
         arrays = {site: self.tensor(f"{name}.{site}") for site in sites}
-        return SavedCache(self.tensor(f"{name}.positions"), arrays, fingerprint)
+        positions = self.tensor(f"{name}.positions")
+        if positions.ndim != 1 or positions.dtype.kind not in "iu":
+            raise ValueError(f"positions of a cache are integers [pos], got {positions.dtype} {list(positions.shape)}")
+        return SavedCache(positions.astype(np.int64), arrays, fingerprint)
 
     def object_of(self, kind: str, entry: Any) -> object:
         if not isinstance(entry, dict):
@@ -169,7 +172,7 @@ def _plain(value: Any, name: str, edit: Edit, tensors: Tensors) -> Any:
         tensors[name] = np.ascontiguousarray(cast("NDArray[Any]", value))
         return {"tensor": name}
     if isinstance(value, recipes.FromPrompt):
-        return {"prompt": value.prompt}
+        return {"prompt": int(value.prompt)}
     if isinstance(value, Cache):
         sites = _save_cache(value, name, edit, tensors)
         return {"cache": name, "sites": sites, "model": getattr(value, "fingerprint", "")}
@@ -251,6 +254,8 @@ def _edit(row: dict[str, Any], source: _Source, where: str) -> Edit:
         return make(**{name: _value(value, source) for name, value in row.items() if name != "kind"})
     except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise FormatError(f"{where}: {error}") from None
+    except RecursionError:
+        raise FormatError(f"{where}: its values are nested too deeply") from None
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where}: {error}") from None
 

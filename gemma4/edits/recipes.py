@@ -13,10 +13,10 @@ from typing import Protocol, TypeAlias, cast, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gemma4.edits.arithmetic import OnSites, Scale, Set, finite, frozen, names_within
+from gemma4.edits.arithmetic import OnSites, Scale, Set, checked_sites, finite, frozen, names_within
 from gemma4.edits.base import Edit, Routing, SiteEdit, Source
 from gemma4.edits.scope import Checked, Where, checked_where, listed
-from gemma4.interp.sites import ENCODER_PREFIXES, Names, Site, SiteTable, reusable
+from gemma4.interp.sites import ENCODER_PREFIXES, Names, Site, SiteTable
 from gemma4.narrow import is_integer, is_list_or_tuple
 
 F32: TypeAlias = NDArray[np.float32]
@@ -48,6 +48,9 @@ class FromPrompt:
             clean, patched = model.forward([clean_prompt, corrupt_prompt])
 
     prompt  its index in the batch. Its own edits of the site come first: the value is the one that a capture shows.
+
+    While generating, a prompt that cannot take a value ends with the text that it has, as "cancelled", and a warning
+    says why; mostly prompt i ended before. The others go on.
     """
 
     prompt: int
@@ -65,7 +68,7 @@ class Patch(OnSites):
     value       an `ActivationCache`; an array as for `Set`; or `FromPrompt(i)`, what prompt i of the same batch has in
                 the same step
     source_pos  positions in the cache or in prompt i, as many as `pos` names, in its order; None = the same. Negative
-                ones count from the cache's end, or from that of prompt i.
+                ones count from the cache's end, or from that of prompt i; so does a slice as `pos`, in both prompts.
 
     pos=None means every position that the cache holds. From a prompt, it means all positions of a step, as many as
     prompt i has; and prompts=None means all but prompt i. No prompt may take from one that takes from it.
@@ -132,9 +135,7 @@ class Patch(OnSites):
     def _rows(self, part: SiteEdit) -> F32:
         """The rows to write at `pos`, cut to the part that is edited."""
         cache, site = cast(Cache, self.value), part.site
-        if site.name not in cache:
-            raise ValueError(f"{self}: {_absent(site)}")
-        array, axis = cache[site.name], _positions_axis(site)
+        array, axis = _held(cache, site, self), _positions_axis(site)
         held = [int(p) for p in (cache.positions if site.rows else range(array.shape[axis]))]
         index = {p: i for i, p in enumerate(held)}
         end = held[-1] + 1 if held else 0
@@ -201,7 +202,7 @@ class Ablate(Edit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set("site", reusable(self.site))
+        self._set("site", checked_sites(self.site, "Ablate"))
         if (self.site is None) == (self.head is None):
             raise TypeError("Ablate needs either a site or head=(layer, head)")
         if self.mean is not None and self.resample is not None:
@@ -241,11 +242,8 @@ class Ablate(Edit):
             return replace(part, values=cast(F32, self.mean))
         if "S" in site.dims and site.rows:
             raise ValueError(f"{self}: {site.name} has one value for each pair of positions, of which there is no mean")
-        missing = [cache for cache in caches if site.name not in cache]
-        if missing:
-            raise ValueError(f"{self}: {_absent(site)}")
         axis = _positions_axis(site)
-        rows = np.concatenate([cache[site.name] for cache in caches], axis=axis)
+        rows = np.concatenate([_held(cache, site, self) for cache in caches], axis=axis)
         mean = rows.mean(axis=axis, keepdims=True, dtype=np.float64)
         for along, (first, end) in part.spans:
             mean = mean.take(range(first, end), axis=along)
@@ -253,6 +251,21 @@ class Ablate(Edit):
 
     def __str__(self) -> str:
         return f"Ablate(head={self.head})" if self.head else f"Ablate({self.site!r})"
+
+
+def _held(cache: Cache, site: Site, edit: Edit) -> F32:
+    """A cache's array of a site. Raises ValueError if there is none, or if its shape is not that of the site."""
+    if site.name not in cache:
+        raise ValueError(f"{edit}: {_absent(site)}")
+    array, rows = cache[site.name], len(cache.positions)
+    expected = [rows if dim == site.rows else dim for dim in site.dims]
+    fits = (isinstance(dim, str) or dim == size for dim, size in zip(expected, array.shape, strict=False))
+    if len(expected) != array.ndim or not all(fits):
+        raise ValueError(
+            f"{edit}: the cache's {site.name} has shape {array.shape} at {rows} positions, expected "
+            f"[{', '.join(map(str, expected))}]"
+        )
+    return array
 
 
 def _absent(site: Site) -> str:
@@ -277,7 +290,8 @@ class KnockOut(Edit):
         KnockOut(edge=("pos 9", "pos 5"), layers=range(4))      # position 9 does not see position 5
         KnockOut(edge=(-1, slice(0, 4)), heads=[2])             # the last token does not see the first four
 
-    edge    (query positions, key positions), each as `pos`, or text: "pos 5", "pos 5-9"
+    edge    (query positions, key positions), each as `pos`, or text: "pos 5", "pos 5-9". As text, they may come in
+            either order, as an edge of a graph does: only the later position sees the earlier one.
     layers  None = all
     heads   None = all
 
@@ -295,13 +309,14 @@ class KnockOut(Edit):
         if self.pos is not None:
             raise TypeError("KnockOut has its positions in edge, not in pos")
         query, key = (_parsed(end) for end in self.edge)
+        if all(isinstance(end, str) for end in self.edge) and _is_earlier(query, key):
+            query, key = key, query
         self._set("pos", query)
         super().__post_init__()
         self._set("edge", (self.where, checked_where(key, "a key position")))
         self._set("layers", _checked_layers(self.layers))
         self._set("heads", checked_where(self.heads, "heads"))
-        queries, keys = (listed(end) for end in self.edge)
-        if queries and keys and min(keys) >= 0 and 0 <= max(queries) < min(keys):
+        if _is_earlier(*self.edge):
             raise ValueError(f"{self}: no query sees a later key, so nothing would change; edge is (query, key)")
 
     def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
@@ -317,7 +332,8 @@ class KnockOut(Edit):
         return f"KnockOut(edge={self.edge})"
 
 
-_POSITIONS = re.compile(r"\s*pos\s+(-?\d+)(?:\s*-\s*(\d+))?\s*")
+_POSITIONS = re.compile(r"\s*pos\s+(-?\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*")
+_MOST_POSITIONS = 1 << 20  # in a text; more than any model's context
 
 
 def _parsed(end: End) -> Where:
@@ -327,7 +343,20 @@ def _parsed(end: End) -> Where:
     if not match:
         raise ValueError(f'an end of an edge is positions or text like "pos 5" or "pos 5-9", got {end!r}')
     first = int(match[1])
-    return first if match[2] is None else range(first, int(match[2]) + 1)
+    if match[2] is None:
+        return first
+    named = range(first, int(match[2]) + 1)
+    if len(named) > _MOST_POSITIONS:
+        raise ValueError(f"{end!r} names {len(named)} positions, more than any model has ({_MOST_POSITIONS})")
+    return named
+
+
+def _is_earlier(query: Where, key: Where) -> bool:
+    """Whether all queries come before all keys, so that none sees one."""
+    queries, keys = (listed(checked_where(end, "an edge")) for end in (query, key))
+    if not queries or not keys:
+        return False
+    return min(queries) >= 0 and max(queries) < min(keys)
 
 
 @dataclass(frozen=True, eq=False)

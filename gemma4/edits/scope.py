@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, TypeAlias, cast
+from operator import index
+from typing import NamedTuple, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ Bools: TypeAlias = NDArray[np.bool_]
 Where: TypeAlias = int | slice | Iterable[int] | None
 Checked: TypeAlias = int | slice | tuple[int, ...] | None  # a `Where` after `checked_where`
 Span: TypeAlias = tuple[int, int]
+_Slice: TypeAlias = "slice[SupportsIndex | None, SupportsIndex | None, SupportsIndex | None]"
+_FAR = 1 << 40  # beyond every position, layer, head and step; sums with it fit int64
 
 
 class Place(NamedTuple):
@@ -50,10 +53,7 @@ def checked_where(where: object, what: str) -> Checked:
     if where is None:
         return None
     if isinstance(where, slice):
-        ends = cast("slice[int | None, int | None, int | None]", where)
-        if (ends.step or 1) < 1:
-            raise ValueError(f"{what} must be a slice with a step of at least 1, got {ends}")
-        return ends
+        return _checked_slice(cast("_Slice", where), what)
     many = isinstance(where, Iterable) and not isinstance(where, str | bytes)
     numbers = np.asarray(list(cast("Iterable[int]", where)) if many else where)
     if numbers.dtype.kind not in "iu" and numbers.size:
@@ -62,7 +62,22 @@ def checked_where(where: object, what: str) -> Checked:
         raise ValueError(f"{what} is empty: the edit would never act; None means all")
     if numbers.ndim > 1:
         raise TypeError(f"{what} must be a flat list of whole numbers, got shape {numbers.shape}")
+    if numbers.size and not -_FAR <= int(numbers.min()) <= int(numbers.max()) <= _FAR:
+        raise ValueError(f"{what} is beyond every model: whole numbers are at most {_FAR}, got {where!r:.60}")
     return tuple(int(number) for number in numbers) if many else int(numbers)
+
+
+def _checked_slice(ends: _Slice, what: str) -> slice:
+    """A slice of Python's own integers; ends that are far beyond every sequence come nearer, and mean the same."""
+    try:
+        start, stop, step = (
+            None if end is None else max(min(index(end), _FAR), -_FAR) for end in (ends.start, ends.stop, ends.step)
+        )
+    except TypeError:
+        raise TypeError(f"{what}: the ends of a slice must be whole numbers or None, got {ends!r:.80}") from None
+    if step is not None and step < 1:
+        raise ValueError(f"{what} must be a slice with a step of at least 1, got {ends}")
+    return slice(start, stop, step)
 
 
 def listed(where: object) -> tuple[int, ...] | None:
