@@ -86,6 +86,7 @@ def opened_prompts(
     ]
     if given is None:
         check_fits(max(len(row) for row in rows), model.context_length)
+    taps.check(rows)
     soft = [taps.soft_rows(model, row, sequence=i) for i, row in enumerate(rows)]
     sequences = given or [new_sequence(model, capacity=len(row)) for row in rows]
     try:

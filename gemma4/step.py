@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.core import Core
-from gemma4.edits.base import SiteEdit, Work
+from gemma4.edits.base import SiteEdit, SourceError, Work
 from gemma4.edits.scope import Place
 from gemma4.encoders.soft_tokens import SoftRows
 from gemma4.errors import CapacityError, StateError
@@ -98,7 +98,7 @@ class _Plan:
         self.rows, self.order = _ascending(select_positions(prompt.logits, n_new, "logits"))
         self.logits = None if prompt.logits is None else np.empty((len(self.rows), model.d_vocab), dtype=np.float32)
         self.arrays = self._allocate(prompt.capture or ())
-        self.lent: dict[tuple[str, bytes], tuple[Site, I64, F32]] = {}  # copies that other runs' edits read
+        self.lent: dict[tuple[str, bytes], tuple[Site, I32 | None, F32]] = {}  # copies that other runs' edits read
 
     def _allocate(self, sites: Iterable[Site]) -> dict[str, NDArray[Any]]:
         # zeros, not empty: the engine leaves rows that it never reaches unchanged (and zero pages are free)
@@ -126,8 +126,8 @@ class _Plan:
         rows = self._row_map(self.kept)
         for site in self.prompt.capture or ():
             yield self._copy(site, self.arrays[site.name], rows)
-        for site, positions, array in self.lent.values():
-            yield self._copy(site, array, self._row_map(positions - self.before))
+        for site, taken, array in self.lent.values():
+            yield self._copy(site, array, taken)
 
     def _copy(self, site: Site, array: NDArray[Any], rows: I32 | None) -> Tap:
         return site.id, site.layer or 0, self.run_index, array, rows if "T" in site.dims else None
@@ -136,25 +136,25 @@ class _Plan:
         """See `gemma4.edits.base.Lend`."""
         n_keys = self.before + len(self.prompt.ids)
         empty = np.zeros(site.shape(len(positions), n_keys), np.float32)
-        return self.lent.setdefault((site.name, positions.tobytes()), (site, positions, empty))[2]
+        rows = self._row_map(positions - self.before) if site.rows else None
+        return self.lent.setdefault((site.name, positions.tobytes()), (site, rows, empty))[2]
 
     def _work_of(self, edit: SiteEdit, plans: Seq[_Plan]) -> list[tuple[Work, I32 | None]]:
-        place = self._place()
-        if edit.source is None or not edit.edit.acts(place.step, place.prompt):
+        place = _place_of(self.prompt, self.before)
+        if edit.source is None:
             return edit.taps(place)
+        if edit.rests(place):
+            return []
         lenders = [plan for plan in plans if plan.prompt.number == edit.source.prompt]
         if len(lenders) != 1:
             which = "more than one prompt has this number" if lenders else "it has ended, or never was in the batch"
-            raise ValueError(
+            raise SourceError(
                 f"{edit.edit}: prompt {edit.source.prompt} is not in step {place.step}: {which}; "
-                "limit the edit with steps= or pos="
+                "limit the edit with steps= or pos=",
+                place.prompt,
             )
-        return edit.taps_from(edit.source, place, lenders[0]._place(), lenders[0].lend)
-
-    def _place(self) -> Place:
-        n_new = len(self.prompt.ids)
-        n_prompt = self.before + n_new if self.prompt.n_prompt is None else self.prompt.n_prompt
-        return Place(self.before, n_new, n_prompt, self.prompt.step, self.prompt.number)
+        (lender,) = lenders
+        return edit.taps_from(edit.source, place, _place_of(lender.prompt, lender.before), lender.lend)
 
     def _point(self, site: Site) -> HookPoint:
         positions = np.arange(self.before, self.before + len(self.prompt.ids))
@@ -175,6 +175,13 @@ class _Plan:
         positions = self.before + self.kept.astype(np.int64)
         media = self.prompt.soft.caches if self.prompt.soft else ()
         return Output(logits, ActivationCache(model, self.arrays, self.prompt.ids[self.kept], positions, media))
+
+
+def _place_of(prompt: Prompt, before: int) -> Place:
+    """The part of a prompt that a step computes. before: length of its sequence when the step began."""
+    n_new = len(prompt.ids)
+    n_prompt = before + n_new if prompt.n_prompt is None else prompt.n_prompt
+    return Place(before, n_new, n_prompt, prompt.step, prompt.number)
 
 
 def run_step(
@@ -212,7 +219,7 @@ def run_step(
 def _lenders_first(prompts: Seq[Prompt]) -> Seq[int]:
     """Indices of the prompts in an order in which those whose activations others take come first.
 
-    Raises ValueError for prompts that take from each other.
+    Raises SourceError for prompts that take from each other.
     """
     takes = [_lenders_of(prompt) for prompt in prompts]
     if not any(takes):
@@ -222,16 +229,19 @@ def _lenders_first(prompts: Seq[Prompt]) -> Seq[int]:
     try:
         return list(TopologicalSorter(graph).static_order())
     except CycleError as error:
-        circle = " and ".join(str(prompts[i].number) for i in cast("list[int]", error.args[1])[1:])
-        raise ValueError(
-            f"Patch: the prompts {circle} take activations from each other in one step; capture one of them first"
+        circle = [prompts[i].number for i in cast("list[int]", error.args[1])[1:]]
+        raise SourceError(
+            f"Patch: the prompts {' and '.join(map(str, circle))} take activations from each other in one step; "
+            "capture one of them first",
+            circle[0],
         ) from None
 
 
 def _lenders_of(prompt: Prompt) -> set[int]:
     """The numbers of the prompts from which edits of this one take."""
+    place = _place_of(prompt, prompt.sequence.length)
     edits = (act for _, acts in prompt.hooks for act in acts if isinstance(act, SiteEdit))
-    return {edit.source.prompt for edit in edits if edit.source and edit.edit.acts(prompt.step, prompt.number)}
+    return {edit.source.prompt for edit in edits if edit.source and not edit.rests(place)}
 
 
 def _record(plans: list[_Plan]) -> None:

@@ -311,7 +311,8 @@ def test_the_end_of_a_cache_of_some_positions(tiny):
 
 def test_edits_that_differ_somewhere_do_not_contradict(tiny):
     d = tiny.config.d_model
-    name, z = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"
+    name, z, used = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.0.attn.hook_v_used"
+    n_heads = tiny.config.n_heads
     compatible = [
         [Ablate(head=(1, 0)), Ablate(head=(1, 1))],
         [Set(name, 0, index=slice(0, 4)), Set(name, 1, index=slice(4, 8))],
@@ -320,14 +321,33 @@ def test_edits_that_differ_somewhere_do_not_contradict(tiny):
         [Set(name, 0, prompts=0), Set(name, 1, prompts=1)],
         [Set(name, 0), Add(name, np.ones(d))],
         [Set(name, 0), Set("blocks.2.hook_resid_post", 0)],
+        # the first keeps a part: channels, a position, a step, a head, a prompt, a layer
+        [Set(name, 0, index=slice(0, 5)), Set(name, 1, index=4)],
+        [Set(name, 0, pos=[1, 2]), Set(name, 1, pos=slice(2, 4))],
+        [Set(name, 0, steps=[0, 1]), Set(name, 1, steps=1)],
+        [Ablate(z), Set(z, 1, head=2)],
+        [Ablate(z, pos=[0, 1]), Set(z, 1, head=[0, 1, 2, 3], pos=1), Set(z, 1, head=[0, 1], pos=0)],
+        [Set(z, 0, index=slice(0, 8)), Set(z, 1, index=slice(0, 4)), Set(z, 1, head=0)],
+        [Ablate(name), Set(name, 1, prompts=1)],
+        [Ablate("blocks.*.hook_resid_post"), Set(name, 1)],
+        [Set(used, 0), Set(used, 1, steps=1)],
+        [Set(used, 0, pos=[0, 1]), Set(used, 1, pos=1)],
     ]
     for edits in compatible:
         tiny.generate([TEXT, "A dog"], max_tokens=4, hooks=edits)
     for edits in (
-        [Set(name, 0, index=slice(0, 5)), Set(name, 1, index=4)],
-        [Set(name, 0, pos=[1, 2]), Set(name, 1, pos=slice(2, 4))],
-        [Set(name, 0, steps=[0, 1]), Set(name, 1, steps=1)],
+        [Set(name, 0, index=4), Set(name, 1, index=slice(0, 5))],
+        [Set(name, 0, pos=[1, 2]), Set(name, 1, pos=slice(1, 4))],
+        [Set(name, 0, steps=1), Set(name, 1, steps=[0, 1])],
         [Set(z, 0, head=1), Ablate(head=(1, 1))],
+        [Ablate(z), Set(z, 1, head=range(n_heads))],  # together
+        [Ablate(z), *(Set(z, 1, head=head) for head in range(n_heads))],
+        [Ablate(z), Set(z, 1, index=slice(0, 7)), Set(z, 1, index=slice(7, None))],
+        [Set(name, 0, pos=[1, 2]), Set(name, 1, pos=2), Set(name, 1, pos=1)],
+        [Set(name, 0, prompts=0), Set(name, 1)],
+        [Set(name, 0), Set(name, 1, prompts=[0, 1])],
+        [Set(used, 0, steps=1), Set(used, 1)],
+        [Set(name, 0), Set("blocks.*.hook_resid_post", 1)],
     ):
         with pytest.raises(ValueError, match="both set"):
             tiny.generate([TEXT, "A dog"], max_tokens=4, hooks=edits)
@@ -634,6 +654,8 @@ def test_control_vectors(tiny, tmp_path):
         (lambda d: [Set("blocks.1.hook_mlp_out", 0), Ablate("blocks.*.hook_mlp_out")], ValueError, "both set"),
         (lambda d: [KnockOut((3, slice(None)), 0)], ValueError, "would keep no key"),
         (lambda d: [KnockOut((1, 0), 0), KnockOut((1, 1), 0)], ValueError, "would keep no key"),
+        (lambda d: [KnockOut((3, slice(0, 2)), 0), KnockOut((3, slice(2, 4)), 0, 0)], ValueError, "keep no key"),
+        (lambda d: [KnockOut((1, 0), 0, [0, 2]), KnockOut((1, 1), [0, 1])], ValueError, "would keep no key"),
         (lambda d: [("blocks.1.hook_mlp_out", abs)], TypeError, "functions go to Model.hooks"),
     ],
 )
@@ -709,6 +731,10 @@ def test_too_many_forbidden_experts(moe):
         (lambda n, k: [ForbidExperts([3, 0], 1), ForceExperts([0], [1, 2], pos=-1)], "contradict"),
         (lambda n, k: [ForceExperts([0]), ForceExperts([0, 1])], "contradict: one forces expert 1"),
         (lambda n, k: [ForbidExperts(range(n - k)), ForbidExperts(n - 1)], "are forbidden, but a token needs"),
+        (
+            lambda n, k: [ForbidExperts(range(n - k)), ForbidExperts(n - k), ForceExperts([n - 1], pos=1)],
+            "are forbidden, but a token needs 2",
+        ),
         (lambda n, k: [Steer([1], 1, pos=3, steps=2)], "computed in the steps [2]"),
     ],
 )
@@ -732,6 +758,7 @@ def test_choices_of_experts_that_agree(moe):
         [ForceExperts([0], steps=0), ForceExperts([1], steps=[1, 2])],
         [ForceExperts([0], 1), ForceExperts([1], 2)],
         [ForbidExperts(range(n - k), pos=0), ForbidExperts(n - 1, pos=1)],
+        [ForbidExperts(range(n - k)), ForceExperts([n - 1], pos=2), ForbidExperts([n - 2], pos=2)],
     ):
         moe.generate(TEXT, max_tokens=4, hooks=edits)
 

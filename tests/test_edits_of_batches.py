@@ -190,6 +190,98 @@ def test_a_source_that_ends_first(tiny):
         assert len(target.result().tokens) == 2
 
 
+def test_slices_count_from_each_prompt_s_end(tiny):
+    """As named negative positions do."""
+    plain = tiny.forward(SHORT)
+    for site in (RESID, Z, "blocks.1.attn.hook_v_used"):
+        for pos, named in ((slice(-1, None), [-1]), (slice(-3, -1), [-3, -2]), (slice(-4, None, 2), [-4, -2])):
+            with tiny.edit(Patch(site, FromPrompt(0), pos=pos)):
+                sliced = tiny.forward([CLEAN, SHORT])[1]
+            with tiny.edit(Patch(site, FromPrompt(0), pos=named)):
+                assert np.array_equal(sliced, tiny.forward([CLEAN, SHORT])[1]), (site, pos)
+            assert not np.array_equal(sliced, plain)
+    with (
+        pytest.raises(ValueError, match=r"is 5 positions of prompt 1 in this step, but 14 of prompt 0"),
+        tiny.edit(Patch(RESID, FromPrompt(0), pos=slice(0, -1))),
+    ):
+        tiny.forward([CLEAN, SHORT])
+
+
+def test_slices_from_the_end_while_generating(tiny):
+    options = {"max_tokens": 4, "temperature": 0, "capture": RESID}
+    source, target = tiny.generate([CLEAN, SHORT], hooks=[Patch(RESID, FromPrompt(0), pos=slice(-2, None))], **options)
+    n = min(len(source.tokens), len(target.tokens)) + 1  # the last two of the prompt, and one for each step after it
+    taken = (one.cache[RESID][one.prompt_tokens - 2 :][:n] for one in (source, target))
+    assert np.array_equal(*taken) and n > 2
+
+
+@pytest.mark.parametrize("site", ["blocks.4.attn.hook_k_used", "blocks.4.attn.hook_v_used"])
+@pytest.mark.parametrize("pos", [None, [1, 3], slice(-2, None)])
+def test_cached_keys_while_generating(tiny, site, pos):
+    """Of both prompts as many positions are in use in each step."""
+    options = {"max_tokens": 4, "temperature": 0, "capture": site}
+    texts = ["Once upon a time there was a little girl", "Once upon a time there lived a big bear"]
+    source, target = tiny.generate(texts, hooks=[Patch(site, FromPrompt(0), pos=pos)], **options)
+    n = len(source.cache[site])
+    at = slice(None) if pos is None else pos if isinstance(pos, list) else slice(source.prompt_tokens - 2, n)
+    assert len(source.tokens) == 4 and np.array_equal(source.cache[site][at], target.cache[site][at])
+    assert np.array_equal(source.cache[site], tiny.generate(texts[0], **options).cache[site])
+
+
+def test_a_source_that_ends_before_others(tiny):
+    """An edit that does nothing in the steps without its source is no reason to stop."""
+    options = {"max_tokens": 8, "temperature": 0}
+    for edit in (Patch(RESID, FromPrompt(0), pos=5), Patch(RESID, FromPrompt(0), pos=slice(3, 5))):
+        clean, long = tiny.generate([CLEAN, SHORT + " was a"], hooks=[edit], **options)
+        assert len(clean.tokens) < len(long.tokens) == 8
+        _, cache = tiny.run_with_cache(CLEAN, RESID)
+        named = range(3, 5) if isinstance(edit.pos, slice) else edit.pos
+        assert long.text == tiny.generate(SHORT + " was a", hooks=[Patch(RESID, cache, pos=named)], **options).text
+
+
+def test_a_step_in_which_nothing_can_be_taken_loses_no_text(tiny):
+    """The prompt ends there and says why; the others go on."""
+    options = {"max_tokens": 8, "temperature": 0}
+    texts = [CLEAN, SHORT + " was a", SHORT + " was a little"]
+    plain = tiny.generate(texts, **options)
+    ended = len(plain[0].tokens)
+    assert ended < 8 == len(plain[2].tokens)
+    for source, scope, why, n in (
+        (0, {"pos": slice(-1, None)}, f"prompt 0 is not in step {ended}: it has ended", ended),
+        (0, {"pos": slice(-1, None), "steps": [1, 5]}, "prompt 0 is not in step 5: it has ended", 5),
+        (2, {"pos": 9}, "cannot take position 9 of .* from prompt 2", 2),
+        (2, {"steps": 1}, "cannot take position 8 of .* from prompt 2", 1),
+    ):
+        with pytest.warns(UserWarning, match=f"{why}.*; prompt 1 ends here, with {n} tokens"):
+            given = tiny.generate(texts, hooks=[Patch(Z, FromPrompt(source), prompts=1, **scope)], **options)
+        assert [one.text for one in given[::2]] == [one.text for one in plain[::2]]
+        assert given[1].finish_reason == "cancelled" and len(given[1].tokens) == n
+    with pytest.raises(ValueError, match="only at equal lengths"):  # before there is a text
+        tiny.generate(texts, hooks=[Patch(Z, FromPrompt(2), prompts=1)], **options)
+
+
+def test_prompts_that_take_from_each_other_in_a_later_step(tiny):
+    options = {"max_tokens": 4, "temperature": 0}
+    plain = tiny.generate(SHORT, **options)
+    edits = [Patch(Z, FromPrompt(1 - i), prompts=i, steps=2) for i in (0, 1)]
+    with pytest.warns(UserWarning) as caught:
+        given = tiny.generate([CORRUPT, SHORT, SHORT], hooks=edits, **options)
+    assert [len(one.tokens) for one in given] == [2, 2, 4] and given[2].text == plain.text
+    assert re.search("take activations from each other in one step", str(caught[0].message))
+    assert re.search("is not in step 2: it has ended", str(caught[1].message)) and len(caught) == 2
+
+
+def test_prompts_may_take_from_each_other_in_different_steps(tiny):
+    """In a step in which nothing of an edit is computed it takes nothing."""
+    n = len(tiny.to_tokens(SHORT))
+    texts, options = [SHORT, "Then Lily and Tom ran"], {"max_tokens": 4, "temperature": 0, "capture": RESID}
+    edits = [Patch(RESID, FromPrompt(1), prompts=0, pos=2), Patch(RESID, FromPrompt(0), prompts=1, pos=n + 1)]
+    first, second = tiny.generate(texts, hooks=edits, **options)
+    assert first.prompt_tokens == second.prompt_tokens == n
+    assert np.array_equal(first.cache[RESID][[2, n + 1]], second.cache[RESID][[2, n + 1]])
+    assert not np.array_equal(first.cache[RESID][n], second.cache[RESID][n])
+
+
 def test_saved(tiny, tmp_path):
     edit = Patch(Z, FromPrompt(1), pos=[3, -1], source_pos=[-1, 3], head=1, prompts=0)
     (again,) = load_edits(save_edits(edit, tmp_path / "e.safetensors"))
@@ -231,7 +323,7 @@ def test_saved(tiny, tmp_path):
 def test_what_cannot_be_taken(tiny, batch, edits, complaint):
     with pytest.raises(ValueError, match=re.escape(complaint)), tiny.edit(edits):
         tiny.forward(batch)
-    if "steps" not in complaint and "step" not in complaint:
+    if "step" not in complaint:
         with pytest.raises(ValueError, match=re.escape(complaint)):
             tiny.generate(batch, max_tokens=2, hooks=edits)
 

@@ -182,6 +182,44 @@ def test_edits_that_cannot_act(tiny, edit, error, complaint):
         tiny.forward(prompt)
 
 
+def test_edits_of_an_encoder_need_a_medium(tiny):
+    """A call without one could not be edited; one of its prompts is enough, and so is a site of the text model."""
+    site, text, picture = "vision.blocks.0.hook_mlp_out", "Once upon a time", tiny.to_prompt(question(0))
+    edit = Scale(site, 0.5)
+    for call in (
+        lambda given: tiny.run_with_hooks(given, [edit]),
+        lambda given: tiny.generate(given, max_tokens=2, hooks=[edit]),
+        lambda given: list(tiny.stream(given, max_tokens=2, hooks=[edit])),
+    ):
+        with pytest.raises(ValueError, match="acts inside the encoder of vision alone"):
+            call(text)
+        call(picture)
+    for edit, given in (
+        (Scale(site, 0.5), [text, picture]),
+        (Scale([site, "blocks.0.hook_mlp_out"], 0.5), [text]),
+        (Scale("vision.hook_soft", 0.5, prompts=1), [text, picture]),
+        (Scale([site, "audio.*.hook_in"], 0.5), [picture]),
+    ):
+        with tiny.edit(edit):
+            tiny.forward(given)
+    for edit in (Scale(site, 0.5, prompts=0), Scale("audio.*.hook_in", 0.5)):
+        with pytest.raises(ValueError, match="no prompt of this call"), tiny.edit(edit):
+            tiny.forward([text, picture])
+    with tiny.hooks([(site, lambda array, point: None)]):  # functions can
+        tiny.forward(text)
+
+
+def test_edits_that_keep_a_part(tiny):
+    """At another site of the encoder, and of another head."""
+    picture = tiny.to_prompt(question(0))
+    for edits in (
+        [Ablate("vision.blocks.*.hook_mlp_out"), Set("vision.blocks.0.hook_mlp_out", 1)],
+        [Ablate("vision.blocks.0.attn.hook_z"), Set("vision.blocks.0.attn.hook_z", 1, head=0)],
+    ):
+        with tiny.edit(edits):
+            tiny.forward(picture)
+
+
 def test_caches_of_media_are_no_caches_of_prompts(tiny):
     _, cache = tiny.run_with_cache(tiny.to_prompt(question(0)), "vision.hook_soft")
     with pytest.raises(TypeError, match="give the array of one site"):

@@ -15,7 +15,8 @@ Every edit can be restricted by keyword:
     prompts  prompts of a batch, by index; None = all.
 
 An edit that could not act raises ValueError before anything is computed: a position that does not exist or lies in a
-cached prefix, a prompt that the batch lacks, a second Set or Patch of the same numbers.
+cached prefix, a prompt that the batch lacks, a Set or Patch all of whose numbers later ones set again, a site inside an
+encoder if no prompt of the call has a medium for it.
 """
 
 from gemma4.edits.arithmetic import Add, Clamp, ProjectOut, Scale, Set

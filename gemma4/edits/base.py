@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -134,6 +135,14 @@ class Edit:
         return type(self).__name__
 
 
+class SourceError(ValueError):
+    """A prompt cannot take in this step what an edit takes from another one. prompt: its number."""
+
+    def __init__(self, message: str, prompt: int = -1) -> None:  # unpickling passes the message alone
+        super().__init__(message)
+        self.prompt = prompt
+
+
 class Source(NamedTuple):
     """Where values come from that are computed in the same step.
 
@@ -240,7 +249,7 @@ class SiteEdit:
     def taps_from(self, source: Source, place: Place, theirs: Place, lend: Lend) -> list[tuple[Work, I32 | None]]:
         """`taps` with the values that `theirs`, the source's part of the step, computes.
 
-        Raises ValueError for a position that the source does not compute in this step.
+        Raises SourceError for a position that the source does not compute in this step.
         """
         ours, wanted = self._matched(source, place, theirs)
         if not len(ours):
@@ -274,20 +283,35 @@ class SiteEdit:
             ours, wanted = ours[computed][order], wanted[computed][order]
         else:
             ours = wanted = here[mask_of(self.edit.where, here, place.n_prompt)]
+            if _from_the_end(self.edit.where):
+                wanted = there[mask_of(self.edit.where, there, theirs.n_prompt)]
+        if len(ours) != len(wanted):
+            raise SourceError(
+                f"{self.edit}: {self.edit.where} is {len(ours)} positions of prompt {place.prompt} in this step, but "
+                f"{len(wanted)} of prompt {source.prompt}: name positions with pos= and source_pos=",
+                place.prompt,
+            )
         missing = wanted[~np.isin(wanted, there)]
         if len(missing):
-            raise ValueError(
+            raise SourceError(
                 f"{self.edit}: prompt {place.prompt} cannot take position {missing[0]} of {self.site.name} from prompt "
-                f"{source.prompt}, which computes positions {there[0]} to {there[-1]} in this step"
+                f"{source.prompt}, which computes positions {there[0]} to {there[-1]} in this step",
+                place.prompt,
             )
         same_length = self.edit.where is None or ("S" in self.site.dims and self.site.rows != "")
         if len(ours) and same_length and here[-1] != there[-1]:
-            raise ValueError(
+            raise SourceError(
                 f"{self.edit}: prompt {place.prompt} ends at position {here[-1]} in this step, prompt {source.prompt} "
                 f"at {there[-1]}: all of {self.site.name} can be taken only at equal lengths; name positions with pos="
-                + (", of a site without keys" if "S" in self.site.dims else "")
+                + (", of a site without keys" if "S" in self.site.dims else ""),
+                place.prompt,
             )
         return ours, wanted
+
+    def rests(self, place: Place) -> bool:
+        """Whether nothing that it changes is computed in this run."""
+        chosen = mask_of(self.edit.where, self._reach(place), place.n_prompt)
+        return not self.edit.acts(place.step, place.prompt) or not chosen.any()
 
     def _reach(self, place: Place) -> NDArray[np.int64]:
         """The positions of the site that a run has: those that it computes, or all keys."""
@@ -324,41 +348,105 @@ def checked_edits(edits: object) -> list[Edit]:
     return found
 
 
-def check_edits(edits: Iterable[SiteEdit], extent: Extent) -> None:
-    """Raise ValueError for an edit that cannot act on this prompt, and for edits that contradict."""
-    written: dict[str, list[tuple[SiteEdit, Bools]]] = {}
+def check_edits(edits: Iterable[SiteEdit], extent_of: Callable[[Site], Extent]) -> None:
+    """Raise ValueError for an edit that cannot act on this prompt, and for edits that contradict.
+
+    extent_of: what the call computes of the prompt at a site.
+    """
+    written: dict[str, list[_Acting]] = {}
+    masked, routed = dict[str, list[_Acting]](), dict[str, list[_Acting]]()
     for part in edits:
-        edit = part.edit
+        edit, extent = part.edit, extent_of(part.site)
         edit.check_prompts(extent.n_prompts)
         if not edit.concerns(extent.prompt):
             continue
-        chosen = edit.check_extent(extent, cached=not part.site.rows)
+        acting = _Acting(part, edit.check_extent(extent, cached=not part.site.rows))
         if part.kind == "set" and edit.overwrites:
-            before = written.setdefault(part.site.name, [])
-            for other, rows in before:
-                if _overlap(part, other) and (rows & chosen).any():
-                    raise ValueError(
-                        f"{other.edit} and {edit} both set {part.site.name}, so the first would have no effect; "
-                        "remove one, or let them differ in pos, head, index, steps or prompts"
-                    )
-            before.append((part, chosen))
+            written.setdefault(part.site.name, []).append(acting)
         elif part.keys is not None:
-            written.setdefault(f"{part.site.name} {part.spans}", []).append((part, chosen))
+            masked.setdefault(part.site.name, []).append(acting)
         elif part.routing is not None:
-            written.setdefault(part.site.name, []).append((part, chosen))
-    for parts in written.values():
-        if parts[0][0].keys is not None:
-            _check_keys_left(parts, extent)
-        elif parts[0][0].routing is not None:
-            _check_experts_left(parts)
+            routed.setdefault(part.site.name, []).append(acting)
+    _check_effects(written, extent_of)
+    for parts in masked.values():
+        for spans in {acting.part.spans for acting in parts}:  # of one head, or () of all
+            together = [acting for acting in parts if acting.part.spans in (spans, ())]
+            _check_keys_left(together, extent_of(together[0].part.site))
+    for parts in routed.values():
+        _check_experts_left(parts)
 
 
-def _check_keys_left(parts: list[tuple[SiteEdit, Bools]], extent: Extent) -> None:
+class _Acting(NamedTuple):
+    """A part, and the positions at which it acts in a call, by its extent; of cached keys those from 0 on."""
+
+    part: SiteEdit
+    rows: Bools
+
+
+def _check_effects(written: dict[str, list[_Acting]], extent_of: Callable[[Site], Extent]) -> None:
+    """Raise ValueError for an edit of which later ones overwrite everything. written: by site, in order."""
+    overwriting: dict[Edit, tuple[Edit, str] | None] = {}  # the last edit that does so, and where; None: none does
+    for site, parts in written.items():
+        for i, acting in enumerate(parts):
+            extent = extent_of(acting.part.site)
+            later = [other for other in parts[i + 1 :] if _meet(acting, other) and _lasts(other, acting, extent)]
+            if not later or not _is_overwritten(acting, later):
+                overwriting[acting.part.edit] = None
+            else:
+                overwriting.setdefault(acting.part.edit, (later[-1].part.edit, site))
+    for edit, found in overwriting.items():
+        if found:
+            raise ValueError(
+                f"{edit} and {found[0]} both set {found[1]}, so the first would have no effect; "
+                "remove one, or let them differ in pos, head, index, steps or prompts"
+            )
+
+
+def _meet(a: _Acting, b: _Acting) -> bool:
+    """Whether parts of two edits have numbers in common."""
+    others = dict(b.part.spans)
+    same = all(
+        axis not in others or max(s[0], others[axis][0]) < min(s[1], others[axis][1]) for axis, s in a.part.spans
+    )
+    return a.part.edit is not b.part.edit and same and bool((a.rows & b.rows).any())
+
+
+def _lasts(later: _Acting, acting: _Acting, extent: Extent) -> bool:
+    """Whether an edit acts on all prompts on which another one acts, and on cached keys in all of its steps."""
+    edit, other = later.part.edit, acting.part.edit
+    steps, others = edit.step_set, other.step_set
+    if not acting.part.site.rows and steps is not None and (others is None or not others <= steps):
+        return False
+    prompts = (extent.prompt,) if extent.n_prompts is None else range(extent.n_prompts)
+    return all(edit.concerns(prompt) for prompt in prompts if other.concerns(prompt))
+
+
+def _is_overwritten(acting: _Acting, later: list[_Acting]) -> bool:
+    """Whether later parts together cover its positions and spans: each cell between the ends of theirs."""
+    part, spans = acting.part, [dict(other.part.spans) for other in later]
+    axes = sorted({axis for of_one in spans for axis in of_one})
+    starts: list[list[int]] = []
+    for axis in axes:
+        first, end = dict(part.spans).get(axis, (0, int(part.site.dims[axis])))
+        ends = {bound for of_one in spans for bound in of_one.get(axis, ()) if first < bound < end}
+        starts.append(sorted(ends | {first}))
+    for cell in product(*starts):
+        left = acting.rows.copy()
+        for of_one, other in zip(spans, later, strict=True):
+            inside = (of_one.get(axis, (at, at + 1)) for axis, at in zip(axes, cell, strict=True))
+            if all(first <= at < end for (first, end), at in zip(inside, cell, strict=True)):
+                left &= ~other.rows
+        if left.any():
+            return False
+    return True
+
+
+def _check_keys_left(parts: list[_Acting], extent: Extent) -> None:
     """Raise ValueError if these edits together take every key from a query: its softmax would be NaN."""
-    part = parts[0][0]
+    part = parts[0].part
     positions = np.arange(extent.end)
-    cuts = [mask_of(other.keys, positions, extent.n_prompt) for other, _ in parts]
-    for query in extent.first + np.flatnonzero(np.any([rows for _, rows in parts], axis=0)):
+    cuts = [mask_of(other.part.keys, positions, extent.n_prompt) for other in parts]
+    for query in extent.first + np.flatnonzero(np.any([other.rows for other in parts], axis=0)):
         seen = slice(max(0, query - part.window + 1) if part.window else 0, query + 1)
         cut = [keys[seen] for keys, (_, rows) in zip(cuts, parts, strict=True) if rows[query - extent.first]]
         if np.any(cut, axis=0).all():
@@ -367,34 +455,31 @@ def _check_keys_left(parts: list[tuple[SiteEdit, Bools]], extent: Extent) -> Non
             )
 
 
-def _check_experts_left(parts: list[tuple[SiteEdit, Bools]]) -> None:
+def _check_experts_left(parts: list[_Acting]) -> None:
     """Raise ValueError if these edits together bar an expert that one of them forces, or leave a token too few."""
-    barred: dict[int, Bools] = {}  # at which positions
-    for part, rows in parts:
-        routing = cast(Routing, part.routing)
-        for other, other_rows in parts:
-            conflict = sorted(routing.forced & cast(Routing, other.routing).barred)
+    routings = [cast(Routing, part.routing) for part, _ in parts]
+    n_experts, top_k = routings[0].n_experts, routings[0].top_k
+    barred = np.zeros((n_experts, len(parts[0].rows)), np.bool_)  # expert by position
+    needed = np.full(len(parts[0].rows), top_k)
+    for (part, rows), routing in zip(parts, routings, strict=True):
+        for (other, other_rows), others in zip(parts, routings, strict=True):
+            conflict = sorted(routing.forced & others.barred)
             if conflict and (rows & other_rows).any():
                 raise ValueError(
                     f"{part.edit} and {other.edit} contradict: one forces expert {conflict[0]}, one bars it"
                 )
-        for expert in routing.barred:
-            barred[expert] = barred[expert] | rows if expert in barred else rows
-    edit, routing = parts[-1][0].edit, cast(Routing, parts[-1][0].routing)
-    needed = min(len(cast(Routing, part.routing).forced) or routing.top_k for part, _ in parts)
-    n_left = routing.n_experts - int(np.sum(list(barred.values()), axis=0).max(initial=0))
-    if n_left < needed:
+        barred[list(routing.barred)] |= rows
+        if routing.forced:
+            needed[rows] = np.minimum(needed[rows], len(routing.forced))
+    lacking = needed - (n_experts - barred.sum(axis=0))
+    worst = int(lacking.argmax())
+    if lacking[worst] > 0:
         raise ValueError(
-            f"{edit}: {routing.n_experts - n_left} of {routing.n_experts} experts are forbidden, but a token needs "
-            f"{needed} ({parts[0][0].site.name})"
+            f"{parts[-1].part.edit}: {barred[:, worst].sum()} of {n_experts} experts are forbidden, but a token needs "
+            f"{needed[worst]} ({parts[0].part.site.name})"
         )
 
 
-def _overlap(a: SiteEdit, b: SiteEdit) -> bool:
-    if a.edit is b.edit:
-        return False
-    for first, second in ((a.edit.step_set, b.edit.step_set), (a.edit.prompt_set, b.edit.prompt_set)):
-        if first is not None and second is not None and not first & second:
-            return False
-    others = dict(b.spans)
-    return all(axis not in others or max(s[0], others[axis][0]) < min(s[1], others[axis][1]) for axis, s in a.spans)
+def _from_the_end(where: Checked) -> bool:
+    """Whether a slice has an end that counts from the prompt's."""
+    return isinstance(where, slice) and min(where.start or 0, where.stop or 0) < 0

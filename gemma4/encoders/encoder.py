@@ -136,9 +136,10 @@ class Encoder:
         caches = [{site.name: self._empty(site, len(rows)) for site in capture} for rows, _ in inputs]
         taps: list[EncoderTap] = []
         for i, (rows, _) in enumerate(inputs):
+            sizes = self._sizes(len(rows))
+            check_hooks(hooks, lambda site, n=sizes: Extent(0, n[site.rows], n[site.rows], prompt=sequence))
             for site, acts in hooks:
-                n = self._sizes(len(rows))[site.rows]
-                check_hooks([(site, acts)], Extent(0, n, n, prompt=sequence))
+                n = sizes[site.rows]
                 point = HookPoint(site.name, site.layer, sequence, np.arange(n), first + i)
                 place = Place(0, n, n, prompt=sequence)
                 done = works(site, acts, point, self._model.nan_log, lambda edit, place=place: edit.taps(place))

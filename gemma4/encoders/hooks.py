@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,22 @@ class EncoderTaps:
                 bind_hooks(encoder.sites, named)
                 encoder.sites.select(wanted)
         return cls(hooks, names)
+
+    def check(self, prompts: Sequence[TokenizedPrompt]) -> None:
+        """Raise ValueError for an edit that acts inside encoders alone, if no prompt of the call has their media.
+
+        prompts: all of the call, by their index in the batch.
+        """
+        runs = [{_modality(run.medium.kind) for run in prompt.runs} for prompt in prompts]
+        for edit in self.hooks:
+            if not isinstance(edit, Edit) or edit.within("") is not None:
+                continue
+            inside = [modality for modality in MODALITIES if edit.within(f"{modality}.") is not None]
+            if not any(edit.concerns(i) and found.intersection(inside) for i, found in enumerate(runs)):
+                raise ValueError(
+                    f"{edit} acts inside the encoder of {' and '.join(inside)} alone, but no prompt of this call "
+                    "that it concerns has such a medium"
+                )
 
     def encode(
         self, model: Core, medium: Medium, *, sequence: int, first: int
@@ -109,9 +125,13 @@ class EncoderTaps:
         return TokenizedPrompt(prompt.ids, tuple(runs))
 
     def _bound(self, model: Core, kind: Kind) -> tuple[SiteHooks, list[Site]]:
-        modality: Modality = "audio" if kind == "audio" else "vision"
+        modality = _modality(kind)
         hooks, names = hooks_of(self.hooks, f"{modality}."), names_of(self.names, f"{modality}.")
         if not hooks and not names:  # an encoder without hooks and captures need not be bound
             return [], []
         encoder = encoder_of(model, modality)
         return bind_hooks(encoder.sites, hooks), encoder.sites.select(names)
+
+
+def _modality(kind: Kind) -> Modality:
+    return "audio" if kind == "audio" else "vision"

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Unpack, cast, overload
 
 from gemma4.core import Core
+from gemma4.edits.base import SourceError
 from gemma4.errors import StateError
 from gemma4.generation.loop import Batch, Continuation, Generation, Timings
 from gemma4.generation.options import GenerateOptions, Options, default_stop_ids
@@ -42,8 +44,9 @@ def generate(
         raise ValueError("sequence= goes with one prompt, not a list")
     with Batch(model) as batch:
         joined = [batch.join(one, opts, n_prompts=len(prompts)) for one in prompts]
+        _check_media(joined)
         while batch.running:
-            batch.step()
+            _step(batch)
     results = [one.result() for one in joined]
     return results if many else results[0]
 
@@ -54,7 +57,28 @@ def stream(model: Core, prompt: PromptLike, **options: Unpack[GenerateOptions]) 
     if is_prompt_list(prompt):
         raise ValueError("stream() takes one prompt; generate() takes a list")
     batch = Batch(model)
-    return TextStream(batch, batch.join(prompt, opts, n_prompts=1))
+    joined = batch.join(prompt, opts, n_prompts=1)
+    _check_media([joined])
+    return TextStream(batch, joined)
+
+
+def _check_media(joined: Seq[Continuation]) -> None:
+    joined[0].taps.check([one.prompt for one in joined])  # all have the same hooks
+
+
+def _step(batch: Batch) -> None:
+    """A step. A prompt that cannot take what an edit takes from another one leaves, and keeps its text.
+
+    Raises what `Batch.step` raises, and SourceError where that prompt has no text yet.
+    """
+    try:
+        batch.step()
+    except SourceError as error:
+        taker = next((one for one in batch.running if one.number == error.prompt), None)
+        if taker is None or not taker.samples:
+            raise
+        warnings.warn(f"{error}; prompt {taker.number} ends here, with {len(taker.samples)} tokens", stacklevel=4)
+        batch.leave(taker)
 
 
 class TextStream(Iterator[Piece]):

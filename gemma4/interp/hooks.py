@@ -187,9 +187,13 @@ def checked_hooks(hooks: object) -> list[Hook]:
     return [hook if isinstance(hook, Edit | Nested) else _checked_pair(hook) for hook in hooks]
 
 
-def check_hooks(hooks: SiteHooks, extent: Extent) -> None:
-    """Raise ValueError for an edit that cannot act on a prompt, or that contradicts another. Functions always can."""
-    check_edits((act for _, acts in hooks for act in acts if isinstance(act, SiteEdit)), extent)
+def check_hooks(hooks: SiteHooks, extent: Extent | Callable[[Site], Extent]) -> None:
+    """Raise ValueError for an edit that cannot act on a prompt, or that contradicts another. Functions always can.
+
+    extent: of all sites, or a function of the site.
+    """
+    edits = (act for _, acts in hooks for act in acts if isinstance(act, SiteEdit))
+    check_edits(edits, (lambda _: extent) if isinstance(extent, Extent) else extent)
 
 
 def _checked_pair(hook: Any) -> NamedFn:
