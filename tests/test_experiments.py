@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import gemma4
+from gemma4.edits import Ablate, Patch, Scale
 from gemma4.interp import head_ablations, head_patching, induction_scores, patching_grid, plots
 
 CLEAN = "When Mary and John went to the store, John gave a book to"
@@ -138,9 +139,87 @@ def test_grids_are_drawn(tiny):
     assert np.array_equal(plots.grid(ablated).axes[0].images[0].get_array(), ablated.change)
 
 
+def opened(model, kind):
+    """An open edit, a function, or a dictionary whose reconstruction replaces the site; each changes the metric."""
+    if kind == "edit":
+        return model.edit([Ablate(head=(6, 1)), Scale("blocks.1.hook_resid_post", 1.1)])
+    if kind == "function":
+        return model.hooks([("blocks.2.hook_mlp_out", lambda array, site: array * 0.5)])
+    return model.attach(gemma4.SAE.load("tiny-e/blocks.4.hook_resid_post"), error=False)
+
+
+@pytest.mark.parametrize("kind", ["edit", "function", "dictionary"])
+def test_variants_run_inside_open_hooks(tiny, kind):
+    plain = difference(tiny, tiny.forward(CLEAN))
+    with opened(tiny, kind):
+        ablated = head_ablations(tiny, CLEAN, ANSWERS, layers=[3])
+        assert ablated.clean == difference(tiny, tiny.forward(CLEAN)) != plain
+        for head in range(4):
+            with tiny.edit(Ablate(head=(3, head))):
+                assert ablated.values[0, head] == difference(tiny, tiny.forward(CLEAN))
+        cache = tiny.run_with_cache(CLEAN)[1]
+        grid = patching_grid(tiny, CLEAN, CORRUPT, ANSWERS, layers=[2, 5], positions=[10, -1])
+        heads = head_patching(tiny, CLEAN, CORRUPT, ANSWERS, layers=[2])
+        for i, layer in enumerate((2, 5)):
+            for j, position in enumerate((10, -1)):
+                with tiny.edit(Patch(f"blocks.{layer}.hook_resid_pre", cache, pos=position)):
+                    assert grid.values[i, j] == difference(tiny, tiny.forward(CORRUPT))
+        for head in range(4):
+            with tiny.edit(Patch("blocks.2.attn.hook_z", cache, head=head)):
+                assert heads.values[0, head] == difference(tiny, tiny.forward(CORRUPT))
+    assert head_ablations(tiny, CLEAN, ANSWERS, layers=[3]).clean == plain  # the block is left
+
+
+def test_open_edits_that_cannot_act_are_refused(tiny):
+    edit = Scale("blocks.1.hook_resid_post", 2, pos=99)
+    with tiny.edit(edit), pytest.raises(ValueError, match="position 99 cannot be edited"):
+        head_ablations(tiny, CLEAN, ANSWERS, layers=[3])
+
+
+def test_slices_of_layers_and_positions(tiny):
+    """They choose what a list of the same numbers chooses; negative numbers count from the end."""
+    n = len(tiny.to_tokens(CLEAN))
+
+    def grid(layers, positions):
+        return patching_grid(tiny, CLEAN, CORRUPT, ANSWERS, layers=layers, positions=positions)
+
+    for layers, positions, same in [
+        (slice(-2, None), slice(9, 14, 4), ([8, 9], [9, 13])),
+        ([-1, 0], slice(-1, None), ([9, 0], [n - 1])),
+        (slice(1, 2), np.int64(-1), ([1], [n - 1])),
+    ]:
+        found, listed = grid(layers, positions), grid(*same)
+        assert np.array_equal(found.values, listed.values) and found.values.size
+        assert (found.rows, found.columns) == (listed.rows, listed.columns)
+    assert head_ablations(tiny, CLEAN, ANSWERS, layers=slice(3, 5)).rows == ["3", "4"]
+
+
+def test_equal_runs_have_no_share(tiny):
+    ablated = head_ablations(tiny, CLEAN, ANSWERS, layers=[3])
+    for share in (lambda: ablated.recovered, lambda: ablated.to_html(recovered=True)):
+        with pytest.raises(ValueError, match="take `change`"):
+            share()
+    assert "change of the metric" in ablated.to_html().title.lower()
+
+
+def test_the_longest_period(tiny):
+    """Two stretches and BOS fill the context."""
+    longest = (tiny.context_length - 1) // 2
+    with pytest.raises(ValueError, match=f"period must be an integer in 2..{longest}, got {longest + 1}"):
+        induction_scores(tiny, period=longest + 1)
+    assert induction_scores(tiny, period=longest, n_prompts=1).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "complaint"),
     [
+        (lambda: (CLEAN, CORRUPT, ANSWERS, {"positions": slice(99, None)}), ValueError, "holds none of 0 to 14"),
+        (
+            lambda: (CLEAN, CORRUPT, ANSWERS, {"layers": slice(4, 4)}),
+            ValueError,
+            "layers: slice(4, 4, None) holds",
+        ),
+        (lambda: (CLEAN, CORRUPT, ANSWERS, {"positions": -99}), ValueError, "there is no -99"),
         (lambda: (CLEAN, CORRUPT + " Mary", ANSWERS, {}), ValueError, "equal lengths"),
         (lambda: (CLEAN, CORRUPT, (" Mary",), {}), TypeError, "pair of tokens"),
         (lambda: (CLEAN, CORRUPT, 3, {}), TypeError, "pair of tokens"),

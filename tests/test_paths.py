@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import gemma4
+from gemma4.edits import Ablate, Scale
 from gemma4.interp import dla, patching_grid, path_patching, plots
 from gemma4.interp.lens import final_norm
 
@@ -122,9 +123,52 @@ def test_long_prompts_take_several_steps(tiny):
     assert [found.values[1], found.values[3]] == alone
 
 
+@pytest.mark.parametrize("kind", ["edit", "function", "dictionary"])
+def test_paths_run_inside_open_hooks(tiny, kind):
+    """Several senders at once, as by hand in the same block; hooks behind the receivers act in the second run."""
+    sender, receiver = (3, 2), "blocks.6.hook_resid_pre"
+    plain = path_patching(tiny, CLEAN, CORRUPT, sender, receiver, ANSWERS)
+    opened = {
+        "edit": lambda: tiny.edit([Scale("blocks.2.hook_resid_post", 1.3), Ablate(head=(8, 1))]),
+        "function": lambda: tiny.hooks([("blocks.[27].hook_mlp_out", lambda array, site: array * 0.5)]),
+        "dictionary": lambda: tiny.attach(gemma4.SAE.load("tiny-e/blocks.4.hook_resid_post"), error=False),
+    }
+    with opened[kind]():
+        found = path_patching(tiny, CLEAN, CORRUPT, [(2, 1), sender, (1, 0)], receiver, ANSWERS)
+        assert found.values[1] == by_hand(tiny, sender, [(receiver, None)])
+        assert found.clean == difference(tiny, tiny.forward(CLEAN)) != plain.clean
+        assert found.corrupt == difference(tiny, tiny.forward(CORRUPT))
+    assert found.values[1] != plain.values[0]
+
+
+def test_pairs_and_positions_of_numpy(tiny):
+    """The result of np.argwhere names senders, pairs of NumPy's integers are pairs, and a generator serves them all."""
+    chosen = np.zeros((tiny.n_layers, 4), bool)
+    chosen[1, 2] = chosen[3, 2] = True
+
+    def values(sender, receiver=("blocks.5.attn.hook_q", 1), pos=None):
+        return path_patching(tiny, CLEAN, CORRUPT, sender, receiver, ANSWERS, pos=pos).values.tolist()
+
+    expected = values([(1, 2), (3, 2)])
+    assert values(np.argwhere(chosen)) == expected and expected[0] != expected[1]
+    assert values((np.int64(1), np.int64(2))) == values(np.array([1, 2])) == expected[:1]
+    assert values((1, 2), ("blocks.5.attn.hook_q", np.int64(1))) == expected[:1]
+    positions = [10, 14]
+    assert values([(1, 2), (3, 2)], pos=(p for p in positions)) == values([(1, 2), (3, 2)], pos=positions)
+
+
+def test_equal_runs_have_no_share(tiny):
+    same = path_patching(tiny, CLEAN, CLEAN, (1, 2), "blocks.3.attn.hook_q", ANSWERS)
+    with pytest.raises(ValueError, match="take `change`"):
+        _ = same.share
+    assert same.change.tolist() == [0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "complaint"),
     [
+        ({"sender": np.array([[1.5, 2]])}, TypeError, "senders are (layer, head) or sites"),
+        ({"sender": [(1, 2, 3)]}, TypeError, "senders are (layer, head) or sites"),
         ({"receivers": "blocks.5.hook_mlp_out"}, ValueError, "name what the component reads"),
         ({"receivers": "blocks.0.attn.hook_q"}, ValueError, "no receiver comes after the sender (1, 2)"),
         ({"receivers": ("blocks.3.hook_resid_pre", 1)}, ValueError, "has no heads"),
@@ -176,6 +220,17 @@ def test_shares_are_the_logit(model):
 @pytest.mark.parametrize("name", ["random_e", "random_moe"])
 def test_shares_are_the_logit_of_random_models(name, prompt, request):
     shares_add_up(request.getfixturevalue(name), prompt, 17)
+
+
+@pytest.mark.parametrize("pos", [[12, 3, 12], slice(12, 2, -9), (p for p in (12, -12)), np.array([12, 3]), "all", None])
+def test_predicted_tokens_stand_at_their_positions(tiny, pos):
+    whole = tiny.forward(CLEAN)
+    every = pos is None or (isinstance(pos, str) and pos == "all")
+    found = dla(tiny, CLEAN, pos=pos)
+    assert found.positions.tolist() == (list(range(len(whole))) if every else [3, 12])
+    assert found.tokens.tolist() == whole[found.positions].argmax(-1).tolist()
+    assert found.values.shape[1] == len(found.names) == len(found.prompt) == len(found.positions)
+    np.testing.assert_allclose(found.values.sum(0), found.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_targets(tiny):

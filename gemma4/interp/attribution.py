@@ -13,14 +13,15 @@ from gemma4 import checks
 from gemma4.html import Picture, bars, heat
 from gemma4.html.markup import visible
 from gemma4.html.picture import FEW, left_out
-from gemma4.inputs import TextOrIds
-from gemma4.interp.lens import texts_of
+from gemma4.inputs import TextOrIds, as_tokenized
+from gemma4.interp.lens import first_shown, texts_of
 from gemma4.narrow import is_list_or_tuple
+from gemma4.step import select_positions
 
 if TYPE_CHECKING:
     from gemma4.interp.cache import ActivationCache
     from gemma4.model import Model
-    from gemma4.step import Rows
+    from gemma4.step import Positions
 
 F32: TypeAlias = NDArray[np.float32]
 Target: TypeAlias = int | str | tuple[int | str, int | str] | None
@@ -67,10 +68,10 @@ class LogitAttribution:
     def to_html(self, last: int | None = None) -> Picture:
         """Bars of one position; a table of components by positions if there are several.
 
-        last: only that number of positions at the end. Raises ValueError (last below 1).
+        last: only that number of positions at the end, all if there are fewer. Raises ValueError (last below 1).
         """
         n = len(self.positions)
-        first = n - min(n, n if last is None else checks.integer("last", last, 1, n))
+        first = first_shown(last, n)
         few = left_out(n - first, n, "positions")
         prompt = self.prompt or [str(position) for position in self.positions]
         if n - first == 1:
@@ -90,7 +91,7 @@ def dla(
     prompt: TextOrIds,
     of: Target = None,
     *,
-    pos: Rows = "last",
+    pos: Positions = "last",
     per_head: bool = True,
     per_expert: bool = True,
 ) -> LogitAttribution:
@@ -101,7 +102,8 @@ def dla(
     prompt  text or ids of one prompt
     of      a token, as id or text that is one token; a pair of them: the difference of their logits; None: the token
             that the model finds likeliest at each position
-    pos     positions to explain, an int, a slice or a list; "all"; ["last"]
+    pos     positions to explain, an int, a slice or a list; "all" or None; ["last"]. The result has them
+            ascending, each once
     per_head, per_expert   attention by head, MLPs by expert; False = as a whole: "3_attn_out", "3_mlp_out"
 
     Exact on these models: a component's output is multiplied by the layer scalars that follow and divided by the scale
@@ -112,8 +114,9 @@ def dla(
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
     stems = _STEMS | (_OF_HEADS if per_head else {"hook_attn_out"}) | (_OF_EXPERTS if per_expert else set[str]())
     names = [name for name, site in model.sites.items() if site.stem in stems or name == last]
-    where = None if pos == "all" else pos
-    logits, cache = model.run_with_cache(prompt, names, pos=where, logits=pos if of is None else None)
+    tokenized = as_tokenized(model, prompt)
+    where = np.unique(select_positions("all" if pos is None else pos, len(tokenized)))
+    logits, cache = model.run_with_cache(tokenized, names, pos=where, logits=where if of is None else None)
     tokens = _tokens(model, of, logits, len(cache.positions))
     direction = _direction(model, cache, tokens)
     shares, labels = list[F32](), list[str]()

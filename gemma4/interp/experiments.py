@@ -2,7 +2,7 @@
 """Experiments that many papers begin with: activation patching, head ablation, induction scores.
 
 Each runs all of its variants of a prompt in few ragged steps. In `exact`, a variant's logits are those of a run by
-itself, to the bit.
+itself, to the bit. Hooks, edits and dictionaries of open `with` blocks act in every variant, before its own edit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from gemma4.html import Picture, heat
 from gemma4.html.picture import FEW, left_out
 from gemma4.inputs import TextOrIds, as_ids
 from gemma4.interp.cache import ActivationCache
-from gemma4.interp.hooks import bind_hooks
+from gemma4.interp.hooks import bind_inside_active
+from gemma4.interp.lens import first_shown
 from gemma4.narrow import is_list_or_tuple
 from gemma4.step import Prompt, run_step
 
@@ -36,7 +37,7 @@ F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
 Metric: TypeAlias = Callable[[F32], float] | tuple[int | str, int | str]
 Score: TypeAlias = Callable[[F32], float]
-Chosen: TypeAlias = int | Iterable[int] | None
+Chosen: TypeAlias = int | slice | Iterable[int] | None
 What: TypeAlias = Literal["residual", "attention", "mlp", "ple", "heads", "experts"]
 Variant: TypeAlias = "tuple[Sequence, I32, Seq[Edit]]"
 T = TypeVar("T")
@@ -73,7 +74,14 @@ class Grid:
 
     @property
     def recovered(self) -> F32:
-        """(values - corrupt) / (clean - corrupt): 0 = the patch does nothing, 1 = it brings the clean run back."""
+        """(values - corrupt) / (clean - corrupt): 0 = the patch does nothing, 1 = it brings the clean run back.
+
+        Raises ValueError where clean and corrupt are equal, as for ablations.
+        """
+        if self.clean == self.corrupt:
+            raise ValueError(
+                f"clean and corrupt both have the metric {self.clean:g}, so there is no share to recover: take `change`"
+            )
         return (self.values - np.float32(self.corrupt)) / np.float32(self.clean - self.corrupt)
 
     @property
@@ -84,7 +92,7 @@ class Grid:
     def shown(self, recovered: bool | None = None) -> tuple[F32, str]:
         """The numbers that a picture shows, float32 [rows, columns], and their name: recovered, or for False change.
 
-        recovered: None = the share, unless clean and corrupt are the same run.
+        recovered: None = the share, unless clean and corrupt are equal, which raise ValueError for True.
         """
         share = self.clean != self.corrupt if recovered is None else recovered
         return (self.recovered, "share of the clean run recovered") if share else (self.change, "change of the metric")
@@ -92,17 +100,18 @@ class Grid:
     def to_html(self, last: int | None = None, *, recovered: bool | None = None) -> Picture:
         """A table with a coloured cell for each variant; the numbers are said when a cell is pointed at.
 
-        last: only that number of columns at the end. recovered: as for `shown`. Raises ValueError (last below 1).
+        last: only that number of columns at the end, all if there are fewer. recovered: as for `shown`.
+        Raises ValueError (last below 1).
         """
         values, name = self.shown(recovered)
         n = len(self.columns)
-        first = n - min(n, n if last is None else checks.integer("last", last, 1, n))
+        first = first_shown(last, n)
         return heat(
             values[::-1, first:],
             [f"{row}" for row in reversed(self.rows)],
             self.columns[first:],
-            title=f"{name[0].upper()}{name[1:]}, layer by {self.across}",
-            corner=f"layer \\ {self.across}",
+            title=f"{name[0].upper()}{name[1:]}, {self.down} by {self.across}",
+            corner=f"{self.down} \\ {self.across}",
             small_print=left_out(n - first, n, f"{self.across}s"),
         )
 
@@ -133,10 +142,12 @@ def patching_grid(
                     "heads": a row for each head of each layer; "experts": a row for each expert that a token of either
                     run has, whose weighted output at that position becomes that of the clean run, 0 where it has none
     site            instead of `what`, a site of the block: "hook_resid_mid", "mlp.hook_post", ...
-    layers          None = all that have the site; positions: None = all; negative ones count from the end
+    layers          an int, a slice or a list; None = all that have the site; a slice takes those that have it
+    positions       an int, a slice or a list; None = all. Negative layers and positions count from the end
 
     Positions before the patched one are computed once for all cells. Returns a `Grid` [rows, positions].
-    Raises ValueError (unequal lengths, no such position), SiteError (no such site, no experts in this model).
+    Raises ValueError (unequal lengths, no such position, a slice that holds none), SiteError (no such site or layer, no
+    experts in this model).
     """
     ids, others = aligned(model, corrupt, clean)
     score, where = metric_of(model, metric), _chosen(positions, len(ids), "positions")
@@ -243,10 +254,10 @@ def head_ablations(
     prompt, metric, layers: as for `patching_grid`. mean: caches that hold attn.hook_z of the layers.
     """
     ids, score = as_ids(model, prompt), metric_of(model, metric)
+    plain = score(last_logits(model, ids))  # first, since it refuses open edits that cannot act on this prompt
     chosen, n_heads = _layers_with(model, "attn.hook_z", layers), model.engine_config["n_heads"]
     edits = [Ablate(head=(i, head), mean=mean) for i in chosen for head in range(n_heads)]
     values = _table(model, ids, edits, score, n_heads)
-    plain = score(last_logits(model, ids))
     return Grid(values, [str(x) for x in chosen], [str(head) for head in range(n_heads)], plain, plain)
 
 
@@ -255,12 +266,13 @@ def induction_scores(model: Model, *, period: int = 24, n_prompts: int = 4, seed
 
     Random tokens are repeated once; the score is the mean attention from each token of the repetition to the token
     after its first occurrence (Olsson et al. 2022, "In-context Learning and Induction Heads"). An induction head has a
-    score near 1. period: length of the random stretch; n_prompts: of which the mean is taken.
+    score near 1. period: length of the random stretch, two of which and BOS fit into the context; n_prompts: of which
+    the mean is taken.
     """
-    checks.integer("period", period, 2, model.context_length // 2)
+    first = [model.tokenizer.bos_id] if _has_tokenizer(model) and model.tokenizer.bos_id is not None else []
+    checks.integer("period", period, 2, (model.context_length - len(first)) // 2)
     checks.integer("n_prompts", n_prompts, 1, 1 << 16)
     rng = np.random.default_rng(seed)
-    first = [model.tokenizer.bos_id] if _has_tokenizer(model) and model.tokenizer.bos_id is not None else []
     blocks = [rng.choice(np.arange(8, model.n_token_ids), period, replace=False) for _ in range(n_prompts)]
     prompts = [np.concatenate([first, block, block]).astype(np.int32) for block in blocks]
     rows = len(first) + period + np.arange(period - 1)
@@ -287,7 +299,7 @@ def _table(model: Model, ids: I32, edits: Iterable[Edit], score: Score, width: i
 
 
 def scores_of(model: Model, variants: Iterable[Variant], score: Score) -> list[float]:
-    """The metric of each variant (sequence, new tokens, edits), in order; many run in one step."""
+    """The metric of each variant (sequence, new tokens, edits), in order; many run in one step. Open hooks act, too."""
     values: list[float] = []
     batch: list[Prompt] = []
 
@@ -300,7 +312,7 @@ def scores_of(model: Model, variants: Iterable[Variant], score: Score) -> list[f
             batch.clear()
 
     for sequence, ids, edits in variants:
-        batch.append(Prompt(sequence, ids, logits="last", hooks=bind_hooks(model.sites, edits)))
+        batch.append(Prompt(sequence, ids, logits="last", hooks=bind_inside_active(model, model.sites, edits)))
         if sum(len(prompt.ids) for prompt in batch) >= _ROWS_PER_STEP:
             run()
     if batch:
@@ -355,17 +367,30 @@ def _layers_with(model: Model, site: str, layers: Chosen) -> list[int]:
     having = [s.layer for s in model.sites.select(f"blocks.*.{site}") if s.layer is not None]
     if layers is None:
         return having
-    chosen = list(listed(checked_where(layers, "layers")) or ())
+    chosen = _numbers(layers, model.n_layers, "layers")
+    if isinstance(layers, slice):
+        return [layer for layer in chosen if layer in having]
     _ = [model.sites[f"blocks.{layer}.{site}"] for layer in chosen]  # raises SiteError
     return chosen
 
 
 def _chosen(where: Chosen, n: int, what: str) -> list[int]:
-    chosen = list(range(n)) if where is None else list(listed(checked_where(where, what)) or ())
+    chosen = _numbers(slice(None) if where is None else where, n, what)
     for position in chosen:
-        if not -n <= position < n:
+        if not 0 <= position < n:
             raise ValueError(f"{what}: there is no {position}, only 0 to {n - 1}")
-    return [position % n for position in chosen]
+    return chosen
+
+
+def _numbers(where: int | slice | Iterable[int], n: int, what: str) -> list[int]:
+    """Numbers as they were given, those from -n to -1 counted from the end n; of a slice those below n."""
+    checked = checked_where(where, what)
+    if isinstance(checked, slice):
+        chosen = list(range(n)[checked])
+        if not chosen:
+            raise ValueError(f"{what}: {checked} holds none of 0 to {n - 1}")
+        return chosen
+    return [number + n if -n <= number < 0 else number for number in listed(checked) or ()]
 
 
 def _has_tokenizer(model: Model) -> bool:

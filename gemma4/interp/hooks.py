@@ -127,6 +127,14 @@ def bind_hooks(table: SiteTable, hooks: Iterable[Hook], *, stop_at_layer: int | 
     return [bound[name] for name in table if name in bound]
 
 
+def joined(table: SiteTable, first: SiteHooks, then: SiteHooks) -> SiteHooks:
+    """Both in forward order; at a site that both have, those of `first` act first."""
+    found: dict[str, tuple[Site, list[HookFn | SiteEdit]]] = {}
+    for site, acts in (*first, *then):
+        found.setdefault(site.name, (site, []))[1].extend(acts)
+    return [found[name] for name in table if name in found]
+
+
 def _without_nested(hooks: list[Hook], table: SiteTable) -> tuple[list[Hook], dict[str, list[HookFn]]]:
     """The hooks on sites of the model, and the functions on sites inside nested ones."""
     plain: list[Hook] = []
@@ -307,6 +315,14 @@ def activated(model: object, hooks: Iterable[Hook]) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+def bind_inside_active(model: object, table: SiteTable, hooks: Iterable[Hook]) -> SiteHooks:
+    """`bind_hooks` of these after the open ones on the text model.
+
+    Each call makes new functions for attached dictionaries, so prompts of one step do not share their state.
+    """
+    return bind_hooks(table, [*hooks_of(active_hooks(model)), *hooks])
 
 
 def active_hooks(model: object) -> list[Hook]:

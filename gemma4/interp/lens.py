@@ -7,6 +7,7 @@ NumPy in blocks of the vocabulary, so that neither a float32 head nor all logits
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -57,10 +58,10 @@ class LogitLens:
     def to_html(self, last: int | None = None) -> Picture:
         """A table of layers by positions: the likeliest token, its probability as colour, the others when pointed at.
 
-        last: only that number of positions at the end. Raises ValueError (last below 1).
+        last: only that number of positions at the end, all if there are fewer. Raises ValueError (last below 1).
         """
         n = len(self.positions)
-        kept = range(n - min(n, n if last is None else checks.integer("last", last, 1, n)), n)
+        kept = range(first_shown(last, n), n)
         rows = range(len(self.labels) - 1, -1, -1)  # the last block on top
         prompt = self.prompt or [str(position) for position in self.positions]
         return heat(
@@ -85,6 +86,14 @@ class LogitLens:
 
     def _repr_html_(self) -> str:
         return self.to_html(min(FEW, len(self.positions)) or None).fragment()
+
+
+def first_shown(last: int | None, n: int) -> int:
+    """The first of n columns in a picture of the last ones: all, if there are fewer.
+
+    Raises ValueError (last below 1).
+    """
+    return 0 if last is None else max(0, n - checks.integer("last", last, 1, sys.maxsize))
 
 
 def logit_lens(

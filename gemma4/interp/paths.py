@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.edits import Patch
-from gemma4.edits.scope import Where
+from gemma4.edits.scope import Where, checked_where
 from gemma4.inputs import TextOrIds
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.experiments import Metric, aligned, in_batches, last_logits, metric_of, scores_of, whole_runs
-from gemma4.interp.hooks import SiteHooks, bind_hooks
+from gemma4.interp.hooks import SiteHooks, bind_hooks, bind_inside_active, joined
 from gemma4.interp.sites import Site
-from gemma4.narrow import is_integer, is_iterable, is_list_or_tuple
+from gemma4.narrow import is_array, is_integer, is_iterable, is_list_or_tuple
 from gemma4.step import Prompt, run_step
 
 if TYPE_CHECKING:
@@ -53,15 +53,22 @@ class PathEffects:
 
     @property
     def share(self) -> F32:
-        """(values - clean) / (corrupt - clean): 1 = the paths explain the whole difference of the runs."""
+        """(values - clean) / (corrupt - clean): 1 = the paths explain the whole difference of the runs.
+
+        Raises ValueError where clean and corrupt are equal.
+        """
+        if self.clean == self.corrupt:
+            raise ValueError(
+                f"clean and corrupt both have the metric {self.clean:g}, so there is no share: take `change`"
+            )
         return self.change / np.float32(self.corrupt - self.clean)
 
 
 class _Path(NamedTuple):
-    """A sender with what is written to it, and the outputs that are held at their clean values behind it."""
+    """A sender with the open hooks and what is written to it, and the outputs behind it, held at their clean values."""
 
     name: str
-    patch: SiteHooks
+    hooks: SiteHooks
     held: list[str]
 
 
@@ -88,12 +95,15 @@ def path_patching(
     metric     as for `patching_grid`
     pos        positions of the sender to patch; None = all
 
+    Pairs may be NumPy's: the rows of an array [n, 2], as `np.argwhere` gives them, are senders.
     Two runs for each sender, both on `clean`. In the first, the sender has its corrupt activation, and every output
     that is added to the residual stream after it is held at its clean value; so its change reaches the receivers
     directly, through norms and layer scalars. In the second, the receivers have the values that they had in the first,
     and everything else runs on. Many senders run in few steps; in `exact` each value is that of runs by themselves.
+    Open hooks and edits act in all of these runs. A receiver before a sender has its clean value.
 
-    Raises ValueError (unequal lengths, a sender or receiver that is none, a receiver before the sender), SiteError.
+    Raises ValueError (unequal lengths, a sender or receiver that is none, a sender without a receiver after it),
+    SiteError.
     """
     ids, others = aligned(model, clean, corrupt)
     score, sites = metric_of(model, metric), _receivers(model, receivers)
@@ -101,7 +111,7 @@ def path_patching(
     names = [name for name in list(model.sites)[:last] if model.sites[name].stem in _OUTPUTS]
     cache = model.run_with_cache(ids, names, logits=None)[1]
     corrupt_cache = model.run_with_cache(others, [*names, "blocks.*.attn.hook_z"], logits=None)[1]
-    paths = list(_paths(model, sender, corrupt_cache, last, pos))
+    paths = list(_paths(model, sender, corrupt_cache, last, checked_where(pos, "pos")))
     hold = bind_hooks(model.sites, [Patch(name, cache) for name in names])
     values = list[float]()
     for some in in_batches(paths, len(ids)):
@@ -116,7 +126,7 @@ def _receivers(model: Model, receivers: object) -> list[tuple[Site, int | None]]
     """Each site with the head that is to receive, or None for all of it."""
     found: list[tuple[Site, int | None]] = []
     for one in [receivers] if isinstance(receivers, str) or _pair(receivers, str) else _listed(receivers):
-        name, head = _pair(one, str) or (str(one), None)
+        name, head = _pair(one, str) or (_name(one), None)
         found += [(site, head) for site in model.sites.select([name])]
     outputs = [site.name for site, _ in found if site.stem in _OUTPUTS]
     if outputs:
@@ -140,15 +150,16 @@ def _paths(model: Model, sender: object, cache: ActivationCache, last: int, pos:
         senders = [sender] if isinstance(sender, str) or _pair(sender, int) else _listed(sender)
     for one in senders:
         layer, head = _pair(one, int) or (0, None)
-        name = model.sites[str(one) if head is None else f"blocks.{layer}.attn.hook_z"].name
+        name = model.sites[_name(one) if head is None else f"blocks.{layer}.attn.hook_z"].name
         output = name if head is None else f"blocks.{layer}.hook_attn_out"
         if model.sites[output].stem not in _OUTPUTS:
             raise ValueError(f"a sender is (layer, head) or the site of an output, {', '.join(_OUTPUTS)}; got {one!r}")
         if order[name] >= last:
             raise ValueError(f"no receiver comes after the sender {one!r}, so no path leads from it to one")
-        edit = Patch(name, cache, head=head, pos=pos)
+        bound = bind_inside_active(model, model.sites, [Patch(name, cache, head=head, pos=pos)])
+        hooks = [(site, acts) for site, acts in bound if order[site.name] <= last]
         held = [other for other in outputs if order[other] > order[output]]
-        yield _Path(name if head is None else f"{layer}.{head}", bind_hooks(model.sites, [edit]), held)
+        yield _Path(name if head is None else f"{layer}.{head}", hooks, held)
 
 
 def _heads_before(model: Model, order: dict[str, int], last: int) -> list[tuple[int, int]]:
@@ -163,7 +174,7 @@ def _reach(model: Model, ids: I32, paths: list[_Path], hold: SiteHooks, sites: l
     prompts: list[Prompt] = []
     try:
         for path in paths:
-            hooks = [*path.patch, *(held for held in hold if held[0].name in path.held)]
+            hooks = joined(model.sites, path.hooks, [held for held in hold if held[0].name in path.held])
             sequence = model.new_sequence(capacity=len(ids))
             prompts.append(Prompt(sequence, ids, logits=None, capture=sites, hooks=hooks))
         outputs = run_step(model, prompts, stop_at_layer=stop)
@@ -174,13 +185,19 @@ def _reach(model: Model, ids: I32, paths: list[_Path], hold: SiteHooks, sites: l
 
 
 def _pair(value: object, first: type[T]) -> tuple[T, int] | None:
-    """A pair of such a value and an integer; None for anything else."""
-    if not is_list_or_tuple(value) or len(value) != 2 or not isinstance(value[0], first) or not is_integer(value[1]):
+    """A pair of such a value and an integer, Python's or NumPy's; None for anything else."""
+    plain: object = value.tolist() if is_array(value) else value
+    if not is_list_or_tuple(plain) or len(plain) != 2 or not is_integer(plain[1]):
         return None
-    return value[0], int(value[1])
+    one: object = int(plain[0]) if is_integer(plain[0]) else plain[0]
+    return (one, int(plain[1])) if isinstance(one, first) else None
 
 
 def _listed(value: object) -> list[object]:
-    if not is_iterable(value):
+    return list(value) if is_iterable(value) else [_name(value)]
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str):
         raise TypeError(f"senders are (layer, head) or sites, receivers sites or (site, head); got {value!r:.80}")
-    return list(value)
+    return value
