@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import gemma4
 from gemma4 import html
-from gemma4.html.markup import colour, number, numbers_json, tag, visible
+from gemma4.html.markup import Markup, colour, number, numbers_json, tag, visible
 from gemma4.html.picture import FEW
 from gemma4.html.png import packed, png
 from gemma4.interp import head_ablations, logit_lens, patching_grid
@@ -261,6 +261,13 @@ def test_attention_holds_every_head():
     assert json.loads(one.named("div", "g4-attention")[0]["data-at"]) == [2, 3]
 
 
+def test_keys_of_queries_may_be_an_array():
+    picture = html.attention(np.ones((1, 2, 3)), ["a", "b"], keys=list("xyz"), at=np.arange(2))
+    assert json.loads(Page(picture.fragment()).named("div", "g4-attention")[0]["data-at"]) == [0, 1]
+    many = html.attention(np.ones((1, 3, 1)), list("abc"), keys=["k"], at=[0, 0, 0])
+    assert json.loads(Page(many.fragment()).named("div", "g4-attention")[0]["data-at"]) == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -268,6 +275,15 @@ def test_attention_holds_every_head():
         (lambda: html.attention(np.zeros(3), list("abc")), r"\[heads, queries, keys\]"),
         (lambda: html.attention(-np.ones((1, 1, 1)), ["a"]), "negative numbers"),
         (lambda: html.attention(np.zeros((9, 1000, 1000), np.int8), ["a"] * 1000), "choose heads"),
+        (lambda: html.attention(-np.ones((1, 1, 1)), ["a"]), r"gemma4\.html\.heat for signed"),
+        (lambda: html.attention(np.array([[-np.inf, np.nan]]), ["a"], keys=["b", "c"]), "negative numbers"),
+        (lambda: html.attention(np.ones((1, 3, 1)), list("abc"), keys=["k"]), "3 queries are more than 1 keys"),
+        (lambda: html.attention(np.ones((1, 2, 3)), ["a", "b"], keys=list("xyz"), at=[7, -3]), r"2 integers in 0\.\.2"),
+        (lambda: html.attention(np.ones((1, 2, 2)), ["a", "b"], at=[0, 2]), r"2 integers in 0\.\.1"),
+        (lambda: html.attention(np.ones((1, 2, 2)), ["a", "b"], at=[0]), r"2 integers in 0\.\.1"),
+        (lambda: html.attention(np.ones((1, 2, 2)), ["a", "b"], at=[0.5, 1]), r"2 integers in 0\.\.1"),
+        (lambda: html.heat([[1.0]], ["a"], ["b"], limit=0), "limit must be a finite number above 0, got 0"),
+        (lambda: html.heat([[1.0]], ["a"], ["b"], limit=np.nan), "limit must be a finite number above 0"),
         (lambda: html.tokens(["a"], [1, 2]), "there are 1 tokens"),
         (lambda: html.tokens(["a"], {}), "at least one series"),
         (lambda: html.heat(np.zeros((2, 2)), ["a"], ["b", "c"]), "names of 1 rows and 2 columns"),
@@ -404,6 +420,11 @@ def test_grids_show_themselves(tiny):
     expected = [text for row in (1, 0) for text in (heads.rows[row], *map(number, heads.change[row]))]  # 6 above 3
     assert texts[-len(expected) :] == expected
     assert len(Page(heads.to_html(2).fragment()).named("td")) == 4
+    assert heads.to_html(10).fragment() == heads.to_html().fragment()  # more than there are
+    assert "layer \\ head" in texts
+    by_head = patching_grid(tiny, PROMPT, CORRUPT, (" Mary", " John"), what="heads", layers=3, positions=[-1, -2])
+    assert "layer.head \\ position" in Page(by_head._repr_html_()).texts
+    assert by_head.to_html().title.endswith("layer.head by position")
     with pytest.raises(ValueError, match="last"):
         heads.to_html(0)
 
@@ -515,6 +536,43 @@ def test_bars_are_sorted_and_back(browser, tmp_path):
     assert browser.run(order) == "bca"
     browser.click(".g4-sort")
     assert browser.run(order) == "abc"
+
+
+def test_numbers_that_are_none_are_said(browser, tmp_path):
+    """In the second head alone; its finite numbers stay as they are."""
+    values = np.array([[[1, 0], [0.5, 0.5]], [[1, np.nan], [np.inf, 0.25]]])
+    opened(browser, tmp_path, html.attention(values, ["a", "b"]))
+    assert browser.run("[...document.querySelectorAll('.g4-head')].map(h => 'nan' in h.dataset)") == [False, True]
+    browser.click(".g4-head", 1)
+    said, tokens = "document.querySelector('.g4-said').textContent", ".g4-stage .g4-t"
+    assert browser.run(said).endswith("0.250")
+    assert browser.run(f"[...document.querySelectorAll('{tokens}')].map(t => t.matches('.g4-nan'))") == [True, False]
+    browser.run("document.querySelector('.g4-map').focus()")
+    browser.press("ArrowLeft")
+    assert browser.run(said).endswith("nan")
+    browser.press("ArrowUp")
+    assert browser.run(said).endswith("1.00")
+    browser.press("ArrowRight")
+    assert browser.run(said).endswith("nan")
+
+
+def test_a_search_and_links_stay_in_their_picture(browser, tmp_path):
+    """Two pictures of cards in one document, whose cards have the same numbers."""
+    one, two = (
+        html.cards([html.Card(i, f"{name} {i}", near=[(1 - i, 1.0)]) for i in range(2)], title=name)
+        for name in ("first", "second")
+    )
+    tall = html.Picture("", Markup('<div style="height:9000px"></div>'))
+    opened(browser, tmp_path, html.together("both", one, tall, two, tall))
+    browser.run("document.querySelectorAll('.g4-search')[1].focus()")
+    browser.type("first")
+    hidden = "[...document.querySelectorAll('.g4-card')].map(c => c.hidden)"
+    assert browser.run(hidden) == [False, False, True, True]
+    assert browser.run("[...document.querySelectorAll('output')].map(o => o.textContent)") == ["2 of 2", "0 of 2"]
+    browser.run("document.querySelectorAll('.g4-card').forEach(c => { c.hidden = false; })")
+    browser.run("document.querySelectorAll('.g4-card')[2].querySelector('a').click()")
+    top = "document.querySelectorAll('.g4-card')[{}].getBoundingClientRect().top"
+    assert abs(browser.run(top.format(3))) < 300 < abs(browser.run(top.format(1)))
 
 
 def test_cards_are_searched(browser, tmp_path):

@@ -42,16 +42,18 @@ def heat(
     words   what is written in each cell [the number]
     tips    what is said when a cell is pointed at or reached by arrow keys [row, column and number]
     corner  what rows and columns are
-    limit   the magnitude that gets the full colour [the largest finite one]
+    limit   the magnitude that gets the full colour, above 0 [the largest finite one]
 
-    Raises ValueError if names, words or tips do not fit the values.
+    Raises ValueError if names, words or tips do not fit the values, or for a limit that is not above 0.
     """
     array = np.asarray(values, dtype=np.float64)
     _check(array, rows, columns)
     for what, texts in (("words", words), ("tips", tips)):
         if texts is not None and [len(row) for row in texts] != [len(columns)] * len(rows):
             raise ValueError(f"{what} must be [{len(rows)}, {len(columns)}], as the values")
-    top = limit_of(array) if limit is None else limit
+    top = limit_of(array) if limit is None else float(limit)
+    if not 0 < top < np.inf:
+        raise ValueError(f"limit must be a finite number above 0, got {limit!r:.80}")
     heads = [visible(column) for column in columns]
 
     def cell(i: int, j: int) -> Markup:

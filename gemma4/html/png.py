@@ -40,6 +40,11 @@ def png_url(shares: NDArray[np.floating]) -> str:
     return "data:image/png;base64," + base64.b64encode(png(shares)).decode()
 
 
+def bits(marks: NDArray[np.bool_]) -> str:
+    """Marks as base64 of bits, row by row, the highest bit of a byte first."""
+    return base64.b64encode(np.packbits(marks).tobytes()).decode()
+
+
 def packed(shares: NDArray[np.floating]) -> str:
     """Shares from 0 to 1 as base64 of little-endian uint16, row by row; NaN is 0."""
     levels = np.rint(65535 * np.clip(np.nan_to_num(shares), 0, 1)).astype("<u2")

@@ -15,8 +15,11 @@
   };
   const near = (event, selector) => event.target instanceof Element ? event.target.closest(selector) : null;
 
+  const isNone = (x) => x === null || Number.isNaN(x);
+
   const number = (x) => { // as `number` in markup.py
-    if (x === null || !Number.isFinite(x)) return x === null ? "nan" : String(x);
+    if (isNone(x)) return "nan";
+    if (!Number.isFinite(x)) return String(x);
     if (x === 0) return "0";
     const size = Math.abs(x);
     if (size < 1e-3 || size >= 1e6) return x.toExponential(2);
@@ -24,9 +27,9 @@
   };
 
   const paint = (element, value, limit) => { // as `colour` in markup.py
-    element.classList.toggle("g4-nan", value === null);
-    element.classList.toggle("g4-neg", value !== null && value < 0);
-    element.style.setProperty("--v", value === null ? 0 : Math.min(1, Math.abs(value) / limit));
+    element.classList.toggle("g4-nan", isNone(value));
+    element.classList.toggle("g4-neg", !isNone(value) && value < 0);
+    element.style.setProperty("--v", isNone(value) ? 0 : Math.min(1, Math.abs(value) / limit));
   };
 
   // ---- what is pointed at
@@ -137,7 +140,9 @@
     if (!facts.has(head)) {
       const bytes = atob(head.dataset.v);
       const top = Number(head.dataset.top) / 65535;
-      const at = (i) => (bytes.charCodeAt(2 * i) + 256 * bytes.charCodeAt(2 * i + 1)) * top;
+      const lost = atob(head.dataset.nan || ""); // a bit for each number, if one of them is none
+      const isLost = (i) => lost && (lost.charCodeAt(i >> 3) >> (7 - (i & 7))) & 1;
+      const at = (i) => isLost(i) ? NaN : (bytes.charCodeAt(2 * i) + 256 * bytes.charCodeAt(2 * i + 1)) * top;
       facts.set(head, Float32Array.from({ length: bytes.length / 2 }, (_, i) => at(i)));
     }
     return facts.get(head);
@@ -255,11 +260,22 @@
     body.append(...[...body.children].sort((a, b) => order(a) - order(b)));
   };
 
+  const cardsBeside = (element) => [...element.closest(".g4-picture").querySelectorAll(".g4-card")];
+
+  const followInside = (link, event) => { // another picture of the document may have a card of the same number
+    const card = cardsBeside(link).find((one) => one.id === link.hash.slice(1));
+    if (!card || card === document.getElementById(card.id)) return;
+    event.preventDefault();
+    card.scrollIntoView();
+  };
+
   document.addEventListener("click", (event) => {
     const head = near(event, ".g4-head");
     if (head) return enlarge(head.closest(".g4-attention"), head);
     const sort = near(event, ".g4-sort");
     if (sort) sortRows(sort);
+    const link = near(event, ".g4-card a[href^='#']");
+    if (link) followInside(link, event);
     const cell = near(event, ".g4-cells [tabindex='-1']");
     if (cell) cell.focus();
   });
@@ -282,7 +298,7 @@
     const field = near(event, ".g4-search");
     if (!field) return;
     const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const cards = [...document.querySelectorAll(".g4-card")];
+    const cards = cardsBeside(field);
     for (const card of cards) {
       const text = card.dataset.search || (card.dataset.search = card.textContent.toLowerCase());
       card.hidden = !words.every((word) => text.includes(word));
