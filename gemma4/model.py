@@ -53,14 +53,21 @@ from gemma4.step import Output, Positions, Prompt, Rows, run_step
 
 __all__ = ["KVDtype", "Model", "Precision", "load"]
 
+_ELSEWHERE = {
+    "logits": "return_type logits_to_keep num_logits_to_keep",
+    "sequence": "past_key_values past_kv_cache kv_cache cache",
+}
+_FORWARD_OPTIONS = ("logits", "sequence")
+_FORWARD_OPTIONS_ELSEWHERE = checks.by_their_names(_ELSEWHERE)
+_HOOK_OPTIONS = ("hooks", *_FORWARD_OPTIONS)
+_HOOK_OPTIONS_ELSEWHERE = checks.by_their_names({"hooks": "fwd_hooks", **_ELSEWHERE})
 _CACHE_OPTIONS = ("names", "names_filter", "pos", "stop_at_layer", "logits", "sequence")
 _CACHE_OPTIONS_ELSEWHERE = checks.by_their_names(
     {
         "names": "hook_names hook_filter layers sites",
         "pos": "pos_slice positions seq_pos",
         "stop_at_layer": "end_layer n_layers",
-        "logits": "return_type logits_to_keep num_logits_to_keep",
-        "sequence": "past_key_values past_kv_cache kv_cache cache",
+        **_ELSEWHERE,
     }
 )
 Start: TypeAlias = tuple[int, Seq[ArrayLike]]  # the first layer to run, and what enters it for each prompt
@@ -211,7 +218,12 @@ class Model(Core):
     @overload
     def forward(self, ids: Seq[Single], *, logits: None, sequence: Seq[Sequence] | None = None) -> list[None]: ...
     def forward(
-        self, ids: TokensLike, *, logits: Positions = "all", sequence: Sequence | Seq[Sequence] | None = None
+        self,
+        ids: TokensLike,
+        *,
+        logits: Positions = "all",
+        sequence: Sequence | Seq[Sequence] | None = None,
+        **unknown: object,
     ) -> F32 | None | list[F32] | list[None]:
         """Next-token logits, float32 [n, d_vocab]; a list of prompts gives a list (ragged, never padded).
 
@@ -224,10 +236,11 @@ class Model(Core):
         sequence  cached sequence to continue, a list of them for a list of prompts; None = a fresh one that is dropped
 
         Raises ValueError (empty prompt, id or position out of range, other numbers of prompts and sequences), TypeError
-        (ids that are no integers), CapacityError (longer than the context, before anything is computed), StateError
-        (sequence closed or in use by another thread, text without a tokenizer), FormatError (weight files changed),
-        KeyboardInterrupt within 100 ms of Ctrl-C.
+        (ids that are no integers, an unknown option: its message names the nearest), CapacityError (longer than the
+        context, before anything is computed), StateError (sequence closed or in use by another thread, text without a
+        tokenizer), FormatError (weight files changed), KeyboardInterrupt within 100 ms of Ctrl-C.
         """
+        checks.known_names(unknown, _FORWARD_OPTIONS, _FORWARD_OPTIONS_ELSEWHERE)
         return self._forward(ids, logits, sequence)
 
     @overload
@@ -480,27 +493,33 @@ class Model(Core):
 
     @overload
     def run_with_hooks(
-        self, ids: Single, hooks: Iterable[Hook], *, logits: Rows = "all", sequence: Sequence | None = None
+        self, ids: Single, hooks: Iterable[Hook] | Edit, *, logits: Rows = "all", sequence: Sequence | None = None
     ) -> F32: ...
     @overload
     def run_with_hooks(
-        self, ids: Single, hooks: Iterable[Hook], *, logits: None, sequence: Sequence | None = None
+        self, ids: Single, hooks: Iterable[Hook] | Edit, *, logits: None, sequence: Sequence | None = None
     ) -> None: ...
     @overload
     def run_with_hooks(
-        self, ids: Seq[Single], hooks: Iterable[Hook], *, logits: Rows = "all", sequence: Seq[Sequence] | None = None
+        self,
+        ids: Seq[Single],
+        hooks: Iterable[Hook] | Edit,
+        *,
+        logits: Rows = "all",
+        sequence: Seq[Sequence] | None = None,
     ) -> list[F32]: ...
     @overload
     def run_with_hooks(
-        self, ids: Seq[Single], hooks: Iterable[Hook], *, logits: None, sequence: Seq[Sequence] | None = None
+        self, ids: Seq[Single], hooks: Iterable[Hook] | Edit, *, logits: None, sequence: Seq[Sequence] | None = None
     ) -> list[None]: ...
     def run_with_hooks(
         self,
         ids: TokensLike,
-        hooks: Iterable[Hook],
+        hooks: Iterable[Hook] | Edit | None = None,
         *,
         logits: Positions = "all",
         sequence: Sequence | Seq[Sequence] | None = None,
+        **unknown: object,
     ) -> F32 | None | list[F32] | list[None]:
         """`forward` with hooks, which read or edit activations while the model runs.
 
@@ -510,20 +529,22 @@ class Model(Core):
 
         hooks  pairs (names, fn): names as for `run_with_cache`, but not None. fn(array, site) gets float32 with the
                site's shape and a `HookPoint`, and edits the array in place (returning None) or returns one of the same
-               shape. Edits of `gemma4.edits` may stand among them.
+               shape. Edits of `gemma4.edits` may stand among them, and one alone for the list.
 
-        Raises as `forward`, and SiteError (a name that matches no site), TypeError (no pair, or an array of text or
-        objects returned), ValueError (another shape), and whatever a hook raises. Warns NaNWarning once per site.
+        Raises as `forward`, and SiteError (a name that matches no site), TypeError (no hooks, no pair, an unknown
+        option, or an array of text or objects returned), ValueError (another shape), and whatever a hook raises. Warns
+        NaNWarning once per site.
         """
-        with self.hooks(hooks):
+        checks.known_names(unknown, _HOOK_OPTIONS, _HOOK_OPTIONS_ELSEWHERE)
+        with self.hooks(checked_hooks(hooks)):
             return self._forward(ids, logits, sequence)
 
-    def hooks(self, hooks: Iterable[Hook]) -> AbstractContextManager[None]:
+    def hooks(self, hooks: Iterable[Hook] | Edit) -> AbstractContextManager[None]:
         """`with model.hooks([...]):` forward, run_with_cache, generate and stream run with these hooks. Nestable.
 
-        hooks: pairs (names, fn), as for `run_with_hooks`. Hooks of outer blocks act first; captured values are those
-        after all edits. Raises SiteError and TypeError here, not at the first run, and NotImplementedError for a name
-        of an encoder that the model does not have.
+        hooks: pairs (names, fn) and edits, as for `run_with_hooks`. Hooks of outer blocks act first; captured values
+        are those after all edits. Raises SiteError and TypeError here, not at the first run, and NotImplementedError
+        for a name of an encoder that the model does not have.
         """
         hooks = checked_hooks(hooks)
         attached = [hook for hook in active_hooks(self) if isinstance(hook, Nested)]

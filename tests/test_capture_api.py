@@ -16,6 +16,7 @@ from small_models import E_LIKE, write_checkpoint
 
 import gemma4
 from gemma4 import NaNWarning, SiteError
+from gemma4.edits import Ablate
 from gemma4.interp.lens import final_norm, logit_lens
 
 BIG = ("hook_attn_scores", "hook_pattern", "hook_result", "hook_logits", "hook_logits_raw")
@@ -480,3 +481,42 @@ def test_caches_of_consecutive_steps_join(tiny):
     assert (joined.tokens == ids).all() and (joined.positions == np.arange(len(ids))).all()
     for name in names:
         assert np.array_equal(joined[name], whole[name])
+
+
+def test_names_of_other_libraries_are_explained(tiny, prompt):
+    """Each call that has options says what another library's option is called here."""
+    cache = tiny.run_with_cache(prompt)[1]
+    pair = ("hook_embed", lambda array, site: None)
+    for call, complaint in [
+        (lambda: tiny.run_with_hooks(prompt, fwd_hooks=[pair]), "fwd_hooks: did you mean hooks?"),
+        (lambda: tiny.run_with_hooks(prompt, [pair], return_type="loss"), "return_type: did you mean logits?"),
+        (lambda: tiny.run_with_hooks(prompt), "hooks are pairs"),
+        (lambda: tiny.forward(prompt, return_type="logits"), "return_type: did you mean logits?"),
+        (lambda: tiny.forward(prompt, past_kv_cache=None), "past_kv_cache: did you mean sequence?"),
+        (lambda: tiny.forward(prompt, device="cpu"), "device: no such option; logits, sequence are"),
+        (lambda: cache.decompose_resid(return_labels=True), "`labels` of the result"),
+        (lambda: cache.accumulated_resid(return_labels=True, apply_ln=True), "`gemma4.interp.logit_lens`"),
+        (lambda: cache.decompose_resid(per_heads=True), "per_heads: did you mean per_head?"),
+    ]:
+        with pytest.raises(TypeError, match=re.escape(complaint)):
+            call()
+
+
+def test_negative_layers_of_a_cache(tiny, prompt):
+    cache = tiny.run_with_cache(prompt, "blocks.*.hook_resid_post", logits=None)[1]
+    assert cache["resid_post", -1] is cache["resid_post", tiny.n_layers - 1]
+    assert cache["resid_post", np.int64(-tiny.n_layers)] is cache["resid_post", 0]
+    with pytest.raises(gemma4.SiteError, match=f"blocks.-{tiny.n_layers + 1}"):
+        cache["resid_post", -tiny.n_layers - 1]
+
+
+def test_one_edit_stands_for_a_list(tiny, prompt):
+    edit = Ablate(head=(3, 2))
+    with tiny.edit(edit):
+        expected = tiny.forward(prompt)
+    assert np.array_equal(tiny.run_with_hooks(prompt, edit), expected)
+    greedy = {"max_tokens": 2, "temperature": 0}
+    texts = [tiny.generate("The capital of France is", hooks=hooks, **greedy).text for hooks in (edit, [edit])]
+    assert texts[0] == texts[1]
+    with tiny.hooks(edit):
+        assert np.array_equal(tiny.forward(prompt), expected)

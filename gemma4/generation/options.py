@@ -11,6 +11,7 @@ from typing import Any, TypedDict, cast
 
 from gemma4 import checks
 from gemma4.core import Core
+from gemma4.edits.base import Edit
 from gemma4.generation.defaults import Defaults
 from gemma4.generation.sampling import Processor, SamplingParams, StopCriteria
 from gemma4.interp.hooks import Hook
@@ -37,7 +38,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     stop: str | Iterable[str] | None
     stop_ids: int | Iterable[int] | None
-    hooks: Iterable[Hook] | None
+    hooks: Iterable[Hook] | Edit | None
     capture: Names
     sequence: Sequence | None
     tools: Seq[Mapping[str, object]] | None
@@ -134,6 +135,8 @@ def _max_tokens(name: str, value: Any) -> int:
 
 
 def _hooks(name: str, value: Any) -> tuple[Hook, ...]:
+    if isinstance(value, Edit):
+        return (value,)
     if isinstance(value, str) or not is_iterable(value):
         checks.fail(name, value, "pairs (site name, glob or predicate; function)")
     return tuple(value)

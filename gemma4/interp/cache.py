@@ -31,6 +31,7 @@ from gemma4.interp.pictures import cache_picture
 from gemma4.interp.saved import Detached, Saved, SavedDtype, read_cache, write_cache
 from gemma4.interp.sites import ENCODER_PREFIXES, Site, canonical_name
 from gemma4.interp.tables import CosinesBy, NormsBy, Table
+from gemma4.narrow import is_integer
 from gemma4.units import size
 
 if TYPE_CHECKING:
@@ -86,6 +87,13 @@ class EncoderCache(CapturedArrays):
         return f"EncoderCache: {len(self)} arrays of the {run.medium.kind} at positions {run.start} to {run.stop - 1}"
 
 
+_ELSEWHERE = {  # options of TransformerLens -> what stands for them here
+    "return_labels": "`labels` of the result, which it always has",
+    "apply_ln": "`gemma4.interp.logit_lens`, which applies the final norm",
+    "expand_neurons": "per_head",
+}
+
+
 def _face(value: F32 | Features) -> str:
     return repr(value) if isinstance(value, Features) else str(list(value.shape))
 
@@ -98,7 +106,8 @@ class ActivationCache(CapturedArrays):
     """Site name -> float32 array (int32 for expert ids), in forward order.
 
     Each array owns its memory: the engine wrote into it directly, and nothing writes to it again. Axis T of an array
-    (see docs/sites.md) runs over `positions`. `cache["resid_post", 3]` means `cache["blocks.3.hook_resid_post"]`.
+    (see docs/sites.md) runs over `positions`. `cache["resid_post", 3]` means `cache["blocks.3.hook_resid_post"]`;
+    layer -1 is the last one.
 
     tokens:     int32 [T], the ids at the kept positions
     positions:  int64 [T], where in the sequence they stand
@@ -243,6 +252,8 @@ class ActivationCache(CapturedArrays):
         if not _is_pair(key):
             raise TypeError(f"a cache's key is a site name, or (name inside a block, layer), got {key!r:.80}")
         stem, layer = key
+        if is_integer(layer) and -self._model.n_layers <= layer < 0:
+            layer += self._model.n_layers
         for name in (f"blocks.{layer}.{stem}", f"blocks.{layer}.hook_{stem}", f"blocks.{layer}.attn.hook_{stem}"):
             if name in self._arrays:
                 return name
@@ -374,12 +385,14 @@ class ActivationCache(CapturedArrays):
 
     # -- the residual stream -----------------------------------------------------------------------------------------
 
-    def accumulated_resid(self, layer: int | None = None, *, incl_mid: bool = False) -> Stack:
+    def accumulated_resid(self, layer: int | None = None, *, incl_mid: bool = False, **unknown: object) -> Stack:
         """The residual stream at the input of each block 0..layer (scalars not carried forward).
 
         layer: the last one whose input is included; None = all blocks and the final residual stream.
         incl_mid: also after each attention. Needs hook_resid_pre (and hook_resid_mid, and the last hook_resid_post).
+        Raises TypeError for an unknown option.
         """
+        checks.known_names(unknown, ("layer", "incl_mid"), _ELSEWHERE)
         n_layers = self._model.n_layers
         last = n_layers if layer is None else self._checked(layer)
         values: list[F32] = []
@@ -392,7 +405,9 @@ class ActivationCache(CapturedArrays):
                 labels.append(f"{i}_mid")
         return Stack(np.stack(values), labels)
 
-    def decompose_resid(self, layer: int | None = None, *, per_head: bool = False, per_expert: bool = False) -> Stack:
+    def decompose_resid(
+        self, layer: int | None = None, *, per_head: bool = False, per_expert: bool = False, **unknown: object
+    ) -> Stack:
         """Contribution of each component to the residual stream entering block `layer` (None: to the final one).
 
         The values sum over their first axis to hook_resid_pre of that block, up to rounding. per_head splits each
@@ -401,7 +416,9 @@ class ActivationCache(CapturedArrays):
         has ("3_expert_17"), the norms after them frozen (needs mlp.hook_out_normed, moe.hook_out, moe.hook_expert_out
         and hook_expert_ids, ln2_post.hook_scale).
         Needs hook_embed, hook_attn_out, hook_mlp_out and (where the model has them) hook_ple_out of the layers before.
+        Raises TypeError for an unknown option.
         """
+        checks.known_names(unknown, ("layer", "per_head", "per_expert"), _ELSEWHERE)
         labels, values = zip(*self.components(layer, per_head=per_head, per_expert=per_expert), strict=True)
         return Stack(np.stack(values), list(labels))
 

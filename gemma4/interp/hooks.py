@@ -189,8 +189,10 @@ def _inside(pattern: object, inner: list[str]) -> list[str]:
 
 
 def checked_hooks(hooks: object) -> list[Hook]:
-    """The hooks as a list of pairs and edits. Raises TypeError."""
-    if isinstance(hooks, str | Edit) or not is_iterable(hooks):
+    """The hooks as a list of pairs and edits; one edit is a list of one. Raises TypeError."""
+    if isinstance(hooks, Edit):
+        return [hooks]
+    if isinstance(hooks, str) or not is_iterable(hooks):
         raise TypeError(f"hooks are pairs (site name, glob or predicate; function) in a list, got {hooks!r:.80}")
     return [hook if isinstance(hook, Edit | Nested) else _checked_pair(hook) for hook in hooks]
 
