@@ -249,6 +249,15 @@ def test_the_ten_steps_run(tmp_path, monkeypatch):
     names: dict[str, Any] = {}
     for step in found:
         exec(compile(step[0], "docs/coming-from.md", "exec"), names)
+    page = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
+    limited = [eval(code, names) for code in re.findall(r"`(Steer\(.*?\))`", page)]
+    options = {"max_tokens": 5, "temperature": 0, "capture": "blocks.6.hook_resid_post"}
+    answer, last = (
+        names["model"].generate(names["start"], hooks=[edit], **options).cache["resid_post", 6] for edit in limited
+    )
+    story, n = names["story"], names["answer"].prompt_tokens
+    assert np.array_equal(answer[:n], story[:n]) and (answer[n] != story[n]).any()
+    assert np.array_equal(last[: n - 1], story[: n - 1]) and (last[n - 1] != story[n - 1]).any()
     mary, john = names["model"].to_single_token(" Mary"), names["model"].to_single_token(" John")
     assert names["pieces"][0] == "<bos>" and names["pieces"][10] == " John"  # the giver, at position 10
     assert names["logits"].shape == (15, names["model"].d_vocab) and names["resid"].shape == (15, 128)

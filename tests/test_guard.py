@@ -292,6 +292,14 @@ def test_errors(arguments: list[str], message: str, folder: Path, capsys: pytest
     assert message in captured.err and captured.out == ""
 
 
+@pytest.mark.parametrize("threshold", ["2", "-0.1", "nan"])
+def test_a_threshold_is_checked_before_the_model_is_loaded(
+    threshold: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "no such model", "Hello", f"--threshold={threshold}") == 2
+    assert "--threshold must be a number in 0..1" in capsys.readouterr().err
+
+
 def test_another_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["guard", "Hello"]) == 2
     assert "is Gemma 4, no ShieldGemma" in capsys.readouterr().err

@@ -207,6 +207,28 @@ def test_errors_are_one_line_before_any_file(capsys, tmp_path, monkeypatch, comm
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["attribute", "--pos", "10"], "--pos 10: the prompt 'short' has"),
+        (["attribute", "--pos", "-11"], "--pos -11: the prompt 'short' has"),
+        (["attribute", "--target", "", "--against", " time"], "'' is 0 tokens, not one"),
+        (["attribute", "--target", ""], "'' is 0 tokens, not one"),
+        (["lens", "--target", ""], "'' is 0 tokens, not one"),
+        (["attribute"], "the prompt 'long long long"),
+        (["lens"], "the prompt 'long long long"),
+    ],
+)
+def test_a_later_prompt_is_checked_before_the_first_one_runs(capsys, tmp_path, options, words):
+    """Nothing is printed, no page is written, and the error says which prompt it is about."""
+    lines, page = tmp_path / "prompts.txt", tmp_path / "p.html"
+    last = "long " * 2000 if len(options) == 1 else "short"
+    lines.write_text(f"{PROMPT}\n{last}\n", encoding="utf-8")
+    assert main([*options, "--prompts", str(lines), "--html", str(page)]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err and captured.err.count("\n") == 1 and captured.out == "" and not page.exists()
+
+
 def test_bad_numbers(capsys):
     assert main(["lens", "x", "--last", "-1"]) == 2 and main(["attribute", "x", "--top", "0"]) == 2
     assert main(["lens", "x", "--top-k", "0"]) == 2 and main(["attribute", "x", "--pos", "9"]) == 2

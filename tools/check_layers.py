@@ -51,8 +51,8 @@ ROOMS = {
     "interp.tables": "checks memory interp.sites",
     "interp.dataset": "media interp.sites",
     "interp.pictures": "html units interp.sites",
-    "interp.cache": "narrow checks errors units files html interp.pictures media interp.sites interp.saved interp.tables "
-    "interp.dataset core dictionaries.features",
+    "interp.cache": "narrow checks errors units files html interp.pictures media interp.sites interp.saved "
+    "interp.tables interp.dataset core dictionaries.features",
     "encoders": "narrow checks edits media interp.sites interp.hooks core interp.cache profile "
     "load.encoder_config _engine",
     "sequence": "narrow checks errors files npz media.keys core _engine",

@@ -38,6 +38,8 @@ def add_guard(parser: argparse.ArgumentParser) -> None:
 def run_guard(load: Callable[[], Model], args: argparse.Namespace) -> None:
     if (args.text is None) == (args.file is None):
         raise ValueError("give either a text or --file FILE")
+    if not 0 <= args.threshold <= 1:  # before the model is loaded and runs
+        raise ValueError(f"--threshold must be a number in 0..1, got {args.threshold}")
     text = text_of(args.file or "-") if args.text in (None, "-") else typed(args.text)
     response = None if args.response is None else typed(args.response)
     names = [typed(policy) for policy in args.policy or ()]

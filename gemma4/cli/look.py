@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma4.cli.terminal import console, say, status, styled, text_of, typed
-from gemma4.errors import FormatError
+from gemma4.errors import CapacityError, FormatError
 from gemma4.files import check_output, write_file
 from gemma4.html import Picture
 from gemma4.html.markup import Child, tag, visible
@@ -124,11 +124,11 @@ def run_lens(load: Callable[[], Model], args: argparse.Namespace) -> None:
     from gemma4.interp.lens import LENS_SITES, logit_lens
 
     model, out, done = load(), console(), _Done(args)
-    for text in _told(prompts):
-        ids = _ids(model, text, args)
+    target, every = _token(model, args.target), _all_ids(model, prompts, args)
+    for text, ids in zip(_told(prompts), every, strict=True):
         kept = slice(-args.last, None) if args.last else None
         cache = model.run_with_cache(ids, LENS_SITES, pos=kept, logits=None)[1]
-        lens = logit_lens(model, cache, top_k=args.top_k, target=args.target and typed(args.target))
+        lens = logit_lens(model, cache, top_k=args.top_k, target=target)
         _print_prompt(out, text, len(prompts))
         table, n_shown = _lens_table(lens, out)
         out.print(table)
@@ -148,10 +148,12 @@ def run_attribute(load: Callable[[], Model], args: argparse.Namespace) -> None:
     from gemma4.interp.attribution import dla
 
     model, out, done = load(), console(), _Done(args)
-    target, against = (token and typed(token) for token in (args.target, args.against))
-    for text in _told(prompts):
-        ids = _ids(model, text, args)
-        of = target if against is None else (target or _predicted(model, ids, args.pos), against)
+    target, against = (_token(model, token) for token in (args.target, args.against))
+    every = _all_ids(model, prompts, args)
+    for text, ids in zip(prompts, every, strict=True):
+        _check_position(text, len(ids), args.pos)
+    for text, ids in zip(_told(prompts), every, strict=True):
+        of = target if against is None else (_predicted(model, ids, args.pos) if target is None else target, against)
         found = dla(model, ids, of, pos=args.pos, per_head=args.per_head, per_expert=args.per_head)
         _print_prompt(out, text, len(prompts))
         out.print(styled(f"{found.title}, at {visible(found.prompt[-1])}", out))
@@ -160,8 +162,28 @@ def run_attribute(load: Callable[[], Model], args: argparse.Namespace) -> None:
     done.write(f"Logit attribution of {model.checkpoint.path.name}", model)
 
 
+def _all_ids(model: Model, prompts: Sequence[str], args: argparse.Namespace) -> list[NDArray[np.int32]]:
+    """Token ids of every prompt. Raises CapacityError before the first one runs, with the prompt that is too long."""
+    every = [_ids(model, text, args) for text in prompts]
+    for text, ids in zip(prompts, every, strict=True):
+        if len(ids) > model.context_length:
+            raise CapacityError(
+                f"the prompt {text!r:.60} has {len(ids)} tokens; the model's context is {model.context_length}"
+            )
+    return every
+
+
 def _ids(model: Model, text: str, args: argparse.Namespace) -> NDArray[np.int32]:
     return model.to_prompt([{"role": "user", "content": text}]).ids if args.chat else model.to_tokens(text)
+
+
+def _check_position(text: str, n_tokens: int, pos: int) -> None:
+    if not -n_tokens <= pos < n_tokens:
+        raise ValueError(f"--pos {pos}: the prompt {text!r:.60} has {n_tokens} tokens, 0 to {n_tokens - 1}")
+
+
+def _token(model: Model, text: str | None) -> int | None:
+    return None if text is None else model.to_single_token(typed(text))
 
 
 def _predicted(model: Model, ids: NDArray[np.int32], pos: int) -> int:

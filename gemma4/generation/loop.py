@@ -251,7 +251,7 @@ class Batch:
         """Add a prompt, which the next step runs. Hooks of open `model.hooks` blocks stay with it, then the options'.
 
         number: the seed's stream of random numbers to use, and the prompt's index for edits and hooks; None = the last
-        one's number + 1. n_prompts: how many will join in all, so that an edit of another one is refused; None = open.
+        one's number + 1. n_prompts: how many will join in all: edits that name no such prompt are refused; None = open.
         Raises as `Model.generate`, before anything is computed.
         """
         options = Options() if options is None else options
