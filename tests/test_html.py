@@ -24,7 +24,7 @@ from gemma4 import html
 from gemma4.html.markup import Markup, colour, number, numbers_json, tag, visible
 from gemma4.html.picture import FEW
 from gemma4.html.png import packed, png
-from gemma4.interp import head_ablations, logit_lens, patching_grid
+from gemma4.interp import dla, head_ablations, logit_lens, patching_grid
 from gemma4.interp.pictures import ranges
 
 VOID = {"img", "input", "meta"}
@@ -420,7 +420,8 @@ def test_grids_show_themselves(tiny):
     expected = [text for row in (1, 0) for text in (heads.rows[row], *map(number, heads.change[row]))]  # 6 above 3
     assert texts[-len(expected) :] == expected
     assert len(Page(heads.to_html(2).fragment()).named("td")) == 4
-    assert heads.to_html(10).fragment() == heads.to_html().fragment()  # more than there are
+    for one in (heads, logit_lens(tiny, PROMPT), dla(tiny, PROMPT, pos=[0, 1])):
+        assert one.to_html(99).fragment() == one.to_html().fragment()  # more than there are
     assert "layer \\ head" in texts
     by_head = patching_grid(tiny, PROMPT, CORRUPT, (" Mary", " John"), what="heads", layers=3, positions=[-1, -2])
     assert "layer.head \\ position" in Page(by_head._repr_html_()).texts

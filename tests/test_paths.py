@@ -134,8 +134,9 @@ def test_paths_run_inside_open_hooks(tiny, kind):
         "dictionary": lambda: tiny.attach(gemma4.SAE.load("tiny-e/blocks.4.hook_resid_post"), error=False),
     }
     with opened[kind]():
-        found = path_patching(tiny, CLEAN, CORRUPT, [(2, 1), sender, (1, 0)], receiver, ANSWERS)
-        assert found.values[1] == by_hand(tiny, sender, [(receiver, None)])
+        senders = [(2, 1), sender, (1, 0)]
+        found = path_patching(tiny, CLEAN, CORRUPT, senders, receiver, ANSWERS)
+        assert found.values.tolist() == [by_hand(tiny, one, [(receiver, None)]) for one in senders]
         assert found.clean == difference(tiny, tiny.forward(CLEAN)) != plain.clean
         assert found.corrupt == difference(tiny, tiny.forward(CORRUPT))
     assert found.values[1] != plain.values[0]
