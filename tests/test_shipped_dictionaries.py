@@ -89,6 +89,13 @@ def test_a_harvest_takes_them_by_name(tmp_path):
     assert features.ids.tolist() == SAE.load(NAMES[0]).encode(cache).ids.tolist()
 
 
+def test_another_seed_trains_on_other_documents(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "TOKENS", 300)
+    site = "blocks.0.hook_resid_pre"
+    rows = [trainer.activations("tiny-e", [site], tmp_path, seed)[site] for seed in (0, 1, 0)]
+    assert (rows[0] == rows[2]).all() and (rows[0] != rows[1]).any()
+
+
 def edits_of(name):
     return [gemma4.dictionaries.ClampFeature(SAE.load(name), 3, 2.0)]
 

@@ -29,6 +29,7 @@ from train_tiny.example import sample
 
 import gemma4
 from gemma4 import harvest
+from gemma4.files import write_file
 from gemma4.interp import DictionaryEvaluation, evaluate_dictionary
 from gemma4.load.huggingface import PRETRAINED
 from gemma4.load.safetensors import write_safetensors
@@ -93,15 +94,15 @@ def held_out_documents(tokenizer: Tokenizer, count: int, seed: int = 0) -> list[
 
 def activations(model: str, sites: list[str], work: Path, seed: int) -> dict[str, Tensor]:
     """Site -> float32 [tokens, width], from a harvest in `work`, which resumes."""
-    corpus = work / f"{model}.jsonl"
+    out = work / f"{model}-{seed}"
+    corpus = work / f"{model}-{seed}.jsonl"
     if not corpus.exists():
         documents, left, lines = training_documents(tokenizer_of(model), seed), TOKENS, list[str]()
         while left > 0:
             ids = next(documents).tolist()
             lines.append(json.dumps({"tokens": ids}) + "\n")
             left -= len(ids)
-        corpus.write_text("".join(lines), encoding="utf-8")
-    out = work / model
+        write_file(corpus, "".join(lines).encode(), force=True)  # whole, or not at all
     harvest.harvest(gemma4.load(model), corpus, sites, out=out, dtype="f32", max_tokens=TOKENS)
     with harvest.open(out) as dataset:
         return {site: torch.from_numpy(np.array(dataset[site])) for site in sites}
