@@ -541,6 +541,17 @@ def flip(path: Path, at: int = -5) -> None:
     path.write_bytes(data)
 
 
+def change_record(path: Path, key: str, by: int) -> None:
+    facts = json.loads(path.read_text())
+    facts[key] += by
+    path.write_text(json.dumps(facts))
+
+
+def copy_shard(out: Path, source: str, target: str) -> None:
+    shutil.rmtree(out / "shards" / target)
+    shutil.copytree(out / "shards" / source, out / "shards" / target)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -553,6 +564,9 @@ def flip(path: Path, at: int = -5) -> None:
         lambda out: (out / "shards/000001/record.json").write_text("{"),
         lambda out: (out / "shards/000001/record.json").write_text('{"rows": 3}'),
         lambda out: (out / "shards/000001/record.json").unlink(),
+        lambda out: change_record(out / "shards/000001/record.json", "rows", -1),
+        lambda out: change_record(out / "shards/000001/record.json", "documents", 1),
+        lambda out: copy_shard(out, "000001", "000002"),
         lambda out: shutil.rmtree(out / "shards/000001"),
         lambda out: flip(out / "stats.safetensors"),
         lambda out: (out / "stats.safetensors").unlink(),

@@ -70,7 +70,7 @@ ROOMS = {
     "inputs model",  # these run a model
     "media.tasks": "errors load media generation model",
     "harvest": "narrow checks errors files text load dictionaries dictionaries.features interp.sites interp.hooks "
-    "interp.saved interp.dataset interp.cache media core inputs model",
+    "interp.saved interp.dataset interp.cache media core inputs model _engine",
     "quantization": "narrow checks errors units files text load inputs model _engine",
     "bench": "checks errors units media encoders sequence profile info model _engine",
     "cli": "narrow errors units files html media interp interp.cache interp.saved sequence generation guard info model "

@@ -596,8 +596,8 @@ HARVEST = [
     ),
     Mistake(
         "harvest: a tensor's middle is not in the model's fingerprint",
-        "digest.update(flat[begin : begin + _CHUNK].data)",
-        "digest.update(flat[begin : begin + 64].data)",
+        "digest.update(data[begin : begin + _CHUNK])",
+        "digest.update(data[begin : begin + 64])",
         "harvest",
     ),
     Mistake(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gemma4.model import Model
 
 _LINE_EVERY_S = 30.0  # of progress where there is no terminal
+_DRAW_EVERY_S = 0.1  # while a corpus is read, which has many short documents
 
 
 def add_harvest(parser: argparse.ArgumentParser) -> None:
@@ -65,14 +66,14 @@ def run_harvest(model: Model, args: argparse.Namespace) -> None:
 
     names = ("out", "dtype", "context", "max_tokens", "key", "sample_by", "image_tokens", "skip_damaged", "top_k")
     options: dict[str, Any] = {name: getattr(args, name) for name in names}
-    options |= {name: getattr(args, name) for name in ("shard_tokens", "workers", "engine", "part", "mmproj")}
+    options |= {name: getattr(args, name) for name in ("shard_tokens", "workers", "engine", "part")}
     try:
         with _Shown(console(stderr=True)) as shown_progress:
             done = harvest.harvest(
                 model,
                 args.corpus,
                 args.sites,
-                sae=dict(_dictionary(text) for text in args.sae),
+                sae=[_dictionary(text) for text in args.sae],
                 progress=shown_progress.progress,
                 scanning=shown_progress.scanning,
                 **options,
@@ -112,7 +113,7 @@ class _Shown:
             disable=not self._live,
         )
         self._task = self._bars.add_task("reading", total=None, facts="")
-        self._last = time.monotonic()
+        self._last, self._drawn = time.monotonic(), -_DRAW_EVERY_S
 
     def __enter__(self) -> _Shown:
         self._bars.start()
@@ -122,6 +123,9 @@ class _Shown:
         self._bars.stop()
 
     def scanning(self, weight: int, name: str) -> None:
+        if time.monotonic() - self._drawn < _DRAW_EVERY_S:
+            return
+        self._drawn = time.monotonic()
         self._bars.update(self._task, facts=escape(shown(f"{name:.40} {count(weight)}B")))
 
     def progress(self, now: Progress) -> None:

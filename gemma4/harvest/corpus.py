@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -23,20 +25,21 @@ Scanning: TypeAlias = Callable[[int, str], None]
 
 WEIGHT_OF_TOKEN = 4  # bytes of text; documents are weighed before they are tokenized
 _MEDIUM_TOKENS = 256
+_STAMP = struct.Struct("<qq")  # a medium's size and time: there may be millions
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """number: in the corpus, from 0 on; where: its name in errors."""
+    """number: in the corpus, from 0 on; where: its name in errors; content: an error if it cannot be read."""
 
     number: int
     where: str
-    content: Content
+    content: Content | FormatError
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive documents of one file, from a reader's place `start` on; `number`: of the first, for errors."""
+    """Consecutive documents of one file, from a reader's place `start` on, which is line or row `number`."""
 
     file: int
     start: int
@@ -46,12 +49,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Consecutive documents, from number `first` on. weight: about their bytes of text."""
+    """Consecutive documents, from number `first` on. weight: about their bytes of text; media: the stamps of all their
+    pictures and recordings, in order."""
 
     first: int
     count: int
     weight: int
     spans: tuple[Span, ...]
+    media: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,39 +94,78 @@ class Corpus:
             raise ValueError("the corpus is empty: name at least one file")
         return cls(tuple(os.path.abspath(file) for file in files), key, sample_by)
 
-    def scan(self, slice_weight: int, progress: Scanning = lambda weight, name: None) -> Scan:
+    def scan(
+        self, slice_weight: int, skip_damaged: bool = False, progress: Scanning = lambda weight, name: None
+    ) -> Scan:
         """Read everything once: check it, take its fingerprint, and cut it into slices.
 
-        slice_weight: a slice ends with the document that brings it to that weight. Raises FormatError naming file and
-        line, FileNotFoundError (a medium), OSError.
+        slice_weight: a slice ends with the document that brings it to that weight. skip_damaged: go on after documents
+        that cannot be read. Raises FormatError naming file and line, FileNotFoundError (a medium), OSError.
         """
         scanned = replace(self, stamps=tuple(_stamp(file) for file in self.files))
         cutter, digest = _Cutter(slice_weight), hashlib.sha256(json.dumps([self.key, self.sample_by]).encode())
         for index in range(len(self.files)):
-            reader = scanned._reader(index)
-            for raw in reader.documents():
-                for medium in media_files(raw.content):
-                    digest.update(_digest_of_medium(medium, reader.where(raw.number)))
-                cutter.add(index, raw.start, raw.number, _weight(raw.content))
-                progress(cutter.weight, reader.path.name)
-            digest.update(f"{reader.path.suffix.lower()} ".encode() + _digest_of(reader.path))
+            with closing(scanned.reader(index)) as reader:
+                for raw in reader.documents():
+                    if isinstance(raw.content, FormatError) and not skip_damaged:
+                        raise raw.content
+                    media = media_of(raw.content)
+                    stamps = b"".join(_STAMP.pack(*_stamp_of_medium(one)) for one in media)  # before they are read
+                    for medium in media:
+                        digest.update(_digest_of_medium(medium, reader.where(raw.number), skip_damaged))
+                    cutter.add(Span(index, raw.start, raw.number, 1), _weight(raw.content), stamps)
+                    progress(cutter.weight, reader.path.name)
+                digest.update(f"{reader.path.suffix.lower()} ".encode() + _digest_of(reader.path))
         return Scan(scanned, digest.hexdigest(), cutter.count, cutter.weight, cutter.finish())
 
-    def read(self, part: Slice) -> Iterator[Document]:
-        """The documents of a slice. Raises FormatError (a file changed since it was scanned), OSError."""
-        number = part.first
-        for span in part.spans:
-            reader = self._reader(span.file)
-            for raw in islice(reader.documents(span.start), span.count):
-                yield Document(
-                    number, reader.where(span.number + raw.number - 1 if span.start else raw.number), raw.content
-                )
-                number += 1
+    def reader(self, file: int) -> Reader:
+        """A reader of that file. Raises FormatError (it changed since it was scanned), OSError."""
+        self.check(file)
+        return reader_of(Path(self.files[file]), self.key, self.sample_by)
 
-    def _reader(self, file: int) -> Reader:
+    def check(self, file: int) -> None:
+        """Raise FormatError if that file changed since it was scanned."""
         if self.stamps and _stamp(self.files[file]) != self.stamps[file]:
             raise FormatError(f"{self.files[file]} changed since the harvest began")
-        return reader_of(Path(self.files[file]), self.key, self.sample_by)
+
+
+class Reading:
+    """The documents of one slice after the other. In tables, later slices are found from the last one on."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self._reader: Reader | None = None
+        self._file = -1  # of the reader
+
+    def documents(self, part: Slice) -> Iterator[Document]:
+        """The documents of a slice, each checked before and after its use.
+
+        Raises FormatError (a file or a medium changed since it was scanned), OSError.
+        """
+        number, stamps = part.first, _STAMP.iter_unpack(part.media)
+        for span in part.spans:
+            reader = self._reader_of(span.file)
+            for raw in islice(reader.documents(span.start, span.number), span.count):
+                where = reader.where(raw.number)
+                media = [(path, next(stamps, None)) for path in media_of(raw.content)]
+                _check_media(media, where)
+                yield Document(number, where, raw.content)
+                _check_media(media, where)
+                number += 1
+            self._corpus.check(span.file)
+
+    def _reader_of(self, file: int) -> Reader:
+        if self._reader is None or file != self._file:
+            self.close()
+            self._reader, self._file = self._corpus.reader(file), file
+        self._corpus.check(file)
+        return self._reader
+
+    def close(self) -> None:
+        """Release the file that is open."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
 
 @dataclass
@@ -133,15 +177,17 @@ class _Cutter:
     weight: int = 0
     _done: list[Slice] = field(default_factory=list[Slice])
     _spans: list[Span] = field(default_factory=list[Span])
+    _media: bytearray = field(default_factory=bytearray)
     _first: int = 0
     _before: int = 0  # the weight of slices that are done
 
-    def add(self, file: int, start: int, number: int, weight: int) -> None:
-        last = self._spans[-1] if self._spans else None
-        if last is not None and last.file == file:
-            self._spans[-1] = Span(file, last.start, last.number, last.count + 1)
+    def add(self, place: Span, weight: int, media: bytes) -> None:
+        """The next document, with the stamps of its media."""
+        if self._spans and self._spans[-1].file == place.file:
+            self._spans[-1] = replace(self._spans[-1], count=self._spans[-1].count + 1)
         else:
-            self._spans.append(Span(file, start, number, 1))
+            self._spans.append(place)
+        self._media += media
         self.count += 1
         self.weight += weight
         if self.weight - self._before >= self.slice_weight:
@@ -154,8 +200,8 @@ class _Cutter:
 
     def _end(self) -> None:
         n, weight = self.count - self._first, self.weight - self._before
-        self._done.append(Slice(self._first, n, weight, tuple(self._spans)))
-        self._spans, self._first, self._before = [], self.count, self.weight
+        self._done.append(Slice(self._first, n, weight, tuple(self._spans), bytes(self._media)))
+        self._spans, self._media, self._first, self._before = [], bytearray(), self.count, self.weight
 
 
 def _files(path: Path) -> list[Path]:
@@ -169,8 +215,15 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _weight(content: Content) -> int:
+def media_of(content: Content | FormatError) -> list[str]:
+    """Paths of the media in a document; none in one that cannot be read."""
+    return [] if isinstance(content, FormatError) else media_files(content)
+
+
+def _weight(content: Content | FormatError) -> int:
     """About 4 for each token."""
+    if isinstance(content, FormatError):
+        return 0
     if isinstance(content, str):
         return len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
     texts = [item for item in content if not isinstance(item, int)]
@@ -197,8 +250,28 @@ def _digest_of(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _digest_of_medium(path: str, where: str) -> bytes:
+def _stamp_of_medium(path: str) -> tuple[int, int]:
+    """Size and time, or those of no file for one that is not there."""
+    try:
+        return _stamp(path)
+    except (OSError, ValueError):
+        return -1, -1
+
+
+def _check_media(media: list[tuple[str, tuple[int, ...] | None]], where: str) -> None:
+    """Raise FormatError if one has another stamp than it had."""
+    for path, stamp in media:
+        if _stamp_of_medium(path) != stamp:
+            raise FormatError(f"{where}: {path} changed since the harvest began")
+
+
+def _digest_of_medium(path: str, where: str, skip_damaged: bool) -> bytes:
+    """skip_damaged: of one that cannot be read, a digest all the same."""
     try:
         return _digest_of(Path(path))
-    except OSError as error:
-        raise type(error)(error.errno, f"{where}: {error.strerror}", path) from None
+    except (OSError, ValueError) as error:  # ValueError: a pipe, or a NUL in the name
+        if skip_damaged:
+            return b"not read"
+        if isinstance(error, OSError):
+            raise type(error)(error.errno, f"{where}: {error.strerror}", path) from None
+        raise FormatError(f"{where}: {error}") from None

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +18,9 @@ from gemma4 import checks
 from gemma4.dictionaries import Features
 from gemma4.errors import FormatError, SiteError, StateError
 from gemma4.files import StrPath
+from gemma4.harvest.hashing import FileFacts, Going, each, facts_of
 from gemma4.harvest.plan import FORMAT, VERSION
-from gemma4.harvest.store import DATA, MANIFEST, STATS, FileFacts, Store, facts_of
+from gemma4.harvest.store import DATA, MANIFEST, STATS, Store
 from gemma4.interp.dataset import DIMENSIONS
 from gemma4.interp.sites import canonical_name
 from gemma4.load.safetensors import SafetensorsFile
@@ -87,7 +87,8 @@ class Column:
             checks.fail("rows", index, "an integer, a slice, or integers [n]")
         if rows.size and (rows.min() < -len(self) or rows.max() >= len(self)):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
-        return self._rows(np.where(rows < 0, rows + len(self), rows).astype(np.int64))
+        rows = rows.astype(np.int64)  # a row may be no number of a narrower type
+        return self._rows(np.where(rows < 0, rows + len(self), rows))
 
     def _stretch(self, start: int, stop: int) -> Array:
         firsts = self._dataset.first_rows
@@ -267,8 +268,8 @@ class Dataset(Mapping[str, Column]):
 
             DataLoader(dataset.torch("blocks.5.hook_resid_post", batch=4096, shuffle=0), batch_size=None, num_workers=2)
 
-        Workers of a DataLoader share the shards. Each pass with `shuffle` is in another order. Needs torch; raises
-        ImportError without it, and as `batches`.
+        Workers of a DataLoader share the shards. Each pass with `shuffle` is in another order, which with workers
+        depends on torch's seed besides. Needs torch; raises ImportError without it, and as `batches`.
         """
         from gemma4.harvest.torch_data import TorchRows
 
@@ -346,8 +347,7 @@ class Dataset(Mapping[str, Column]):
         wanted = [(self.path / name, facts) for name, facts in self.manifest["files"].items()]
         for number, shard in enumerate(self._shards):
             wanted += [(self._store.folder(number) / name, facts) for name, facts in shard["files"].items()]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            problems = [found for found in pool.map(_problem, *zip(*wanted, strict=True)) if found]
+        problems = [found for found in each(_problem, wanted) if found]
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise FormatError(f"{'; '.join(problems[:5])}{more}: run the same harvest again to make them anew")
@@ -417,10 +417,11 @@ def _check_size(path: Path, wanted: int) -> None:
         raise FormatError(f"{path} has {found:,} bytes, it was written with {wanted:,}: run the same harvest again")
 
 
-def _problem(path: Path, facts: object) -> str | None:
+def _problem(file: tuple[Path, object], going: Going) -> str | None:
+    path, facts = file
     wanted = FileFacts(int(facts["n_bytes"]), str(facts["sha256"])) if is_dict(facts) else None
     try:
-        return None if facts_of(path) == wanted else f"{path} is damaged"
+        return None if facts_of(path, going) == wanted else f"{path} is damaged"
     except (OSError, FormatError) as error:
         return f"{path} cannot be read ({error})"
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,18 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import checks
-from gemma4.dictionaries import SAE, Dictionary, Features, Transcoder
+from gemma4.dictionaries import SAE, Dictionary, Features, Transcoder, formats
 from gemma4.dictionaries.sae import without_rows
 from gemma4.dictionaries.shipped import locate
 from gemma4.errors import FormatError
 from gemma4.files import StrPath
+from gemma4.harvest.hashing import update
 from gemma4.interp.sites import SiteTable
-from gemma4.narrow import is_iterable, is_mapping
+from gemma4.narrow import is_iterable, is_list_or_tuple, is_mapping
 
 F32: TypeAlias = NDArray[np.float32]
 I64: TypeAlias = NDArray[np.int64]
-
-_FILES = (".safetensors", ".npz", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +39,19 @@ class Coding:
 
     def open(self) -> Dictionary:
         """Raises FormatError if the files are not those of the plan, and as `SAE.load`."""
-        if _fingerprint(Path(self.path)) != self.facts["fingerprint"]:
+        dictionary = open_dictionary(self.path)
+        if fingerprint(self.path) != self.facts["fingerprint"]:
+            dictionary.close()
             raise FormatError(f"{self.path} changed since the harvest began")
-        return open_dictionary(self.path)
+        return dictionary
 
 
 def make_coding(path: StrPath, site: str | None, top_k: int | None, examples: int, sites: SiteTable) -> Coding:
     """Raises ValueError (it names no site, or one of another width), SiteError, and as `SAE.load`."""
     if top_k is not None:
         checks.integer("top_k", top_k, 1, 1 << 31)
+    if site is not None:
+        checks.text("the site of a dictionary", site)
     name = os.path.abspath(locate(os.path.expanduser(checks.path("sae", path))))
     with open_dictionary(name, site) as dictionary:
         if dictionary.site is None:
@@ -60,7 +64,7 @@ def make_coding(path: StrPath, site: str | None, top_k: int | None, examples: in
             raise ValueError(f"{dictionary!r} does not fit this model: a row of {found.name} has {width} numbers")
         facts = {
             "name": Path(name).name,
-            "fingerprint": _fingerprint(Path(name)),
+            "fingerprint": fingerprint(name),
             "site": found.name,
             "d_sae": int(dictionary.d_sae),
             "top_k": top_k,
@@ -85,13 +89,19 @@ def encode(dictionary: Dictionary, coding: Coding, rows: F32, positions: NDArray
     return features if coding.top_k is None else features.top(coding.top_k)
 
 
-def _fingerprint(path: Path) -> str:
-    files = sorted(file for file in path.iterdir() if file.suffix in _FILES) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            digest.update(f"{file.suffix} ".encode() + hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def fingerprint(path: StrPath) -> str:
+    """64 hex digits of all that a dictionary is read from: every byte of its weights, and its configuration.
+
+    path: its folder, its file or a shipped name. Raises FormatError (it changed meanwhile), and as `SAE.load`.
+    """
+    opened = formats.open_dictionary(Path(locate(path)))
+    try:
+        digest = hashlib.sha256(json.dumps([opened.format, opened.metadata], sort_keys=True).encode())
+        update(digest, memoryview(opened.file.view))
+        opened.file.check()
+        return digest.hexdigest()
+    finally:
+        opened.file.close()
 
 
 class Examples:
@@ -126,12 +136,18 @@ class Examples:
 
 
 def paths_of(given: object) -> Iterator[tuple[StrPath, str | None]]:
-    """(path, site or None) of each dictionary: one path, several, or a mapping of paths to sites."""
+    """(path, site or None) of each dictionary: one path, several, pairs, or a mapping of paths to sites."""
     if isinstance(given, str | os.PathLike):
         yield checks.path("sae", given), None
     elif is_mapping(given):
         yield from given.items()
     elif is_iterable(given):
-        yield from ((path, None) for path in given)
+        yield from map(_pair, given)
     else:
         checks.fail("sae", given, "a path, several, or a mapping of paths to sites")
+
+
+def _pair(given: Any) -> tuple[StrPath, str | None]:
+    if is_list_or_tuple(given) and len(given) == 2:
+        return given[0], given[1]
+    return checks.path("sae", given), None

@@ -31,6 +31,7 @@ Array: TypeAlias = NDArray[Any]
 Names: TypeAlias = str | Iterable[str] | None
 
 _CHUNK_ROWS = 4096  # of a zarr array
+_BATCH_NUMBERS = 1 << 26  # of a record batch, whose lists end at 32-bit places
 
 
 def to_parquet(dataset: Dataset, path: StrPath, names: Names = None) -> Path:
@@ -42,13 +43,13 @@ def to_parquet(dataset: Dataset, path: StrPath, names: Names = None) -> Path:
     arrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     columns = [dataset[name] for name in _names(dataset, names)]
     shapes = {column.name: list(column.shape[1:]) for column in columns if len(column.shape) > 1}
-    with _new_folder(path) as folder:
+    with _new_folder(path) as (target, folder):
         for shard in range(dataset.n_shards):
             arrays = [_arrow_lists(arrow, column.part(shard)) for column in columns]
             table = arrow.table(arrays, names=[column.name for column in columns])
             table = table.replace_schema_metadata({"gemma4.rows": json.dumps(shapes)})
             parquet.write_table(table, folder / f"part-{shard:06d}.parquet")
-    return Path(path)
+    return target
 
 
 def to_zarr(dataset: Dataset, path: StrPath, names: Names = None) -> Path:
@@ -58,7 +59,7 @@ def to_zarr(dataset: Dataset, path: StrPath, names: Names = None) -> Path:
     """
     zarr = require("zarr")
     columns = [dataset[name] for name in _names(dataset, names)]
-    with _new_folder(path) as folder:
+    with _new_folder(path) as (target, folder):
         group = zarr.open_group(str(folder), mode="w", attributes={"gemma4.harvest": dataset.manifest["plan"]})
         for column in columns:
             dtype = _plain(column.part(0)[:0]).dtype if dataset.n_shards else np.dtype(np.float32)
@@ -66,7 +67,7 @@ def to_zarr(dataset: Dataset, path: StrPath, names: Names = None) -> Path:
             array = group.create_array(column.name, shape=column.shape, dtype=dtype, chunks=chunks)
             for begin in range(0, len(column), _CHUNK_ROWS):
                 array[begin : begin + _CHUNK_ROWS] = _plain(column[begin : begin + _CHUNK_ROWS])
-    return Path(path)
+    return target
 
 
 def to_saelens(dataset: Dataset, path: StrPath, site: str, *, context: int | None = None) -> Path:
@@ -79,33 +80,40 @@ def to_saelens(dataset: Dataset, path: StrPath, site: str, *, context: int | Non
     arrow, ipc = require("pyarrow"), require("pyarrow.ipc")
     column, context = dataset[site], _context(dataset, context)
     width = int(np.prod(column.shape[1:], dtype=np.int64))
+    if context * width >= 1 << 31:
+        raise ValueError(f"{context} tokens of {width} numbers are too many for a list: give a smaller context")
     dtype = _plain(np.empty(0, column.dtype)).dtype.name
     features = {
         column.name: {"shape": [context, width], "dtype": dtype, "_type": "Array2D"},
         "token_ids": {"feature": {"dtype": "int32", "_type": "Value"}, "length": context, "_type": "Sequence"},
     }
     info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
-    with _new_folder(path) as folder:
+    stretch = np.empty((0, context, width), column.dtype)
+    fields = [
+        arrow.field(
+            column.name, _arrow_lists(arrow, stretch, fixed=False).type, metadata=_array_2d(context, width, dtype)
+        ),
+        arrow.field("token_ids", _arrow_lists(arrow, np.empty((0, context), np.int32)).type),
+    ]
+    schema = arrow.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    step = max(1, _BATCH_NUMBERS // (context * width))
+    with _new_folder(path) as (target, folder):
         files: list[dict[str, str]] = []
         for shard, rows in _stretches(dataset, context):
-            activations = _plain(column.part(shard)).reshape(-1, width)[rows]
-            lists = _arrow_lists(arrow, activations, fixed=False)
-            tokens = _arrow_lists(arrow, dataset["tokens"].part(shard)[rows])
-            fields = [
-                arrow.field(column.name, lists.type, metadata=_array_2d(context, width, dtype)),
-                arrow.field("token_ids", tokens.type),
-            ]
-            about = {"huggingface": json.dumps({"info": {"features": features}})}
-            table = arrow.table([lists, tokens], schema=arrow.schema(fields, metadata=about))
+            activations, tokens = column.part(shard).reshape(-1, width), dataset["tokens"].part(shard)
             files.append({"filename": f"data-{len(files):05d}.arrow"})
-            with ipc.new_stream(str(folder / files[-1]["filename"]), table.schema) as stream:
-                stream.write_table(table)
+            with ipc.new_stream(str(folder / files[-1]["filename"]), schema) as stream:
+                for begin in range(0, len(rows), step):
+                    some = rows[begin : begin + step]
+                    lists = _arrow_lists(arrow, activations[some], fixed=False)
+                    arrays = [lists, _arrow_lists(arrow, tokens[some])]
+                    stream.write_batch(arrow.record_batch(arrays, schema=schema))
         digest = hashlib.sha256(f"{dataset.manifest['digest']} {column.name} {context}".encode()).hexdigest()
         state: dict[str, Any] = {"_data_files": files, "_fingerprint": digest[:16], "_split": None}
         state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
         (folder / "dataset_info.json").write_text(json.dumps(info, indent=2))
         (folder / "state.json").write_text(json.dumps(state, indent=2))
-    return Path(path)
+    return target
 
 
 def to_delphi(
@@ -120,7 +128,7 @@ def to_delphi(
     checks.integer("n_splits", n_splits, 1, int(facts["d_sae"]))
     locations, values, tokens = _latents(dataset, dictionary, context)
     edges = np.linspace(0, int(facts["d_sae"]), n_splits + 1).astype(np.int64)
-    with _new_folder(path) as folder:
+    with _new_folder(path) as (target, folder):
         inside = folder / str(facts["site"])
         inside.mkdir()
         for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -136,7 +144,7 @@ def to_delphi(
         config |= {"n_tokens": tokens.size, "n_splits": n_splits, "dataset_repo": ", ".join(plan["corpus"]["files"])}
         config |= {"dataset_split": "", "dataset_name": "", "dataset_column": plan["corpus"]["key"] or "text"}
         (inside / "config.json").write_text(json.dumps(config, indent=4))
-    return Path(path)
+    return target
 
 
 def _latents(dataset: Dataset, dictionary: int, context: int) -> tuple[NDArray[np.int64], Array, NDArray[np.int32]]:
@@ -212,15 +220,18 @@ def _array_2d(rows: int, columns: int, dtype: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _new_folder(path: StrPath) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the block ends without error. Raises FileExistsError, OSError."""
+def _new_folder(path: StrPath) -> Iterator[tuple[Path, Path]]:
+    """The place of a folder, and the folder to fill, which gets its place when the block ends without error.
+
+    Raises FileExistsError, OSError.
+    """
     target = Path(os.path.expanduser(checks.path("path", path)))
     if os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "exists already; name a new folder", str(target))
     partial = target.with_name(f".{target.name[:40]}.{os.urandom(8).hex()}.partial")
     partial.mkdir()
     try:
-        yield partial
+        yield target, partial
         os.rename(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -14,10 +14,11 @@ from gemma4.dictionaries import Features
 from gemma4.errors import FormatError
 from gemma4.files import new_file
 from gemma4.harvest.dictionaries import Examples
+from gemma4.harvest.hashing import facts_of
 from gemma4.harvest.moments import Moments
 from gemma4.harvest.plan import FORMAT, VERSION, Plan
 from gemma4.harvest.shard import features_name
-from gemma4.harvest.store import DATA, RECORD, STATS, Record, Store, facts_of
+from gemma4.harvest.store import DATA, RECORD, STATS, Record, Store
 from gemma4.load.safetensors import SafetensorsFile, write_safetensors
 
 Array: TypeAlias = NDArray[Any]
@@ -64,8 +65,9 @@ def _record(store: Store, shard: int) -> Record:
 
 
 def _entry(store: Store, shard: int, record: Record) -> dict[str, Any]:
-    entry = {key: value for key, value in record.as_json().items() if key not in ("plan", "skipped")}
-    return entry | {"files": entry["files"] | {RECORD: asdict(facts_of(store.folder(shard) / RECORD))}}
+    files = {name: asdict(facts) for name, facts in record.files.items()}
+    files[RECORD] = asdict(facts_of(store.folder(shard) / RECORD))
+    return {"rows": record.rows, "sequences": record.sequences, "documents": record.documents, "files": files}
 
 
 def _write(store: Store, name: str, tensors: Mapping[str, Array]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import json
 import pickle
 import queue
@@ -108,7 +109,7 @@ class _Crew:
                     self._events.put(Ran(event["ran"]))
                 self._events.put(Ended(shard, event["rows"]))
                 shard = self._next()
-            _pipe(process.stdin).close()  # ends it
+            _close(process)  # ends it
         return None
 
     def _start(self) -> subprocess.Popen[str]:
@@ -145,6 +146,7 @@ class _Crew:
         return event
 
     def _died(self, process: subprocess.Popen[str], shard: int | None) -> None:
+        _close(process)
         status = process.wait()
         if shard is None or self._stopped:
             return
@@ -157,6 +159,12 @@ class _Crew:
             )
 
 
+def _close(process: subprocess.Popen[str]) -> None:
+    """Close standard input; a process that is dead does not take what is left to write."""
+    with contextlib.suppress(OSError):
+        _pipe(process.stdin).close()
+
+
 def _pipe(stream: IO[str] | None) -> IO[str]:
     assert stream is not None  # they were requested
     return stream
@@ -165,5 +173,8 @@ def _pipe(stream: IO[str] | None) -> IO[str]:
 def _how(status: int) -> str:
     if status >= 0:
         return f"exit status {status}"
-    name = signal.Signals(-status).name
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # one without a name, such as most real-time signals
+        name = f"signal {-status}"
     return f"{name}, perhaps for want of memory: try fewer workers" if name == "SIGKILL" else name

@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma4.harvest.corpus import Corpus, Document, Slice
+from gemma4.errors import FormatError
+from gemma4.harvest.corpus import Corpus, Document, Reading, Slice
+from gemma4.harvest.readers import Content
 from gemma4.inputs import as_tokenized, is_messages
 from gemma4.media.prompt import TokenizedPrompt
 from gemma4.model import Model
@@ -47,6 +50,10 @@ class Limit:
     document: int
     tokens: int
 
+    def documents_of(self, part: Slice) -> int:
+        """How many documents of a slice come before the end."""
+        return min(max(self.document + (self.tokens > 0) - part.first, 0), part.count)
+
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
@@ -69,13 +76,13 @@ class Cutter:
     skip_damaged: bool = False
 
     def pieces(
-        self, model: Model, corpus: Corpus, part: Slice, limit: Limit | None, skipped: list[Skipped]
+        self, model: Model, reading: Reading, part: Slice, limit: Limit | None, skipped: list[Skipped]
     ) -> Iterator[Piece]:
         """The sequences of a slice; documents without any are added to `skipped` if they are damaged.
 
         Raises ValueError naming file and line (also as FormatError), what media raise, MemoryError.
         """
-        for document in corpus.read(part):
+        for document in reading.documents(part):
             if limit is None or document.number < limit.document:
                 yield from self._of_document(model, document, skipped)
             elif document.number == limit.document:
@@ -84,17 +91,24 @@ class Cutter:
     def limit(self, model: Model, corpus: Corpus, parts: Iterable[Slice], max_tokens: int) -> Limit | None:
         """Where a corpus is cut to have at most that many tokens; None if it has no more."""
         left = max_tokens
-        for part in parts:
-            for document in corpus.read(part):
-                n_tokens = sum(map(len, self._of_document(model, document, [])))
-                if n_tokens > left:
-                    return Limit(document.number, left)
-                left -= n_tokens
+        with closing(Reading(corpus)) as reading:
+            for part in parts:
+                for document in reading.documents(part):
+                    n_tokens = sum(map(len, self._of_document(model, document, [])))
+                    if n_tokens > left:
+                        return Limit(document.number, left)
+                    left -= n_tokens
         return None
 
     def _of_document(self, model: Model, document: Document, skipped: list[Skipped]) -> Sequence[Piece]:
+        content = document.content
+        if isinstance(content, FormatError):
+            if not self.skip_damaged:
+                raise content
+            skipped.append(Skipped(document.number, str(content)))
+            return ()
         try:
-            return self._cut(model, document)
+            return self._cut(model, document.number, content)
         except (ValueError, NotImplementedError, OSError) as error:
             if self.skip_damaged and not isinstance(error, NotImplementedError):
                 skipped.append(Skipped(document.number, f"{document.where}: {error}"))
@@ -103,10 +117,10 @@ class Cutter:
                 raise type(error)(error.errno, f"{document.where}: {error.strerror}", error.filename) from error
             raise type(error)(f"{document.where}: {error}") from error
 
-    def _cut(self, model: Model, document: Document) -> Sequence[Piece]:
-        prompt = self._tokenized(model, document)
+    def _cut(self, model: Model, number: int, content: Content) -> Sequence[Piece]:
+        prompt = self._tokenized(model, content)
         if len(prompt) <= self.context:
-            return (Piece(prompt, document.number, 0),) if _has_content(model, prompt) else ()
+            return (Piece(prompt, number, 0),) if _has_content(model, prompt) else ()
         if prompt.runs:
             raise ValueError(
                 f"its {len(prompt)} tokens, some of them of media, are more than the context of {self.context} "
@@ -115,12 +129,11 @@ class Cutter:
         n_bos = int(_begins(model, prompt.ids))
         bos, body, step = prompt.ids[:n_bos], prompt.ids[n_bos:], self.context - n_bos
         return [
-            Piece(TokenizedPrompt(np.concatenate([bos, body[i : i + step]])), document.number, i + n_bos if i else 0)
+            Piece(TokenizedPrompt(np.concatenate([bos, body[i : i + step]])), number, i + n_bos if i else 0)
             for i in range(0, len(body), step)
         ]
 
-    def _tokenized(self, model: Model, document: Document) -> TokenizedPrompt:
-        content = document.content
+    def _tokenized(self, model: Model, content: Content) -> TokenizedPrompt:
         if isinstance(content, str):
             return TokenizedPrompt(model.to_tokens(content, bos=model.tokenizer.bos_id is not None))
         if is_messages(content):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -15,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import checks
+from gemma4._engine import cpu_info
 from gemma4.harvest.corpus import WEIGHT_OF_TOKEN, Corpus, Scan, Scanning, Slice
 from gemma4.harvest.dictionaries import Coding
+from gemma4.harvest.hashing import Going, each, update
 from gemma4.harvest.pieces import Cutter, Limit
 from gemma4.interp.hooks import active_hooks
 from gemma4.interp.saved import SavedDtype
@@ -28,9 +29,10 @@ SiteNames: TypeAlias = str | Iterable[str]
 
 FORMAT, VERSION = "gemma4.harvest", 1
 DEFAULT_CONTEXT = 1024
-_CHUNK = 16 << 20  # bytes of a weight, hashed at once
-# Keys of the description that may change without a change of any byte
-_NAMES = ("name", "files")
+_SAMPLE = 4096  # bytes
+_NUMERICS = 1  # raised when the same model gives other bits than before
+# Keys of the description's parts that may change without a change of any byte
+_NAMES = {"model": "name", "corpus": "files", "dictionaries": "name"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def make_plan(
     checks.integer("context", context, 2, model.context_length)
     image_tokens = model.image_tokens if options.image_tokens is None else options.image_tokens
     cutter = Cutter(context, image_tokens, options.skip_damaged)
-    scan = corpus.scan(options.shard_tokens * WEIGHT_OF_TOKEN, scanning)
+    scan = corpus.scan(options.shard_tokens * WEIGHT_OF_TOKEN, options.skip_damaged, scanning)
     corpus = scan.corpus
     limit = None
     if options.max_tokens is not None:
@@ -133,6 +135,7 @@ def _facts(
             "precision": model.engine.precision,
             "kv_dtype": model.kv_dtype,
         },
+        "arithmetic": arithmetic(model),
         "tokenizer": tokenizer_fingerprint(model),
         "corpus": texts | {"key": corpus.key, "sample_by": corpus.sample_by},
         "sites": [{"name": site.name, "row": list(row_shape(site)), "axes": _row_axes(site)} for site in sites],
@@ -233,21 +236,47 @@ def model_fingerprint(model: Model) -> str:
     Raises FormatError (a file changed).
     """
     tensors = model.tensors
-    with model.checkpoint.reading(), ThreadPoolExecutor() as pool:
-        names = sorted(tensors)
-        digests = pool.map(_tensor_digest, names, map(tensors.__getitem__, names))
-        digest = hashlib.sha256(model.fingerprint.encode())
-        for one in digests:
-            digest.update(one)
+
+    def of_tensor(name: str, going: Going) -> bytes:
+        digest, flat = _begun_digest(name, tensors[name])
+        update(digest, flat.data, going)
+        return digest.digest()
+
+    with model.checkpoint.reading():
+        return hashlib.sha256(b"".join([_configuration(model), *each(of_tensor, sorted(tensors))])).hexdigest()
+
+
+def sampled_fingerprint(model: Model) -> str:
+    """64 hex digits from both ends of every stored tensor, those of encoders too: for a quick look at a copy.
+
+    Raises FormatError (a file changed).
+    """
+    digest = hashlib.sha256(_configuration(model))
+    with model.checkpoint.reading():
+        for name in sorted(model.tensors):
+            one, flat = _begun_digest(name, model.tensors[name])
+            one.update(flat[:_SAMPLE].tobytes() + flat[-_SAMPLE:].tobytes())
+            digest.update(one.digest())
     return digest.hexdigest()
 
 
-def _tensor_digest(name: str, tensor: NDArray[np.generic]) -> bytes:
-    digest = hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape}".encode())
-    flat = tensor.reshape(-1).view(np.uint8)
-    for begin in range(0, len(flat), _CHUNK):
-        digest.update(flat[begin : begin + _CHUNK].data)
-    return digest.digest()
+def _begun_digest(name: str, tensor: NDArray[np.generic]) -> tuple[Any, NDArray[np.uint8]]:
+    """A digest that has the tensor's name and form, and the bytes that it lacks."""
+    return hashlib.sha256(f"{name} {tensor.dtype} {tensor.shape}".encode()), tensor.reshape(-1).view(np.uint8)
+
+
+def _configuration(model: Model) -> bytes:
+    """A digest of the text model, and of how media are prepared and encoded."""
+    media = [dict(model.checkpoint.processor_config), sorted(map(repr, model.checkpoint.encoders.items()))]
+    text = json.dumps([model.fingerprint, *media], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def arithmetic(model: Model) -> dict[str, Any]:
+    """Facts of the machine on which the bits of the model's results depend. `exact` ones are the same everywhere."""
+    if model.engine.precision == "exact":
+        return {"version": _NUMERICS}
+    return {"version": _NUMERICS, "isa": model.engine.isa, "blas": cpu_info()["blas"]}
 
 
 def tokenizer_fingerprint(model: Model) -> str | None:
@@ -264,10 +293,14 @@ def tokenizer_fingerprint(model: Model) -> str | None:
 
 def identity(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The description without names that no byte depends on."""
-    return {
-        key: {inner: value for inner, value in part.items() if inner not in _NAMES} if is_dict(part) else part
-        for key, part in facts.items()
-    }
+    return {key: _without(part, _NAMES[key]) if key in _NAMES else part for key, part in facts.items()}
+
+
+def _without(part: object, name: str) -> object:
+    """A dict, or a list of some, without that key."""
+    if is_list(part):
+        return [_without(one, name) for one in part]
+    return {key: value for key, value in part.items() if key != name} if is_dict(part) else part
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

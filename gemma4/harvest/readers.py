@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -37,8 +38,8 @@ class Raw(NamedTuple):
     """A document as stored."""
 
     start: int  # where `Reader.documents` finds it again
-    number: int  # for messages: its line or row in the file, from 1 on; counted from the place where reading began
-    content: Content
+    number: int  # for messages: its line or row in the file, from 1 on
+    content: Content | FormatError  # an error, which names file and line: others can be read
 
 
 class Reader(ABC):
@@ -51,14 +52,24 @@ class Reader(ABC):
         self.path, self.key, self.sample_by = path, key, sample_by
 
     @abstractmethod
-    def documents(self, start: int = 0) -> Iterator[Raw]:
-        """The documents from that place on. Raises FormatError naming file and line, OSError."""
+    def documents(self, start: int = 0, number: int = 1) -> Iterator[Raw]:
+        """The documents from that place on, which is line or row `number`. Raises FormatError (the whole file is
+        damaged), OSError."""
+
+    def close(self) -> None:  # noqa: B027  most readers keep nothing open
+        """Release what is open."""
 
     def where(self, number: int) -> str:
         """A document's name in errors."""
         return f"{self.path}, {self.unit} {number}"
 
-    def _content(self, row: object, number: int) -> Content:
+    def _content(self, row: object, number: int) -> Content | FormatError:
+        try:
+            return self._of_row(row, number)
+        except FormatError as error:
+            return error
+
+    def _of_row(self, row: object, number: int) -> Content:
         if isinstance(row, str):
             return row
         if not is_mapping(row):
@@ -119,104 +130,193 @@ def media_files(content: Content) -> list[str]:
     return [source for source in sources if isinstance(source, str)]
 
 
+class _Line(NamedTuple):
+    """offset: in bytes; text: its end included, or why it cannot be read."""
+
+    offset: int
+    number: int
+    text: str | FormatError
+
+
 class _Lines(Reader):
     """Text files. A place is a byte offset."""
 
-    def _lines(self, start: int) -> Iterator[tuple[int, int, str]]:
-        """(offset, number, line) of every line, its end included."""
+    def _lines(self, start: int, number: int) -> Iterator[_Line]:
+        """Every line from a place on."""
         with open(open_regular(self.path), "rb") as file:
             file.seek(start)
-            number, offset = 0, start
+            offset = start
             while line := file.readline(MAX_DOCUMENT + 1):
-                number += 1
-                if len(line) > MAX_DOCUMENT:
-                    raise FormatError(f"{self.where(number)} is longer than {MAX_DOCUMENT >> 20} MiB")
-                yield offset, number, self._decoded(line, number, "utf-8-sig" if offset == 0 else "utf-8")
-                offset += len(line)
+                length = len(line)
+                if length > MAX_DOCUMENT:
+                    text: str | FormatError = FormatError(
+                        f"{self.where(number)} is longer than {MAX_DOCUMENT >> 20} MiB"
+                    )
+                    while not line.endswith(b"\n") and (line := file.readline(MAX_DOCUMENT)):
+                        length += len(line)
+                else:
+                    text = self._decoded(line, number, "utf-8-sig" if offset == 0 else "utf-8")
+                yield _Line(offset, number, text)
+                offset, number = offset + length, number + 1
 
-    def _decoded(self, data: bytes, number: int, encoding: str) -> str:
+    def _decoded(self, data: bytes, number: int, encoding: str) -> str | FormatError:
         try:
             return data.decode(encoding)
         except UnicodeDecodeError as error:
-            raise FormatError(f"{self.where(number)} is not UTF-8: {error}") from None
+            return FormatError(f"{self.where(number)} is not UTF-8: {error}")
 
 
 class _JsonLines(_Lines):
     suffixes = (".jsonl", ".ndjson")
 
-    def documents(self, start: int = 0) -> Iterator[Raw]:
-        for offset, number, line in self._lines(start):
-            if not line.isspace():
-                yield Raw(offset, number, self._content(self._parsed(line, number), number))
+    def documents(self, start: int = 0, number: int = 1) -> Iterator[Raw]:
+        for line in self._lines(start, number):
+            if isinstance(line.text, FormatError):
+                yield Raw(*line)
+            elif not line.text.isspace():
+                yield Raw(line.offset, line.number, self._parsed(line.text, line.number))
 
-    def _parsed(self, line: str, number: int) -> object:
+    def _parsed(self, line: str, number: int) -> Content | FormatError:
         try:
-            return json.loads(line)
+            row = json.loads(line)
         except RecursionError:
-            raise FormatError(f"{self.where(number)}: JSON is nested too deeply") from None
+            return FormatError(f"{self.where(number)}: JSON is nested too deeply")
         except ValueError as error:
-            raise FormatError(f"{self.where(number)} is no JSON: {str(error)[:200]}") from None
+            return FormatError(f"{self.where(number)} is no JSON: {str(error)[:200]}")
+        return self._content(row, number)
 
 
 class _Text(_Lines):
     suffixes = (".txt",)
 
-    def documents(self, start: int = 0) -> Iterator[Raw]:
+    def documents(self, start: int = 0, number: int = 1) -> Iterator[Raw]:
         if self.sample_by == "document":
-            yield self._whole()
+            yield Raw(0, 1, self._whole())
         elif self.sample_by == "line":
-            for offset, number, line in self._lines(start):
-                if not line.isspace():
-                    yield Raw(offset, number, line.rstrip("\r\n"))
+            for line in self._lines(start, number):
+                if isinstance(line.text, FormatError):
+                    yield Raw(*line)
+                elif not line.text.isspace():
+                    yield Raw(line.offset, line.number, line.text.rstrip("\r\n"))
         else:
-            yield from self._paragraphs(start)
+            yield from self._paragraphs(start, number)
 
-    def _paragraphs(self, start: int) -> Iterator[Raw]:
+    def _paragraphs(self, start: int, number: int) -> Iterator[Raw]:
         """Lines up to the next blank one; the line ends inside stay."""
-        lines: list[tuple[int, int, str]] = []
+        lines: list[_Line] = []
         length = 0
-        for one in chain(self._lines(start), [(0, 0, "\n")]):
-            if not one[2].isspace():
-                lines.append(one)
-                length += len(one[2])
-                if length > MAX_DOCUMENT:
-                    raise FormatError(f"{self.where(lines[0][1])}: a paragraph of over {MAX_DOCUMENT >> 20} MiB")
-            elif lines:
-                yield Raw(*lines[0][:2], "".join(line for *_, line in lines).rstrip("\r\n"))
+        for line in chain(self._lines(start, number), [_Line(0, 0, "\n")]):
+            if isinstance(line.text, str) and line.text.isspace():
+                if lines:
+                    yield Raw(lines[0].offset, lines[0].number, self._joined(lines, length))
                 lines, length = [], 0
+            else:
+                length += len(line.text) if isinstance(line.text, str) else 0
+                if length <= MAX_DOCUMENT or not lines:
+                    lines.append(line)
 
-    def _whole(self) -> Raw:
+    def _joined(self, lines: list[_Line], length: int) -> str | FormatError:
+        """length: of the paragraph, whose lines beyond the limit are not there."""
+        if length > MAX_DOCUMENT:
+            return FormatError(f"{self.where(lines[0].number)}: a paragraph of over {MAX_DOCUMENT >> 20} MiB")
+        texts: list[str] = []
+        for line in lines:
+            if isinstance(line.text, FormatError):
+                return line.text
+            texts.append(line.text)
+        return "".join(texts).rstrip("\r\n")
+
+    def _whole(self) -> str | FormatError:
         with open(open_regular(self.path), "rb") as file:
             data = file.read(MAX_DOCUMENT + 1)
         if len(data) > MAX_DOCUMENT:
-            raise FormatError(f"{self.path} is longer than {MAX_DOCUMENT >> 20} MiB: sample_by='paragraph' or 'line'")
-        return Raw(0, 1, self._decoded(data, 1, "utf-8-sig"))
+            return FormatError(f"{self.path} is longer than {MAX_DOCUMENT >> 20} MiB: sample_by='paragraph' or 'line'")
+        return self._decoded(data, 1, "utf-8-sig")
+
+
+class _Stretch(NamedTuple):
+    """Consecutive rows of a table, and what reads them as record batches."""
+
+    n_rows: int
+    read: Callable[[], Iterator[Any]]
+
+
+class _Cursor:
+    """A place in a table, which moves on only. first: the row where `batch` begins."""
+
+    def __init__(self, stretches: Iterator[_Stretch]) -> None:
+        self.first = 0
+        self.batch: Any = None
+        self._stretches = stretches
+        self._batches: Iterator[Any] = iter(())
+
+    def move(self, row: int) -> bool:
+        """Make the batch with that row the present one; False if there is none. Stretches before it stay unread."""
+        while self.batch is None or row >= self.first + self.batch.num_rows:
+            self.first += 0 if self.batch is None else self.batch.num_rows
+            self.batch = next(self._batches, None)
+            if self.batch is None and not self._next_stretch(row):
+                return False
+        return True
+
+    def _next_stretch(self, row: int) -> bool:
+        for stretch in self._stretches:
+            if row < self.first + stretch.n_rows:
+                self._batches = stretch.read()
+                return True
+            self.first += stretch.n_rows
+        return False
 
 
 class _Table(Reader):
-    """Columns. A place is a row. Needs pyarrow: pip install "gemma4[harvest]"."""
+    """Columns. A place is a row; later ones are found from the last one on. Needs pyarrow: pip install
+    "gemma4[harvest]"."""
 
     unit = "row"
+    _file: IO[bytes] | None = None
+    _cursor: _Cursor | None = None
 
-    def documents(self, start: int = 0) -> Iterator[Raw]:
-        with open(open_regular(self.path), "rb") as file:
-            try:
-                yield from self._rows(file, start)
-            except _arrow_errors() as error:
-                raise FormatError(f"{self.path} is damaged, or another format: {_words(error)}") from None
+    def documents(self, start: int = 0, number: int = 1) -> Iterator[Raw]:
+        try:
+            yield from self._rows(self._at(start), start)
+        except _arrow_errors() as error:
+            raise FormatError(f"{self.path} is damaged, or another format: {_words(error)}") from None
 
-    def _rows(self, file: IO[bytes], start: int) -> Iterator[Raw]:
-        first = 0
-        for batch in self._batches(file, start):
-            for begin in range(max(0, start - first), batch.num_rows, _ROWS):
-                part = batch.slice(begin, _ROWS)
-                for row, values in enumerate(part.to_pylist(), first + begin):
-                    yield Raw(row, row + 1, self._content(values, row + 1))
-            first += batch.num_rows
+    def _at(self, start: int) -> _Cursor:
+        if self._cursor is None or start < self._cursor.first:
+            self.close()
+            self._file = open(open_regular(self.path), "rb")  # noqa: SIM115  `close` closes it
+            self._cursor = _Cursor(self._stretches(self._file))
+        return self._cursor
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = self._cursor = None
+
+    def _rows(self, cursor: _Cursor, row: int) -> Iterator[Raw]:
+        while cursor.move(row):
+            batch, first = cursor.batch, cursor.first
+            while row < first + batch.num_rows:
+                part = batch.slice(row - first, _ROWS)
+                for values in self._values(part, row + 1):
+                    content = values if isinstance(values, FormatError) else self._content(values, row + 1)
+                    yield Raw(row, row + 1, content)
+                    row += 1
+
+    def _values(self, part: Any, number: int) -> list[object]:
+        """The rows of a batch, FormatError for one with a text that is not UTF-8."""
+        try:
+            rows: list[object] = part.to_pylist()
+            return rows
+        except UnicodeDecodeError as error:
+            if part.num_rows == 1:
+                return [FormatError(f"{self.where(number)} is not UTF-8: {error}")]
+            return [row for i in range(part.num_rows) for row in self._values(part.slice(i, 1), number + i)]
 
     @abstractmethod
-    def _batches(self, file: IO[bytes], start: int) -> Iterator[Any]:
-        """Record batches from row 0 on, with the columns needed alone; those before `start` may be empty of columns."""
+    def _stretches(self, file: IO[bytes]) -> Iterator[_Stretch]:
+        """The whole table, with the columns needed alone."""
 
     def _columns(self, names: Sequence[str]) -> list[str]:
         """The columns to read: the one asked for, else those of KEYS that there are."""
@@ -232,18 +332,13 @@ class _Table(Reader):
 class _Parquet(_Table):
     suffixes = (".parquet",)
 
-    def _batches(self, file: IO[bytes], start: int) -> Iterator[Any]:
+    def _stretches(self, file: IO[bytes]) -> Iterator[_Stretch]:
         parquet = require("pyarrow.parquet")
         table = parquet.ParquetFile(file)
         columns = self._columns(table.schema_arrow.names)
         for group in range(table.num_row_groups):
-            n_rows = table.metadata.row_group(group).num_rows
-            if n_rows <= start:  # before the place: skipped unread
-                start -= n_rows
-                yield _Skipped(n_rows)
-                continue
-            start = 0
-            yield from table.iter_batches(1024, row_groups=[group], columns=columns)
+            n_rows: int = table.metadata.row_group(group).num_rows
+            yield _Stretch(n_rows, partial(table.iter_batches, 1024, row_groups=[group], columns=columns))
 
 
 class _Arrow(_Table):
@@ -251,7 +346,7 @@ class _Arrow(_Table):
 
     suffixes = (".arrow", ".feather", ".ipc")
 
-    def _batches(self, file: IO[bytes], start: int) -> Iterator[Any]:
+    def _stretches(self, file: IO[bytes]) -> Iterator[_Stretch]:
         ipc = require("pyarrow.ipc")
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
@@ -262,13 +357,7 @@ class _Arrow(_Table):
             table = batches = ipc.open_stream(file)
         columns = self._columns(table.schema.names)
         for batch in batches:
-            yield batch.select(columns)
-
-
-class _Skipped(NamedTuple):
-    """A batch that is not read."""
-
-    num_rows: int
+            yield _Stretch(batch.num_rows, partial(iter, [batch.select(columns)]))
 
 
 class _MediaFile(Reader):
@@ -276,7 +365,7 @@ class _MediaFile(Reader):
 
     suffixes = tuple(suffix for suffixes in _MEDIA.values() for suffix in suffixes)
 
-    def documents(self, start: int = 0) -> Iterator[Raw]:
+    def documents(self, start: int = 0, number: int = 1) -> Iterator[Raw]:
         [kind] = [kind for kind, suffixes in _MEDIA.items() if self.path.suffix.lower() in suffixes]
         yield Raw(0, 1, [{"role": "user", "content": [{"type": kind, kind: os.fspath(self.path)}]}])
 

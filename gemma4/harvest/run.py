@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -18,6 +17,7 @@ from gemma4.files import StrPath
 from gemma4.harvest.corpus import WEIGHT_OF_TOKEN, Corpus, Scanning
 from gemma4.harvest.dictionaries import make_coding, paths_of
 from gemma4.harvest.finish import begin, finish
+from gemma4.harvest.hashing import Going, each
 from gemma4.harvest.local import run_here, run_processes
 from gemma4.harvest.plan import FORMAT, VERSION, Options, Plan, SiteNames, differences, make_plan
 from gemma4.harvest.ray_data import run_ray
@@ -29,7 +29,7 @@ from gemma4.model import Model
 from gemma4.narrow import is_dict
 
 Engine: TypeAlias = Literal["local", "ray"]
-Dictionaries: TypeAlias = StrPath | Iterable[StrPath] | Mapping[StrPath, str | None]
+Dictionaries: TypeAlias = StrPath | Iterable[StrPath | tuple[StrPath, str | None]] | Mapping[StrPath, str | None]
 MAX_WORKERS = 1024
 
 
@@ -99,7 +99,6 @@ def harvest(
     workers: int = 1,
     engine: Engine = "local",
     part: tuple[int, int] = (0, 1),
-    mmproj: StrPath | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
     scanning: Scanning = lambda weight, name: None,
 ) -> Harvested:
@@ -119,9 +118,10 @@ def harvest(
     key           field or column of the content; None = the first of text, messages, tokens, input_ids
     sample_by     documents of .txt files: "line", "paragraph" (up to a blank line) or "document" (the file)
     image_tokens  budget of a picture; None = the model's
-    skip_damaged  leave out documents that cannot be read (the manifest lists them) instead of raising
-    sae           paths of dictionaries that encode on the fly, or {path: site} for files that do not name the site;
-                  their features are stored sparse
+    skip_damaged  leave out documents that cannot be read (the manifest lists them) instead of raising: lines, rows and
+                  messages that are none, media that are damaged or missing. A table that is damaged itself raises
+    sae           paths of dictionaries that encode on the fly, or {path: site} or [(path, site), …] for files that do
+                  not name the site; their features are stored sparse
     top_k         the strongest features of each row to keep; None = all that fire
     examples      strongest rows to note for each feature
     shard_tokens  about the tokens of a shard: the work that an end loses at most
@@ -129,7 +129,6 @@ def harvest(
     engine        "local": processes of this machine. "ray": actors of Ray Data on all nodes of the cluster, which see
                   corpus, model and `out` under the same paths (gemma4[ray])
     part          (i, n): make only shards i, i + n, …, for job arrays; the job that ends last completes the dataset
-    mmproj        as `model` was loaded with, for workers
     progress      called after every step; scanning: (weight, file) while the corpus is read for the first time
 
     Every shard that is there is compared with its checksum; damaged ones are made again, with a warning. Raises
@@ -148,18 +147,20 @@ def harvest(
     store = Store(Path(os.path.expanduser(checks.path("out", out))))
     _check_folder(store)
     plan = make_plan(model, Corpus.open(corpus, key, sample_by), sites, options, codings, scanning)
-    _check_same(store, plan)
+    begun = _is_begun(store, plan)
     there = _checked_shards(store, plan)
+    if not begun:
+        begin(store, plan)
     todo = [shard for shard in range(part[0], len(plan.slices), part[1]) if shard not in there]
     tally = _Tally(plan, len(there), todo, progress)
-    spec = Spec.of(model, plan, store, mmproj, workers)
+    spec = Spec.of(model, plan, store, workers)
     if engine == "ray":
         run_ray(spec, todo, workers, tally.note)
     elif workers == 1:
         run_here(model, spec, todo, tally.note)
     else:
         run_processes(spec, todo, workers, tally.note)
-    complete = len(store.found()) == len(plan.slices)
+    complete = set(store.found()).issuperset(range(len(plan.slices)))
     if complete:
         finish(store, plan)
     return Harvested(store.root, complete, len(todo), len(there), len(plan.slices), tally.tokens, tally.seconds)
@@ -185,8 +186,8 @@ def _check_folder(store: Store) -> None:
             raise FileExistsError(f"{root} holds {others[0]!r} and is no harvest: give a new or empty folder")
 
 
-def _check_same(store: Store, plan: Plan) -> None:
-    """Raise unless the folder is of the same harvest, or of none yet."""
+def _is_begun(store: Store, plan: Plan) -> bool:
+    """Whether the manifest is there. Raises ValueError if it is of another harvest, FormatError (another version)."""
     try:
         found = store.manifest()
     except FileNotFoundError:
@@ -207,9 +208,9 @@ def _check_same(store: Store, plan: Plan) -> None:
             raise ValueError(
                 f"{store.root} is of another harvest: {'; '.join(changes)}. Give the same again, or another folder"
             )
-        elif found.get("digest") == plan.digest:
-            return
-    begin(store, plan)
+        else:
+            return found.get("digest") == plan.digest
+    return False
 
 
 def _checked_shards(store: Store, plan: Plan) -> set[int]:
@@ -221,19 +222,18 @@ def _checked_shards(store: Store, plan: Plan) -> set[int]:
         raise FormatError(f"{store.folder(beyond[0])} is of another harvest: this one has {len(plan.slices)} shards")
     digest = plan.digest
 
-    def check(shard: int) -> str | None:
+    def check(shard: int, going: Going) -> str | None:
         try:
             record = store.record(shard)
             if record is not None and record.plan == digest:
-                store.check(shard, record)
+                store.check(shard, record, going)
         except FormatError as error:
             return str(error)
         if record is not None and record.plan != digest:
             raise FormatError(f"{store.folder(shard)} is of another harvest: move it away, or give another folder")
         return None
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        damages = dict(zip(there, pool.map(check, there), strict=True))
+    damages = dict(zip(there, each(check, there), strict=True))
     for shard, damage in damages.items():
         if damage is not None:
             store.discard(shard)

@@ -17,21 +17,13 @@ from numpy.typing import NDArray
 
 from gemma4.dictionaries import Features
 from gemma4.dictionaries.features import join
+from gemma4.harvest.corpus import Reading
 from gemma4.harvest.dictionaries import encode
+from gemma4.harvest.hashing import FileFacts, facts_of
 from gemma4.harvest.moments import Moments
 from gemma4.harvest.pieces import Piece, Skipped, batches
 from gemma4.harvest.plan import Plan, row_shape
-from gemma4.harvest.store import (
-    DATA,
-    RECORD,
-    STATS,
-    FileFacts,
-    Record,
-    Store,
-    TensorWriter,
-    facts_of,
-    synced_file,
-)
+from gemma4.harvest.store import DATA, RECORD, STATS, Record, Store, TensorWriter, synced_file
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.saved import TYPES, narrowed
 from gemma4.interp.sites import Site
@@ -48,13 +40,15 @@ class ShardMaker:
     def __init__(self, model: Model, plan: Plan, store: Store) -> None:
         self._model, self._plan, self._store = model, plan, store
         self._digest = plan.digest
+        self._reading = Reading(plan.corpus)
         with ExitStack() as stack:
             self._dictionaries = [stack.enter_context(coding.open()) for coding in plan.codings]
             self._stack = stack.pop_all()
 
     def close(self) -> None:
-        """Release the dictionaries."""
+        """Release the dictionaries and the corpus."""
         self._stack.close()
+        self._reading.close()
 
     def __enter__(self) -> ShardMaker:
         return self
@@ -70,14 +64,15 @@ class ShardMaker:
         """
         part = self._plan.slices[shard]
         skipped: list[Skipped] = []
-        cutter, corpus, limit = self._plan.cutter, self._plan.corpus, self._plan.limit
-        pieces = list(cutter.pieces(self._model, corpus, part, limit, skipped))
+        limit = self._plan.limit
+        pieces = list(self._plan.cutter.pieces(self._model, self._reading, part, limit, skipped))
         rows = sum(map(len, pieces))
         with self._store.new_shard(shard) as folder:
             try:
                 facts = self._write(folder, pieces, ran)
                 left_out = [[one.document, one.reason] for one in skipped]
-                record = Record(self._digest, rows, len(pieces), part.count, facts, left_out)
+                n_documents = part.count if limit is None else limit.documents_of(part)
+                record = Record(self._digest, shard, rows, len(pieces), n_documents, facts, left_out)
                 with synced_file(folder / RECORD) as file:
                     file.write(json.dumps(record.as_json(), indent=1, sort_keys=True).encode())
             except OSError as error:

@@ -18,7 +18,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.errors import FormatError
-from gemma4.files import open_regular, read_limited, write_file
+from gemma4.files import read_limited, write_file
+from gemma4.harvest.hashing import FileFacts, Going, facts_of
 from gemma4.load.safetensors import layout, stored_bytes
 from gemma4.narrow import is_dict, is_integer, is_list
 
@@ -35,22 +36,19 @@ Tensors: TypeAlias = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 DATA, STATS, RECORD, MANIFEST = "data.safetensors", "stats.safetensors", "record.json", "manifest.json"
 _MAX_JSON = 1 << 30
 _OURS = re.compile(r"data\.safetensors|stats\.safetensors|features-\d+\.safetensors|record\.json")
+_SHARD = re.compile(r"[0-9]{6,18}")
 _PARTIAL = re.compile(r"\.\d{6,}\.(?P<host>.*)-(?P<pid>\d+)-[0-9a-f]{16}\.partial")
 
 
 @dataclass(frozen=True, slots=True)
-class FileFacts:
-    """n_bytes and the sha256 of a file."""
-
-    n_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class Record:
-    """A shard's contents. plan: digest of its plan; skipped: [document, reason] of documents left out."""
+    """A shard's contents. plan: digest of its plan; skipped: [document, reason] of documents left out.
+
+    The file has a digest of all this besides, so a record that was changed is damaged.
+    """
 
     plan: str
+    shard: int
     rows: int
     sequences: int
     documents: int
@@ -58,15 +56,19 @@ class Record:
     skipped: list[list[Any]]
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        facts = asdict(self)
+        return facts | {"digest": _digest(facts)}
 
     @classmethod
     def from_json(cls, facts: object) -> Record:
         """Raises ValueError for what `as_json` cannot have written."""
-        if not is_dict(facts) or set(facts) != {"plan", "rows", "sequences", "documents", "files", "skipped"}:
-            raise ValueError("expected plan, rows, sequences, documents, files and skipped")
-        counts: list[Any] = [facts[key] for key in ("rows", "sequences", "documents")]
-        rows, sequences, documents = counts
+        keys = {field.name for field in fields(cls)} | {"digest"}
+        if not is_dict(facts) or set(facts) != keys:
+            raise ValueError(f"expected {', '.join(sorted(keys))}")
+        if facts["digest"] != _digest({key: value for key, value in facts.items() if key != "digest"}):
+            raise ValueError("its digest is not the one of its contents: it was changed")
+        counts: list[Any] = [facts[key] for key in ("shard", "rows", "sequences", "documents")]
+        shard, rows, sequences, documents = counts
         if not all(is_integer(count) and count >= 0 for count in counts) or not isinstance(facts["plan"], str):
             raise ValueError("expected counts and the digest of a plan")
         if not is_dict(facts["files"]) or not is_list(facts["skipped"]):
@@ -74,7 +76,11 @@ class Record:
         files = {str(name): _file_facts(entry) for name, entry in facts["files"].items()}
         if DATA not in files or not all(_OURS.fullmatch(name) for name in files):
             raise ValueError(f"files of a shard are {DATA} and others of known names, found {sorted(files)}")
-        return cls(facts["plan"], rows, sequences, documents, files, facts["skipped"])
+        return cls(facts["plan"], shard, rows, sequences, documents, files, facts["skipped"])
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _file_facts(entry: object) -> FileFacts:
@@ -150,16 +156,20 @@ class Store:
         if not folder.is_dir():
             return None
         try:
-            return Record.from_json(read_json(folder / RECORD))
+            record = Record.from_json(read_json(folder / RECORD))
         except (ValueError, OSError) as error:
             raise FormatError(f"shard {shard}: {RECORD}: {error}") from None
+        if record.shard != shard:
+            raise FormatError(f"shard {shard}: {RECORD} is the one of shard {record.shard}: the folder was copied here")
+        return record
 
-    def check(self, shard: int, record: Record) -> None:
-        """Compare a shard's files with its record. Raises FormatError naming the first that differs."""
+    def check(self, shard: int, record: Record, going: Going) -> None:
+        """Compare a shard's files with its record. Raises FormatError naming the first that differs, and what `going`
+        raises."""
         for name, wanted in sorted(record.files.items()):
             path = self.folder(shard) / name
             try:
-                found = facts_of(path)
+                found = facts_of(path, going)
             except (OSError, FormatError) as error:
                 raise FormatError(f"shard {shard}: {name} cannot be read: {error}") from None
             if found.n_bytes != wanted.n_bytes:
@@ -180,9 +190,13 @@ class Store:
         remove_shard(folder)
 
     def found(self) -> list[int]:
-        """Numbers of the shards that are there."""
-        names = [path.name for path in self.shards.iterdir()] if self.shards.is_dir() else []
-        return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+        """Numbers of the shards that are there. Raises FormatError for another file in a shard's place."""
+        paths = list(self.shards.iterdir()) if self.shards.is_dir() else []
+        shards = {path: int(path.name) for path in paths if _SHARD.fullmatch(path.name)}
+        for path, shard in shards.items():
+            if path == self.folder(shard) and not path.is_dir():
+                raise FormatError(f"{path} is no folder, and a shard has its place there: move it away")
+        return sorted(shard for path, shard in shards.items() if path == self.folder(shard))
 
     def clean(self, *, everything: bool = False) -> None:
         """Remove what killed processes left: of processes of this machine that ended, or everything."""
@@ -226,12 +240,6 @@ def synced_file(path: Path) -> Iterator[IO[bytes]]:
         yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def facts_of(path: Path) -> FileFacts:
-    with open(open_regular(path), "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileFacts(os.fstat(file.fileno()).st_size, digest)
 
 
 def sync_folder(path: Path) -> None:

@@ -33,7 +33,9 @@ class TorchRows(IterableDataset[dict[str, torch.Tensor]]):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
         number, of = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        seed = None if self._shuffle is None else self._shuffle + (self._passes << 32)
+        # A worker may have a new copy of this at each pass; what the loader draws for the pass is the same for all
+        drawn = 0 if worker is None else worker.seed - worker.id
+        seed = None if self._shuffle is None else self._shuffle + (self._passes << 32) + (drawn << 64)
         self._passes += 1
         shards = range(number, self._dataset.n_shards, of)
         for rows in self._dataset.batches(self._batch, self._names, shuffle=seed, shards=shards):

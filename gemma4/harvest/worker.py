@@ -20,8 +20,7 @@ from typing import TextIO, TypeAlias
 
 from gemma4.core import KVDtype, Precision
 from gemma4.errors import FormatError
-from gemma4.files import StrPath
-from gemma4.harvest.plan import Plan
+from gemma4.harvest.plan import Plan, arithmetic, sampled_fingerprint
 from gemma4.harvest.shard import ShardMaker
 from gemma4.harvest.store import Store
 from gemma4.model import Model, load
@@ -60,22 +59,30 @@ class Spec:
     fingerprint: str
 
     @classmethod
-    def of(cls, model: Model, plan: Plan, store: Store, mmproj: StrPath | None, workers: int) -> Spec:
+    def of(cls, model: Model, plan: Plan, store: Store, workers: int) -> Spec:
         """For workers that share the model's threads."""
-        encoders = None if mmproj is None else os.path.abspath(os.path.expanduser(mmproj))
+        mmproj = model.checkpoint.mmproj_path
         precision: Precision = "exact" if model.engine.precision == "exact" else "fast"
         threads = max(1, model.engine.threads // workers)
         path = str(model.checkpoint.path.absolute())
         here = Store(store.root.absolute())
-        return cls(plan, here, path, encoders, precision, model.kv_dtype, threads, model.fingerprint)
+        encoders = None if mmproj is None else str(mmproj.absolute())
+        return cls(plan, here, path, encoders, precision, model.kv_dtype, threads, sampled_fingerprint(model))
 
     def load(self) -> Model:
-        """Raises FormatError if the model is not the one of the plan, and as `gemma4.load`."""
+        """Raises FormatError if the model is not the one of the plan, ValueError if this machine's results have other
+        bits, and as `gemma4.load`."""
         model = load(
             self.path, mmproj=self.mmproj, threads=self.threads, precision=self.precision, kv_dtype=self.kv_dtype
         )
-        if model.fingerprint != self.fingerprint:
-            raise FormatError(f"{self.path} changed since the harvest began")
+        if sampled_fingerprint(model) != self.fingerprint:
+            raise FormatError(f"{self.path}, or the file of its encoders, changed since the harvest began")
+        here, wanted = arithmetic(model), self.plan.facts["arithmetic"]
+        if here != wanted:
+            raise ValueError(
+                f"a worker computes with {here}, the harvest with {wanted}: load the model with precision='exact', "
+                "which gives the same bits everywhere"
+            )
         return model
 
     def dumps(self) -> str:

@@ -49,6 +49,7 @@ class Checkpoint(ABC):
     processor_config  how images and sounds are prepared, as transformers stores it; {} if the checkpoint does not say
     tokenizer_path    the file that holds the tokenizer, None if there is none
     notes             remarks for the user on how the weights were read, a line each
+    mmproj_path       the file that holds the encoders of a GGUF model, None if there is none
     encoder_advice    advice for messages on a missing image or audio encoder; "" if there is none
     """
 
@@ -62,6 +63,7 @@ class Checkpoint(ABC):
 
     processor_config: Mapping[str, Any] = MappingProxyType({})
     notes: tuple[str, ...] = ()
+    mmproj_path: Path | None = None
     encoder_advice = ""
 
     def __init__(

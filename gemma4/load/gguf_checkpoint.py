@@ -62,6 +62,7 @@ class GgufCheckpoint(Checkpoint):
         self.generation_config |= _suppressed(self.metadata, config.d_vocab, str(path))
         sources = _sources(config, files)
         self._mmproj, self._notes = _open_mmproj(path, config, mmproj)
+        self.mmproj_path = self._mmproj.file.path if self._mmproj else None
         try:
             super().__init__(path, config, [*files, *([self._mmproj.file] if self._mmproj else [])], sources)
         except BaseException:
