@@ -241,14 +241,17 @@ def test_errors_name_the_line_in_later_slices(tiny, tmp_path):
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def save_tables(folder: Path, table) -> list[Path]:
-    from pyarrow import feather, ipc, parquet
+def save_tables(folder: Path, table, *names: str) -> list[Path]:
+    """In each format, or those named."""
+    from pyarrow import ipc, parquet
 
-    parquet.write_table(table, folder / "a.parquet", row_group_size=7)
-    feather.write_feather(table, folder / "b.feather", chunksize=9)
-    with ipc.new_stream(folder / "c.arrow", table.schema) as stream:
-        stream.write_table(table, max_chunksize=11)
-    return [folder / name for name in ("a.parquet", "b.feather", "c.arrow")]
+    names = names or ("a.parquet", "b.feather", "c.arrow")
+    if "a.parquet" in names:
+        parquet.write_table(table, folder / "a.parquet", row_group_size=7)
+    for kind, name, rows in ((ipc.new_file, "b.feather", 9), (ipc.new_stream, "c.arrow", 11)):
+        with kind(folder / name, table.schema) as stream:
+            stream.write_table(table, max_chunksize=rows)
+    return [folder / name for name in names]
 
 
 def test_rows_of_tables_have_their_numbers(tiny, tmp_path):
@@ -267,11 +270,23 @@ def test_texts_of_tables_that_are_not_utf8(tiny, tmp_path):
     pa = pytest.importorskip("pyarrow")
     column = pa.array([*(text.encode() for text in TEXTS[:20]), b"\xff\xfe", b"The dog."]).view(pa.string())
     for path in save_tables(tmp_path, pa.table({"text": column})):
-        with pytest.raises(FormatError, match=rf"{path.name}, row 21 is not UTF-8"):
+        with pytest.raises(FormatError, match=rf"{path.name}, row 21 cannot be read: .*(?i:utf)"):
             H.harvest(tiny, path, RESID, out=tmp_path / f"x-{path.stem}")
         H.harvest(tiny, path, RESID, out=tmp_path / f"out-{path.stem}", skip_damaged=True, shard_tokens=50)
         with H.open(tmp_path / f"out-{path.stem}") as dataset:
             assert dataset.documents[:, 0].tolist() == [*range(20), 21]
+
+
+def test_tables_whose_rows_lie_outside_of_the_file(tiny, tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    offsets = pa.py_buffer(np.array([0, 3, 1 << 30, 5, 9], np.int32).tobytes())
+    column = pa.Array.from_buffers(pa.string(), 4, [None, offsets, pa.py_buffer(b"abcdefghi")])
+    for path in save_tables(tmp_path, pa.table({"text": column}), "b.feather", "c.arrow"):
+        with pytest.raises(FormatError, match=rf"{path.name}, row 2 cannot be read"):
+            H.harvest(tiny, path, RESID, out=tmp_path / f"x-{path.stem}")
+        H.harvest(tiny, path, RESID, out=tmp_path / f"out-{path.stem}", skip_damaged=True)
+        with H.open(tmp_path / f"out-{path.stem}") as dataset:
+            assert dataset.documents[:, 0].tolist() == [0, 3]
 
 
 def test_tables_are_read_once_for_all_slices(tiny, tmp_path, monkeypatch):

@@ -305,13 +305,14 @@ class _Table(Reader):
                     row += 1
 
     def _values(self, part: Any, number: int) -> list[object]:
-        """The rows of a batch, FormatError for one with a text that is not UTF-8."""
+        """The rows of a batch, FormatError for one that leads outside of the file or has a text that is not UTF-8."""
         try:
+            part.validate(full=True)
             rows: list[object] = part.to_pylist()
             return rows
-        except UnicodeDecodeError as error:
+        except (require("pyarrow.lib").ArrowInvalid, UnicodeDecodeError) as error:
             if part.num_rows == 1:
-                return [FormatError(f"{self.where(number)} is not UTF-8: {error}")]
+                return [FormatError(f"{self.where(number)} cannot be read: {_words(error)}")]
             return [row for i in range(part.num_rows) for row in self._values(part.slice(i, 1), number + i)]
 
     @abstractmethod
