@@ -280,6 +280,36 @@ def test_saelens_gated(tmp_path):
     check(sae, expected, expected @ w["W_dec"] + w["b_dec"])
 
 
+@pytest.mark.parametrize("r_mag", [100, 88.8])
+def test_scales_beyond_float32(tmp_path, r_mag):
+    tensors = weights(n=32) | {"r_mag": numbers(32), "b_mag": numbers(32), "b_gate": numbers(32)}
+    tensors["r_mag"][7] = r_mag
+    with pytest.raises(FormatError, match=rf"r_mag\[7\] is {r_mag}.*, expected a number whose exp is finite"):
+        SAE.load(saelens(tmp_path, tensors, architecture="gated"))
+
+
+@pytest.mark.parametrize(("value", "shown"), [(np.nan, "nan"), (1e30, "inf")])
+def test_norms_of_rows_that_are_not_finite(tmp_path, value, shown):
+    """A feature would never fire, or write nothing."""
+    tensors = weights(n=32)
+    tensors["W_dec"][5, 2] = value
+    folder = saelens(tmp_path, tensors, architecture="topk", k=3, rescale_acts_by_decoder_norm=True)
+    sae = SAE.load(folder)
+    with pytest.raises(FormatError, match=f"decoder's rows hold {shown}"):
+        sae.encode(X)
+    with pytest.raises(FormatError, match=f"decoder's rows hold {shown}"):
+        sae.add_feature(X.copy(), 5, np.ones(len(X), np.float32))
+
+
+def test_a_row_of_zeros_writes_nothing(tmp_path):
+    tensors = weights(n=32)
+    tensors["W_dec"][5] = 0
+    sae = SAE.load(saelens(tmp_path, tensors, architecture="topk", k=3, rescale_acts_by_decoder_norm=True))
+    out = X.copy()
+    sae.add_feature(out, 5, np.ones(len(X), np.float32))
+    np.testing.assert_array_equal(out, X)
+
+
 @pytest.mark.parametrize("architecture", [j + s + "transcoder" for j in ("", "jumprelu_") for s in ("", "skip_")])
 def test_saelens_transcoder(tmp_path, architecture):
     """b_dec is of the output's width, and W_skip is [d_out, d_in]."""

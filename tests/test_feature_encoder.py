@@ -158,6 +158,35 @@ def test_numbers_that_are_not_finite(bad, k):
         assert made.encode(rng.standard_normal((m, 20), dtype=np.float32), 0, 1000)
 
 
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize(
+    ("raw", "steps"),
+    [
+        (2e38, {"before": 3e38}),
+        (-2e38, {"before": -3e38}),
+        (2e38, {"scale": 2}),
+        (2e38, {"before": 1, "scale": -2}),
+        (2e38, {"scale": 1, "after": 3e38}),
+        (2e38, {"scale": 4, "gate": -3e38}),
+        (1, {"scale": np.inf}),
+        (1, {"scale": np.nan}),
+    ],
+)
+def test_values_that_are_not_finite(raw, steps, k):
+    """The pre-activation is finite, the value is not: whether it would fire or not, it is refused."""
+    n = 200
+    vectors = {name: np.full(n, name == "scale", np.float32) for name in steps}  # steps that change nothing
+    for name, value in steps.items():
+        vectors[name][70] = value
+    w = np.ones((1, n), np.float32)
+    w[0, 70] = raw
+    for m in (2, 30):
+        made = encoder(w, threads=THREE, k=k, **vectors)
+        with pytest.raises(FormatError, match="NaN or infinities for features"):
+            made.encode(np.ones((m, 1), np.float32))
+        made.encode(np.ones((m, 1), np.float32), 71, 100)
+
+
 PROBE = """
 import hashlib, numpy as np
 from gemma4 import _engine

@@ -3,8 +3,8 @@
 
 enum { FIRE_AT_ONCE = 64 };
 
-/* The values of up to 16 features from `at` on; 1 in hits where one fires. Returns 0 or, for a NaN or an infinity, NaN
- * in the lane of its feature. Lanes past n are 0 throughout: 0 > least never holds. */
+/* The values of up to 16 features from `at` on; 1 in hits where one fires, else 0. Returns the hits, with NaN in the lane
+ * of a feature whose value is NaN or an infinity. Lanes past n are 0 throughout: 0 > least never holds. */
 static INLINE f32x16 fire_16(float *x, const g4_firing *f, int at, int n, f32x16 least, float *hits)
 {
     const bool whole = n >= 16;
@@ -29,7 +29,7 @@ static INLINE f32x16 fire_16(float *x, const g4_firing *f, int at, int n, f32x16
         x16_store_some(x, value, n);
     fires = x16_if_less(least, value, fires, zero);
     x16_store(hits, fires);
-    return x16_add(fires, x16_sub(raw, raw));
+    return x16_add(fires, x16_sub(value, value));
 }
 
 static int fire(float *x, const g4_firing *firing, int first, int n, float least, int32_t *ids)

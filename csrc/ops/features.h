@@ -24,7 +24,7 @@ typedef struct {
 } g4_features;
 
 /* The features [first, first + n) of x [m, inputs]. Takes scratch for 64 values of every row, and with k for k entries,
- * per thread. Fails with G4_EFORMAT if weights give NaN or infinities; *out is then empty. */
+ * per thread. Fails with G4_EFORMAT if a value is NaN or infinite; *out is then empty. */
 g4_status g4_encode_features(g4_exec *exec, const g4_dictionary *dictionary, const float *x, int m, int first, int n,
                              g4_features *out);
 void g4_features_free(g4_features *features);

@@ -8,7 +8,7 @@ enum {
     TASK_COLUMNS = G4_PANEL_COLUMNS, /* per task: x is read once for four panels */
     TASK_ROWS = 2304,                /* per task: packing 64 columns costs about 1 % of the matmul with this many … */
     LEAST_ROWS = 96,                 /* … and 20 % with this few, used only to keep more threads busy */
-    KERNEL_ROWS = 6,                 /* rows that the kernel computes at once: fewer cost as much */
+    KERNEL_ROWS = 6,                 /* rows at once of AVX2's kernel, half of AVX-512's: fewer cost as much */
     MOST_K = G4_PANEL_INPUTS,        /* inputs at once: four panels (288 KB) … */
     BLOCK_ROWS = 24                  /* … and this many rows of x (108 KB) stay in the second-level cache (512 KB) */
 };

@@ -469,14 +469,23 @@ def _saelens_activation(
             "(save_inference_model), which makes it jumprelu"
         )
     if architecture == "gated":
-        scale = np.exp(tensors.vector("r_mag", d_sae))
-        return Gated(tensors.vector("b_gate", d_sae), scale, tensors.vector("b_mag", d_sae))
+        return Gated(tensors.vector("b_gate", d_sae), _exp(tensors, "r_mag", d_sae), tensors.vector("b_mag", d_sae))
     b_enc = tensors.vector("b_enc", d_sae)
     if architecture == "topk":
         arguments = fields.get("activation_fn_kwargs", None)
         old = arguments.get("k") if is_dict(arguments) else None
         return TopK(b_enc, fields.integer("k", old, 1, d_sae), ranked_by)
     return Threshold(b_enc, np.zeros(d_sae, np.float32))
+
+
+def _exp(tensors: _Tensors, name: str, size: int) -> F32:
+    values = tensors.vector(name, size)
+    with np.errstate(over="ignore"):
+        scale = np.exp(values)
+    if not np.isfinite(scale).all():
+        first = int(np.argmin(np.isfinite(scale)))
+        tensors.fail(f"{name}[{first}] is {values[first]}, expected a number whose exp is finite in float32")
+    return scale
 
 
 # -- sparsify ----------------------------------------------------------------------------------------------------------

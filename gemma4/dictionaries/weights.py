@@ -184,7 +184,7 @@ class Weights:
         norm scales the output."""
         row = self.w_dec[feature].astype(np.float32)
         if self.by_norm:
-            row /= np.linalg.norm(row)
+            row /= _norms(row[None])[0] or 1
         part = amounts[:, None] * row
         if self.denormalise:
             part *= self._norm_of(x)[0] / np.float32(self.scale)
@@ -217,14 +217,24 @@ class Weights:
     def _written(self, ids: NDArray[np.int32], values: F32) -> F32:
         rows = self.w_dec[ids].astype(np.float32, copy=False)
         if self.by_norm:
-            values = values / np.linalg.norm(rows, axis=1)
+            norms = _norms(rows)
+            values = values / np.where(norms > 0, norms, 1)
         return matmul(values[None], rows)[0]
 
 
 def _row_norms(matrix: Array) -> F32:
     """float32 [rows]; reads all of it."""
     blocks = (matrix[first : first + _COLUMNS] for first in range(0, len(matrix), _COLUMNS))
-    return np.concatenate([np.linalg.norm(block.astype(np.float32), axis=1) for block in blocks])
+    return np.concatenate([_norms(block.astype(np.float32)) for block in blocks])
+
+
+def _norms(rows: F32) -> F32:
+    """float32 [rows]. Raises FormatError for one that is NaN or overflows: its feature would silently never fire."""
+    with np.errstate(over="ignore"):
+        norms = np.linalg.norm(rows, axis=1)
+    if not np.isfinite(norms).all():
+        raise FormatError(f"the norms of the decoder's rows hold {norms[~np.isfinite(norms)][0]}, expected finite numbers")
+    return norms
 
 
 def _has_rows(matrix: Array) -> bool:

@@ -2,8 +2,8 @@
 """A .safetensors file as named, typed, shaped views of one read-only mapping, without copies; and its writer.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes little-endian header length, a JSON object
-{name: {"dtype", "shape", "data_offsets": [begin, end)}, "__metadata__": {str: str}}, then the data. The header comes
-is untrusted: `parse_header` accepts exactly the files in which every tensor's span has the size its dtype and shape
+{name: {"dtype", "shape", "data_offsets": [begin, end)}, "__metadata__": {str: str}}, then the data. The header is
+untrusted: `parse_header` accepts exactly the files in which every tensor's span has the size its dtype and shape
 give and the spans tile the data, without holes or overlaps, to its last byte.
 """
 

@@ -292,7 +292,7 @@ def test_fire(kind: str) -> None:
             fires &= True if gate is None else x + gate > 0
             for isa in ISAS:
                 found, ids = testing.fire(isa, x, *steps, first, least)
-                if not np.isfinite(x).all():
+                if not np.isfinite(value).all():
                     assert ids is None, (isa, used, n)
                 else:
                     assert same(found, value) and np.array_equal(ids, np.flatnonzero(fires)), (isa, used, n)
