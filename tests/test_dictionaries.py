@@ -1097,3 +1097,42 @@ def test_edits_of_other_dictionaries_are_not_saved(tmp_path):
     sae = Own.load(saelens(tmp_path / "sae", weights(n=8)))
     with pytest.raises(TypeError, match="SAE or a Transcoder can be saved, got Own"):
         save_edits(AblateFeature(sae, 1), tmp_path / "e.safetensors")
+
+
+# ---- files that shrink while they are read ---------------------------------------------------------------------------
+
+
+READS = {
+    "encode": lambda sae: sae.encode(X),
+    "decode": lambda sae: sae.decode(join([], 32)),
+    "direction": lambda sae: sae.direction(3),
+    "values_of": lambda sae: sae.values_of(3, X),
+    "add_feature": lambda sae: sae.add_feature(X.copy(), 3, np.ones(len(X), np.float32)),
+    "fingerprint": lambda sae: sae.fingerprint,
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not shrink mapped files")
+@pytest.mark.parametrize("name", [*READS, "load"])
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch, name):
+    """Right after the check, reading begins: the zeros are never used."""
+    folder = saelens(tmp_path, weights(n=32))
+    sae = SAE.load(folder)
+    check = SafetensorsFile.check
+
+    def check_and_cut(file):
+        check(file)
+        os.truncate(file.path, 100)
+
+    if name == "load":
+        parse = SafetensorsFile._check_same
+
+        def cut(file, when):
+            parse(file, when)
+            os.truncate(file.path, 8)
+
+        monkeypatch.setattr(SafetensorsFile, "_check_same", cut)
+    else:
+        monkeypatch.setattr(SafetensorsFile, "check", check_and_cut)
+    with pytest.raises(FormatError, match=r"changed size|lost a part"):
+        READS[name](sae) if name in READS else SAE.load(folder)

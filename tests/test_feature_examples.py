@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from gemma4 import FormatError, StateError
 from gemma4.dictionaries import Example, Examples, FeatureSource
+from gemma4.load.safetensors import SafetensorsFile
 
 N, STORED, SEQUENCES, LENGTH, K = 12, 30, 9, 20, 10
 
@@ -220,3 +221,40 @@ def test_a_file_that_changes_or_is_closed(examples, tmp_path):
     examples.close()
     with pytest.raises(StateError, match="closed"):
         examples.density(0)
+
+
+CALLS = {
+    "densities": lambda examples: examples.densities,
+    "peaks": lambda examples: examples.peaks(),
+    "top": lambda examples: examples.top(1),
+    "density": lambda examples: examples.density(1),
+    "logits": lambda examples: examples.logits(1),
+    "histogram": lambda examples: examples.histogram(1),
+    "together": lambda examples: examples.together([1]),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not shrink mapped files")
+@pytest.mark.parametrize("name", list(CALLS))
+def test_a_file_that_shrinks_while_it_is_read(examples, tmp_path, monkeypatch, name):
+    check = SafetensorsFile.check
+
+    def check_and_cut(file):
+        check(file)
+        os.truncate(tmp_path / "examples.safetensors", 400)
+
+    monkeypatch.setattr(SafetensorsFile, "check", check_and_cut)
+    with pytest.raises(FormatError, match=r"changed size|lost a part"):
+        CALLS[name](examples)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_frequencies_that_are_no_numbers(data, tmp_path, bad):
+    frequencies = data["feature_frequencies"].copy()
+    frequencies[3] = bad
+    save_file(data | {"feature_frequencies": frequencies}, tmp_path / "examples.safetensors")
+    with Examples.load(tmp_path) as examples:
+        assert examples.density(2) == data["feature_frequencies"][2]
+        for call in (lambda: examples.density(3), lambda: examples.densities):
+            with pytest.raises(FormatError, match=rf"feature_frequencies\[3\] is {bad}, expected a finite number"):
+                call()

@@ -2,6 +2,7 @@
 """Crosscoders and cross-layer transcoders in files written here; results by their formula in float64."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 
 import gemma4
 from gemma4 import SAE, Crosscoder, CrossLayerTranscoder, FormatError, StateError
+from gemma4.load.safetensors import SafetensorsFile
 
 D, N, LAYERS, POS = 16, 70, 3, 6
 
@@ -263,3 +265,22 @@ def test_wrong_calls(tmp_path):
 
 def test_public_names():
     assert {"Crosscoder", "CrossLayerTranscoder"} <= set(gemma4.__all__) & set(gemma4.dictionaries.__all__)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not shrink mapped files")
+@pytest.mark.parametrize("name", ["encode", "decode", "direction"])
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch, name):
+    rng = np.random.default_rng(8)
+    clt = CrossLayerTranscoder.load(written(tmp_path, tensors(rng)))
+    x = rng.standard_normal((LAYERS, POS, D)).astype(np.float32)
+    arguments = {"encode": (x,), "decode": (clt.encode(x),), "direction": (1, 3)}[name]
+    check = SafetensorsFile.check
+
+    def check_and_cut(file):
+        check(file)
+        if file.path.name == f"params_layer_{LAYERS - 1}.safetensors":  # the last: all were found to be the same
+            os.truncate(tmp_path / "params_layer_1.safetensors", 100)
+
+    monkeypatch.setattr(SafetensorsFile, "check", check_and_cut)
+    with pytest.raises(FormatError, match=r"changed size|lost a part"):
+        getattr(clt, name)(*arguments)

@@ -76,7 +76,7 @@ def run_features(load: Callable[[], Model], args: argparse.Namespace) -> None:
         write_file(args.html, picture.page().encode(), force=args.force)
         say(f"page: {args.html}")
     if args.json is not None:
-        text = json.dumps(shown.neuronpedia(features, logits, near), indent=1) + "\n"
+        text = json.dumps(shown.neuronpedia(features, logits, near), indent=1, allow_nan=False) + "\n"
         write_file(args.json, text.encode(), force=args.force)
         say(f"JSON: {args.json}")
 

@@ -8,7 +8,8 @@ out_l = sum_i features_i @ w_dec_i[:, l] + b_dec_l [+ x_l @ skip_l]
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeAlias, cast
 
@@ -88,8 +89,8 @@ class LayeredDictionary:
         TypeError, StateError (closed), FormatError (a file changed, or holds NaN).
         """
         rows = self._inputs(x)
-        self._check()
-        found = [one.encode(part) for one, part in zip(self._opened.weights, rows, strict=True)]
+        with self._reading():
+            found = [one.encode(part) for one, part in zip(self._opened.weights, rows, strict=True)]
         if not isinstance(x, Cache):
             return found
         return [without_rows(features, x.positions < self.skip_positions) for features in found]
@@ -106,15 +107,15 @@ class LayeredDictionary:
             raise ValueError(f"{self!r} needs the input besides: decode(features, x)")
         if inputs is not None and len(inputs[0]) != len(features[0]):
             raise ValueError(f"features of {len(features[0])} positions, but x has {len(inputs[0])}")
-        self._check()
         out = np.zeros((len(features[0]), self.n_layers, self.d_out), np.float32)
-        for weights, part in zip(self._opened.weights, features, strict=True):
-            out += weights.decode(part, None).reshape(out.shape)
-        out += self._opened.b_dec
         ready_blas()
-        for layer, skip in enumerate(self._opened.skips):
-            if skip is not None and inputs is not None:
-                out[:, layer] += matmul(inputs[layer], skip)
+        with self._reading():
+            for weights, part in zip(self._opened.weights, features, strict=True):
+                out += weights.decode(part, None).reshape(out.shape)
+            out += self._opened.b_dec
+            for layer, skip in enumerate(self._opened.skips):
+                if skip is not None and inputs is not None:
+                    out[:, layer] += matmul(inputs[layer], skip)
         return [np.ascontiguousarray(out[:, layer]) for layer in range(self.n_layers)]
 
     def direction(self, layer: int, feature: int) -> F32:
@@ -122,9 +123,10 @@ class LayeredDictionary:
         order of `sites`. Raises IndexError."""
         if not is_integer(layer) or not 0 <= layer < self.n_layers:
             raise IndexError(f"there is no layer {layer!r:.40}, the dictionary has 0 to {self.n_layers - 1}")
-        self._check()
-        row = self._opened.weights[layer].w_dec[check_feature(feature, self.d_sae)]
-        return np.array(row, np.float32).reshape(self.n_layers, self.d_out)
+        check_feature(feature, self.d_sae)
+        with self._reading():
+            row = np.array(self._opened.weights[layer].w_dec[feature], np.float32)
+        return row.reshape(self.n_layers, self.d_out)
 
     def __call__(self, x: LayeredActivations) -> list[F32]:
         """decode(encode(x)), float32 [pos, d_out] of each layer."""
@@ -169,9 +171,12 @@ class LayeredDictionary:
                 found = f"{len(part)} positions of {part.d_sae} features"
                 raise ValueError(f"layer {layer}: {found}, expected {len(features[0])} of {self.d_sae}")
 
-    def _check(self) -> None:
-        for file in self._opened.files:
-            file.check()
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        with ExitStack() as files:
+            for file in self._opened.files:
+                files.enter_context(file.reading())
+            yield
 
     def close(self) -> None:
         """Release the files. Using the dictionary afterwards raises StateError."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, Self, TypeAlias
 
@@ -58,6 +59,14 @@ class Histogram(NamedTuple):
 
     counts: NDArray[np.int64]
     edges: NDArray[np.float64]
+
+
+class Stored(NamedTuple):
+    """Stored activations of a feature, which are not 0. values: float32 [n]; sequences, positions: int64 [n]."""
+
+    values: F32
+    sequences: NDArray[np.int64]
+    positions: NDArray[np.int64]
 
 
 class FeatureSource(Protocol):
@@ -160,13 +169,20 @@ class Examples:
 
     @property
     def densities(self) -> F32:
-        """The share of tokens at which each feature fires, float32 [d_sae]."""
-        self._check()
-        return np.array(self._tensors["feature_frequencies"], np.float32)
+        """The share of tokens at which each feature fires, float32 [d_sae]. Raises FormatError, StateError."""
+        return self._shares(slice(None))
 
     def density(self, feature: int) -> float:
-        """The share of tokens at which the feature fires. Raises IndexError, StateError (closed)."""
-        return float(self._row("feature_frequencies", feature))
+        """The share of tokens at which the feature fires. Raises IndexError, FormatError, StateError (closed)."""
+        feature = check_feature(feature, self.d_sae)
+        return float(self._shares(slice(feature, feature + 1))[0])
+
+    def _shares(self, features: slice) -> F32:
+        shares = self._read("feature_frequencies", features).astype(np.float32)
+        if not np.isfinite(shares).all():
+            bad = int(np.argmin(np.isfinite(shares)))
+            self._fail(f"feature_frequencies[{(features.start or 0) + bad}] is {shares[bad]}, expected a finite number")
+        return shares
 
     def histogram(self, feature: int, bins: int = 40) -> Histogram:
         """Counts of the stored, strongest activations. Raises IndexError, ValueError, FormatError, StateError."""
@@ -183,28 +199,33 @@ class Examples:
         if context is not None and (not is_integer(context) or context < 0):
             raise ValueError(f"context must be a whole number from 0 on, or None, got {context!r:.60}")
         around = None if context is None else int(context)
-        values, sequences, positions = self._stored(feature)
+        stored = self._stored(feature)
+        values, sequences, positions = stored
         order = np.lexsort((positions, sequences, -values))
         found: dict[int, int] = {}  # the strongest entry of each sequence
         for entry in order:
-            found.setdefault(int(sequences[entry]), int(entry))
+            found.setdefault(int(sequences[entry]), int(positions[entry]))
             if len(found) == n:
                 break
-        return [
-            self._example(sequence, int(positions[entry]), around, positions[at := sequences == sequence], values[at])
-            for sequence, entry in found.items()
-        ]
+        return [self._example(feature, stored, sequence, position, around) for sequence, position in found.items()]
 
-    def _example(self, sequence: int, position: int, context: int | None, positions: Any, values: F32) -> Example:
-        """values: of the feature at `positions` of the sequence."""
-        tokens = np.asarray(self._tokens_of(sequence))
-        if positions.max() >= len(tokens):
-            self._fail(f"position {positions.max()} of sequence {sequence}, which has {len(tokens)} tokens")
-        whole = np.zeros(len(tokens), np.float32)
-        whole[positions] = values
-        start, stop = (0, len(tokens)) if context is None else (max(0, position - context), position + context + 1)
-        self._check()
-        return Example(tokens[start:stop].astype(np.int32), whole[start:stop], sequence, start)
+    def _example(self, feature: int, stored: Stored, sequence: int, position: int, context: int | None) -> Example:
+        with self._reading():
+            tokens = np.array(self._tokens_of(sequence), np.int32)
+        last = int(stored.positions[stored.sequences == sequence].max())
+        if last >= len(tokens):
+            self._fail(f"position {last} of sequence {sequence}, which has {len(tokens)} tokens")
+        start, stop = 0, len(tokens)
+        if context is not None:
+            start, stop = max(0, position - context), min(stop, position + context + 1)
+        return Example(tokens[start:stop], self._heat(feature, stored, sequence, start, stop), sequence, start)
+
+    def _heat(self, feature: int, stored: Stored, sequence: int, start: int, stop: int) -> F32:
+        """The feature at positions [start, stop) of a sequence, float32 [stop - start], as far as it is known."""
+        values = np.zeros(stop - start, np.float32)
+        here = (stored.sequences == sequence) & (stored.positions >= start) & (stored.positions < stop)
+        values[stored.positions[here] - start] = stored.values[here]
+        return values
 
     def peaks(self) -> tuple[F32, I32]:
         """Each feature's largest stored activation and the token there: float32, int32 [d_sae]; 0 and -1 without one.
@@ -212,13 +233,15 @@ class Examples:
         Reads all activations once. Raises FormatError, StateError.
         """
         values, tokens = np.zeros(self.d_sae, np.float32), np.full(self.d_sae, -1, np.int32)
-        for first, stored in self._blocks():
-            at = stored.argmax(axis=1)
-            values[first : first + len(stored)] = np.take_along_axis(stored, at[:, None], 1)[:, 0]
-            for feature in map(int, np.flatnonzero(values[first : first + len(stored)] > 0) + first):
-                sequence, position = (int(self._row(name, feature)[at[feature - first]]) for name in _NEEDED[1:3])
-                self._check_place(feature, sequence, position)
-                tokens[feature] = self._tokens_of(sequence)[position]
+        for rows, stored in self._blocks():
+            at = stored.argmax(axis=1)[:, None]
+            values[rows] = np.take_along_axis(stored, at, 1)[:, 0]
+            places = [np.take_along_axis(self._read(name, rows), at, 1)[:, 0] for name in _NEEDED[1:3]]
+            with self._reading():
+                for i in np.flatnonzero(values[rows] > 0):
+                    feature, sequence, position = rows.start + int(i), int(places[0][i]), int(places[1][i])
+                    self._check_place(feature, sequence, position)
+                    tokens[feature] = self._tokens_of(sequence)[position]
         return values, tokens
 
     def together(self, features: Sequence[int], n: int = 10) -> list[list[tuple[int, float]]]:
@@ -229,23 +252,22 @@ class Examples:
         """
         _check_count("n", n)
         own = [np.unique(_places(*self._stored(feature)[1:])) for feature in features]
-        shares = np.zeros((len(own), self.d_sae), np.float64)
-        for first, stored in self._blocks():
-            rows = slice(first, first + len(stored))
-            keys = _places(*(np.array(self._tensors[name][rows], np.int64) for name in _NEEDED[1:3]))
+        best: list[list[tuple[int, float]]] = [[] for _ in own]  # so far
+        for rows, stored in self._blocks():
+            keys = _places(*(self._read(name, rows).astype(np.int64) for name in _NEEDED[1:3]))
             keys[stored <= 0] = -1
-            for row, places in enumerate(own):
-                if len(places):
-                    shares[row, rows] = np.isin(keys, places).sum(axis=1) / len(places)
-        shares[np.arange(len(own)), list(features)] = 0
-        order = np.argsort(-shares, axis=1, kind="stable")[:, :n]
-        return [[(int(i), float(row[i])) for i in at if row[i] > 0] for row, at in zip(shares, order, strict=True)]
+            for row, (feature, places) in enumerate(zip(features, own, strict=True)):
+                counts = np.isin(keys, places).sum(axis=1)
+                others = [rows.start + int(i) for i in np.flatnonzero(counts)]
+                found = [(i, float(counts[i - rows.start] / len(places))) for i in others if i != feature]
+                best[row] = sorted(best[row] + found, key=lambda one: -one[1])[:n]
+        return best
 
-    def _blocks(self) -> Iterator[tuple[int, F32]]:
-        """(first feature, float32 [features, n_examples]) of all stored activations."""
-        self._check()
+    def _blocks(self) -> Iterator[tuple[slice, F32]]:
+        """(features, float32 [features, n_examples]) of all stored activations."""
         for first in range(0, self.d_sae, _BLOCK):
-            yield first, np.array(self._tensors["activations"][first : first + _BLOCK], np.float32)
+            rows = slice(first, min(first + _BLOCK, self.d_sae))
+            yield rows, self._read("activations", rows).astype(np.float32)
 
     def _check_place(self, feature: int, sequence: int, position: int) -> None:
         if not 0 <= sequence < self._n_sequences:
@@ -271,8 +293,8 @@ class Examples:
         order = np.argsort(-logits if side == "top" else logits, kind="stable")
         return Ranked(tokens[order], logits[order])
 
-    def _stored(self, feature: int) -> tuple[F32, NDArray[np.int64], NDArray[np.int64]]:
-        """Activations that are not 0, the numbers of their sequences, and their positions."""
+    def _stored(self, feature: int) -> Stored:
+        """Of activations that are not 0."""
         values = np.array(self._row("activations", feature), np.float32)
         if not np.isfinite(values).all():
             self._fail(f"activations of feature {feature} hold NaN or infinities")
@@ -283,18 +305,20 @@ class Examples:
                 self._fail(
                     f"{name} of feature {feature} are {numbers.min()} to {numbers.max()}, expected 0 to {most - 1}"
                 )
-        return values[at], sequences, positions
+        return Stored(values[at], sequences, positions)
 
     def _row(self, name: str, feature: int) -> Any:
-        check_feature(feature, self.d_sae)
-        self._check()
-        return self._tensors[name][feature]
+        return self._read(name, check_feature(feature, self.d_sae))
+
+    def _read(self, name: str, features: int | slice) -> Any:
+        """A copy."""
+        with self._reading():
+            return np.array(self._tensors[name][features])
 
     # -- life ----------------------------------------------------------------------------------------------------------
 
-    def _check(self) -> None:
-        if self._file is not None:
-            self._file.check()
+    def _reading(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._file is None else self._file.reading()
 
     def close(self) -> None:
         """Release the file. Using the examples afterwards raises StateError."""

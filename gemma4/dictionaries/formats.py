@@ -133,7 +133,9 @@ class OpenedLayers:
 def open_dictionary(path: Path) -> Opened:
     """Raises FileNotFoundError, OSError, FormatError (damaged, no dictionary, a pickle), NotImplementedError."""
     reader, path = _recognise(path)
-    return reader(path)
+    opened = reader(path)
+    opened.file.check()
+    return opened
 
 
 def _recognise(path: Path) -> tuple[Callable[[Path], Opened], Path]:
@@ -295,6 +297,8 @@ def open_layers(folder: Path, kind: Literal["crosscoder", "clt"]) -> OpenedLayer
         layers = _layers(folder, len(files), stated or kind)
         names = zip(("hf_hook_point_in", "hf_hook_point_out"), _LAYERED_SITES[stated or kind], strict=True)
         sites, sites_out = (_sites(fields, name, stem, layers) for name, stem in names)
+        for file in files:
+            file.check()
         return OpenedLayers(
             tuple(files),
             weights,

@@ -96,8 +96,8 @@ class Dictionary:
         return without_rows(features, cache.positions < self.skip_positions)
 
     def _encode(self, rows: F32) -> Features:
-        self._file.check()
-        return self._weights.encode(rows)
+        with self._file.reading():
+            return self._weights.encode(rows)
 
     def decode(self, features: Features, x: Activations | None = None) -> F32:
         """The reconstruction, float32 [pos, d_out]; only decoder rows of features that fired are read.
@@ -112,20 +112,21 @@ class Dictionary:
         rows = None if x is None else self._rows(x)
         if rows is not None and len(rows) != len(features):
             raise ValueError(f"features of {len(features)} positions, but x has {len(rows)}")
-        self._file.check()
-        return self._weights.decode(features, rows)
+        with self._file.reading():
+            return self._weights.decode(features, rows)
 
     def direction(self, feature: int) -> F32:
         """The direction that a feature writes, its row of the decoder, float32 [d_out]. Raises IndexError."""
-        self._file.check()
-        return np.array(self._weights.w_dec[check_feature(feature, self.d_sae)], np.float32)
+        check_feature(feature, self.d_sae)
+        with self._file.reading():
+            return np.array(self._weights.w_dec[feature], np.float32)
 
     def values_of(self, feature: int, x: Activations) -> F32:
         """One feature at every position, float32 [pos]. Raises what `encode` raises, and IndexError."""
         check_feature(feature, self.d_sae)
         rows = self._rows(x)
-        self._file.check()
-        return self._weights.values_of(feature, rows)
+        with self._file.reading():
+            return self._weights.values_of(feature, rows)
 
     def add_feature(self, out: F32, feature: int, amounts: F32) -> None:
         """Change the site that the dictionary writes, in place, as if a feature fired more strongly.
@@ -133,9 +134,10 @@ class Dictionary:
         out: float32 [pos, d_out] (or heads). amounts: float32 [pos]; positions with 0 keep their bits.
         """
         check_feature(feature, self.d_sae)
-        self._file.check()
         rows, at = out.reshape(len(out), -1), amounts != 0
-        rows[at] += self._weights.written_by(feature, amounts[at], rows[at])
+        with self._file.reading():
+            written = self._weights.written_by(feature, amounts[at], rows[at])
+        rows[at] += written
 
     def __call__(self, x: Activations) -> F32:
         """decode(encode(x)), float32 [pos, d_out]."""
@@ -170,8 +172,8 @@ class Dictionary:
     def fingerprint(self) -> str:
         """Names a dictionary: 64 hexadecimal digits of its tensors' names and shapes, its configuration and a sample of
         its file, 64 pages. Raises what `encode` raises for a file that changed."""
-        self._file.check()
-        return _fingerprint(self._file, self.metadata)
+        with self._file.reading():
+            return _fingerprint(self._file, self.metadata)
 
     @property
     def model_fingerprint(self) -> str | None:

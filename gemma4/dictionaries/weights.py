@@ -233,7 +233,9 @@ def _norms(rows: F32) -> F32:
     with np.errstate(over="ignore"):
         norms = np.linalg.norm(rows, axis=1)
     if not np.isfinite(norms).all():
-        raise FormatError(f"the norms of the decoder's rows hold {norms[~np.isfinite(norms)][0]}, expected finite numbers")
+        raise FormatError(
+            f"the norms of the decoder's rows hold {norms[~np.isfinite(norms)][0]}, expected finite numbers"
+        )
     return norms
 
 

@@ -14,6 +14,7 @@ import mmap
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,14 @@ class MappedFile(ABC):
             return  # deleted or moved: the mapping keeps the old file alive
         if (now.st_dev, now.st_ino) != (self._stat.st_dev, self._stat.st_ino):
             raise FormatError(f"{self.path} was replaced by another file since it was loaded; load it again")
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """`with file.reading():` around code that reads: `check` before and after it, so that nothing of a file that
+        changed meanwhile is used."""
+        self.check()
+        yield
+        self.check()
 
     def _check_same(self, when: str) -> None:
         now = os.fstat(self._fd)
