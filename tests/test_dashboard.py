@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from test_feature_examples import LENGTH, SEQUENCES, N, grid, tensors
 from test_html import HOSTILE, Page
 
@@ -16,8 +18,11 @@ import gemma4
 from gemma4 import harvest, html
 from gemma4.cli import main
 from gemma4.dictionaries import Examples, Features
+from gemma4.harvest.cards import HarvestedFeatures
 from gemma4.html.markup import number, visible
+from gemma4.interp import dashboard
 from gemma4.interp.dashboard import direct_logits, feature_card, holding, neuronpedia
+from gemma4.load.safetensors import SafetensorsFile
 
 TEXTS = [
     "When Mary and John went to the store, John gave a book to Mary.",
@@ -164,6 +169,36 @@ def test_direct_logits(tiny, sae):
         direct_logits(tiny, SimpleNamespace(d_out=64), [0])
 
 
+def test_direct_logits_of_many_features(tiny, sae, monkeypatch):
+    """The blocks change nothing, nor more tokens than there are."""
+    with gemma4.SAE.load(sae) as dictionary:
+        directions = np.stack([dictionary.direction(i) for i in range(48)]) * tiny.gain("norm")
+        logits = directions @ tiny.unembed(slice(None)).T
+        monkeypatch.setattr(dashboard, "_ROWS", 37)
+        monkeypatch.setattr(dashboard, "_DIRECTIONS", 5)
+        for k in (6, tiny.d_vocab + 9):
+            found = direct_logits(tiny, dictionary, range(48), k=k)
+            for (up, down), row in zip(found, logits, strict=True):
+                assert len(up.tokens) == len(down.tokens) == min(k, tiny.d_vocab)
+                np.testing.assert_allclose(up.logits, np.sort(row)[::-1][:k], rtol=1e-4, atol=1e-4)
+                np.testing.assert_allclose(down.logits, np.sort(row)[:k], rtol=1e-4, atol=1e-4)
+                np.testing.assert_allclose(row[up.tokens], up.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("site", "fits"),
+    [("hook_attn_out", True), ("hook_mlp_out", True), ("hook_resid_mid", True)]
+    + [(site, False) for site in ("ln2.hook_normalized", "mlp.hook_in", "mlp.hook_out", "attn.hook_out")],
+)
+def test_direct_logits_need_the_residual_stream(tiny, sae, site, fits):
+    with gemma4.SAE.load(sae, site=f"blocks.1.{site}") as dictionary:
+        if fits:
+            assert direct_logits(tiny, dictionary, [3])
+        else:
+            with pytest.raises(ValueError, match=f"writes blocks.1.{site}, which is not in the space of the residual"):
+                direct_logits(tiny, dictionary, [3])
+
+
 def test_holding():
     assert holding("mary", [" Mary", "Ros\nemary", "Mar y"]).tolist() == [True, True, False]
     assert holding("·M", [" Mary", "Mary"]).tolist() == [True, False]
@@ -251,6 +286,82 @@ def test_features_of_a_harvest(tiny, acts, sae, capsys, tmp_path):
     assert made[0]["pos_str"] == tiny.to_str_tokens(up.tokens)
 
 
+def test_search_finds_what_features_of_a_harvest_raise(tiny, acts, sae, capsys, monkeypatch):
+    """A text that no strongest token holds; also where features are searched in several blocks."""
+    monkeypatch.setattr("gemma4.cli.features._SEARCHED", 7)
+    with HarvestedFeatures(harvest.open(acts)) as source, gemma4.SAE.load(sae) as dictionary:
+        peaks, tokens = source.peaks()
+        alive = np.flatnonzero(peaks > 0)
+        there = tiny.to_str_tokens(tokens[alive])
+        raised = [tiny.to_str_tokens(up.tokens) for up, _ in direct_logits(tiny, dictionary, alive.tolist())]
+    wanted = next(text for texts in raised for text in texts if len(text) > 3 and not holding(text, there).any())
+    expected = [int(i) for i, texts in zip(alive, raised, strict=True) if holding(wanted, texts).any()]
+    argv = ["features", str(acts), "--search", visible(wanted), "--sort", "index", "--count", "48"]
+    assert main([*argv, "--sae", str(sae)]) == 0
+    assert [int(row[0]) for row in rows_of(capsys.readouterr().out)] == expected
+    assert main(argv) == 2 and "no feature fires with" in capsys.readouterr().err
+
+
+def test_cards_of_a_harvest_count_every_value(tiny, sae, tmp_path):
+    """With one example of each feature, and several shards."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS * 3), encoding="utf-8")
+    harvest.harvest(tiny, corpus, [], out=tmp_path / "out", sae=sae, examples=1, shard_tokens=40)
+    dataset = harvest.open(tmp_path / "out")
+    assert dataset.n_shards > 1
+    dense = np.concatenate([dataset.features(shard).dense() for shard in range(dataset.n_shards)])
+    with HarvestedFeatures(dataset) as source:
+        for feature in range(48):
+            values = dense[:, feature][dense[:, feature] > 0]
+            counts, edges = source.histogram(feature, 7)
+            np.testing.assert_allclose(edges, np.linspace(0, values.max(initial=0) or 1, 8), rtol=1e-6)
+            wanted = np.histogram(values, np.linspace(0, values.max(initial=0) or 1, 8))[0]
+            assert counts.sum() == len(values) and np.abs(counts - wanted).sum() <= 2  # at edges, float32 rounds
+            for context in (None, 3):
+                for example in source.top(feature, context=context):
+                    first = int(dataset.bounds[example.sequence]) + example.start
+                    rows = slice(first, first + len(example.tokens))
+                    np.testing.assert_array_equal(example.values, dense[rows, feature])
+                    np.testing.assert_array_equal(example.tokens, dataset["tokens"][rows])
+        busy = int((dense > 0).sum(axis=0).argmax())
+        assert (dense[:, busy] > 0).sum() > 1 and (source.top(busy, context=None)[0].values > 0).sum() > 1
+        for wrong in (-1, 48):
+            with pytest.raises(IndexError, match="no feature"):
+                source.histogram(wrong)
+        with pytest.raises(ValueError, match="bins must be"):
+            source.histogram(0, 0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("ids", 48), ("ids", -1), ("values", np.nan), ("values", np.inf)])
+def test_damaged_features_of_a_harvest_are_said(acts, monkeypatch, name, value):
+    dataset = harvest.open(acts)
+    whole = dataset.features(0)
+    broken = getattr(whole, name).copy()
+    broken[len(broken) // 2] = value
+    monkeypatch.setattr(dataset, "features", lambda shard, dictionary: dataclasses.replace(whole, **{name: broken}))
+    with pytest.raises(gemma4.FormatError, match="the features of shard 0 are damaged"):
+        HarvestedFeatures(dataset).histogram(0)
+
+
+def twin(sae, folder):
+    """A dictionary of the same widths."""
+    shutil.copytree(sae, folder)
+    stored = load_file(folder / "sae_weights.safetensors")
+    save_file(stored | {"b_dec": stored["b_dec"] + 1}, folder / "sae_weights.safetensors")
+
+
+def near(folder):
+    """tiny-e after a step of training: the same tokenizer, other weights."""
+    shutil.copytree(gemma4.load("tiny-e").checkpoint.path, folder, ignore=shutil.ignore_patterns("dictionaries"))
+    file = folder / "model.safetensors"
+    stored = SafetensorsFile(file)
+    info = next(info for name, info in stored.tensors.items() if name.endswith("norm.weight"))
+    stored.close()
+    raw = bytearray(file.read_bytes())
+    raw[info.offset] ^= 1
+    file.write_bytes(raw)
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -267,11 +378,17 @@ def test_features_of_a_harvest(tiny, acts, sae, capsys, tmp_path):
         (["acts", "--dictionary", "3"], "has 1, counted from 0"),
         (["acts", "--model", "random"], "another tokenizer"),
         (["plain"], "harvest with --sae"),
+        (["acts", "--sae", "twin"], "is another dictionary than sae"),
+        (["acts", "--sae", "sae", "--model", "near"], "was made with another model"),
     ],
 )
 def test_errors_are_one_line(tiny, scope, acts, sae, random_dir, tmp_path, monkeypatch, capsys, argv, words):
     for name, path in (("scope", scope), ("acts", acts), ("sae", sae), ("random", random_dir)):
         (tmp_path / name).symlink_to(path)
+    if "twin" in argv:
+        twin(sae, tmp_path / "twin")
+    if "near" in argv:
+        near(tmp_path / "near")
     if "plain" in argv:
         corpus = tmp_path / "c.txt"
         corpus.write_text("one two", encoding="utf-8")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from gemma4.model import Model
 
 I64: TypeAlias = NDArray[np.int64]
+_SEARCHED = 4096  # features whose raised tokens are computed at once
 Near: TypeAlias = list[tuple[int, float]]  # other features, and how strongly they go together
 
 
@@ -63,7 +65,11 @@ def run_features(load: Callable[[], Model], args: argparse.Namespace) -> None:
             check_output(path, force=args.force, devices=True)
     if args.html is not None and args.json is not None and args.html.absolute() == args.json.absolute():
         raise ValueError(f"--html and --json both name {args.html}")
-    shown = _Shown(load, args)
+    with ExitStack() as files:
+        _show(_Shown(load, args, files), args)
+
+
+def _show(shown: _Shown, args: argparse.Namespace) -> None:
     features = shown.chosen()
     out = console()
     out.print(styled(f"{shown.source!r}; {shown.n_alive:,} of them fire", out))
@@ -84,20 +90,21 @@ def run_features(load: Callable[[], Model], args: argparse.Namespace) -> None:
 class _Shown:
     """The source, and what gives tokens their texts."""
 
-    def __init__(self, load: Callable[[], Model], args: argparse.Namespace) -> None:
+    def __init__(self, load: Callable[[], Model], args: argparse.Namespace, files: ExitStack) -> None:
         from gemma4.dictionaries.examples import Examples
 
         self._args = args
         self._dataset: Dataset | None = None
         is_harvest = (args.source / "manifest.json").exists()
-        self.source: Examples = self._open_harvest() if is_harvest else Examples.load(args.source)
+        self.source: Examples = files.enter_context(self._open_harvest() if is_harvest else Examples.load(args.source))
         self.model = self._model(load)
+        self._dictionary = None if args.sae is None else files.enter_context(self._open_dictionary(self.model))
         self.peaks, self.peak_tokens = self.source.peaks()
         self.n_alive = int((self.peaks > 0).sum())
 
     def _open_harvest(self) -> Examples:
         from gemma4 import harvest
-        from gemma4.dictionaries.examples import Examples
+        from gemma4.harvest.cards import HarvestedFeatures
 
         self._dataset = dataset = harvest.open(self._args.source)
         if not dataset.dictionaries:
@@ -105,13 +112,7 @@ class _Shown:
         if not 0 <= self._args.dictionary < len(dataset.dictionaries):
             n = len(dataset.dictionaries)
             raise ValueError(f"--dictionary {self._args.dictionary}: {self._args.source} has {n}, counted from 0")
-        tokens, bounds = dataset["tokens"], dataset.bounds
-
-        def tokens_of(sequence: int) -> NDArray[np.integer]:
-            return tokens[int(bounds[sequence]) : int(bounds[sequence + 1])]
-
-        where = str(self._args.source)
-        return Examples(dataset.examples(self._args.dictionary), tokens_of, dataset.n_sequences, where)
+        return HarvestedFeatures(dataset, self._args.dictionary)
 
     def _model(self, load: Callable[[], Model]) -> Model | None:
         """The model of --model; of a harvest by a shipped model that one. Raises ValueError for another tokenizer."""
@@ -157,26 +158,39 @@ class _Shown:
         from gemma4.interp.dashboard import holding
 
         found = holding(words, self.texts(self.peak_tokens[features]))
-        for at in np.flatnonzero(~found):
-            found[at] = holding(words, self.texts(self.source.logits(int(features[at]))[0].tokens)).any()
+        left = np.flatnonzero(~found)
+        for first in range(0, len(left), _SEARCHED):
+            part = left[first : first + _SEARCHED]
+            for at, (up, _) in zip(part, self.logits(features[part].tolist()), strict=True):
+                found[at] = holding(words, self.texts(up.tokens)).any()
         return found
 
     def logits(self, features: Sequence[int]) -> list[Logits]:
         """The tokens that each feature raises and lowers: as stored, or by --sae and the model's head."""
-        if self._args.sae is None:
+        if self._dictionary is None or self.model is None:
             return [self.source.logits(feature) for feature in features]
-        if self.model is None:
-            raise ValueError("--sae needs --model besides: the model whose tokens the features raise")
-        from gemma4.harvest.dictionaries import open_dictionary
         from gemma4.interp.dashboard import direct_logits
 
-        with open_dictionary(self._args.sae) as dictionary:
-            self._check_dictionary(dictionary)
-            return direct_logits(self.model, dictionary, features)
+        return direct_logits(self.model, self._dictionary, features)
 
-    def _check_dictionary(self, dictionary: Dictionary) -> None:
+    def _open_dictionary(self, model: Model | None) -> Dictionary:
+        """That of --sae. Raises ValueError if it is not the one whose features are shown, or the model another one."""
+        from gemma4.harvest.dictionaries import fingerprint, open_dictionary
+        from gemma4.harvest.plan import model_fingerprint
+
+        if model is None:
+            raise ValueError("--sae needs --model besides: the model whose tokens the features raise")
+        source, path = self._args.source, self._args.sae
+        facts = None if self._dataset is None else self._dataset.dictionaries[self._args.dictionary]
+        dictionary = open_dictionary(path, None if facts is None else facts["site"])
         if dictionary.d_sae != self.source.d_sae:
-            raise ValueError(f"{dictionary!r} has {dictionary.d_sae} features, {self._args.source} {self.source.d_sae}")
+            raise ValueError(f"{dictionary!r} has {dictionary.d_sae} features, {source} {self.source.d_sae}")
+        if self._dataset is not None and facts is not None:
+            if fingerprint(path) != facts["fingerprint"]:
+                raise ValueError(f"{path} is another dictionary than {facts['name']}, with which {source} was made")
+            if model_fingerprint(model) != self._dataset.manifest["plan"]["model"]["fingerprint"]:
+                raise ValueError(f"{source} was made with another model than {self._args.model}: other weights")
+        return dictionary
 
     def table(self, features: Sequence[int], logits: Sequence[Logits]) -> Table:
         found = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -186,16 +186,16 @@ class Examples:
 
     def histogram(self, feature: int, bins: int = 40) -> Histogram:
         """Counts of the stored, strongest activations. Raises IndexError, ValueError, FormatError, StateError."""
-        _check_count("bins", bins)
-        values = self._stored(feature)[0]
+        bins = check_count("bins", bins)
+        values = self._stored(feature).values
         high = float(values.max(initial=0)) or 1.0
-        counts, edges = np.histogram(values, int(bins), (0.0, high))
+        counts, edges = np.histogram(values, bins, (0.0, high))
         return Histogram(counts.astype(np.int64), edges)
 
     def top(self, feature: int, n: int = 10, *, context: int | None = 24) -> list[Example]:
         """Up to n examples, as `FeatureSource` says. Raises IndexError, ValueError, FormatError (a damaged file),
         StateError."""
-        _check_count("n", n)
+        check_count("n", n)
         if context is not None and (not is_integer(context) or context < 0):
             raise ValueError(f"context must be a whole number from 0 on, or None, got {context!r:.60}")
         around = None if context is None else int(context)
@@ -250,7 +250,7 @@ class Examples:
 
         Reads all activations once. Raises IndexError, ValueError, FormatError, StateError.
         """
-        _check_count("n", n)
+        check_count("n", n)
         own = [np.unique(_places(*self._stored(feature)[1:])) for feature in features]
         best: list[list[tuple[int, float]]] = [[] for _ in own]  # so far
         for rows, stored in self._blocks():
@@ -348,6 +348,7 @@ def _is_bf16(array: NDArray[Any]) -> bool:
     return array.dtype.name == "bfloat16"
 
 
-def _check_count(what: str, given: object) -> None:
+def check_count(what: str, given: object) -> int:
     if not is_integer(given) or not 1 <= given <= 1 << 20:
         raise ValueError(f"{what} must be a whole number from 1 to {1 << 20}, got {given!r:.60}")
+    return int(given)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma4.dictionaries import Transcoder
 from gemma4.dictionaries.examples import Example, FeatureSource, Ranked
 from gemma4.html import Card
 from gemma4.html import Example as Stretch
@@ -17,11 +18,26 @@ from gemma4.memory import ready_blas
 
 if TYPE_CHECKING:
     from gemma4.dictionaries import Dictionary
+    from gemma4.interp.sites import Site
     from gemma4.model import Model
 
 Texts: TypeAlias = Callable[[NDArray[np.int32]], list[str]]
 Logits: TypeAlias = tuple[Ranked, Ranked]
 _ROWS = 8192  # of the head, unpacked at once
+_DIRECTIONS = 256  # whose logits are computed at once
+# Sites in the space of the residual stream; and those that are where no norm follows
+_RESIDUAL = (
+    "hook_embed",
+    "hook_resid_pre",
+    "hook_resid_mid",
+    "hook_resid_mlp",
+    "hook_resid_unscaled",
+    "hook_resid_post",
+    "hook_attn_out",
+    "hook_mlp_out",
+    "hook_ple_out",
+)
+_NORMED = {"attn.hook_out": "ln1_post", "mlp.hook_out": "ln2_post"}
 
 
 def feature_card(
@@ -53,7 +69,7 @@ def feature_card(
         f"feature {feature}",
         facts,
         histogram=(histogram.counts, histogram.edges) if fired else None,
-        histogram_title="strongest values",
+        histogram_title="stored values",
         up=_pairs(up, texts),
         down=_pairs(down, texts),
         near=near,
@@ -120,24 +136,63 @@ def _activation(one: Example, texts: Texts) -> dict[str, Any]:
 def direct_logits(model: Model, dictionary: Dictionary, features: Sequence[int], k: int = 10) -> list[Logits]:
     """The tokens whose logits each feature's direction raises and lowers most, by the final norm's gain and the head.
 
-    Its scale is left out: the numbers compare tokens, not features. Raises ValueError for a dictionary that does not
-    write into the residual stream, IndexError (no such feature).
+    Its scale is left out: the numbers compare tokens, not features. Memory is taken for blocks of the vocabulary, and
+    for the directions. Raises ValueError for a dictionary that does not write into the residual stream, SiteError (its
+    site is none of this model), IndexError (no such feature).
     """
-    width = model.engine_config["d_model"]
-    if dictionary.d_out != width:
-        raise ValueError(f"{dictionary!r} writes {dictionary.d_out} numbers, the residual stream has {width}")
+    _check_writes_residual(model, dictionary)
     if not features:
         return []
     ready_blas()
     directions = np.stack([dictionary.direction(feature) for feature in features]) * model.gain("norm")
-    parts = [directions @ model.unembed(slice(at, at + _ROWS)).T for at in range(0, model.d_vocab, _ROWS)]
-    logits = np.concatenate(parts, axis=1)
-    return [(_ranked(row, -row, k), _ranked(row, row, k)) for row in logits]
+    up, down = _Ranking(len(features), k), _Ranking(len(features), k)
+    for at in range(0, model.d_vocab, _ROWS):
+        head = model.unembed(slice(at, at + _ROWS)).T
+        for first in range(0, len(directions), _DIRECTIONS):
+            rows = slice(first, first + _DIRECTIONS)
+            logits = directions[rows] @ head
+            up.add(rows, logits, at)
+            down.add(rows, -logits, at)
+    return [(up.ranked(row), down.ranked(row, -1)) for row in range(len(features))]
 
 
-def _ranked(logits: NDArray[np.float32], by: NDArray[np.float32], k: int) -> Ranked:
-    order = np.argsort(by, kind="stable")[:k].astype(np.int32)
-    return Ranked(order, logits[order])
+def _check_writes_residual(model: Model, dictionary: Dictionary) -> None:
+    width = model.engine_config["d_model"]
+    if dictionary.d_out != width:
+        raise ValueError(f"{dictionary!r} writes {dictionary.d_out} numbers, the residual stream has {width}")
+    name = dictionary.site_out if isinstance(dictionary, Transcoder) else dictionary.site
+    if name is not None and not _is_residual(model, model.sites[name]):
+        raise ValueError(
+            f"{dictionary!r} writes {name}, which is not in the space of the residual stream: logits of its directions "
+            "mean nothing"
+        )
+
+
+def _is_residual(model: Model, site: Site) -> bool:
+    if site.stem in _RESIDUAL:
+        return True
+    return site.stem in _NORMED and f"blocks.{site.layer}.{_NORMED[site.stem]}.hook_scale" not in model.sites
+
+
+class _Ranking:
+    """The k tokens of each row with the highest numbers, the highest first, of equal ones the first."""
+
+    def __init__(self, n_rows: int, k: int) -> None:
+        self._tokens = np.full((n_rows, k), -1, np.int32)  # -1: none so far
+        self._numbers = np.full((n_rows, k), -np.inf, np.float32)
+
+    def add(self, rows: slice, numbers: NDArray[np.float32], first: int) -> None:
+        """numbers: float32 [rows, tokens] of the tokens from `first` on."""
+        ids = np.broadcast_to(np.arange(first, first + numbers.shape[1], dtype=np.int32), numbers.shape)
+        tokens = np.concatenate([self._tokens[rows], ids], axis=1)
+        numbers = np.concatenate([self._numbers[rows], numbers], axis=1)
+        order = np.argsort(-numbers, axis=1, kind="stable")[:, : self._tokens.shape[1]]
+        self._tokens[rows] = np.take_along_axis(tokens, order, 1)
+        self._numbers[rows] = np.take_along_axis(numbers, order, 1)
+
+    def ranked(self, row: int, sign: int = 1) -> Ranked:
+        there = self._tokens[row] >= 0
+        return Ranked(self._tokens[row][there], sign * self._numbers[row][there])
 
 
 def holding(words: str, tokens: Sequence[str]) -> NDArray[np.bool_]:

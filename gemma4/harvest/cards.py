@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The features of a harvest as a source of cards: histograms and heat from every stored value."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemma4.dictionaries.examples import Examples, Histogram, Stored, check_count
+from gemma4.dictionaries.features import F32, check_feature
+from gemma4.errors import FormatError
+from gemma4.harvest.dataset import Dataset
+
+I64: TypeAlias = NDArray[np.int64]
+_ENTRIES = 1 << 20  # counted at a time
+
+
+class HarvestedFeatures(Examples):
+    """A `FeatureSource` of a harvest's dictionary. Each feature's strongest rows are the dataset's examples; histograms
+    and the values around those rows are of all that is stored.
+
+    dictionary: its number in the harvest. Raises IndexError (there is no such one), FormatError.
+    """
+
+    def __init__(self, dataset: Dataset, dictionary: int = 0) -> None:
+        tokens, bounds = dataset["tokens"], dataset.bounds
+
+        def tokens_of(sequence: int) -> NDArray[np.integer]:
+            return tokens[int(bounds[sequence]) : int(bounds[sequence + 1])]
+
+        super().__init__(dataset.examples(dictionary), tokens_of, dataset.n_sequences, str(dataset.path))
+        self._dataset, self._dictionary = dataset, dictionary
+        self._histograms: dict[int, I64] = {}  # bins -> int64 [d_sae, bins]
+
+    def histogram(self, feature: int, bins: int = 40) -> Histogram:
+        """Counts of all stored values. The first call reads all of them once, for all features. Raises IndexError,
+        ValueError, FormatError."""
+        bins = check_count("bins", bins)
+        feature = check_feature(feature, self.d_sae)
+        if bins not in self._histograms:
+            self._histograms[bins] = self._counted(bins)
+        largest = float(self._read("activations", feature)[0]) or 1.0
+        return Histogram(self._histograms[bins][feature], np.linspace(0, largest, bins + 1))
+
+    def _counted(self, bins: int) -> I64:
+        counts = np.zeros((self.d_sae, bins), np.int64)
+        largest = self._read("activations", slice(None))[:, 0]
+        for shard in range(self._dataset.n_shards):
+            features = self._dataset.features(shard, self._dictionary)
+            for first in range(0, len(features.ids), _ENTRIES):
+                ids, values = (part[first : first + _ENTRIES] for part in (features.ids, features.values))
+                if not (ids.min() >= 0 and ids.max() < self.d_sae and (values > 0).all()):
+                    self._refuse(shard)
+                shares = values / largest[ids]
+                if not (shares <= 1).all():
+                    self._refuse(shard)
+                np.add.at(counts, (ids, np.minimum((shares * bins).astype(np.int64), bins - 1)), 1)
+        return counts
+
+    def _refuse(self, shard: int) -> None:
+        raise FormatError(f"{self._where}: the features of shard {shard} are damaged; run the same harvest again")
+
+    def _heat(self, feature: int, stored: Stored, sequence: int, start: int, stop: int) -> F32:
+        shard = int(np.searchsorted(self._dataset.first_rows, self._dataset.bounds[sequence], side="right")) - 1
+        first = int(self._dataset.bounds[sequence] - self._dataset.first_rows[shard])
+        return self._dataset.features(shard, self._dictionary)[first + start : first + stop].feature(feature)
+
+    def close(self) -> None:
+        """Close the dataset."""
+        self._dataset.close()
