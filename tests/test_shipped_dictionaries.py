@@ -4,6 +4,7 @@
 import json
 import re
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import gemma4
 import gemma4.harvest
 from gemma4 import SAE, Transcoder, edits
 from gemma4.dictionaries import shipped, shipped_dictionaries
-from gemma4.interp import evaluate_dictionary
+from gemma4.interp import dictionary_loss, evaluate_dictionary
+from gemma4.interp.dictionary_loss import DictionaryEvaluation
 
 PRETRAINED = Path(gemma4.__file__).parent / "pretrained"
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -150,6 +152,43 @@ def test_evaluation_by_its_definition(name):
     ablated = loss_with([lambda array, _: np.zeros_like(array)] * 2)
     assert found.loss_spliced == pytest.approx(spliced, abs=1e-4) and found.loss_ablated == pytest.approx(ablated)
     assert found.loss_recovered == pytest.approx((ablated - spliced) / (ablated - found.loss), abs=1e-4)
+
+
+def test_evaluation_with_prompts_that_are_not_replaced():
+    """Prompts of skip_positions tokens and fewer count for losses alone."""
+    model, dictionary = gemma4.load("tiny-e"), opened(NAMES[0])
+    dictionary.skip_positions = 4
+    long, short = model.to_tokens("Once upon a time, there was a cat."), model.to_tokens("Once upon a time")[:4]
+    alone = evaluate_dictionary(model, dictionary, [long])
+    found = evaluate_dictionary(model, dictionary, [short, long, short[:2], short[:1]])
+    assert (found.n_tokens, found.l0, found.explained_variance) == (
+        alone.n_tokens,
+        alone.l0,
+        alone.explained_variance,
+    )
+    rest = np.concatenate([losses(model.forward(ids), ids) for ids in (short, short[:2])])
+    n = len(long) - 1
+    for name in ("loss", "loss_spliced", "loss_ablated"):
+        mean = (getattr(alone, name) * n + rest.sum()) / (n + len(rest))
+        assert getattr(found, name) == pytest.approx(mean)
+    with pytest.raises(ValueError, match="at least one position from 4 on"):
+        evaluate_dictionary(model, dictionary, [short, short[:2]])
+
+
+def test_loss_recovered_where_zeros_lose_nothing():
+    same = DictionaryEvaluation(1.0, 3.0, 0.0, loss=2.0, loss_spliced=2.0, loss_ablated=2.0, n_tokens=5)
+    assert np.isnan(same.loss_recovered)
+
+
+def test_losses_of_long_prompts_take_memory_for_blocks():
+    rng = np.random.default_rng(0)
+    logits, ids = rng.standard_normal((1000, 5000), dtype=np.float32), rng.integers(0, 5000, 1000, np.int32)
+    tracemalloc.start()
+    found = dictionary_loss._losses(logits, ids)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_allclose(found, losses(logits, ids), rtol=1e-12)
+    assert peak < logits.nbytes
 
 
 def test_evaluation_refuses_what_has_no_loss():

@@ -181,7 +181,9 @@ class _Shown:
         if model is None:
             raise ValueError("--sae needs --model besides: the model whose tokens the features raise")
         source, path = self._args.source, self._args.sae
-        facts = None if self._dataset is None else self._dataset.dictionaries[self._args.dictionary]
+        facts: dict[str, Any] | None = None
+        if self._dataset is not None:
+            facts = self._dataset.dictionaries[int(self._args.dictionary)]
         dictionary = open_dictionary(path, None if facts is None else facts["site"])
         if dictionary.d_sae != self.source.d_sae:
             raise ValueError(f"{dictionary!r} has {dictionary.d_sae} features, {source} {self.source.d_sae}")

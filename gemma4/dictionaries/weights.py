@@ -218,7 +218,8 @@ class Weights:
         rows = self.w_dec[ids].astype(np.float32, copy=False)
         if self.by_norm:
             norms = _norms(rows)
-            values = values / np.where(norms > 0, norms, 1)
+            norms[norms == 0] = 1
+            values = np.divide(values, norms, dtype=np.float32)
         return matmul(values[None], rows)[0]
 
 
@@ -231,7 +232,7 @@ def _row_norms(matrix: Array) -> F32:
 def _norms(rows: F32) -> F32:
     """float32 [rows]. Raises FormatError for one that is NaN or overflows: its feature would silently never fire."""
     with np.errstate(over="ignore"):
-        norms = np.linalg.norm(rows, axis=1)
+        norms: F32 = np.linalg.norm(rows, axis=1)
     if not np.isfinite(norms).all():
         raise FormatError(
             f"the norms of the decoder's rows hold {norms[~np.isfinite(norms)][0]}, expected finite numbers"

@@ -46,11 +46,12 @@ class HarvestedFeatures(Examples):
 
     def _counted(self, bins: int) -> I64:
         counts = np.zeros((self.d_sae, bins), np.int64)
-        largest = self._read("activations", slice(None))[:, 0]
+        largest: F32 = self._read("activations", slice(None))[:, 0]
         for shard in range(self._dataset.n_shards):
             features = self._dataset.features(shard, self._dictionary)
             for first in range(0, len(features.ids), _ENTRIES):
-                ids, values = (part[first : first + _ENTRIES] for part in (features.ids, features.values))
+                part = slice(first, first + _ENTRIES)
+                ids, values = features.ids[part], features.values[part]
                 if not (ids.min() >= 0 and ids.max() < self.d_sae and (values > 0).all()):
                     self._refuse(shard)
                 shares = values / largest[ids]
@@ -63,8 +64,9 @@ class HarvestedFeatures(Examples):
         raise FormatError(f"{self._where}: the features of shard {shard} are damaged; run the same harvest again")
 
     def _heat(self, feature: int, stored: Stored, sequence: int, start: int, stop: int) -> F32:
-        shard = int(np.searchsorted(self._dataset.first_rows, self._dataset.bounds[sequence], side="right")) - 1
-        first = int(self._dataset.bounds[sequence] - self._dataset.first_rows[shard])
+        row = int(self._dataset.bounds[sequence])
+        shard = int(np.searchsorted(self._dataset.first_rows, row, side="right")) - 1
+        first = row - int(self._dataset.first_rows[shard])
         return self._dataset.features(shard, self._dictionary)[first + start : first + stop].feature(feature)
 
     def close(self) -> None:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemma4.dictionaries import Transcoder
 from gemma4.dictionaries.examples import Example, FeatureSource, Ranked
+from gemma4.dictionaries.features import F32
 from gemma4.html import Card
 from gemma4.html import Example as Stretch
 from gemma4.html.markup import number, visible
@@ -150,7 +151,7 @@ def direct_logits(model: Model, dictionary: Dictionary, features: Sequence[int],
         head = model.unembed(slice(at, at + _ROWS)).T
         for first in range(0, len(directions), _DIRECTIONS):
             rows = slice(first, first + _DIRECTIONS)
-            logits = directions[rows] @ head
+            logits = cast(F32, directions[rows] @ head)
             up.add(rows, logits, at)
             down.add(rows, -logits, at)
     return [(up.ranked(row), down.ranked(row, -1)) for row in range(len(features))]
@@ -181,7 +182,7 @@ class _Ranking:
         self._tokens = np.full((n_rows, k), -1, np.int32)  # -1: none so far
         self._numbers = np.full((n_rows, k), -np.inf, np.float32)
 
-    def add(self, rows: slice, numbers: NDArray[np.float32], first: int) -> None:
+    def add(self, rows: slice, numbers: F32, first: int) -> None:
         """numbers: float32 [rows, tokens] of the tokens from `first` on."""
         ids = np.broadcast_to(np.arange(first, first + numbers.shape[1], dtype=np.int32), numbers.shape)
         tokens = np.concatenate([self._tokens[rows], ids], axis=1)

@@ -16,6 +16,7 @@ from gemma4.model import Model
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+_ROWS = 64  # positions whose logits are widened at once
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class DictionaryEvaluation:
 
     @property
     def loss_recovered(self) -> float:
-        """(ablated - spliced) / (ablated - loss): 1 = the reconstruction is as good as the site, 0 = as zeros."""
-        return (self.loss_ablated - self.loss_spliced) / (self.loss_ablated - self.loss)
+        """(ablated - spliced) / (ablated - loss): 1 = the reconstruction is as good as the site, 0 = as zeros. NaN if
+        zeros are as good as the site."""
+        lost = self.loss_ablated - self.loss
+        return (self.loss_ablated - self.loss_spliced) / lost if lost else float("nan")
 
 
 class _Moments:
@@ -76,7 +79,8 @@ def evaluate_dictionary(
     prompts: texts or token ids; one without a next token counts for no loss. Positions below `skip_positions` keep the
     model's own activations and count for nothing but losses.
 
-    Raises ValueError (no prompt with two tokens, a dictionary that does not fit the model), SiteError.
+    Raises ValueError (no prompt with two tokens, none with a position from `skip_positions` on, a dictionary that does
+    not fit the model), SiteError.
     """
     site_out = dictionary.site_out if isinstance(dictionary, Transcoder) else dictionary.site
     with model.attach(dictionary):  # raises here for one that does not fit
@@ -90,6 +94,10 @@ def evaluate_dictionary(
         features, target = dictionary.encode(cache), cache[sites[-1]].reshape(len(ids), -1)
         moments.add(target[skip:], dictionary.error(cache)[skip:], features.ids)
         losses[0].append(_losses(logits, ids))
+        if len(ids) <= skip:  # nothing is replaced
+            losses[1].append(losses[0][-1])
+            losses[2].append(losses[0][-1])
+            continue
         with model.attach(dictionary, error=False):
             losses[1].append(_losses(model.forward(ids), ids))
         with model.edit(ablation):
@@ -97,9 +105,11 @@ def evaluate_dictionary(
     plain, spliced, ablated = (np.concatenate([np.empty(0), *found]) for found in losses)
     if not len(plain):
         raise ValueError("evaluate_dictionary needs at least one prompt of two tokens or more")
+    if not moments.n:
+        raise ValueError(f"evaluate_dictionary needs at least one position from {skip} on: no prompt is so long")
     return DictionaryEvaluation(
         explained_variance=moments.explained,
-        l0=moments.entries / max(1, moments.n),
+        l0=moments.entries / moments.n,
         dead=1 - float(moments.fired.mean()),
         loss=float(plain.mean()),
         loss_spliced=float(spliced.mean()),
@@ -110,6 +120,11 @@ def evaluate_dictionary(
 
 def _losses(logits: F32, ids: NDArray[np.int32]) -> F64:
     """Cross entropy of each next token, float64 [pos - 1]."""
-    wide = logits[:-1].astype(np.float64)
-    wide -= wide.max(axis=1, keepdims=True)
-    return np.log(np.exp(wide).sum(axis=1)) - wide[np.arange(len(ids) - 1), ids[1:]]
+    found = np.empty(len(ids) - 1)
+    for first in range(0, len(found), _ROWS):
+        wide = logits[first : min(first + _ROWS, len(found))].astype(np.float64)
+        wide -= wide.max(axis=1, keepdims=True)
+        at = wide[np.arange(len(wide)), ids[first + 1 :][: len(wide)]]
+        np.exp(wide, out=wide)
+        found[first : first + len(wide)] = np.log(wide.sum(axis=1)) - at
+    return found
