@@ -183,6 +183,7 @@ def test_direct_logits_of_many_features(tiny, sae, monkeypatch):
                 np.testing.assert_allclose(up.logits, np.sort(row)[::-1][:k], rtol=1e-4, atol=1e-4)
                 np.testing.assert_allclose(down.logits, np.sort(row)[:k], rtol=1e-4, atol=1e-4)
                 np.testing.assert_allclose(row[up.tokens], up.logits, rtol=1e-4, atol=1e-4)
+                np.testing.assert_allclose(row[down.tokens], down.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +306,7 @@ def test_search_finds_what_features_of_a_harvest_raise(tiny, acts, sae, capsys, 
 def test_cards_of_a_harvest_count_every_value(tiny, sae, tmp_path):
     """With one example of each feature, and several shards."""
     corpus = tmp_path / "corpus.txt"
-    corpus.write_text("\n".join(TEXTS * 3), encoding="utf-8")
+    corpus.write_text("\n".join(f"{i} {text[i:]} {text[:i]}" for i in range(3) for text in TEXTS), encoding="utf-8")
     harvest.harvest(tiny, corpus, [], out=tmp_path / "out", sae=sae, examples=1, shard_tokens=40)
     dataset = harvest.open(tmp_path / "out")
     assert dataset.n_shards > 1
