@@ -7,9 +7,10 @@ import pickle
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from gemma4 import SAE, Features, NaNWarning, SiteError, Transcoder
+from gemma4 import SAE, ActivationCache, Features, FormatError, NaNWarning, SiteError, Transcoder
 
 TEXT = "Once upon a time there was a little girl named Lily"
 RESID = "blocks.2.hook_resid_post"
@@ -74,8 +75,117 @@ def test_copies_keep_them(tiny, sae, tmp_path):
     for other in (copy.copy(cache), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         np.testing.assert_array_equal(other[ACTS], cache[ACTS])
         np.testing.assert_array_equal(other[RECONS], cache[RECONS])
-    with pytest.raises(ValueError, match="hook_sae_acts_post', inside a dictionary"):
-        cache.save(tmp_path / "cache.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_saved_caches_keep_them(tiny, sae, tmp_path, dtype):
+    with tiny.attach(sae):
+        _, cache = tiny.run_with_cache(TEXT, [ACTS, RECONS, RESID])
+        _, alone = tiny.run_with_cache(TEXT, ACTS, pos=[1, -1])
+    loaded = ActivationCache.load(cache.save(tmp_path / "cache.safetensors", dtype=dtype))
+    assert list(loaded) == [RESID] and set(loaded.features) == {ACTS} and loaded.features[ACTS].d_sae == N
+    for part in ("offsets", "ids"):
+        np.testing.assert_array_equal(getattr(loaded.features[ACTS], part), getattr(cache.features[ACTS], part))
+    np.testing.assert_allclose(loaded[ACTS], cache[ACTS], rtol=2**-8 if dtype == "bf16" else 0)
+    np.testing.assert_allclose(loaded[RECONS], cache[RECONS], rtol=2**-8 if dtype == "bf16" else 0)
+    again = ActivationCache.load(loaded.save(tmp_path / "again.safetensors"))
+    np.testing.assert_array_equal(again[ACTS], loaded[ACTS])
+    few = ActivationCache.load(alone.save(tmp_path / "few.safetensors"))
+    np.testing.assert_array_equal(few[ACTS], alone[ACTS])
+    size = (tmp_path / "few.safetensors").stat().st_size
+    assert few.features[ACTS].nbytes < 2 * N * 4 and not list(few) and size < cache.nbytes + 100_000
+
+
+def damaged(change):
+    return pytest.param(change, id=change.__name__)
+
+
+def ids_too_large(tensors, meta):
+    tensors[f"{ACTS}.ids"][-1] = N
+
+
+def ids_negative(tensors, meta):
+    tensors[f"{ACTS}.ids"][0] = -1
+
+
+def ids_descending(tensors, meta):
+    row = int(np.argmax(np.diff(tensors[f"{ACTS}.offsets"]) > 1))
+    first = int(tensors[f"{ACTS}.offsets"][row])
+    tensors[f"{ACTS}.ids"][first : first + 2] = tensors[f"{ACTS}.ids"][first : first + 2][::-1].copy()
+
+
+def offsets_descending(tensors, meta):
+    tensors[f"{ACTS}.offsets"][1] = -3
+
+
+def offsets_beyond(tensors, meta):
+    tensors[f"{ACTS}.offsets"][-1] += 1
+
+
+def offsets_too_few(tensors, meta):
+    tensors[f"{ACTS}.offsets"] = tensors[f"{ACTS}.offsets"][:-1].copy()
+
+
+def values_too_few(tensors, meta):
+    tensors[f"{ACTS}.values"] = tensors[f"{ACTS}.values"][:-1].copy()
+
+
+def no_values(tensors, meta):
+    del tensors[f"{ACTS}.values"]
+
+
+def recons_of_another_width(tensors, meta):
+    tensors[RECONS] = tensors[RECONS][:, :-1].copy()
+
+
+def no_json(tensors, meta):
+    meta["inside"] = "{"
+
+
+def no_widths(tensors, meta):
+    meta["inside"] = json.dumps({ACTS: "many", RECONS: 128})
+
+
+def unnamed(tensors, meta):
+    del meta["inside"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        damaged(change)
+        for change in (
+            ids_too_large, ids_negative, ids_descending, offsets_descending, offsets_beyond, offsets_too_few,
+            values_too_few, no_values, recons_of_another_width, no_json, no_widths, unnamed,
+        )
+    ],
+)  # fmt: skip
+def test_damaged_caches_of_dictionaries(tiny, sae, tmp_path, change):
+    with tiny.attach(sae):
+        _, cache = tiny.run_with_cache(TEXT, [ACTS, RECONS])
+    file = cache.save(tmp_path / "cache.safetensors")
+    with safe_open(file, "np") as opened:
+        meta, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    change(tensors, meta)
+    save_file(tensors, file, meta)
+    with pytest.raises(FormatError, match=r"cache\.safetensors"):
+        ActivationCache.load(file)
+
+
+def test_captured_while_generating(tiny, sae):
+    prompts = ["Once upon a time", "The dog"]
+    with tiny.attach(sae):
+        outs = tiny.generate(prompts, max_tokens=5, temperature=0, seed=0, capture=[ACTS, RECONS, RESID])
+        only = tiny.generate(prompts[0], max_tokens=5, temperature=0, seed=0, capture=ACTS)
+        _, whole = tiny.run_with_cache([out.cache.tokens for out in outs], [ACTS, RECONS])
+    for out, expected in zip(outs, whole, strict=True):
+        assert len(out.cache.features[ACTS]) == len(out.cache.positions) == len(expected.positions)
+        np.testing.assert_allclose(out.cache[ACTS], expected[ACTS], atol=1e-4)
+        np.testing.assert_allclose(out.cache[RECONS], expected[RECONS], atol=1e-4)
+    np.testing.assert_array_equal(only.cache[ACTS], outs[0].cache[ACTS])
+    assert not list(only.cache)
+    with pytest.raises(SiteError, match="no dictionary is attached"):
+        tiny.generate("Once", max_tokens=2, capture=ACTS)
 
 
 def test_by_predicate_and_by_default(tiny, sae):

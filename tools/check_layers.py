@@ -47,7 +47,7 @@ ROOMS = {
     "dictionaries.features": "narrow html",
     "dictionaries": "narrow memory errors html load edits interp.sites interp.hooks dictionaries.features _engine",
     "core": "checks errors text load media interp.sites interp.hooks _engine",
-    "interp.saved": "narrow checks errors files load interp.sites",
+    "interp.saved": "narrow checks errors files load interp.sites dictionaries.features",
     "interp.tables": "checks memory interp.sites",
     "interp.dataset": "media interp.sites",
     "interp.pictures": "html units interp.sites",

@@ -294,7 +294,7 @@ class Examples:
         return Ranked(tokens[order], logits[order])
 
     def _stored(self, feature: int) -> Stored:
-        """Of activations that are not 0."""
+        """Stored activations that are not 0."""
         values = np.array(self._row("activations", feature), np.float32)
         if not np.isfinite(values).all():
             self._fail(f"activations of feature {feature} hold NaN or infinities")

@@ -21,8 +21,8 @@ from gemma4.generation.pieces import ContinuationText, Piece, TurnText
 from gemma4.generation.sampling import Sample, Sampler, StopCriteria
 from gemma4.inputs import PromptLike, as_ids, check_fits, is_messages, tokenize_prompt
 from gemma4.interp.cache import ActivationCache, join_caches
-from gemma4.interp.hooks import SiteHooks, active_hooks, bind_hooks, check_hooks, hooks_of
-from gemma4.interp.sites import Site, names_of, reusable
+from gemma4.interp.hooks import Capture, Hook, SiteHooks, active_hooks, apart, bind_hooks, check_hooks, hooks_of
+from gemma4.interp.sites import Site, names_of
 from gemma4.media.prompt import TokenizedPrompt
 from gemma4.sequence import Sequence, new_sequence
 from gemma4.step import Output, Prompt, run_step
@@ -102,6 +102,7 @@ class Continuation:
     stops: StopCriteria
     taps: EncoderTaps
     capture: list[Site] | None
+    inside: Capture  # of sites inside attached dictionaries
     hooks: SiteHooks
     text: ContinuationText | TurnText
     finish: str = ""
@@ -153,6 +154,7 @@ class Continuation:
     def accept(self, output: Output) -> None:
         """Sample from a step's logits: one token, and one more after each correct guess."""
         if output.cache is not None:
+            output.cache.keep_inside(self.inside.kept.pop(self.number, {}))
             self.caches.append(output.cache)
         assert output.logits is not None
         for logits, guess in zip(output.logits, (*self.guesses, None), strict=True):
@@ -318,13 +320,16 @@ def _is_a(value: object, kind: type) -> bool:
 def _continuation(
     model: Core, prompt: PromptLike, options: Options, number: int, n_prompts: int | None
 ) -> Continuation:
-    given, kept = options.sequence, reusable(options.capture)
+    given, inside = options.sequence, Capture()
     if given is not None:
         given.check_usable_by(model)
     tokenized = tokenize_prompt(
         model, prompt, tools=options.tools, think=options.think, image_tokens=options.image_tokens
     )
-    ids, hooks = tokenized.ids, [*active_hooks(model), *options.hooks]
+    ids = tokenized.ids
+    hooks: list[Hook] = [*active_hooks(model), *options.hooks]
+    names, kept = apart(options.capture, hooks, model.sites)
+    hooks += [(names, inside)] if names else []
     check_fits(len(ids), model.context_length)
     if given is not None:
         check_fits(len(ids), given.capacity, "the sequence's capacity")
@@ -344,6 +349,7 @@ def _continuation(
         stops=options.stops(model, is_messages(prompt)),
         taps=taps,
         capture=None if kept is None else model.sites.select(names_of(kept)),
+        inside=inside,
         hooks=bind_hooks(model.sites, hooks_of(hooks)),
         text=text or ContinuationText(model),
         sequence=new_sequence(model, capacity=len(ids) + room - 1) if given is None else given,

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from gemma4 import checks
 from gemma4.core import Core
 from gemma4.dictionaries.features import Features
+from gemma4.dictionaries.features import join as join_features
 from gemma4.errors import SiteError, StateError
 from gemma4.files import StrPath
 from gemma4.html import Picture
@@ -182,20 +183,17 @@ class ActivationCache(CapturedArrays):
         force  replace a file that exists
 
         The tensors are the sites by name, "tokens" int32 and "positions" int64; any reader of safetensors opens them.
+        Features inside a dictionary stay sparse: offsets, ids and values after the name of their site.
         The file appears when it is complete. Raises ValueError (activations inside encoders, `media`, which only a
         pickle holds; f16 for numbers beyond 65504), FileExistsError unless force, OSError.
         """
-        if self._inside:
-            raise ValueError(
-                f"this cache holds {next(iter(self._inside))!r}, inside a dictionary, which a safetensors file "
-                "does not take: capture without it, save its array yourself, or pickle the cache"
-            )
         if self.media:
             raise ValueError(
                 f"this cache holds activations inside encoders of {len(self.media)} pictures or sounds, which a "
                 "safetensors file does not take: capture without vision.* and audio.*, or pickle the cache"
             )
-        return write_cache(path, Saved(self._detached, self._arrays, self.tokens, self.positions), dtype, force=force)
+        saved = Saved(self._detached, self._arrays, self.tokens, self.positions, self._inside)
+        return write_cache(path, saved, dtype, force=force)
 
     @classmethod
     def load(cls, path: StrPath) -> ActivationCache:
@@ -205,7 +203,9 @@ class ActivationCache(CapturedArrays):
         format), FileNotFoundError, OSError.
         """
         saved = read_cache(path)
-        return cls(saved.model, saved.arrays, saved.tokens, saved.positions)
+        cache = cls(saved.model, saved.arrays, saved.tokens, saved.positions)
+        cache._inside = dict(saved.inside)
+        return cache
 
     @property
     def model_name(self) -> str:
@@ -499,13 +499,20 @@ class ActivationCache(CapturedArrays):
         if not later:
             return self
         caches = [self, *later]
-        return ActivationCache(
+        joined = ActivationCache(
             self._weights,
             {name: _join(self._model.sites[name], [cache[name] for cache in caches]) for name in self},
             np.concatenate([cache.tokens for cache in caches]),
             np.concatenate([cache.positions for cache in caches]),
             tuple(medium for cache in caches for medium in cache.media),
         )
+        joined._inside = {name: _join_inside([cache._kept_inside(name) for cache in caches]) for name in self._inside}
+        return joined
+
+    def _kept_inside(self, name: str) -> F32 | Features:
+        if name not in self._inside:
+            raise SiteError(f"{name!r} was not captured in this run: its dictionary was not attached")
+        return self._inside[name]
 
     @property
     def _weights(self) -> Core:
@@ -547,6 +554,13 @@ def _join(site: Site, parts: list[F32]) -> F32:
         fill = -np.inf if site.keys == "scores" else 0.0
         parts = [_pad(part, axis, keys, fill) for part in parts]
     return np.concatenate(parts, axis=site.dims.index("T"))
+
+
+def _join_inside(parts: list[F32 | Features]) -> F32 | Features:
+    features = [part for part in parts if isinstance(part, Features)]
+    if features:
+        return join_features(features, features[0].d_sae)
+    return np.concatenate([part for part in parts if not isinstance(part, Features)])
 
 
 def _pad(array: F32, axis: int, length: int, fill: float) -> F32:

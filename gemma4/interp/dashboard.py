@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from gemma4.dictionaries import Transcoder
 from gemma4.dictionaries.examples import Example, FeatureSource, Ranked
-from gemma4.dictionaries.features import F32
 from gemma4.html import Card
 from gemma4.html import Example as Stretch
 from gemma4.html.markup import number, visible
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from gemma4.interp.sites import Site
     from gemma4.model import Model
 
+F32: TypeAlias = NDArray[np.float32]
 Texts: TypeAlias = Callable[[NDArray[np.int32]], list[str]]
 Logits: TypeAlias = tuple[Ranked, Ranked]
 _ROWS = 8192  # of the head, unpacked at once

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captured activations in files: one safetensors file with a tensor for each site, "tokens" and "positions".
 
+Sites inside attached dictionaries are tensors by name, too; features are three, NAME.offsets, NAME.ids, NAME.values.
 Its metadata holds format and version, the model's name and fingerprint, and as JSON in "sites" everything that a cache
 without its model knows: the captured model's sites, its layers and their scalars.
 """
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma4 import checks
+from gemma4.dictionaries.features import Features
 from gemma4.errors import FormatError
 from gemma4.files import StrPath, new_file
 from gemma4.interp.sites import Site, SiteRow, SiteTable
@@ -35,6 +37,7 @@ TYPES: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
 }
 _KEYS = ("", "cached", "scores", "pattern")
+_PARTS = ("offsets", "ids", "values")  # of features
 _FLOATS, _INTEGERS = ("F32", "F16", "BF16"), ("I32",)
 
 
@@ -83,6 +86,7 @@ class Saved(NamedTuple):
     arrays: dict[str, F32]
     tokens: NDArray[np.int32]
     positions: NDArray[np.int64]
+    inside: Mapping[str, F32 | Features] = {}  # of sites inside dictionaries, by name: rows are `positions`
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -93,12 +97,30 @@ def write_cache(path: StrPath, saved: Saved, dtype: SavedDtype, *, force: bool) 
     checks.choice("dtype", dtype, get_args(SavedDtype))
     tensors: dict[str, NDArray[Any]] = {"tokens": saved.tokens, "positions": saved.positions}
     tensors |= {name: narrowed(array, dtype, name) for name, array in saved.arrays.items()}
+    tensors |= _inside_tensors(saved.inside, dtype)
     model = saved.model
     metadata = {"format": _FORMAT, "version": _VERSION, "model": model.name, "fingerprint": model.fingerprint}
     metadata["sites"] = model.as_json()
+    if saved.inside:
+        metadata["inside"] = json.dumps({name: _width(value) for name, value in saved.inside.items()})
     with new_file(path, force=force, n_bytes=sum(array.nbytes for array in tensors.values())) as file:
         write_safetensors(file, tensors, metadata)
     return Path(path)
+
+
+def _inside_tensors(inside: Mapping[str, F32 | Features], dtype: SavedDtype) -> dict[str, NDArray[Any]]:
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, value in inside.items():
+        if isinstance(value, Features):
+            parts = (value.offsets, value.ids, narrowed(value.values, dtype, name))
+            tensors |= {f"{name}.{part}": array for part, array in zip(_PARTS, parts, strict=True)}
+        else:
+            tensors[name] = narrowed(value, dtype, name)
+    return tensors
+
+
+def _width(value: F32 | Features) -> int:
+    return value.d_sae if isinstance(value, Features) else value.shape[1]
 
 
 def narrowed(array: F32, dtype: SavedDtype, name: str) -> Stored:
@@ -142,14 +164,59 @@ def _contents(file: SafetensorsFile, where: str) -> Saved:
     tokens = _indices(file, "tokens", "I32", where)
     if tokens.shape != positions.shape:
         raise FormatError(f"{where} has {len(tokens)} tokens and {len(positions)} positions")
-    names = set(file.tensors) - {"tokens", "positions"}
+    inside, within = _inside(file, len(positions), where)
+    names = set(file.tensors) - {"tokens", "positions"} - within
     unknown = sorted(names - set(model.sites))
     if unknown:
         raise FormatError(f"{where}: tensor {unknown[0]!r:.80} is none of the sites that the file describes")
     arrays = {
         site.name: _activation(file, site, len(positions), where) for site in model.sites.values() if site.name in names
     }
-    return Saved(model, arrays, tokens.astype(np.int32), positions.astype(np.int64))
+    return Saved(model, arrays, tokens.astype(np.int32), positions.astype(np.int64), inside)
+
+
+def _inside(file: SafetensorsFile, n_rows: int, where: str) -> tuple[dict[str, F32 | Features], set[str]]:
+    """The values of sites inside dictionaries, and the names of their tensors."""
+    found: dict[str, F32 | Features] = {}
+    names = set[str]()
+    for name, width in _widths(file.metadata.get("inside", "{}"), where).items():
+        parts = [f"{name}.{part}" for part in _PARTS]
+        if name in file.tensors:
+            found[name] = _floats(file, name, (n_rows, width), where)
+            names.add(name)
+        else:
+            found[name] = _features(file, parts, n_rows, width, where)
+            names |= set(parts)
+    return found, names
+
+
+def _widths(text: str, where: str) -> dict[str, int]:
+    try:
+        facts: object = json.loads(text)
+    except (ValueError, RecursionError):
+        facts = None
+    if not is_dict(facts) or not all(is_integer(width) and 0 < width < 1 << 31 for width in facts.values()):
+        raise FormatError(f"{where}: its description of sites inside dictionaries is damaged: {text[:60]!r}")
+    return {str(name): int(cast(int, width)) for name, width in facts.items()}
+
+
+def _floats(file: SafetensorsFile, name: str, shape: tuple[int, ...], where: str) -> F32:
+    info = file.tensors.get(name)
+    if info is None or info.dtype not in _FLOATS or info.shape != shape:
+        found = "none" if info is None else f"{info.dtype} {list(info.shape)}"
+        raise FormatError(f"{where}: expected {name!r}, {' or '.join(_FLOATS)} {list(shape)}, found {found}")
+    return np.array(file.array(name), np.float32)
+
+
+def _features(file: SafetensorsFile, parts: list[str], n_rows: int, d_sae: int, where: str) -> Features:
+    offsets = np.array(_indices(file, parts[0], "I64", where), np.int64)
+    ids = np.array(_indices(file, parts[1], "I32", where), np.int32)
+    if len(offsets) != n_rows + 1 or offsets[0] != 0 or offsets[-1] != len(ids) or (np.diff(offsets) < 0).any():
+        raise FormatError(f"{where}: {parts[0]!r} does not divide {len(ids)} entries among {n_rows} positions")
+    same_row = np.diff(np.repeat(np.arange(n_rows), np.diff(offsets))) == 0
+    if len(ids) and not (ids.min() >= 0 and ids.max() < d_sae and (np.diff(ids)[same_row] > 0).all()):
+        raise FormatError(f"{where}: {parts[1]!r} are not ascending numbers of {d_sae} features")
+    return Features(offsets, ids, _floats(file, parts[2], (len(ids),), where), d_sae)
 
 
 def _indices(file: SafetensorsFile, name: str, dtype: str, where: str) -> NDArray[Any]:
