@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from gemma4 import SAE, ActivationCache, Features, FormatError, NaNWarning, SiteError, Transcoder
 
@@ -331,3 +331,66 @@ def test_functions_that_are_wrong(tiny, sae):
         with pytest.warns(NaNWarning), pytest.raises(ValueError, match=r"hook_sae_acts_post, features are NaN"):
             tiny.run_with_hooks(TEXT, [(ACTS, lambda array, site: array * np.nan)])
         tiny.forward(TEXT)  # goes on
+
+
+# ---- pre-activations: computed if they are named --------------------------------------------------------------------
+
+PRE = f"{RESID}.hook_sae_acts_pre"
+
+
+def test_pre_activations(tiny, sae):
+    def look(array, site):
+        seen[site.name] = array.copy()
+
+    seen = {}
+    _, cache = tiny.run_with_cache(TEXT, RESID)
+    x, weights = cache[RESID], sae._weights
+    expected = np.float64(x) @ np.float64(weights.w_enc) + weights.activation.b_enc
+    with tiny.attach(sae), tiny.hooks([(PRE, look)]):
+        _, inside = tiny.run_with_cache(TEXT, [PRE, ACTS])
+        _, globbed = tiny.run_with_cache(TEXT, f"{RESID}.hook_sae_*")
+        _, chosen = tiny.run_with_cache(TEXT, lambda name: "hook_sae" in name)
+        out = tiny.generate(TEXT, max_tokens=3, temperature=0, seed=0, capture=PRE)
+    np.testing.assert_allclose(inside[PRE], expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(np.maximum(inside[PRE], 0), inside[ACTS])  # to the bit
+    np.testing.assert_array_equal(sae.pre_activations(cache), inside[PRE])
+    assert PRE not in globbed and PRE not in chosen and set(seen) == {PRE}
+    assert out.cache[PRE].shape == (len(out.cache.positions), N)
+    with tiny.attach(sae), pytest.raises(SiteError, match=f"closest: .*{PRE}"):
+        tiny.run_with_cache(TEXT, f"{PRE}s")
+
+
+def test_pre_activations_are_read_only(tiny, sae):
+    def change(array, site):
+        array[0, 0] += 1
+
+    for fn in (change, lambda array, site: array * 2):
+        with (
+            tiny.attach(sae),
+            pytest.raises(ValueError, match="acts_pre, which can only be read: edit hook_sae_acts_post"),
+        ):
+            tiny.run_with_hooks(TEXT, [(PRE, fn)])
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "gated", "topk", "topk by norm"])
+def test_pre_activations_of_every_kind(tiny, tmp_path, kind):
+    """As SAELens: without threshold, gate, ranking by norms; of a gated one the magnitude."""
+    folder = written(tmp_path / "sae", tiny, RESID, architecture=kind.split()[0], k=5)
+    if "norm" in kind:
+        cfg = json.loads((folder / "cfg.json").read_text())
+        (folder / "cfg.json").write_text(json.dumps(cfg | {"rescale_acts_by_decoder_norm": True}))
+    tensors, rng = load_file(folder / "sae_weights.safetensors"), np.random.default_rng(4)
+    extra = ("r_mag", "b_mag", "b_gate") if kind == "gated" else ("threshold",)
+    tensors |= {name: np.abs(rng.standard_normal(N, dtype=np.float32)) for name in extra}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    x = rng.standard_normal((700, len(tensors["W_enc"])), dtype=np.float32)
+    raw = (np.float64(x) - tensors["b_dec"]) @ np.float64(tensors["W_enc"])
+    wanted = (
+        raw * np.exp(np.float64(tensors["r_mag"])) + tensors["b_mag"] if kind == "gated" else raw + tensors["b_enc"]
+    )
+    with SAE.load(folder) as sae:
+        found = sae.pre_activations(x)
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+        if "norm" not in kind:
+            dense = sae.encode(x).dense()
+            np.testing.assert_array_equal(found[dense > 0], dense[dense > 0])

@@ -85,7 +85,8 @@ class Splice(Nested):
     """A dictionary's reconstruction in place of the site that it writes, and with `error` what it misses besides.
 
     Its sites have SAELens's names, after that of the site which it reads: hook_sae_input, hook_sae_acts_post,
-    hook_sae_recons and, with `error`, hook_sae_error. The error is that of the unedited features.
+    hook_sae_recons and, with `error`, hook_sae_error. The error is that of the unedited features. hook_sae_acts_pre is
+    computed if it is named, and can only be read.
     """
 
     def __init__(self, table: SiteTable, dictionary: Dictionary, *, error: bool) -> None:
@@ -97,6 +98,8 @@ class Splice(Nested):
         widths |= {"error": dictionary.d_out} if error else {}
         self._of = {part: self._site(part, width) for part, width in widths.items()}
         self.sites = {site.name: site for site in self._of.values()}
+        pre = self._of["acts_pre"] = replace(self._site("acts_pre", dictionary.d_sae), writable=False)
+        self.asked = {pre.name: pre}
         self._log = NaNLog()
 
     def _site(self, part: str, width: int) -> Site:
@@ -129,6 +132,7 @@ class Splice(Nested):
         encode, decode = self.dictionary.encode, self.dictionary.decode
         clean = without_rows(encode(x), early)
         edited = self._pass("input", x, point, inner)
+        self._pass_pre(edited, point, inner)
         features = self._pass_features(clean if edited is x else without_rows(encode(edited), early), point, inner)
         self.record.passes.append(Pass(point.sequence, point.positions, features))
         out = decode(features, edited)
@@ -149,6 +153,14 @@ class Splice(Nested):
         for capture in captures:
             capture(array, here)
         return array
+
+    def _pass_pre(self, x: F32, point: HookPoint, inner: Mapping[str, Sequence[HookFn]]) -> None:
+        name = self._of["acts_pre"].name
+        if name not in inner:
+            return
+        array = self.dictionary.pre_activations(x)
+        if not np.array_equal(self._pass("acts_pre", array, point, inner), array, equal_nan=True):
+            raise ValueError(f"a function changed {name}, which can only be read: edit hook_sae_acts_post")
 
     def _pass_features(self, features: Features, point: HookPoint, inner: Mapping[str, Sequence[HookFn]]) -> Features:
         site = self._of["acts_post"]

@@ -41,14 +41,23 @@ class Steps(NamedTuple):
     gate: F32 | None = None
     threshold: F32 | None = None
 
+    @property
+    def negated(self) -> Steps:
+        """Steps that give exactly the negative values."""
+        ones = [one for one in (self.before, self.after) if one is not None]
+        scale = np.ones_like(ones[0]) if self.scale is None else self.scale
+        return self._replace(scale=-scale, after=None if self.after is None else -self.after)
+
 
 class Activation(Protocol):
-    """k: how many features a position has at most, the highest, of equal ones the first; None = any number."""
+    """k: how many features a position has at most, the highest, of equal ones the first; None = any number.
+    linear: the steps without a condition, up to the values that the activation function gets (SAELens's acts_pre)."""
 
     @property
     def k(self) -> int | None: ...
 
     def steps(self) -> Steps: ...
+    def linear(self) -> Steps: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +71,9 @@ class Threshold:
     def steps(self) -> Steps:
         return Steps(before=self.b_enc, threshold=self.threshold)
 
+    def linear(self) -> Steps:
+        return Steps(before=self.b_enc)
+
 
 @dataclass(frozen=True, eq=False)
 class TopK:
@@ -73,6 +85,9 @@ class TopK:
 
     def steps(self) -> Steps:
         return Steps(before=self.b_enc, scale=None if self.ranked_by is None else _row_norms(self.ranked_by))
+
+    def linear(self) -> Steps:
+        return Steps(before=self.b_enc)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +101,9 @@ class Gated:
 
     def steps(self) -> Steps:
         return Steps(scale=self.scale, after=self.b_mag, gate=self.b_gate)
+
+    def linear(self) -> Steps:
+        return Steps(scale=self.scale, after=self.b_mag)
 
 
 @lru_cache(maxsize=1)
@@ -140,8 +158,26 @@ class Weights:
     def _encoded(self, x: F32, first: int, n: int) -> Features:
         return Features(*self._encoder.encode(self._prepared(x), first, n), self.d_sae)
 
+    def pre_activations(self, x: F32) -> F32:
+        """float32 [pos, d_sae], before the activation function: where a feature fires, its value to the bit, unless
+        features are ranked by norms. x, errors: as for `encode`."""
+        if self.before_all:
+            self.before_all()
+        linear = self.activation.linear()
+        encoders = [self._encoder_of(steps, 0) for steps in (linear, linear.negated)]
+        out = np.empty((len(x), self.d_sae), np.float32)
+        n_rows = max(1, min(_ROWS, _KEPT // self.d_sae))
+        for first in range(0, len(x), n_rows):
+            rows = self._prepared(x[first : first + n_rows])
+            above, below = (Features(*encoder.encode(rows), self.d_sae).dense() for encoder in encoders)
+            np.subtract(above, below, out=out[first : first + n_rows])
+        return out
+
     @cached_property
     def _encoder(self) -> _engine.FeatureEncoder:
+        return self._encoder_of(self.activation.steps(), self.activation.k or 0)
+
+    def _encoder_of(self, steps: Steps, k: int) -> _engine.FeatureEncoder:
         """It reads the matrix where it is mapped. float64, which nobody publishes, is converted as a whole."""
         w = self.w_enc if self.w_enc.dtype.name in _STORED else self.w_enc.astype(np.float32)
         dtype = _STORED[w.dtype.name]
@@ -149,8 +185,7 @@ class Weights:
         inputs_first = _has_rows(w)
         if not inputs_first:
             w = w.T if _has_rows(w.T) else np.ascontiguousarray(w).T
-        names = dict(zip(Steps._fields, self.activation.steps(), strict=True))
-        k = self.activation.k or 0
+        names = dict(zip(Steps._fields, steps, strict=True))
         return _engine.FeatureEncoder(_threads(), dtype, w, inputs_first, **names, k=k)
 
     def _prepared(self, x: F32) -> F32:

@@ -72,9 +72,11 @@ class Nested(ABC):
     """A hook with sites of its own inside, as an attached dictionary has. Functions of other hooks can stand there.
 
     sites  name -> site, in the order in which they are passed; each begins with the name of a site of the model
+    asked  the same, of sites that are passed only if they are named exactly, since they cost time and memory
     """
 
     sites: Mapping[str, Site]
+    asked: Mapping[str, Site]
 
     @abstractmethod
     def pairs(self, inner: Mapping[str, Sequence[HookFn]]) -> list[NamedFn]:
@@ -158,31 +160,33 @@ def apart(names: Names, hooks: Iterable[Hook], table: SiteTable) -> tuple[list[s
     Raises SiteError for a name of a site inside that none of them has, or two; TypeError for what is no name.
     """
     names = reusable(names)
-    inner = [name for hook in hooks if isinstance(hook, Nested) for name in hook.sites]
+    nested = [hook for hook in hooks if isinstance(hook, Nested)]
+    inner, asked = [name for hook in nested for name in hook.sites], [name for hook in nested for name in hook.asked]
     if names is None or callable(names):
         chosen = [name for name in inner if names is not None and names(name)]
         rest = names
     else:
         chosen, rest = list[str](), list[str]()
         for pattern in [names] if isinstance(names, str) else names:
-            found = _inside(pattern, inner)
+            found = _inside(pattern, inner, asked)
             chosen += found
             if not found or fnmatch.filter(table, pattern):
                 rest.append(pattern)
-    twice = [name for name in chosen if inner.count(name) > 1]
+    twice = [name for name in chosen if (inner + asked).count(name) > 1]
     if twice:
         raise SiteError(f"two dictionaries are attached at {twice[0]!r}: name its site with one of them attached")
     return list(dict.fromkeys(chosen)), rest
 
 
-def _inside(pattern: object, inner: list[str]) -> list[str]:
+def _inside(pattern: object, inner: list[str], asked: list[str]) -> list[str]:
     """The names that a pattern matches. Raises SiteError where it can mean no site of a model."""
     if not isinstance(pattern, str):
         return []
     outer, mark, part = pattern.rpartition(NESTED_MARK)
-    found = fnmatch.filter(inner, canonical_name(outer) + mark + part if mark else pattern)
+    name = canonical_name(outer) + mark + part if mark else pattern
+    found = [name] * asked.count(name) or fnmatch.filter(inner, name)
     if mark and not found:
-        near = difflib.get_close_matches(pattern, inner, n=4, cutoff=0.5) or inner
+        near = difflib.get_close_matches(pattern, inner + asked, n=4, cutoff=0.5) or inner
         known = f"closest: {', '.join(near)}" if near else "no dictionary is attached: use it in `with model.attach(…)`"
         raise SiteError(f"no site {pattern!r}; {known}")
     return found
