@@ -571,7 +571,8 @@ class Model(Core):
         Inside the block the dictionary has sites of its own, named after the site that it reads: blocks.5.
         hook_resid_post.hook_sae_acts_post (float [pos, d_sae]), .hook_sae_input, .hook_sae_recons and .hook_sae_error.
         Functions (`hooks`, `run_with_hooks`) can read and edit them. `run_with_cache` and `generate(capture=…)` keep
-        those that are named.
+        those that are named. hook_sae_acts_pre, before the activation function, is computed if it is named exactly, and
+        can only be read.
 
         error: add what the reconstruction misses, so that logits stay the same up to rounding; False replaces the site,
         but for positions that the dictionary was not trained on. Nestable.

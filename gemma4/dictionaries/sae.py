@@ -100,8 +100,10 @@ class Dictionary:
             return self._weights.encode(rows)
 
     def pre_activations(self, x: Activations) -> F32:
-        """What the activation function gets, dense, float32 [pos, d_sae]: SAELens's hook_sae_acts_pre, of gated
-        dictionaries the magnitude. Arguments and errors as for `encode`; no position is left out."""
+        """The numbers that the activation function gets, dense, float32 [pos, d_sae]: SAELens's hook_sae_acts_pre.
+
+        In gated dictionaries it is the magnitude. Arguments and errors as for `encode`; no position is left out.
+        """
         rows = self._rows(x)
         with self._file.reading():
             return self._weights.pre_activations(rows)
