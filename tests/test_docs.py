@@ -249,10 +249,10 @@ def test_the_ten_steps_run(tmp_path, monkeypatch):
     names: dict[str, Any] = {}
     for step in found:
         exec(compile(step[0], "docs/coming-from.md", "exec"), names)
-    page = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
-    limited = [eval(code, names) for code in re.findall(r"`(Steer\(.*?\))`", page)]
+    limited = edits_in_sentences(names)
+    assert [(edit.pos, edit.steps) for edit in limited] == [(-1, None), (None, (1, 2, 3))]
     options = {"max_tokens": 5, "temperature": 0, "capture": "blocks.6.hook_resid_post"}
-    answer, last = (
+    last, answer = (
         names["model"].generate(names["start"], hooks=[edit], **options).cache["resid_post", 6] for edit in limited
     )
     story, n = names["story"], names["answer"].prompt_tokens
@@ -266,10 +266,6 @@ def test_the_ten_steps_run(tmp_path, monkeypatch):
     assert np.abs(names["ablated"] - names["logits"][-1]).max() > 0.1
     greedy = names["model"].generate(names["start"], max_tokens=5, temperature=0, hooks=[names["steer"]]).text
     assert greedy != names["answer"].text and names["steered"].tokens.size > 0
-    limited = edits_in_sentences(names)
-    assert [(edit.pos, edit.steps) for edit in limited] == [(-1, None), (None, (1, 2, 3))]
-    for edit in limited:
-        assert names["model"].generate(names["start"], max_tokens=5, hooks=[edit]).tokens.size
     assert len(names["guesses"]) == 11 and names["guesses"][-1] == " Mary" and names["guesses"][0] != " Mary"
     _, cache = names["model"].run_with_cache(names["prompt"], ["ln_final.hook_scale", "hook_logits_raw"])
     raw = cache["hook_logits_raw"][-1]
