@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 
 from gemma4 import checks, info
 from gemma4.core import F32, Core, KVDtype, Precision
-from gemma4.dictionaries import SAE, Record, Transcoder
+from gemma4.dictionaries import SAE, Dictionary, LayeredDictionary, LayeredRecord, Record, Transcoder
+from gemma4.dictionaries.layered_splice import LayeredSplice
 from gemma4.dictionaries.splice import Splice, entered, warn_of_another_model
 from gemma4.edits.base import Edit, checked_edits
 from gemma4.edits.scope import Extent
@@ -478,7 +479,7 @@ class Model(Core):
         if stop_at_layer is not None:
             stop_at_layer, logits = self._checked_stop(stop_at_layer), None
         table = self._sites_from(start)
-        inside, names = apart(names, active_hooks(self), table)
+        inside, names = apart(names, active_hooks(self), table, stop_at_layer=stop_at_layer)
         capture = table.select(names_of(names), stop_at_layer=stop_at_layer)
         pos = "all" if pos is None else pos
         kept = Capture()
@@ -561,7 +562,13 @@ class Model(Core):
         """
         return self.hooks(checked_edits(edits))
 
-    def attach(self, dictionary: SAE | Transcoder, *, error: bool = True) -> AbstractContextManager[Record]:
+    @overload
+    def attach(self, dictionary: SAE | Transcoder, *, error: bool = True) -> AbstractContextManager[Record]: ...
+    @overload
+    def attach(self, dictionary: LayeredDictionary, *, error: bool = True) -> AbstractContextManager[LayeredRecord]: ...
+    def attach(
+        self, dictionary: SAE | Transcoder | LayeredDictionary, *, error: bool = True
+    ) -> AbstractContextManager[Record] | AbstractContextManager[LayeredRecord]:
         """`with model.attach(sae) as record:` the dictionary's reconstruction takes the place of the site it writes.
 
             with model.attach(sae) as record:
@@ -577,9 +584,21 @@ class Model(Core):
         error: add what the reconstruction misses, so that logits stay the same up to rounding; False replaces the site,
         but for positions that the dictionary was not trained on. Nestable.
 
+        A `Crosscoder` or `CrossLayerTranscoder` is read and written at each of its sites; the record has `layers`.
+        Layer l's output is made of the features of all layers that the pass has read by then, and the error is what the
+        unedited ones miss. So it must be causal: a feature writes to no site that the pass computes before the one
+        where it is read.
+
         Warns if its files name another model by its `fingerprint`. Raises ValueError (a dictionary that names no site,
-        or of another width), SiteError (a site that this model lacks).
+        of another width, or not causal: a forward pass that meets such a feature raises it, too), SiteError (a site
+        that this model lacks), TypeError.
         """
+        if isinstance(dictionary, LayeredDictionary):
+            layered = LayeredSplice(self.sites, dictionary, error=error)
+            return entered(self.hooks([layered]), layered.record)
+        if not isinstance(cast(object, dictionary), Dictionary):
+            kinds = "an SAE, a Transcoder, a Crosscoder or a CrossLayerTranscoder"
+            raise TypeError(f"{kinds} can be attached, got {type(dictionary).__name__}")
         spliced = Splice(self.sites, dictionary, error=error)
         warn_of_another_model(dictionary, lambda: self.fingerprint)
         return entered(self.hooks([spliced]), spliced.record)

@@ -1095,7 +1095,7 @@ def test_edits_of_other_dictionaries_are_not_saved(tmp_path):
         pass
 
     sae = Own.load(saelens(tmp_path / "sae", weights(n=8)))
-    with pytest.raises(TypeError, match="SAE or a Transcoder can be saved, got Own"):
+    with pytest.raises(TypeError, match="SAE, Transcoder, Crosscoder, CrossLayerTranscoder can be saved, got Own"):
         save_edits(AblateFeature(sae, 1), tmp_path / "e.safetensors")
 
 

@@ -170,6 +170,20 @@ def test_variants_run_inside_open_hooks(tiny, kind):
     assert head_ablations(tiny, CLEAN, ANSWERS, layers=[3]).clean == plain  # the block is left
 
 
+def test_variants_are_not_recorded(tiny):
+    """The plain runs are; features of all variants would be one unordered heap, as large as all of them."""
+    with tiny.attach(gemma4.SAE.load("tiny-e/blocks.4.hook_resid_post")) as record:
+        patching_grid(tiny, CLEAN, CORRUPT, ANSWERS, layers=[2, 5], positions=slice(4, None))
+        head_patching(tiny, CLEAN, CORRUPT, ANSWERS, layers=[2])
+        n, length = len(record.passes), len(tiny.to_tokens(CLEAN))
+        head_ablations(tiny, CLEAN, ANSWERS)
+        assert len(record.passes) == n + 1  # that of the plain run
+        assert all(len(one.positions) == length for one in record.passes)
+        record.clear()
+        tiny.forward(CLEAN)
+    np.testing.assert_array_equal(record.positions(), np.arange(length))
+
+
 def test_open_edits_that_cannot_act_are_refused(tiny):
     edit = Scale("blocks.1.hook_resid_post", 2, pos=99)
     with tiny.edit(edit), pytest.raises(ValueError, match="position 99 cannot be edited"):

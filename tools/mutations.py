@@ -684,6 +684,24 @@ EDITS = [
         "paths",
     ),
     Mistake(
+        "a crosscoder's features come too late for their own layer",
+        "self.order[self.reads[layer].name] <= self.order",
+        "self.order[self.reads[layer].name] < self.order",
+        "layered_splice",
+    ),
+    Mistake(
+        "the error of a later layer is that of the edited features",
+        "[: 1 if self.clean is self.edited else 2]",
+        "[:1]",
+        "layered_splice",
+    ),
+    Mistake(
+        "features of variants are recorded",
+        "hook.unrecorded() if isinstance(hook, Nested) else hook",
+        "hook",
+        "experiments",
+    ),
+    Mistake(
         "a run overtakes the one whose values it takes",
         "waits = s->options->in_order && take[r] < left;",
         "waits = false;",

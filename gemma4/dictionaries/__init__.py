@@ -9,16 +9,19 @@
     with model.attach(sae) as record: ...      # its reconstruction in the forward pass, with the error term
     with model.edit([ClampFeature(sae, 1721, 8.0)]): ...
 
+Crosscoders and cross-layer transcoders do the same in several layers at once.
+
 Files are mapped and untrusted. Formats, and traps of each: docs/guide.md.
 """
 
-from gemma4.dictionaries.cross import Crosscoder, CrossLayerTranscoder
+from gemma4.dictionaries.cross import Crosscoder, CrossLayerTranscoder, LayeredDictionary
 from gemma4.dictionaries.edits import AblateFeature, ClampFeature, FeatureEdit, ScaleFeature
 from gemma4.dictionaries.examples import Example, Examples, FeatureSource, Histogram, Ranked
 from gemma4.dictionaries.features import Features, Fired
+from gemma4.dictionaries.inside import Pass, Record
+from gemma4.dictionaries.layered_splice import LayeredRecord
 from gemma4.dictionaries.sae import SAE, Dictionary, Metrics, Transcoder
 from gemma4.dictionaries.shipped import shipped_dictionaries
-from gemma4.dictionaries.splice import Pass, Record
 
 __all__ = [
     "SAE",
@@ -34,6 +37,8 @@ __all__ = [
     "Features",
     "Fired",
     "Histogram",
+    "LayeredDictionary",
+    "LayeredRecord",
     "Metrics",
     "Pass",
     "Ranked",

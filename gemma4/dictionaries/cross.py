@@ -7,9 +7,11 @@ out_l = sum_i features_i @ w_dec_i[:, l] + b_dec_l [+ x_l @ skip_l]
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeAlias, cast
 
@@ -18,12 +20,12 @@ from numpy.typing import ArrayLike
 
 from gemma4.dictionaries.features import F32, Features, check_feature
 from gemma4.dictionaries.formats import OpenedLayers, open_layers
-from gemma4.dictionaries.sae import as_rows, without_rows
-from gemma4.dictionaries.weights import matmul
+from gemma4.dictionaries.sae import as_rows, fingerprint_of, without_rows
+from gemma4.dictionaries.weights import Weights, matmul
 from gemma4.edits.recipes import Cache
 from gemma4.interp.sites import canonical_name
 from gemma4.memory import ready_blas
-from gemma4.narrow import is_integer
+from gemma4.narrow import is_integer, is_list_or_tuple
 
 LayeredActivations: TypeAlias = Sequence[ArrayLike] | Cache
 
@@ -81,6 +83,8 @@ class LayeredDictionary:
                 file.close()
             raise
 
+    # -- all layers ----------------------------------------------------------------------------------------------------
+
     def encode(self, x: LayeredActivations) -> list[Features]:
         """The features of each layer, in order.
 
@@ -118,16 +122,6 @@ class LayeredDictionary:
                     out[:, layer] += matmul(inputs[layer], skip)
         return [np.ascontiguousarray(out[:, layer]) for layer in range(self.n_layers)]
 
-    def direction(self, layer: int, feature: int) -> F32:
-        """A feature of a layer writes this to each layer, float32 [n_layers, d_out]. layer: 0 to n_layers - 1, in the
-        order of `sites`. Raises IndexError."""
-        if not is_integer(layer) or not 0 <= layer < self.n_layers:
-            raise IndexError(f"there is no layer {layer!r:.40}, the dictionary has 0 to {self.n_layers - 1}")
-        check_feature(feature, self.d_sae)
-        with self._reading():
-            row = np.array(self._opened.weights[layer].w_dec[feature], np.float32)
-        return row.reshape(self.n_layers, self.d_out)
-
     def __call__(self, x: LayeredActivations) -> list[F32]:
         """decode(encode(x)), float32 [pos, d_out] of each layer."""
         return self.decode(self.encode(x), x)
@@ -142,6 +136,95 @@ class LayeredDictionary:
         if len(wanted[0]) != len(found[0]):
             raise ValueError(f"x has {len(found[0])} positions, but target has {len(wanted[0])}")
         return [one - other for one, other in zip(wanted, found, strict=True)]
+
+    # -- one layer -----------------------------------------------------------------------------------------------------
+
+    def direction(self, layer: int, feature: int) -> F32:
+        """A feature of a layer writes this to each layer, float32 [n_layers, d_out]. layer: 0 to n_layers - 1, in the
+        order of `sites`. Raises IndexError."""
+        weights = self._weights_of(layer)
+        check_feature(feature, self.d_sae)
+        with self._opened.files[layer].reading():
+            row = np.array(weights.w_dec[feature], np.float32)
+        return row.reshape(self.n_layers, self.d_out)
+
+    def encode_layer(self, layer: int, x: ArrayLike) -> Features:
+        """The features of one layer. x: floats [pos, d_in] of that layer's site. Raises what `encode` raises."""
+        weights, rows = self._weights_of(layer), self._rows_of(layer, x)
+        with self._opened.files[layer].reading():
+            return weights.encode(rows)
+
+    def pre_activations(self, layer: int, x: ArrayLike) -> F32:
+        """The numbers that the activation function of one layer gets, dense, float32 [pos, d_sae]. As `encode_layer`;
+        where a feature fires, it is its value to the bit."""
+        weights, rows = self._weights_of(layer), self._rows_of(layer, x)
+        with self._opened.files[layer].reading():
+            return weights.pre_activations(rows)
+
+    def values_of(self, layer: int, feature: int, x: ArrayLike) -> F32:
+        """One feature of a layer at every position, float32 [pos]. As `encode_layer`. Raises IndexError besides."""
+        weights, rows = self._weights_of(layer), self._rows_of(layer, x)
+        check_feature(feature, self.d_sae)
+        with self._opened.files[layer].reading():
+            return weights.values_of(feature, rows)
+
+    def written_by(self, layer: int, features: Features) -> F32:
+        """What the features of one layer write to each, float32 [pos, n_layers, d_out]. Raises what `decode` raises."""
+        weights = self._weights_of(layer)
+        if features.d_sae != self.d_sae:
+            raise ValueError(f"these are features of a dictionary of {features.d_sae}, this one has {self.d_sae}")
+        ready_blas()
+        with self._opened.files[layer].reading():
+            return weights.decode(features, None).reshape(len(features), self.n_layers, self.d_out)
+
+    def bias(self, layer: int) -> F32:
+        """The constant part of a layer's reconstruction, float32 [d_out]. Raises IndexError."""
+        self._weights_of(layer)
+        return self._opened.b_dec[layer]
+
+    def has_skip(self, layer: int) -> bool:
+        """Whether a layer's input goes into its reconstruction directly, by an affine skip connection. Raises
+        IndexError."""
+        self._weights_of(layer)
+        return self._opened.skips[layer] is not None
+
+    def skipped(self, layer: int, x: ArrayLike) -> F32:
+        """What the skip connection of a layer makes of its input, float32 [pos, d_out]: zeros without one. As
+        `encode_layer`."""
+        self._weights_of(layer)
+        rows, skip = self._rows_of(layer, x), self._opened.skips[layer]
+        if skip is None:
+            return np.zeros((len(rows), self.d_out), np.float32)
+        ready_blas()
+        with self._opened.files[layer].reading():
+            return matmul(rows, skip)
+
+    def check_feature(self, feature: object) -> tuple[int, int]:
+        """A pair (layer, feature) of this dictionary. Raises TypeError (no pair), IndexError."""
+        if not is_list_or_tuple(feature) or len(feature) != 2:
+            raise TypeError(f"a feature of {self!r} is a pair (layer, feature), got {feature!r:.60}")
+        layer, number = feature
+        self._weights_of(cast(int, layer))
+        return int(cast(int, layer)), check_feature(number, self.d_sae)
+
+    def _weights_of(self, layer: int) -> Weights:
+        if not is_integer(layer) or not 0 <= layer < self.n_layers:
+            raise IndexError(f"there is no layer {layer!r:.40}, the dictionary has 0 to {self.n_layers - 1}")
+        return self._opened.weights[layer]
+
+    def _rows_of(self, layer: int, x: ArrayLike) -> F32:
+        return as_rows(x, self.d_in, f"layer {layer} of {self!r} reads")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names a dictionary: 64 hexadecimal digits of its configuration, and of each file the tensors' names and
+        shapes and a sample. Raises FormatError for a file that changed."""
+        with self._reading():
+            return hashlib.sha256(
+                "".join(fingerprint_of(file, self.metadata) for file in self._opened.files).encode()
+            ).hexdigest()
+
+    # -- checks --------------------------------------------------------------------------------------------------------
 
     def _target(self, x: LayeredActivations, target: LayeredActivations | None) -> LayeredActivations:
         if target is None and not isinstance(x, Cache):
@@ -170,6 +253,8 @@ class LayeredDictionary:
             if part.d_sae != self.d_sae or len(part) != len(features[0]):
                 found = f"{len(part)} positions of {part.d_sae} features"
                 raise ValueError(f"layer {layer}: {found}, expected {len(features[0])} of {self.d_sae}")
+
+    # -- life ----------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -222,6 +307,7 @@ class CrossLayerTranscoder(LayeredDictionary):
         clt = gemma4.CrossLayerTranscoder.load("gemma-scope-2-1b-pt/clt/width_262k_l0_medium_affine")
         _, cache = model.run_with_cache(ids, [*clt.sites, *clt.sites_out])
         clt(cache)[5]                                # the reconstruction of layer 5's MLP output
+        with model.attach(clt): ...                  # in the forward pass, with error terms
 
     See `LayeredDictionary` for the attributes. Without sites in the files, they are mlp.hook_in and hook_mlp_out of
     every layer.

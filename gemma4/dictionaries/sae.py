@@ -6,10 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -182,7 +183,7 @@ class Dictionary:
         """Names a dictionary: 64 hexadecimal digits of its tensors' names and shapes, its configuration and a sample of
         its file, 64 pages. Raises what `encode` raises for a file that changed."""
         with self._file.reading():
-            return _fingerprint(self._file, self.metadata)
+            return fingerprint_of(self._file, self.metadata)
 
     @property
     def model_fingerprint(self) -> str | None:
@@ -299,7 +300,8 @@ class Transcoder(Dictionary):
         return f"{super()._sites()}, writes {self.site_out or 'an unnamed site'}"
 
 
-def _fingerprint(file: MappedFile, metadata: dict[str, Any]) -> str:
+def fingerprint_of(file: MappedFile, metadata: Mapping[str, object]) -> str:
+    """64 hexadecimal digits of a configuration, the tensors' names and places in a file, and a sample of its bytes."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, info in sorted(file.tensors.items()):
         digest.update(f"{name} {info.dtype} {info.shape} {info.offset}\n".encode())

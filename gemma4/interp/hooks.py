@@ -82,6 +82,10 @@ class Nested(ABC):
     def pairs(self, inner: Mapping[str, Sequence[HookFn]]) -> list[NamedFn]:
         """The functions that it has on sites of the model, which call those of `inner` at its own."""
 
+    @abstractmethod
+    def unrecorded(self) -> Nested:
+        """The same, which keeps nothing of what passes for its user."""
+
 
 class Capture:
     """A function for sites inside a `Nested`: it keeps what passes, by sequence and name. There it gets features as
@@ -117,7 +121,7 @@ def bind_hooks(table: SiteTable, hooks: Iterable[Hook], *, stop_at_layer: int | 
     Raises SiteError for a name that matches no site, TypeError for something that is not a (names, function) pair.
     """
     bound: dict[str, tuple[Site, list[HookFn | SiteEdit]]] = {}
-    plain, inner = _without_nested(list(hooks), table)
+    plain, inner = _without_nested(list(hooks), table, stop_at_layer)
     for hook in plain:
         if isinstance(hook, Edit):
             for part in hook.bound(table, stop_at_layer=stop_at_layer):
@@ -137,7 +141,9 @@ def joined(table: SiteTable, first: SiteHooks, then: SiteHooks) -> SiteHooks:
     return [found[name] for name in table if name in found]
 
 
-def _without_nested(hooks: list[Hook], table: SiteTable) -> tuple[list[Hook], dict[str, list[HookFn]]]:
+def _without_nested(
+    hooks: list[Hook], table: SiteTable, stop_at_layer: int | None
+) -> tuple[list[Hook], dict[str, list[HookFn]]]:
     """The hooks on sites of the model, and the functions on sites inside nested ones."""
     plain: list[Hook] = []
     inner: dict[str, list[HookFn]] = {}
@@ -146,7 +152,7 @@ def _without_nested(hooks: list[Hook], table: SiteTable) -> tuple[list[Hook], di
             plain.append(hook)
             continue
         names, fn = _checked_pair(hook)
-        inside, names = apart(names, hooks, table)
+        inside, names = apart(names, hooks, table, stop_at_layer=stop_at_layer)
         for name in inside:
             inner.setdefault(name, []).append(fn)
         if callable(names) or not inside or (is_iterable(names) and list(names)):
@@ -154,42 +160,69 @@ def _without_nested(hooks: list[Hook], table: SiteTable) -> tuple[list[Hook], di
     return plain, inner
 
 
-def apart(names: Names, hooks: Iterable[Hook], table: SiteTable) -> tuple[list[str], Names]:
+def apart(
+    names: Names, hooks: Iterable[Hook], table: SiteTable, *, stop_at_layer: int | None = None
+) -> tuple[list[str], Names]:
     """The chosen sites inside nested hooks, and the names that are left for the model. None chooses none inside.
 
-    Raises SiteError for a name of a site inside that none of them has, or two; TypeError for what is no name.
+    stop_at_layer: globs and predicates choose sites that are reached when blocks 0..n-1 run.
+    Raises SiteError for a name of a site inside that none of them has, or two, or that is not reached; TypeError for
+    what is no name.
     """
     names = reusable(names)
     nested = [hook for hook in hooks if isinstance(hook, Nested)]
     inner, asked = [name for hook in nested for name in hook.sites], [name for hook in nested for name in hook.asked]
+    late = _late(nested, table, stop_at_layer)
+    reached = [name for name in inner if name not in late]
     if names is None or callable(names):
-        chosen = [name for name in inner if names is not None and names(name)]
+        chosen = [name for name in reached if names is not None and names(name)]
         rest = names
     else:
         chosen, rest = list[str](), list[str]()
         for pattern in [names] if isinstance(names, str) else names:
-            found = _inside(pattern, inner, asked)
+            found = _inside(pattern, reached, inner + asked)
             chosen += found
             if not found or fnmatch.filter(table, pattern):
                 rest.append(pattern)
-    twice = [name for name in chosen if (inner + asked).count(name) > 1]
-    if twice:
-        raise SiteError(f"two dictionaries are attached at {twice[0]!r}: name its site with one of them attached")
+    _check_inside(chosen, inner + asked, late, stop_at_layer)
     return list(dict.fromkeys(chosen)), rest
 
 
-def _inside(pattern: object, inner: list[str], asked: list[str]) -> list[str]:
-    """The names that a pattern matches. Raises SiteError where it can mean no site of a model."""
+def _inside(pattern: object, inner: list[str], every: list[str]) -> list[str]:
+    """The names that a pattern matches: as a glob those of `inner`. Raises SiteError where it can mean no site of a
+    model."""
     if not isinstance(pattern, str):
         return []
     outer, mark, part = pattern.rpartition(NESTED_MARK)
     name = canonical_name(outer) + mark + part if mark else pattern
-    found = [name] * asked.count(name) or fnmatch.filter(inner, name)
+    found = [name] if name in every else fnmatch.filter(inner, name)
     if mark and not found:
-        near = difflib.get_close_matches(pattern, inner + asked, n=4, cutoff=0.5) or inner
+        near = difflib.get_close_matches(pattern, every, n=4, cutoff=0.5) or inner
         known = f"closest: {', '.join(near)}" if near else "no dictionary is attached: use it in `with model.attach(…)`"
         raise SiteError(f"no site {pattern!r}; {known}")
     return found
+
+
+def _late(nested: Iterable[Nested], table: SiteTable, stop_at_layer: int | None) -> set[str]:
+    """The names of sites inside that a run of blocks 0..n-1 does not reach."""
+    if stop_at_layer is None:
+        return set()
+    reached = {site.name for site in table.select(lambda _: True, stop_at_layer=stop_at_layer)}
+    sites = [site for hook in nested for site in (*hook.sites.values(), *hook.asked.values())]
+
+    def is_late(site: Site) -> bool:
+        is_read = site.name.rpartition(NESTED_MARK)[0] in reached
+        return not is_read or (site.layer is not None and site.layer >= stop_at_layer)
+
+    return {site.name for site in sites if is_late(site)}
+
+
+def _check_inside(chosen: list[str], every: list[str], late: set[str], stop_at_layer: int | None) -> None:
+    for name in chosen:
+        if name in late:
+            raise SiteError(f"site {name!r} is not reached with stop_at_layer={stop_at_layer}")
+        if every.count(name) > 1:
+            raise SiteError(f"two dictionaries are attached at {name!r}: name its site with one of them attached")
 
 
 def checked_hooks(hooks: object) -> list[Hook]:
@@ -324,11 +357,13 @@ def activated(model: object, hooks: Iterable[Hook]) -> Iterator[None]:
 
 
 def bind_inside_active(model: object, table: SiteTable, hooks: Iterable[Hook]) -> SiteHooks:
-    """`bind_hooks` of these after the open ones on the text model.
+    """`bind_hooks` of these after the open ones on the text model, for a variant of a run.
 
-    Each call makes new functions for attached dictionaries, so prompts of one step do not share their state.
+    Each call makes new functions for attached dictionaries, so prompts of one step do not share their state. Their
+    records stay as they are: nobody could tell thousands of variants apart there.
     """
-    return bind_hooks(table, [*hooks_of(active_hooks(model)), *hooks])
+    outer = [hook.unrecorded() if isinstance(hook, Nested) else hook for hook in active_hooks(model)]
+    return bind_hooks(table, [*hooks_of(outer), *hooks])
 
 
 def active_hooks(model: object) -> list[Hook]:

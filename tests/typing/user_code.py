@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gemma4
-from gemma4.dictionaries import ClampFeature, Fired
+from gemma4.dictionaries import AblateFeature, ClampFeature, Fired
 from gemma4.generation import Batch, Continuation, Options
 from gemma4.generation.sampling import SamplingParams
 from gemma4.interp.lens import LogitLens, logit_lens
@@ -137,7 +137,11 @@ assert_type(sae.metrics(np.zeros((3, 8), np.float32)).l0, float)
 gemma4.SAE.load("folder", site_out="blocks.3.hook_mlp_out")  # error: reportCallIssue
 with model.attach(sae, error=False) as record, model.edit([ClampFeature(sae, 5, 2.0, pos=-1)]):
     assert_type(record.features(), gemma4.Features)
-model.attach("folder")  # error: reportArgumentType
+model.attach("folder")  # error: reportCallIssue
+clt = gemma4.CrossLayerTranscoder.load("folder")
+with model.attach(clt) as layers, model.edit(AblateFeature(clt, (3, 5))):
+    assert_type(layers.features(), list[gemma4.Features])
+    assert_type(layers.layers[2].features(), gemma4.Features)
 
 # ---- the rest of the face
 assert_type(model.encode_image("a.png", image_tokens=70), F32)
