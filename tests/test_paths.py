@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gemma4
-from gemma4.edits import Ablate, Scale
+from gemma4.edits import Ablate, Scale, Steer
 from gemma4.interp import dla, patching_grid, path_patching, plots
 from gemma4.interp.lens import final_norm
 
@@ -221,6 +221,31 @@ def test_shares_are_the_logit(model):
 @pytest.mark.parametrize("name", ["random_e", "random_moe"])
 def test_shares_are_the_logit_of_random_models(name, prompt, request):
     shares_add_up(request.getfixturevalue(name), prompt, 17)
+
+
+def test_edits_have_a_share_of_their_own(tiny):
+    """What steering adds, multiplied by the scalars of later blocks; the shares are the logit again."""
+    token, layer = tiny.to_single_token(" Mary"), 3
+    direction = np.random.default_rng(0).standard_normal(tiny.config.d_model).astype(np.float32)
+    with tiny.edit(Steer(direction, layer, 2.0)):
+        found = shares_add_up(tiny, CLEAN, token)
+        scales = tiny.run_with_cache(CLEAN, "ln_final.hook_scale")[1]["ln_final.hook_scale"]
+    added = 2.0 * direction * np.prod([tiny.layer_scalars[i] for i in range(layer + 1, tiny.n_layers)])
+    towards = tiny.unembed(token).ravel() * tiny.gain("norm")
+    assert found.labels[-1] == "edits"
+    np.testing.assert_allclose(found.values[-1], (added @ towards) / scales[:, 0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["blocks.4.hook_attn_out", "blocks.4.attn.hook_out", "blocks.9.hook_resid_post"])
+def test_shares_are_the_logit_inside_edits(tiny, name):
+    with tiny.edit(Scale(name, 0.5)):
+        found = shares_add_up(tiny, CLEAN, tiny.to_single_token(" Mary"))
+    assert np.abs(found.values[-1]).max() > 1e-3
+    with tiny.edit(Ablate(head=(4, 2))):  # what the head writes is its share
+        assert np.abs(shares_add_up(tiny, CLEAN, tiny.to_single_token(" Mary")).values[-1]).max() < 1e-4
+    with tiny.attach(gemma4.SAE.load("tiny-e/blocks.4.hook_resid_post"), error=False):
+        assert shares_add_up(tiny, CLEAN, tiny.to_single_token(" Mary")).labels[-1] == "edits"
+    assert "edits" not in dla(tiny, CLEAN).labels
 
 
 @pytest.mark.parametrize("pos", [[12, 3, 12], slice(12, 2, -9), (p for p in (12, -12)), np.array([12, 3]), "all", None])

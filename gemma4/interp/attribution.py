@@ -14,6 +14,7 @@ from gemma4.html import Picture, bars, heat
 from gemma4.html.markup import visible
 from gemma4.html.picture import FEW, left_out
 from gemma4.inputs import TextOrIds, as_tokenized
+from gemma4.interp.hooks import active_hooks, hooks_of
 from gemma4.interp.lens import first_shown, texts_of
 from gemma4.narrow import is_list_or_tuple
 from gemma4.step import select_positions
@@ -37,7 +38,8 @@ class LogitAttribution:
     """Shares of components in a logit before the softcap.
 
     values     float32 [n, pos]: what the component adds to the logit; their sum over n is the logit
-    labels     n names: "embed", "3_head_2", "3_mlp_out", "3_ple_out"; with experts "3_mlp_dense", "3_expert_17"
+    labels     n names: "embed", "3_head_2", "3_mlp_out", "3_ple_out"; with experts "3_mlp_dense", "3_expert_17"; last,
+               of a run inside open blocks, "edits"
     logits     float32 [pos]: the logit, or the difference of two, read off the final residual stream
     positions  int64 [pos], in the sequence
     tokens     int32 [pos] or, for a difference, [2, pos]: whose logit it is
@@ -109,6 +111,9 @@ def dla(
     Exact on these models: a component's output is multiplied by the layer scalars that follow and divided by the scale
     of the final norm, which are taken as they were in this run, as are those of the norms after attention, MLP and
     experts. So the shares sum to the logit before the softcap, up to float32's rounding in the forward pass.
+    Inside open edits, hooks and attached dictionaries the last share, "edits", is what they changed in the residual
+    stream between the components, or in a component's output after it was read (steering, `attach(error=False)`, an
+    ablation of hook_attn_out).
     Raises ValueError (no such token or position), and what `Model.run_with_cache` raises.
     """
     last = f"blocks.{model.n_layers - 1}.hook_resid_post"
@@ -124,6 +129,9 @@ def dla(
         shares.append(np.einsum("pd,pd->p", written, direction, dtype=np.float64).astype(np.float32))
         labels.append(label)
     total = np.einsum("pd,pd->p", cache[last], direction, dtype=np.float64).astype(np.float32)
+    if hooks_of(active_hooks(model)):
+        shares.append(total - np.sum(shares, axis=0, dtype=np.float64).astype(np.float32))
+        labels.append("edits")
     texts, of_each = texts_of(model, cache.tokens), [texts_of(model, row) for row in np.atleast_2d(tokens)]
     explained = [" less ".join(map(visible, pair)) for pair in zip(*of_each, strict=True)]
     return LogitAttribution(np.stack(shares), labels, total, cache.positions, tokens, texts, explained)

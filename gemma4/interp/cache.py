@@ -410,7 +410,8 @@ class ActivationCache(CapturedArrays):
     ) -> Stack:
         """Contribution of each component to the residual stream entering block `layer` (None: to the final one).
 
-        The values sum over their first axis to hook_resid_pre of that block, up to rounding. per_head splits each
+        The values sum over their first axis to hook_resid_pre of that block, up to rounding, unless an edit or a hook
+        changed the residual stream itself (as steering does; `gemma4.interp.dla` shows its share). per_head splits each
         attention into its heads, the norm after it frozen (needs ln1_post.hook_scale, and attn.hook_result or hook_z).
         per_expert splits each MLP with experts into the dense part ("3_mlp_dense") and every expert that a position
         has ("3_expert_17"), the norms after them frozen (needs mlp.hook_out_normed, moe.hook_out, moe.hook_expert_out
