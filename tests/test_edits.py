@@ -57,6 +57,7 @@ def vector(n):
 
 
 ALL = slice(None)
+ONE_RESID, LENGTH = "blocks.1.hook_resid_post", 17  # of TEXT
 RESID, Z, SCORES = "blocks.2.hook_resid_post", "blocks.1.attn.hook_z", "blocks.0.attn.hook_attn_scores"
 
 
@@ -353,6 +354,34 @@ def test_edits_that_differ_somewhere_do_not_contradict(tiny):
             tiny.generate([TEXT, "A dog"], max_tokens=4, hooks=edits)
 
 
+def test_edits_of_which_something_is_left_act(tiny):
+    """A later edit sets a part of what an earlier one changes, or goes on from it."""
+    v, z = vector(tiny.config.d_model), Z
+    for edits in (
+        [Steer(v, 1), Set(ONE_RESID, 0, pos=3)],
+        [Steer(v, [1, 2]), Set(ONE_RESID, 0)],
+        [Set(ONE_RESID, 0), Steer(v, 1)],
+        [Scale(z, 2), Ablate(head=(1, 2))],
+        [Steer(v, 1), Set(ONE_RESID, 0, prompts=0)],
+        [Steer(v, 1), Set(ONE_RESID, 0, steps=0)],
+        [Set(SCORES, 1, pos=3), KnockOut((3, 1), 0)],
+        [KnockOut((slice(2, 5), 1), 0), Set(SCORES, 1, pos=3)],
+        [Steer(v, 1), Patch(ONE_RESID, FromPrompt(0), pos=-1)],
+        [Add("hook_logits", -np.inf, index=7)],
+    ):
+        assert tiny.generate([TEXT, "A dog"], max_tokens=3, temperature=0, hooks=edits)
+
+
+def test_masked_keys_stay_masked(tiny):
+    """Edits of scores and patterns change the keys that a query sees; a function may change all."""
+    pattern = SCORES.replace("attn_scores", "pattern")
+    with tiny.edit([Clamp(SCORES, -1, 1), Set(pattern, 0.25, pos=slice(2, 4))]):
+        _, cache = tiny.run_with_cache(TEXT, [SCORES, pattern])
+    later = np.triu(np.ones(cache[SCORES].shape[1:], np.bool_), 1)
+    assert np.isneginf(cache[SCORES][:, later]).all() and (np.abs(cache[SCORES][:, ~later]) <= 1).all()
+    assert not cache[pattern][:, later].any() and (cache[pattern][:, 2:4][:, ~later[2:4]] == 0.25).all()
+
+
 def test_a_window_counts_when_keys_are_cut(tiny):
     """Layer 0 sees the last keys alone: without those a query has none, though earlier ones are left."""
     window = tiny.sites.window(0)
@@ -542,11 +571,11 @@ def test_an_edge_as_text_has_either_order(tiny):
     [
         ({"kind": "KnockOut", "edge": ["pos 1-999999999", 0]}, "positions, more than any model"),
         ({"kind": "KnockOut", "edge": ["pos 1-" + "9" * 5000, 0]}, "text like"),
-        ({"kind": "Scale", "site": "hook_embed", "pos": {"slice": ["a", None]}}, "ends of a slice"),
-        ({"kind": "Scale", "site": "hook_embed", "pos": {"slice": [0.5, None]}}, "ends of a slice"),
-        ({"kind": "Scale", "site": "hook_embed", "index": {"slice": [[], None]}}, "ends of a slice"),
-        ({"kind": "Scale", "site": "hook_embed", "index": [1, 2]}, "index must be"),
-        ({"kind": "Scale", "site": "hook_embed", "pos": 1 << 70}, "whole numbers"),
+        ({"kind": "Scale", "site": "hook_embed", "factor": 2, "pos": {"slice": ["a", None]}}, "ends of a slice"),
+        ({"kind": "Scale", "site": "hook_embed", "factor": 2, "pos": {"slice": [0.5, None]}}, "ends of a slice"),
+        ({"kind": "Scale", "site": "hook_embed", "factor": 2, "index": {"slice": [[], None]}}, "ends of a slice"),
+        ({"kind": "Scale", "site": "hook_embed", "factor": 2, "index": [1, 2]}, "index must be"),
+        ({"kind": "Scale", "site": "hook_embed", "factor": 2, "pos": 1 << 70}, "whole numbers"),
         ({"kind": "Patch", "site": "hook_embed", "value": {"cache": "c", "sites": ["hook_embed"]}}, "integers [pos]"),
     ],
 )
@@ -657,6 +686,14 @@ def test_control_vectors(tiny, tmp_path):
         (lambda d: [KnockOut((3, slice(0, 2)), 0), KnockOut((3, slice(2, 4)), 0, 0)], ValueError, "keep no key"),
         (lambda d: [KnockOut((1, 0), 0, [0, 2]), KnockOut((1, 1), [0, 1])], ValueError, "would keep no key"),
         (lambda d: [("blocks.1.hook_mlp_out", abs)], TypeError, "functions go to Model.hooks"),
+        (lambda d: [Steer(np.ones(d), 1), Set(ONE_RESID, 0)], ValueError, "Set('blocks.1.hook_resid_post') sets all"),
+        (lambda d: [Scale(ONE_RESID, 2, pos=3), Ablate(ONE_RESID, pos=[3, 4])], ValueError, "sets all that Scale"),
+        (lambda d: [KnockOut((3, 1), 0), Set(SCORES, 1, pos=3)], ValueError, "sets all that KnockOut(edge=(3, 1))"),
+        (lambda d: [Add(ONE_RESID, np.ones((2, d)), pos=[3, 3])], ValueError, "pos names position 3 twice"),
+        (lambda d: [Set(ONE_RESID, np.ones((2, d)), pos=[0, -LENGTH])], ValueError, "pos names position 0 twice"),
+        (lambda d: [Steer(np.full(d, np.inf), 1)], ValueError, "hold inf, which would become NaN"),
+        (lambda d: [Add(ONE_RESID, -np.inf, pos=3)], ValueError, "hold -inf, which would become NaN"),
+        (lambda d: [Set(SCORES, np.inf)], ValueError, "hold inf, which would become NaN"),
     ],
 )
 def test_edits_that_cannot_act(tiny, edits, error, complaint):
@@ -699,6 +736,12 @@ def test_edits_that_cannot_act(tiny, edits, error, complaint):
         (lambda: ForbidExperts([]), ValueError, "empty"),
         (lambda: ForceExperts(slice(3)), TypeError, "several"),
         (lambda: Patch("x", 3.0, source_pos=1), ValueError, "source_pos needs a cache"),
+        (lambda: Patch("x"), TypeError, "'value'"),
+        (lambda: Set("x"), TypeError, "'value'"),
+        (lambda: Scale("x"), TypeError, "'factor'"),
+        (lambda: Clamp("x"), ValueError, "nothing would change"),
+        (lambda: ProjectOut("x", [0, 0]), ValueError, "no direction to project out"),
+        (lambda: ProjectOut("x", [[0, 1], [0, 0]], pos=[1, 2]), ValueError, "no direction to project out"),
     ],
 )
 def test_edits_that_make_no_sense(make, error, complaint):

@@ -5,6 +5,7 @@
         model.generate("Once upon a time")
 
 An edit stands wherever a hook can, and means the same as a hook that does the same arithmetic in float32: to the bit.
+Of attention scores and patterns an edit changes the keys that a query sees: masked ones stay masked.
 Edits and hooks of one site act in the order in which they were given, outer blocks first; captures see the result.
 
 Every edit can be restricted by keyword:
@@ -15,8 +16,8 @@ Every edit can be restricted by keyword:
     prompts  prompts of a batch, by index; None = all.
 
 An edit that could not act raises ValueError before anything is computed: a position that does not exist or lies in a
-cached prefix, a prompt that the batch lacks, a Set or Patch all of whose numbers later ones set again, a site inside an
-encoder if no prompt of the call has a medium for it.
+cached prefix, a prompt that the batch lacks, an edit all of whose numbers a later Set, Patch or Ablate sets, a site
+inside an encoder if no prompt of the call has a medium for it. So do infinite values, which would become NaN.
 """
 
 from gemma4.edits.arithmetic import Add, Clamp, ProjectOut, Scale, Set

@@ -127,7 +127,7 @@ def head_axis(site: Site) -> int | None:
 class Scale(OnSites):
     """x *= factor."""
 
-    factor: float = 1.0
+    factor: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,6 +150,8 @@ class Clamp(OnSites):
         self._set("high", number(self.high, "Clamp: high"))
         if not self.low <= self.high:
             raise ValueError(f"{self}: low must be at most high, got {self.low} and {self.high}")
+        if self.low == -math.inf and self.high == math.inf:
+            raise ValueError(f"{self}: without low and high nothing would change; give one of them")
 
     def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
         return [replace(part, low=self.low, high=self.high) for part in self.parts_of(table, stop_at_layer, "clamp")]
@@ -160,7 +162,7 @@ class WithValue(OnSites):
     """value: float32, broadcast to the site's dims (docs/sites.md), or to the part that head and index choose. With
     several rows on axis T, `pos` names their positions, in order."""
 
-    value: ArrayLike = 0.0
+    value: ArrayLike
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,6 +170,8 @@ class WithValue(OnSites):
 
     def _valued(self, table: SiteTable, stop_at_layer: int | None, kind: Kind, factor: float = 1.0) -> list[SiteEdit]:
         parts = self.parts_of(table, stop_at_layer, kind)
+        for part in parts:
+            refuse_infinite(self, part.site, cast(F32, self.value))
         return [self._with_rows(replace(part, factor=factor)) for part in parts]
 
     def _with_rows(self, part: SiteEdit) -> SiteEdit:
@@ -182,6 +186,14 @@ class WithValue(OnSites):
                 f"{self}: the value has {values.shape[at]} rows of positions; pos must list as many, got {self.pos}"
             )
         return replace(part, values=values, rows=rows)
+
+
+def refuse_infinite(edit: Edit, site: Site, values: F32) -> None:
+    """Raise ValueError for infinities, which become NaN; -inf is allowed before a softmax, where it is the weight 0."""
+    before_softmax = site.keys == "scores" or site.stem in ("moe.hook_router_logits", "hook_logits_raw", "hook_logits")
+    bad = values[np.isposinf(values) if before_softmax else np.isinf(values)]
+    if bad.size:
+        raise ValueError(f"{edit}: the values for {site.name} hold {bad[0]}, which would become NaN; expected numbers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +212,7 @@ class Add(WithValue):
 
 @dataclass(frozen=True, eq=False)
 class Set(WithValue):
-    """x = value. In scores -inf is allowed: the key gets no weight."""
+    """x = value. In scores and logits -inf is allowed: the key, the expert or the token gets no weight."""
 
     overwrites = True
 
@@ -216,6 +228,8 @@ class ProjectOut(WithValue):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not np.atleast_1d(cast(F32, self.value)).any(axis=-1).all():
+            raise ValueError(f"{self}: a vector of zeros has no direction to project out")
         self._set("factor", finite(self.factor, f"{type(self).__name__}: factor"))
 
     def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:

@@ -353,7 +353,7 @@ def check_edits(edits: Iterable[SiteEdit], extent_of: Callable[[Site], Extent]) 
 
     extent_of: what the call computes of the prompt at a site.
     """
-    written: dict[str, list[_Acting]] = {}
+    at_site: dict[str, list[_Acting]] = {}
     masked, routed = dict[str, list[_Acting]](), dict[str, list[_Acting]]()
     for part in edits:
         edit, extent = part.edit, extent_of(part.site)
@@ -361,13 +361,13 @@ def check_edits(edits: Iterable[SiteEdit], extent_of: Callable[[Site], Extent]) 
         if not edit.concerns(extent.prompt):
             continue
         acting = _Acting(part, edit.check_extent(extent, cached=not part.site.rows))
-        if part.kind == "set" and edit.overwrites:
-            written.setdefault(part.site.name, []).append(acting)
-        elif part.keys is not None:
+        _check_rows(part, extent)
+        at_site.setdefault(part.site.name, []).append(acting)
+        if part.keys is not None:
             masked.setdefault(part.site.name, []).append(acting)
         elif part.routing is not None:
             routed.setdefault(part.site.name, []).append(acting)
-    _check_effects(written, extent_of)
+    _check_effects(at_site, extent_of)
     for parts in masked.values():
         for spans in {acting.part.spans for acting in parts}:  # of one head, or () of all
             together = [acting for acting in parts if acting.part.spans in (spans, ())]
@@ -382,23 +382,45 @@ class _Acting(NamedTuple):
     part: SiteEdit
     rows: Bools
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether nothing is left of what it edits."""
+        return self.part.kind == "set" and self.part.edit.overwrites
 
-def _check_effects(written: dict[str, list[_Acting]], extent_of: Callable[[Site], Extent]) -> None:
-    """Raise ValueError for an edit of which later ones overwrite everything. written: by site, in order."""
+
+def _check_rows(part: SiteEdit, extent: Extent) -> None:
+    """Raise ValueError if rows of different values are for one position."""
+    named = listed(part.edit.where) if part.source is not None else part.rows
+    positions = absolute(named or (), extent.n_prompt)
+    if len(np.unique(positions)) < len(positions):
+        twice = next(int(p) for p in positions if (positions == p).sum() > 1)
+        raise ValueError(f"{part.edit}: pos names position {twice} twice, with a value for each: which one counts?")
+
+
+def _check_effects(at_site: dict[str, list[_Acting]], extent_of: Callable[[Site], Extent]) -> None:
+    """Raise ValueError for an edit of which later ones overwrite everything. at_site: by site, in order."""
     overwriting: dict[Edit, tuple[Edit, str] | None] = {}  # the last edit that does so, and where; None: none does
-    for site, parts in written.items():
+    for site, parts in at_site.items():
         for i, acting in enumerate(parts):
             extent = extent_of(acting.part.site)
-            later = [other for other in parts[i + 1 :] if _meet(acting, other) and _lasts(other, acting, extent)]
+            later = [
+                other
+                for other in parts[i + 1 :]
+                if other.overwrites and _meet(acting, other) and _lasts(other, acting, extent)
+            ]
             if not later or not _is_overwritten(acting, later):
                 overwriting[acting.part.edit] = None
             else:
                 overwriting.setdefault(acting.part.edit, (later[-1].part.edit, site))
     for edit, found in overwriting.items():
         if found:
+            last, site = found
+            clash = f"{edit} and {last} both set {site}, so the first"
+            if not edit.overwrites:
+                clash = f"{last} sets all that {edit} changes of {site}, so {edit}"
             raise ValueError(
-                f"{edit} and {found[0]} both set {found[1]}, so the first would have no effect; "
-                "remove one, or let them differ in pos, head, index, steps or prompts"
+                f"{clash} would have no effect; remove one, change their order, or let them differ in pos, head, "
+                "index, steps or prompts"
             )
 
 
@@ -417,7 +439,9 @@ def _lasts(later: _Acting, acting: _Acting, extent: Extent) -> bool:
     steps, others = edit.step_set, other.step_set
     if not acting.part.site.rows and steps is not None and (others is None or not others <= steps):
         return False
-    prompts = (extent.prompt,) if extent.n_prompts is None else range(extent.n_prompts)
+    prompts = range(extent.n_prompts or 0)
+    if extent.n_prompts is None:
+        prompts = (extent.prompt,) if later.part.source is None else (extent.prompt, later.part.source.prompt)
     return all(edit.concerns(prompt) for prompt in prompts if other.concerns(prompt))
 
 

@@ -13,7 +13,7 @@ from typing import Protocol, TypeAlias, cast, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gemma4.edits.arithmetic import OnSites, Scale, Set, checked_sites, finite, frozen, names_within
+from gemma4.edits.arithmetic import OnSites, Scale, Set, checked_sites, finite, frozen, names_within, refuse_infinite
 from gemma4.edits.base import Edit, Routing, SiteEdit, Source
 from gemma4.edits.scope import Checked, Where, checked_where, listed
 from gemma4.interp.sites import ENCODER_PREFIXES, Names, Site, SiteTable
@@ -74,7 +74,7 @@ class Patch(OnSites):
     prompt i has; and prompts=None means all but prompt i. No prompt may take from one that takes from it.
     """
 
-    value: Cache | FromPrompt | ArrayLike = 0.0
+    value: Cache | FromPrompt | ArrayLike
     source_pos: Where = field(default=None, kw_only=True)
 
     overwrites = True
@@ -173,11 +173,10 @@ class Steer(Edit):
 
     def bound(self, table: SiteTable, *, stop_at_layer: int | None = None) -> list[SiteEdit]:
         names = [f"blocks.{layer}.{self.at}" for layer in listed(self.layer) or ()]
-        values, factor = cast(F32, self.direction), self.scale
-        return [
-            SiteEdit(self, site, "add", factor=factor, values=values)
-            for site in table.select(names, stop_at_layer=stop_at_layer)
-        ]
+        values, sites = cast(F32, self.direction), table.select(names, stop_at_layer=stop_at_layer)
+        for site in sites:
+            refuse_infinite(self, site, values)
+        return [SiteEdit(self, site, "add", factor=self.scale, values=values) for site in sites]
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +238,7 @@ class Ablate(Edit):
     def _at_mean(self, part: SiteEdit) -> SiteEdit:
         caches, site = _caches(self.mean), part.site
         if not caches:
+            refuse_infinite(self, site, cast(F32, self.mean))
             return replace(part, values=cast(F32, self.mean))
         if "S" in site.dims and site.rows:
             raise ValueError(f"{self}: {site.name} has one value for each pair of positions, of which there is no mean")
