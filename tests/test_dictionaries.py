@@ -369,6 +369,15 @@ def test_sparsify(tmp_path):
     check(sae, expected, expected @ w["W_dec"] + w["b_dec"])
 
 
+def test_configurations_that_are_missing_or_old(tmp_path):
+    folder = sparsify(tmp_path / "layers.5", weights(), signed=True)
+    with pytest.raises(NotImplementedError, match="signed features"):
+        SAE.load(folder)
+    (folder / "cfg.json").unlink()
+    with pytest.raises(FileNotFoundError, match="which says how to compute"):
+        SAE.load(folder)
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_sparsify_transcoder(tmp_path, skip):
     tensors = weights() | {"W_skip": numbers(D, D)}

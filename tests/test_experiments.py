@@ -128,6 +128,12 @@ def test_a_metric_may_be_a_function(tiny):
     assert grid.values.shape == (1, 1) and grid.clean != by_pair.clean
 
 
+@pytest.mark.parametrize("metric", [lambda logits: None, lambda logits: logits, lambda logits: "1x"])
+def test_a_metric_that_is_no_number(tiny, metric):
+    with pytest.raises(TypeError, match="a metric returns one number"):
+        head_ablations(tiny, CLEAN, metric, layers=0)
+
+
 def test_grids_are_drawn(tiny):
     pytest.importorskip("matplotlib")
     grid = patching_grid(tiny, CLEAN, CORRUPT, ANSWERS, layers=[0, 1], positions=[0, 1, 2])

@@ -358,6 +358,8 @@ def test_empty_documents_have_no_sequence(tiny, tmp_path):
     assert tokens_of(tiny, nothing, tmp_path / "none") == []
     (tmp_path / "c.jsonl").write_bytes(b"")
     assert tokens_of(tiny, tmp_path / "c.jsonl", tmp_path / "zero") == []
+    with H.open(tmp_path / "zero") as dataset, pytest.raises(ValueError, match="no rows"):
+        dataset.stats(dataset.sites[0])
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
@@ -696,10 +698,15 @@ def test_columns_are_arrays(harvested):
             slice(None, None, 50),
             slice(5, 2),
             [3, -1, cut, 3],
+            np.arange(len(dataset)) % 7 == 3,
+            (0, 3),
+            (slice(3, 9), 5),
+            (slice(3, 9), [5, 0]),
+            ([3, cut], slice(2, 9, 3)),
         ):
             assert (column[index] == whole[index]).all(), index
         assert not column[0:5].flags.owndata and not column[0:5].flags.writeable
-        for wrong in (len(dataset), [len(dataset)], [[1]], "a"):
+        for wrong in (len(dataset), [len(dataset)], [[1]], "a", [True], (0, 999), ([1, 2], [3, 4]), (..., 3)):
             with pytest.raises((IndexError, ValueError)):
                 column[wrong]
         assert dataset["model.layers.1.output"].name == column.name

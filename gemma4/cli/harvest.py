@@ -87,6 +87,8 @@ def run_harvest(model: Model, args: argparse.Namespace) -> None:
     rate = f", {done.tokens / done.seconds:,.0f} tokens/s" if done.seconds else ""
     kept = f" and {done.kept} that were there" if done.kept else ""
     say(f"{done.made} shards made{kept}, of {done.n_shards}; {done.tokens:,} tokens in {done.seconds:.1f} s{rate}")
+    if not done.n_shards:
+        say("the corpus holds no documents: the dataset is empty")
     if not done.complete:
         say("the dataset is not complete: other parts are missing")
     emit(str(done.path))

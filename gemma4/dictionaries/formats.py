@@ -249,6 +249,12 @@ def _open_gemma_scope_2(path: Path) -> Opened:
     return Opened("Gemma Scope 2", file, weights, site, site_out if transcoder else None, transcoder, raw, skip)
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}, which says how to compute its dictionary")
+    return read_json(path)
+
+
 def _site(fields: Fields, *names: str) -> str | None:
     """The first of these fields that names a hook point, as our site."""
     for name in names:
@@ -389,7 +395,7 @@ _NORMS = ("none", "constant_norm_rescale", "layer_norm")
 
 def _open_saelens(path: Path) -> Opened:
     config = path.with_name("cfg.json")
-    raw = read_json(config)
+    raw = _read_config(config)
     fields = Fields(raw, str(config))
     metadata = raw.get("metadata", {})
     if not is_dict(metadata):
@@ -498,11 +504,13 @@ def _exp(tensors: _Tensors, name: str, size: int) -> F32:
 def _open_sparsify(path: Path) -> Opened:
     """The site is in the folder's name, a module of the model: "layers.5", or "layers.5.mlp"."""
     config = path.with_name("cfg.json")
-    raw = read_json(config)
+    raw = _read_config(config)
     fields = Fields(raw, str(config))
     activation = fields.get("activation", "topk")
     if activation != "topk":
         raise NotImplementedError(f"{config}: activation {activation!r:.60} is not read, only topk")
+    if fields.boolean("signed", False):
+        raise NotImplementedError(f"{config}: signed features (older versions of sparsify) are not read")
     d_in = fields.integer("d_in", None, 1, _MOST)
     file = SafetensorsFile(path)
     tensors = _Tensors(file)

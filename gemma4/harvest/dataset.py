@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 Json: TypeAlias = dict[str, Any]
-Index: TypeAlias = "int | slice | Sequence[int] | NDArray[np.integer[Any]]"
+Index: TypeAlias = "int | slice | Sequence[int] | NDArray[np.integer[Any]] | NDArray[np.bool_] | tuple[Any, ...]"
 
 ROW_COLUMNS = ("tokens", "pos", "seq_id", "token_type")
 _MIXED = 8  # shards whose rows are shuffled together
@@ -53,8 +53,9 @@ class SiteStats:
 class Column:
     """One site, or one of tokens, pos, seq_id and token_type, over all shards: an array that stays in its files.
 
-    `column[i]`, `column[i:j]` and `column[[i, j]]` are arrays of the stored dtype (bf16 as ml_dtypes.bfloat16). They
-    are read-only views of the mapped files where possible. `np.asarray(column)` reads everything.
+    `column[i]`, `column[i:j]`, `column[[i, j]]`, `column[mask]` and, as of an array, `column[i:j, 3]` are arrays of the
+    stored dtype (bf16 as ml_dtypes.bfloat16). They are read-only views of the mapped files where possible.
+    `np.asarray(column)` reads everything.
     """
 
     def __init__(self, dataset: Dataset, name: str, dtype: np.dtype[np.generic], row: tuple[int, ...]) -> None:
@@ -72,7 +73,9 @@ class Column:
         return rows + self._dataset.first_sequence(shard) if self.name == "seq_id" else rows
 
     def __getitem__(self, index: Index) -> Array:
-        """Raises IndexError."""
+        """Raises IndexError, ValueError (what is no index of rows)."""
+        if isinstance(index, tuple):
+            return self._part_of_rows(index)
         if is_integer(index):
             if not -len(self) <= index < len(self):
                 raise IndexError(f"row {index} of {len(self)}")
@@ -83,12 +86,25 @@ class Column:
                 return self._stretch(start, max(start, stop))
             return self._rows(np.arange(start, stop, step))
         rows = np.asarray(index)
+        if rows.dtype.kind == "b" and rows.shape == (len(self),):
+            rows = np.flatnonzero(rows)
         if rows.ndim != 1 or (rows.dtype.kind not in "iu" and rows.size):
-            checks.fail("rows", index, "an integer, a slice, or integers [n]")
+            checks.fail("rows", index, f"an integer, a slice, integers [n], or a mask [{len(self)}]")
         if rows.size and (rows.min() < -len(self) or rows.max() >= len(self)):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
         rows = rows.astype(np.int64)  # a row may be no number of a narrower type
         return self._rows(np.where(rows < 0, rows + len(self), rows))
+
+    def _part_of_rows(self, index: tuple[Any, ...]) -> Array:
+        """column[rows, ...]: a part of each row, as of an array."""
+        if not index:
+            return self[:]
+        first, rest = index[0], index[1:]
+        if is_integer(first):
+            return self[int(first)][rest]
+        if not isinstance(first, slice) and not all(is_integer(one) or isinstance(one, slice) for one in rest):
+            checks.fail("rows", index, "integers and slices beside a list of rows: take the rows first")
+        return self[first][(slice(None), *rest)]
 
     def _stretch(self, start: int, stop: int) -> Array:
         firsts = self._dataset.first_rows
@@ -303,7 +319,12 @@ class Dataset(Mapping[str, Column]):
     # -- statistics and features -------------------------------------------------------------------------------------
 
     def stats(self, site: str) -> SiteStats:
-        """Mean, standard deviation and norm of a site over all rows. Raises SiteError, FormatError."""
+        """Mean, standard deviation and norm of a site over all rows.
+
+        Raises SiteError, ValueError (there is no row), FormatError.
+        """
+        if not len(self):
+            raise ValueError(f"{self.path} has no rows, as its corpus had no text: there is no mean")
         name, file = self[site].name, self._mapped(self.path / STATS)
         if f"{name}.mean" not in file.tensors:
             raise SiteError(f"{name!r} holds integers: it has no mean")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from gemma4.inputs import TextOrIds, as_ids
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import bind_inside_active
 from gemma4.interp.lens import first_shown
-from gemma4.narrow import is_list_or_tuple
+from gemma4.narrow import is_array, is_list_or_tuple
 from gemma4.step import Prompt, run_step
 
 if TYPE_CHECKING:
@@ -354,7 +354,16 @@ def metric_of(model: Model, metric: Metric) -> Score:
         return lambda logits: float(logits[right] - logits[wrong])
     if not callable(metric):
         raise TypeError(f"a metric is a function of logits or a pair of tokens, got {metric!r:.80}")
-    return lambda logits: float(metric(logits))
+
+    def score(logits: F32) -> float:
+        value: Any = metric(logits)
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            found = f"shape {list(value.shape)}" if is_array(value) else f"{value!r:.60}"
+            raise TypeError(f"a metric returns one number for logits [{len(logits)}], got {found}") from None
+
+    return score
 
 
 def _token(model: Model, token: object) -> int:
