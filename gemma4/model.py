@@ -57,11 +57,14 @@ __all__ = ["KVDtype", "Model", "Precision", "load"]
 _ELSEWHERE = {
     "logits": "return_type logits_to_keep num_logits_to_keep",
     "sequence": "past_key_values past_kv_cache kv_cache cache",
+    "`run_from(resid, layer, ids)`": "start_at_layer",
+    "token ids in place of text, which gets BOS": "prepend_bos",
 }
+_STOP = {"`run_with_cache(ids, stop_at_layer=n)`": "stop_at_layer"}
 _FORWARD_OPTIONS = ("logits", "sequence")
-_FORWARD_OPTIONS_ELSEWHERE = checks.by_their_names(_ELSEWHERE)
+_FORWARD_OPTIONS_ELSEWHERE = checks.by_their_names(_ELSEWHERE | _STOP)
 _HOOK_OPTIONS = ("hooks", *_FORWARD_OPTIONS)
-_HOOK_OPTIONS_ELSEWHERE = checks.by_their_names({"hooks": "fwd_hooks", **_ELSEWHERE})
+_HOOK_OPTIONS_ELSEWHERE = checks.by_their_names({"hooks": "fwd_hooks", **_ELSEWHERE, **_STOP})
 _CACHE_OPTIONS = ("names", "names_filter", "pos", "stop_at_layer", "logits", "sequence")
 _CACHE_OPTIONS_ELSEWHERE = checks.by_their_names(
     {

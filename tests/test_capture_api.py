@@ -493,6 +493,9 @@ def test_names_of_other_libraries_are_explained(tiny, prompt):
         (lambda: tiny.run_with_hooks(prompt), "hooks are pairs"),
         (lambda: tiny.forward(prompt, return_type="logits"), "return_type: did you mean logits?"),
         (lambda: tiny.forward(prompt, past_kv_cache=None), "past_kv_cache: did you mean sequence?"),
+        (lambda: tiny.forward(prompt, start_at_layer=3), "start_at_layer: did you mean `run_from("),
+        (lambda: tiny.run_with_cache(prompt, start_at_layer=3), "start_at_layer: did you mean `run_from("),
+        (lambda: tiny.forward(prompt, stop_at_layer=3), "stop_at_layer: did you mean `run_with_cache("),
         (lambda: tiny.forward(prompt, device="cpu"), "device: no such option; logits, sequence are"),
         (lambda: cache.decompose_resid(return_labels=True), "`labels` of the result"),
         (lambda: cache.accumulated_resid(return_labels=True, apply_ln=True), "`gemma4.interp.logit_lens`"),
@@ -500,6 +503,21 @@ def test_names_of_other_libraries_are_explained(tiny, prompt):
     ]:
         with pytest.raises(TypeError, match=re.escape(complaint)):
             call()
+
+
+def test_pairs_find_what_was_captured_and_name_what_was_not(tiny, prompt):
+    cache = tiny.run_with_cache(prompt)[1]
+    for pair, name in {
+        ("ln2.hook_in", 3): "blocks.3.hook_resid_mid",  # the bridge's name
+        ("resid_mid", -1): f"blocks.{tiny.n_layers - 1}.hook_resid_mid",
+        ("z", 2): "blocks.2.attn.hook_z",
+    }.items():
+        assert cache[pair] is cache[name] and pair in cache
+    with pytest.raises(SiteError, match=r"^\W*blocks.3.attn.hook_pattern' was not captured"):
+        cache["pattern", 3]
+    with pytest.raises(SiteError, match="no site 'blocks"):
+        cache["nope", 3]
+    assert ("pattern", 3) not in cache and ("nope", 3) not in cache and ("z", 99) not in cache and 3 not in cache
 
 
 def test_negative_layers_of_a_cache(tiny, prompt):

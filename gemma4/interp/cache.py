@@ -254,13 +254,18 @@ class ActivationCache(CapturedArrays):
         stem, layer = key
         if is_integer(layer) and -self._model.n_layers <= layer < 0:
             layer += self._model.n_layers
-        for name in (f"blocks.{layer}.{stem}", f"blocks.{layer}.hook_{stem}", f"blocks.{layer}.attn.hook_{stem}"):
-            if name in self._arrays:
-                return name
-        return f"blocks.{layer}.{stem}"
+        names = [canonical_name(f"blocks.{layer}.{start}{stem}") for start in ("", "hook_", "attn.hook_")]
+        for held in (self._arrays, self._model.sites):  # a site that was not captured is named as such
+            for name in names:
+                if name in held:
+                    return name
+        return names[0]
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and (canonical_name(key) in self._arrays or key in self._inside)
+        if not isinstance(key, str) and not _is_pair(key):
+            return False
+        name = self._name(cast("str | tuple[str, int]", key))
+        return name in self._arrays or name in self._inside
 
     @property
     def nbytes(self) -> int:
