@@ -511,6 +511,8 @@ def test_pairs_find_what_was_captured_and_name_what_was_not(tiny, prompt):
         ("ln2.hook_in", 3): "blocks.3.hook_resid_mid",  # the bridge's name
         ("resid_mid", -1): f"blocks.{tiny.n_layers - 1}.hook_resid_mid",
         ("z", 2): "blocks.2.attn.hook_z",
+        ("out", 2): "blocks.2.attn.hook_out",
+        ("hook_out", 2): "blocks.2.hook_resid_post",  # the bridge's name again
     }.items():
         assert cache[pair] is cache[name] and pair in cache
     with pytest.raises(SiteError, match=r"^\W*blocks.3.attn.hook_pattern' was not captured"):
@@ -518,6 +520,22 @@ def test_pairs_find_what_was_captured_and_name_what_was_not(tiny, prompt):
     with pytest.raises(SiteError, match="no site 'blocks"):
         cache["nope", 3]
     assert ("pattern", 3) not in cache and ("nope", 3) not in cache and ("z", 99) not in cache and 3 not in cache
+
+
+def test_globs_of_other_libraries_names(tiny, prompt):
+    """A glob in the place of the layer means what a number there means, not all that ends so."""
+    for pattern, name in {
+        "blocks.*.hook_out": "blocks.*.hook_resid_post",  # not mlp.hook_out, attn.hook_out ...
+        "blocks.*.ln2.hook_in": "blocks.*.hook_resid_mid",
+        "blocks.[12].attn.q.hook_out": "blocks.[12].attn.hook_q",
+        "model.layers.*.output": "blocks.*.hook_resid_post",
+        "model.language_model.layers.?.mlp.input": "blocks.?.mlp.hook_in",
+        "blocks.*.*.hook_out": "*.*.*.hook_out",
+    }.items():
+        assert [site.name for site in tiny.sites.select(pattern)] == [site.name for site in tiny.sites.select(name)]
+    cache = tiny.run_with_cache(prompt)[1]
+    assert np.array_equal(cache.stack("ln2.hook_in"), cache.stack("hook_resid_mid"))
+    assert cache.norms("hook_out").labels == cache.norms("resid_post").labels
 
 
 def test_negative_layers_of_a_cache(tiny, prompt):

@@ -254,7 +254,8 @@ class ActivationCache(CapturedArrays):
         stem, layer = key
         if is_integer(layer) and -self._model.n_layers <= layer < 0:
             layer += self._model.n_layers
-        names = [canonical_name(f"blocks.{layer}.{start}{stem}") for start in ("", "hook_", "attn.hook_")]
+        block = f"blocks.{layer}"
+        names = [canonical_name(f"{block}.{stem}"), f"{block}.hook_{stem}", f"{block}.attn.hook_{stem}"]
         for held in (self._arrays, self._model.sites):  # a site that was not captured is named as such
             for name in names:
                 if name in held:
@@ -313,7 +314,8 @@ class ActivationCache(CapturedArrays):
 
     def _found(self, name: str | tuple[str, int]) -> dict[Site, F32]:
         """A site by its key, or the same site of every captured layer by its name inside a block."""
-        full, inside = self._name(name), (name, f"hook_{name}", f"attn.hook_{name}")
+        full = self._name(name)
+        inside = (canonical_name(f"blocks.0.{name}").removeprefix("blocks.0."), f"hook_{name}", f"attn.hook_{name}")
         sites = {self._model.sites[one]: array for one, array in self._arrays.items()}
         found = {site: array for site, array in sites.items() if site.name == full or site.stem in inside}
         if not found:

@@ -33,6 +33,9 @@ KEPT_ONLY_WHEN_NAMED = frozenset(
 
 _BLOCK = re.compile(r"(?:vision\.|audio\.)?blocks\.(\d+)\.(.+)")
 _HF_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)")
+_LAYERS = r"([^.]*[*?\[][^.]*)"  # a glob in the place of a layer's number
+_BLOCKS = re.compile(rf"blocks\.{_LAYERS}\.(.+)")
+_HF_LAYERS = re.compile(rf"(?:model\.)?(?:language_model\.)?layers\.{_LAYERS}\.(.+)")
 _ROWS = ("T", "N", "U")
 _GLOB = re.compile(r"[*?\[]")
 
@@ -245,7 +248,7 @@ class SiteTable(Mapping[str, Site]):
                 bound = f"start_at_layer={self._start}" if early else f"stop_at_layer={stop_at_layer}"
                 raise SiteError(f"site {name!r} is not reached with {bound}")
             return [name]
-        found = fnmatch.filter(reached, pattern)
+        found = fnmatch.filter(reached, canonical_name(pattern))
         if not found:
             raise SiteError(f"no site of this model matches {pattern!r}{self._closest(pattern)}")
         return found
@@ -285,7 +288,10 @@ class SiteTable(Mapping[str, Site]):
 
 
 def canonical_name(name: str) -> str:
-    """Our name for a TransformerLens bridge name or Hugging Face module path; any other string unchanged."""
+    """Our name for a TransformerLens bridge name or Hugging Face module path; any other string unchanged.
+
+    A glob may stand for the layer: "blocks.*.hook_out" is "blocks.*.hook_resid_post".
+    """
     if name.startswith(ENCODER_PREFIXES):
         return name
     if match := _BLOCK.fullmatch(name):
@@ -293,6 +299,9 @@ def canonical_name(name: str) -> str:
     if match := _HF_LAYER.fullmatch(name):
         stem = _HF_BLOCK.get(match.group(2))
         return f"blocks.{int(match.group(1))}.{stem}" if stem else name
+    for pattern, stems in ((_BLOCKS, _BRIDGE_BLOCK), (_HF_LAYERS, _HF_BLOCK)):
+        if (match := pattern.fullmatch(name)) and match.group(2) in stems:
+            return f"blocks.{match.group(1)}.{stems[match.group(2)]}"
     plain = name.replace("model.language_model.", "model.")
     return _BRIDGE_MODEL.get(name) or _HF_MODEL.get(plain, name)
 
