@@ -7,7 +7,7 @@
     for piece in model.stream("Once upon a time"): print(piece, end="")
     gemma4.quantize("tiny-e", "tiny-e.gguf", type="Q8_0")
 
-Guide, tutorials and the table of all sites: docs/.
+Start with docs/install.md; docs/guide.md explains all of it, docs/sites.md lists every site.
 """
 
 from typing import TYPE_CHECKING

@@ -212,10 +212,58 @@ def test_docstrings_become_lists():
     assert as_markdown(text) == (
         "What it does.\n\n- `names` – which: a glob,\n  or a list\n- `pos` – all\n\nRaises ValueError: no."
     )
-    assert as_markdown("ids, x: int32 [pos]\nand so on") == "- `ids`, `x` – int32 [pos]\n\nand so on"
+    assert as_markdown("ids, x: int32 [pos]\nand so on") == "- `ids`, `x` – int32 [pos]\n  and so on"
     assert as_markdown("    site  where\n          head  is text here") == "- `site` – where\n  head  is text here"
-    code = "    with model.edit(x):\n        run()"
-    assert as_markdown(code) == code
+    text = (
+        "x: of each\nlayer. target: what to\nrebuild; n: how many. Raises ValueError (no\nlayer), and what\n`y` raises."
+    )
+    assert as_markdown(text) == (
+        "- `x` – of each\n  layer.\n- `target` – what to\n  rebuild\n- `n` – how many.\n\n"
+        "Raises ValueError (no\nlayer), and what\n`y` raises."
+    )
+    assert as_markdown("x: an array\nRaises TypeError.") == "- `x` – an array\n\nRaises TypeError."
+
+
+def test_code_in_docstrings_becomes_python():
+    pytest.importorskip("griffe", reason="needs the extra docs")
+    from docstrings import as_markdown
+
+    text = "Does it.\n\n    with model.edit(x):\n        run()\n\n    stop()\n\nSee docs/guide.md, and (docs/sites.md)."
+    assert as_markdown(text) == (
+        "Does it.\n\n```python\nwith model.edit(x):\n    run()\n\nstop()\n```\n\n"
+        "See [the guide](../guide.md), and ([the table of sites](../sites.md))."
+    )
+
+
+# ---- the command, the tutorials, the cards --------------------------------------------------------------------------
+
+
+def test_the_page_of_the_command_has_every_option():
+    text = pages.command_page()
+    sections = dict(zip(*[iter(re.split(r"^## gemma4 (\w+)$", text, flags=re.M)[1:])] * 2, strict=True))
+    options = re.findall(r"^\| `(--[\w-]+)", sections["features"], re.M)
+    assert {"--feature", "--search", "--html", "--sae", "--model", "--force"} <= set(options)
+    assert "gemma4 generate [options] prompt\n" in sections["generate"]
+    assert "gemma4 demo [options] [prompt]\n" in sections["demo"]
+    assert "one of density, max, index" in sections["features"] and "| default: max; one of" in sections["features"]
+    for name, section in sections.items():
+        assert f"](#gemma4-{name})" in text
+        rows = re.findall(r"^\| `.*", section, re.M)
+        assert rows and not [row for row in rows if re.search(r"\|\s+\|$", row)], (
+            f"gemma4 {name}: an option without help"
+        )
+
+
+def test_the_list_of_tutorials_is_complete():
+    listed = re.findall(r"\]\(([\w-]+\.ipynb)\)", (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8"))
+    assert listed == [path.name for path in NOTEBOOKS]
+
+
+def test_cards_of_dictionaries_follow_their_models():
+    found = [pages.page_of(str(path.relative_to(ROOT))) for path in pages.cards()]
+    assert found[:2] == ["models/tiny-e.md", "models/tiny-e.blocks.4.hook_resid_post.md"]
+    assert [pages.card_title(path) for path in pages.cards()][:2] == ["tiny-e", "dictionary blocks.4.hook_resid_post"]
+    assert len(found) == 2 + len(gemma4.dictionaries.shipped_dictionaries())
 
 
 # ---- the same ten steps in each tool --------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0; 2 with one line on stderr for an error (--debug: the traceback, too), like argparse for
     wrong usage; 130 after Ctrl-C; 1 for an internal fault, or if the reader of the output has closed it."""
     with streams():
-        args = _parser().parse_args(argv)
+        args = make_parser().parse_args(argv)
         try:
             with _ended_by_signals():
                 args.run(args)
@@ -117,7 +117,8 @@ class _Parser(argparse.ArgumentParser):
             emit(message, end="", stream=file or sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Every command with its options. tools/docs_site makes a page of it."""
     parser = _Parser(prog="gemma4", description="Gemma 4 on CPUs: run it and look inside.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     demo = _command(commands, "demo", _demo, "stream a continuation, then show what happened inside")
@@ -217,12 +218,14 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int, default=256, help="tokens to generate at most (default: %(default)s)")
     parser.add_argument("--temperature", type=float, help="0 = greedy; default: the checkpoint's")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--min-p", type=float)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest; 0 = all; default: the checkpoint's")
+    text = "draw from the fewest tokens whose probabilities sum to this; 1 = all; default: the checkpoint's"
+    parser.add_argument("--top-p", type=float, help=text)
+    text = "draw from no token below this share of the likeliest one's probability; default: the checkpoint's"
+    parser.add_argument("--min-p", type=float, help=text)
+    parser.add_argument("--seed", type=int, help="the same draws each time")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
 
 

@@ -39,14 +39,14 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def add_detect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", type=Path, metavar="PHOTO")
+    parser.add_argument("image", type=Path, metavar="PHOTO", help="the picture to look at")
     parser.add_argument("what", nargs="+", help='what to look for: "a car" "the red circle"')
     parser.add_argument(
         "--output", type=Path, help="the picture with boxes (default: PHOTO-boxes.png here, or a free name)"
     )
     add_force(parser)
     parser.add_argument("--prompt", help="ask this instead; {} stands for what is looked for")
-    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--max-tokens", type=int, default=512, help="of the answer at most (default: %(default)s)")
     add_image_tokens(parser)
 
 

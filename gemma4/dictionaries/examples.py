@@ -91,12 +91,12 @@ class FeatureSource(Protocol):
 class Examples:
     """A `FeatureSource` of stored activations.
 
-    tensors   activations, seq_ids and positions [d_sae, n_examples]: the strongest ones of each feature in any order, 0
-              where there are no more; feature_frequencies [d_sae]; optional top_tokens, top_logits, bottom_tokens and
-              bottom_logits [d_sae, k]. They may be mapped: only rows of features that are asked for are read
-    tokens_of the ids of a sequence, [n_tokens], from its number
-    n_sequences   how many there are
-    where     the name of the source, for messages
+    tensors      activations, seq_ids and positions [d_sae, n_examples]: the strongest of each feature in any order, 0
+                 where there are no more; feature_frequencies [d_sae]; optional top_tokens, top_logits, bottom_tokens
+                 and bottom_logits [d_sae, k]. They may be mapped: only rows of features that are asked for are read
+    tokens_of    the ids of a sequence, [n_tokens], from its number
+    n_sequences  how many there are
+    where        the name of the source, for messages
     """
 
     def __init__(

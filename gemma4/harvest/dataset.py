@@ -141,7 +141,7 @@ class Dataset(Mapping[str, Column]):
     path      its folder
     manifest  the description, as stored: model, tokenizer, corpus, sites, dtype, options, shards and their checksums
     sites     names of the stored sites, in forward order
-    n_rows, n_sequences, n_shards
+    n_rows, n_sequences, n_shards  their numbers
     """
 
     def __init__(self, path: Path, manifest: Json) -> None:

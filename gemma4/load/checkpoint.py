@@ -38,19 +38,19 @@ _RANDOM_FROM = 64 << 20  # bytes: smaller per-layer tables may stay in memory
 class Checkpoint(ABC):
     """An opened checkpoint. Made by `open_checkpoint`; a context manager; `close()` releases the files.
 
-    path              the directory or file it was opened from
-    config            TextConfig of the text decoder; `engine_config` is its form for `_engine.Model`
-    engine_tensors    name without prefix -> (dtype, shape, buffer, offset), exactly what `_engine.Model` needs
-    tensors           every tensor of the files under its stored name, towers included: read-only zero-copy arrays
-                      (quantised ones as uint8 [..., bytes per row])
-    ignored           stored names that no part of the text decoder uses (dead k/v of shared layers, towers, copies)
-    hf_config         the configuration as stored: config.json, or a GGUF file's metadata
-    generation_config defaults for generating, under transformers' names; {} if the checkpoint has none
-    processor_config  how images and sounds are prepared, as transformers stores it; {} if the checkpoint does not say
-    tokenizer_path    the file that holds the tokenizer, None if there is none
-    notes             remarks for the user on how the weights were read, a line each
-    mmproj_path       the file that holds the encoders of a GGUF model, None if there is none
-    encoder_advice    advice for messages on a missing image or audio encoder; "" if there is none
+    path               the directory or file it was opened from
+    config             TextConfig of the text decoder; `engine_config` is its form for `_engine.Model`
+    engine_tensors     name without prefix -> (dtype, shape, buffer, offset), exactly what `_engine.Model` needs
+    tensors            every tensor of the files under its stored name, towers included: read-only zero-copy arrays
+                       (quantised ones as uint8 [..., bytes per row])
+    ignored            stored names that no part of the text decoder uses (dead k/v of shared layers, towers, copies)
+    hf_config          the configuration as stored: config.json, or a GGUF file's metadata
+    generation_config  defaults for generating, under transformers' names; {} if the checkpoint has none
+    processor_config   how images and sounds are prepared, as transformers stores it; {} if the checkpoint does not say
+    tokenizer_path     the file that holds the tokenizer, None if there is none
+    notes              remarks for the user on how the weights were read, a line each
+    mmproj_path        the file that holds the encoders of a GGUF model, None if there is none
+    encoder_advice     advice for messages on a missing image or audio encoder; "" if there is none
     """
 
     path: Path

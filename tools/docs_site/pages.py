@@ -2,12 +2,14 @@
 """The pages of the site that are not in docs/: a hook of MkDocs (mkdocs.yml). `make docs` runs it.
 
 Tutorials are the notebooks with their stored outputs. The reference has a page for every public package, with an entry
-for every name of its `__all__`. Model cards, CONTRIBUTING.md and CHANGELOG.md become pages where they stand. Links are
-written for the repository; here those to such files lead to their pages, and those to sources to copies of them.
+for every name of its `__all__`, and one for the command. Model cards, CONTRIBUTING.md and CHANGELOG.md become pages
+where they stand. Links are written for the repository; here those to such files lead to their pages, and those to
+sources to copies of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
 import os
@@ -25,6 +27,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "benchmarks-method.md",
+    "notebooks/README.md": "tutorials/index.md",
     "tools/train_tiny/README.md": "models/training.md",
 }
 # Modules that users import from beside the packages with an `__all__`
@@ -38,8 +41,21 @@ MODULES = (
     "gemma4.media.tasks",
     "gemma4.media.video",
 )
-FIRST = ("load", "Model")  # on the page of gemma4
+FIRST = {  # on the page of a module, before the others
+    "gemma4": ("load", "Model"),
+    "gemma4.dictionaries": ("SAE", "Transcoder", "Dictionary", "Features", "Crosscoder", "CrossLayerTranscoder"),
+    "gemma4.generation": ("Generation", "Options"),
+    "gemma4.harvest": ("harvest", "open", "Dataset"),
+    "gemma4.html": ("attention", "tokens", "heat", "bars", "cards", "together"),
+    "gemma4.interp": ("ActivationCache", "logit_lens", "dla", "patching_grid"),
+}
 WITHOUT_METHODS = ("gemma4.edits",)  # what the engine asks of an edit is no concern of its user
+MADE_ELSEWHERE = (  # by functions: their constructors are no concern of users
+    *("Model", "SAE", "Transcoder", "Dictionary", "Crosscoder", "CrossLayerTranscoder", "LayeredDictionary"),
+    *("Dataset", "Sequence", "Encoder"),
+)
+EDITS = ("AblateFeature", "ClampFeature", "FeatureEdit", "ScaleFeature")  # likewise, in gemma4.dictionaries
+COMMAND_PAGE = "reference/command.md"
 NOT_PYTHON = ("gemma4.cli", "gemma4.text")  # the command; the parts of `Model` that handle text
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^(```.*?^```[^\n]*\n)", re.S | re.M)
@@ -86,19 +102,75 @@ def reference_pages() -> dict[str, str]:
 def reference_page(module: str, homes: Mapping[str, str]) -> str:
     """Package docstring and entries. The package `gemma4` links to names that have their entry in another module."""
     entries, links = [], []
-    for name in sorted(public_names(module), key=lambda name: name not in FIRST or module != "gemma4"):
+    first = FIRST.get(module, ())
+    for name in sorted(public_names(module), key=lambda name: first.index(name) if name in first else len(first)):
         home = homes.get(name, module)
         if module == "gemma4" and name == "load":  # a function; gemma4.load is also a package
             entries.append("::: gemma4.model.load\n")
         elif module == "gemma4" and home != module:
             links.append(f'- <a id="{module}.{name}"></a>[`{name}`]({home}.md#{home}.{name}), from `{home}`')
         else:
-            options = "    options: {members: false, inherited_members: false}\n" if module in WITHOUT_METHODS else ""
-            entries.append(f"::: {module}.{name}\n{options}")
+            entries.append(f"::: {module}.{name}\n{entry_options(module, name)}")
     options = "    options: {show_root_heading: false, members: false, show_root_toc_entry: false, heading_level: 1}\n"
     about = f"# {module}\n\n::: {module}\n{options}"
     also = ["## Also here\n\n" + "\n".join(links) + "\n"] if links else []
     return "\n".join([about, *entries, *also])
+
+
+def entry_options(module: str, name: str) -> str:
+    options: list[str] = []
+    if module in WITHOUT_METHODS or name in EDITS:
+        options += ["members: false", "inherited_members: false"]
+    if name in MADE_ELSEWHERE:
+        options += ["merge_init_into_class: false"]
+    return f"    options: {{{', '.join(options)}}}\n" if options else ""
+
+
+def command_page() -> str:
+    """Every command of `gemma4` with its options, from the parser itself."""
+    from gemma4.cli.main import make_parser
+
+    parser = make_parser()
+    [commands] = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    about = {one.dest: one.help for one in commands._choices_actions}
+    rows = [f"| [`gemma4 {name}`](#gemma4-{name}) | {cell(about[name])} |" for name in commands.choices]
+    listed = "\n".join(["| command | |", "|---|---|", *rows])
+    intro = (
+        "`gemma4 COMMAND --help` prints the same. A model is a Hugging Face directory, a .gguf file or the name of a "
+        "shipped model. An error is one line, and the exit code 2: [Errors](../guide.md#errors)."
+    )
+    sections = [command_section(name, one) for name, one in commands.choices.items()]
+    return "\n\n".join([f"# The command gemma4\n\n{intro}\n\n{listed}", *sections])
+
+
+def command_section(name: str, parser: argparse.ArgumentParser) -> str:
+    arguments = [action for action in parser._actions if not action.option_strings]
+    usage = " ".join(["gemma4", name, "[options]", *map(placeholder, arguments)])
+    rows = [option_row(action) for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    rows.sort(key=lambda row: row.startswith("| `-"))  # arguments, then options
+    table = "\n".join(["| argument | |", "|---|---|", *rows])
+    about = cell(parser.description)
+    return f"## gemma4 {name}\n\n{about[:1].upper()}{about[1:]}.\n\n```sh\n{usage}\n```\n\n{table}"
+
+
+def placeholder(action: argparse.Action) -> str:
+    name = str(action.metavar or action.dest)
+    return {"?": f"[{name}]", "+": f"{name} ...", "*": f"[{name} ...]"}.get(str(action.nargs), name)
+
+
+def option_row(action: argparse.Action) -> str:
+    value = "" if action.nargs == 0 else str(action.metavar or action.dest.upper())
+    names = [f"{option} {value}".strip() for option in action.option_strings] or [str(action.metavar or action.dest)]
+    choices = f"one of {', '.join(map(str, action.choices))}" if action.choices else ""
+    text = (action.help or "") % vars(action)
+    if "default" not in text and action.default not in (None, False, 0, [], argparse.SUPPRESS):
+        text += f" (default: {action.default})"
+    return f"| {', '.join(f'`{one}`' for one in names)} | {cell('; '.join(filter(None, (text.strip(), choices))))} |"
+
+
+def cell(text: str | None) -> str:
+    """Plain text as Markdown, also inside a table."""
+    return re.sub(r"([*_|<\[`\\])", r"\\\1", " ".join((text or "").split()))
 
 
 # ---- the tutorials --------------------------------------------------------------------------------------------------
@@ -136,8 +208,8 @@ def page_of(source: str) -> str | None:
         return str(Path(*path.parts[1:]))
     if path.parent == Path("notebooks") and path.suffix == ".ipynb":
         return f"tutorials/{path.stem}.md"
-    if path.parent.parent == Path("gemma4", "pretrained") and path.name == "README.md":
-        return f"models/{path.parts[2]}.md"
+    if path.parts[:2] == ("gemma4", "pretrained") and path.name == "README.md":
+        return f"models/{'.'.join(part for part in path.parts[2:-1] if part != 'dictionaries')}.md"
     return None
 
 
@@ -168,9 +240,10 @@ def relinked(text: str, source: str, page: str) -> tuple[str, set[str]]:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the pages of generated folders into the navigation."""
     folders = {
-        "tutorials/": [{notebook_title(path): f"tutorials/{path.stem}.md"} for path in notebooks()],
+        "tutorials/": [{"Overview": "tutorials/index.md"}]
+        + [{notebook_title(path): f"tutorials/{path.stem}.md"} for path in notebooks()],
         "reference/": list(reference_pages()),
-        "models/": [{source.parent.name: page_of(str(source.relative_to(ROOT)))} for source in cards()]
+        "models/": [{card_title(source): page_of(str(source.relative_to(ROOT)))} for source in cards()]
         + [{"How they were trained": "models/training.md"}],
     }
     config.nav = [with_folders(entry, folders) for entry in config.nav or ()]
@@ -186,7 +259,15 @@ def with_folders(entry: object, folders: Mapping[str, list[object]]) -> object:
 
 
 def cards() -> list[Path]:
-    return sorted((ROOT / "gemma4" / "pretrained").glob("*/README.md"))
+    """Of the shipped models, each followed by those of its dictionaries."""
+    folder = ROOT / "gemma4" / "pretrained"
+    found = [*folder.glob("*/README.md"), *folder.glob("*/dictionaries/*/README.md")]
+    return sorted(found, key=lambda path: path.parts)
+
+
+def card_title(source: Path) -> str:
+    name = source.parent.name
+    return f"dictionary {name}" if "dictionaries" in source.parts else name
 
 
 def markdown_sources() -> Iterator[tuple[str, str]]:
@@ -221,7 +302,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         add_page(body, source, str(page_of(source)))
         for name, data in pictures.items():
             add(f"tutorials/{name}", data)
-    for page, text in reference_pages().items():
+    for page, text in (reference_pages() | {COMMAND_PAGE: command_page()}).items():
         add(page, text)
     for source in sorted(copies):
         add(f"sources/{source}.txt", (ROOT / source).read_bytes())
