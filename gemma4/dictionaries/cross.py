@@ -169,7 +169,7 @@ class LayeredDictionary:
             return weights.values_of(feature, rows)
 
     def written_by(self, layer: int, features: Features) -> F32:
-        """What the features of one layer write to each, float32 [pos, n_layers, d_out]. Raises what `decode` raises."""
+        """Sums that a layer writes to each, float32 [pos, n_layers, d_out]. Raises what `decode` raises."""
         weights = self._weights_of(layer)
         if features.d_sae != self.d_sae:
             raise ValueError(f"these are features of a dictionary of {features.d_sae}, this one has {self.d_sae}")
@@ -189,7 +189,7 @@ class LayeredDictionary:
         return self._opened.skips[layer] is not None
 
     def skipped(self, layer: int, x: ArrayLike) -> F32:
-        """What the skip connection of a layer makes of its input, float32 [pos, d_out]: zeros without one. As
+        """The skip connection of a layer, applied to its input, float32 [pos, d_out]: zeros without one. As
         `encode_layer`."""
         self._weights_of(layer)
         rows, skip = self._rows_of(layer, x), self._opened.skips[layer]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an attached dictionary is in the forward pass: the sites inside it, and the record of what fired."""
+"""An attached dictionary in the forward pass: the sites inside it, and the record of what fired."""
 
 from __future__ import annotations
 

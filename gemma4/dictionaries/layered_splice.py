@@ -96,7 +96,7 @@ class Places:
                 self.direction(layer, feature)
 
     def direction(self, layer: int, feature: int) -> F32:
-        """What a feature writes to each layer, float32 [n_layers, d_out]. Raises ValueError for one that writes to a
+        """A feature writes this to each layer, float32 [n_layers, d_out]. Raises ValueError for one that writes to a
         site that comes before the one where it is read, IndexError."""
         direction = self.dictionary.direction(layer, feature)
         for to in self.late(layer):
@@ -105,7 +105,7 @@ class Places:
         return direction
 
     def written_by(self, layer: int, features: Features) -> F32:
-        """What a layer's features write to each, float32 [pos, n_layers, d_out]. Raises ValueError as `direction`."""
+        """Sums that a layer writes to each, float32 [pos, n_layers, d_out]. Raises ValueError as `direction`."""
         written = self.dictionary.written_by(layer, features)
         for to in self.late(layer):
             if written[:, to].any():
@@ -138,7 +138,7 @@ class _Run:
                 sums[layer] = parts[:, layer] + sums[layer] if layer in sums else parts[:, layer].copy()
 
     def take(self, layer: int) -> tuple[F32 | None, F32 | None]:
-        """What is written to a layer, edited and clean; None: nothing is."""
+        """The rows written to a layer, edited and clean; None: nothing is."""
         edited = self.edited.pop(layer, None)
         return edited, edited if self.clean is self.edited else self.clean.pop(layer, None)
 
