@@ -248,6 +248,7 @@ def test_the_longest_period(tiny):
         (lambda: (CLEAN, CORRUPT, ANSWERS, {"layers": 99}), gemma4.SiteError, "layers"),
         (lambda: (CLEAN, CORRUPT, ANSWERS, {"site": "hook_nothing"}), gemma4.SiteError, "hook_nothing"),
         (lambda: (CLEAN, "", ANSWERS, {}), ValueError, "tokens"),
+        (lambda: (CLEAN, CORRUPT, ANSWERS, {"site": "hook_*"}), ValueError, "one site of each layer"),
     ],
 )
 def test_experiments_that_make_no_sense(tiny, arguments, error, complaint):

@@ -191,6 +191,12 @@ def test_losses_of_long_prompts_take_memory_for_blocks():
     assert peak < logits.nbytes
 
 
+def test_one_text_is_a_prompt():
+    model, sae = gemma4.load("tiny-e"), SAE.load(NAMES[0])
+    text = "Once upon a time there was a king"
+    assert evaluate_dictionary(model, sae, text) == evaluate_dictionary(model, sae, [text])
+
+
 def test_evaluation_refuses_what_has_no_loss():
     model, sae = gemma4.load("tiny-e"), SAE.load(NAMES[0])
     with pytest.raises(ValueError, match="at least one prompt of two tokens"):

@@ -70,14 +70,14 @@ class _Moments:
 
 
 def evaluate_dictionary(
-    model: Model, dictionary: SAE | Transcoder, prompts: Iterable[TextOrIds]
+    model: Model, dictionary: SAE | Transcoder, prompts: str | Iterable[TextOrIds]
 ) -> DictionaryEvaluation:
     """How well a dictionary stands in for its site on some prompts.
 
         evaluate_dictionary(model, gemma4.SAE.load("tiny-e/blocks.4.hook_resid_post"), texts).loss_recovered
 
-    prompts: texts or token ids; one without a next token counts for no loss. Positions below `skip_positions` keep the
-    model's own activations and count for nothing but losses.
+    prompts: texts or token ids, or one text; one without a next token counts for no loss. Positions below
+    `skip_positions` keep the model's own activations and count for nothing but losses.
 
     Raises ValueError (no prompt with two tokens, none with a position from `skip_positions` on, a dictionary that does
     not fit the model), SiteError.
@@ -88,7 +88,7 @@ def evaluate_dictionary(
     skip = dictionary.skip_positions
     ablation = Scale(sites[-1], factor=0.0, pos=slice(skip, None))
     moments, losses = _Moments(dictionary.d_out, dictionary.d_sae), [list[F64]() for _ in range(3)]
-    for prompt in prompts:
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:
         ids = as_ids(model, prompt)
         logits, cache = model.run_with_cache(ids, sites)
         features, target = dictionary.encode(cache), cache[sites[-1]].reshape(len(ids), -1)

@@ -26,6 +26,7 @@ from gemma4.inputs import TextOrIds, as_ids
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import bind_inside_active
 from gemma4.interp.lens import first_shown
+from gemma4.interp.sites import GLOB
 from gemma4.narrow import is_array, is_list_or_tuple
 from gemma4.step import Prompt, run_step
 
@@ -190,6 +191,8 @@ def _rows_of(
     if what == "experts":
         return _expert_rows(model, corrupt, clean, _layers_with(model, "moe.hook_out", layers)), "layer.expert"
     stem = _SITES.get(what or "residual", "") if site is None else site
+    if GLOB.search(stem):
+        raise ValueError(f"patching_grid patches one site of each layer, got site={stem!r:.60}")
     chosen = _layers_with(model, stem, layers)
     cache = model.run_with_cache(clean, [f"blocks.{layer}.{stem}" for layer in chosen], logits=None)[1]
     heads = range(model.engine_config["n_heads"]) if what == "heads" else (None,)

@@ -37,7 +37,7 @@ _LAYERS = r"([^.]*[*?\[][^.]*)"  # a glob in the place of a layer's number
 _BLOCKS = re.compile(rf"blocks\.{_LAYERS}\.(.+)")
 _HF_LAYERS = re.compile(rf"(?:model\.)?(?:language_model\.)?layers\.{_LAYERS}\.(.+)")
 _ROWS = ("T", "N", "U")
-_GLOB = re.compile(r"[*?\[]")
+GLOB = re.compile(r"[*?\[]")
 
 # TransformerLens bridge name inside a block -> ours
 _BRIDGE_BLOCK = {
@@ -240,7 +240,7 @@ class SiteTable(Mapping[str, Site]):
     def _matches(self, pattern: object, reached: Mapping[str, Site], stop_at_layer: int | None) -> list[str]:
         if not isinstance(pattern, str):
             raise TypeError(f"a site name is a string, got {type(pattern).__name__}")
-        if not _GLOB.search(pattern):
+        if not GLOB.search(pattern):
             name = self[pattern].name
             if name not in reached:
                 layer = self[name].layer
