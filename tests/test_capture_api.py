@@ -530,6 +530,9 @@ def test_globs_of_other_libraries_names(tiny, prompt):
         "blocks.[12].attn.q.hook_out": "blocks.[12].attn.hook_q",
         "model.layers.*.output": "blocks.*.hook_resid_post",
         "model.language_model.layers.?.mlp.input": "blocks.?.mlp.hook_in",
+        "language_model.model.layers.*.output": "blocks.*.hook_resid_post",
+        "language_model.model.layers.3.mlp.output": "blocks.3.mlp.hook_out",
+        "language_model.model.norm.output": "ln_final.hook_out",
         "blocks.*.*.hook_out": "*.*.*.hook_out",
     }.items():
         assert [site.name for site in tiny.sites.select(pattern)] == [site.name for site in tiny.sites.select(name)]

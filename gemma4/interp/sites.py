@@ -32,10 +32,11 @@ KEPT_ONLY_WHEN_NAMED = frozenset(
 )
 
 _BLOCK = re.compile(r"(?:vision\.|audio\.)?blocks\.(\d+)\.(.+)")
-_HF_LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)")
+_HF_STACK = r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?layers"  # by version and class of transformers
+_HF_LAYER = re.compile(rf"{_HF_STACK}\.(\d+)\.(.+)")
 _LAYERS = r"([^.]*[*?\[][^.]*)"  # a glob in the place of a layer's number
 _BLOCKS = re.compile(rf"blocks\.{_LAYERS}\.(.+)")
-_HF_LAYERS = re.compile(rf"(?:model\.)?(?:language_model\.)?layers\.{_LAYERS}\.(.+)")
+_HF_LAYERS = re.compile(rf"{_HF_STACK}\.{_LAYERS}\.(.+)")
 _ROWS = ("T", "N", "U")
 GLOB = re.compile(r"[*?\[]")
 
@@ -302,7 +303,7 @@ def canonical_name(name: str) -> str:
     for pattern, stems in ((_BLOCKS, _BRIDGE_BLOCK), (_HF_LAYERS, _HF_BLOCK)):
         if (match := pattern.fullmatch(name)) and match.group(2) in stems:
             return f"blocks.{match.group(1)}.{stems[match.group(2)]}"
-    plain = name.replace("model.language_model.", "model.")
+    plain = name.replace("model.language_model.", "model.").replace("language_model.model.", "model.")
     return _BRIDGE_MODEL.get(name) or _HF_MODEL.get(plain, name)
 
 
