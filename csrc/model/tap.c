@@ -2,6 +2,7 @@
 #include "model/tap.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "model/edit.h"
@@ -110,4 +111,55 @@ g4_status g4_tap_act(g4_exec *exec, const g4_tap *tap, const g4_part *part)
     case G4_TAP_CALL: return tap->call(tap->context, part->data, part->shape, part->n_dims, exec->err);
     default: return g4_edit_part(exec, tap, part);
     }
+}
+
+/* ---- scores ------------------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    const g4_part *part; /* [H, T, S] */
+    atomic_int found;    /* the first line, head * T + row, without a key; or as many as there are */
+} keyless;
+
+static bool is_masked(const float *scores, int first, int end)
+{
+    while (first < end && scores[first] == -INFINITY)
+        first++;
+    return first >= end;
+}
+
+static void find_keyless(const g4_exec *exec, void *context, int first_line, int end_line)
+{
+    keyless *k = context;
+    const int n_rows = (int)k->part->shape[1], n_keys = (int)k->part->shape[2];
+    (void)exec;
+    for (int line = first_line; line < end_line; line++) {
+        const float *scores = (const float *)k->part->data + (size_t)line * (size_t)n_keys;
+        int first = 0, end = n_keys;
+        if (k->part->visible)
+            k->part->visible->range(k->part->visible->context, line % n_rows, &first, &end);
+        if (!is_masked(scores, first, end) || !is_masked(scores, 0, n_keys)) /* a function may unmask a key */
+            continue;
+        int before = atomic_load(&k->found);
+        while (line < before && !atomic_compare_exchange_weak(&k->found, &before, line))
+            continue;
+    }
+}
+
+g4_status g4_tap_check_keys_left(g4_exec *exec, g4_site site, int layer, const g4_part *part, const int32_t *positions)
+{
+    char name[G4_SITE_NAME];
+    keyless k = {.part = part};
+    if (g4_site_row_of(site)->keys != G4_KEYS_SCORES)
+        return G4_OK;
+    const int n_rows = (int)part->shape[1], n_lines = (int)part->shape[0] * n_rows;
+    atomic_init(&k.found, n_lines);
+    G4_TRY(g4_exec_rows(exec, n_lines, 1, find_keyless, &k));
+    const int line = atomic_load(&k.found);
+    if (line == n_lines)
+        return G4_OK;
+    g4_site_name(site, layer, name);
+    return g4_fail(exec->err, G4_EVALUE,
+                   "%s: an edit leaves position %d no key in head %d: all of its scores are -inf, and their softmax is "
+                   "NaN. Leave one key, or set attn.hook_z to 0 for no attention at all",
+                   name, positions ? positions[line % n_rows] : line % n_rows, line / n_rows);
 }

@@ -57,4 +57,8 @@ static inline int g4_tap_row(const g4_tap *tap, int row_in_run)
 
 g4_status g4_tap_act(g4_exec *exec, const g4_tap *tap, const g4_part *part);
 
+/* After all taps of a site of scores: G4_EVALUE if they leave a query no key, since a softmax of nothing but -inf is NaN.
+ * positions: of the part's rows, for the message; NULL: their numbers. */
+g4_status g4_tap_check_keys_left(g4_exec *exec, g4_site site, int layer, const g4_part *part, const int32_t *positions);
+
 #endif

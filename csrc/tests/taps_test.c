@@ -406,6 +406,29 @@ static void test_refusals(g4_model *model)
     CHECK(refused(model, &tap, "has none"));
 }
 
+/* A query all of whose scores are -inf after all edits of the site. */
+static void test_no_key_left(g4_model *model)
+{
+    static const float masked = -INFINITY, zero = 0;
+    static float logits[VOCAB];
+    g4_error err = {0};
+    int32_t rows[N_TOKENS];
+    for (int i = 0; i < N_TOKENS; i++)
+        rows[i] = i == 20 ? 0 : -1;
+    g4_tap taps[2] = {{.kind = G4_TAP_SET, .site = G4_SITE_ATTN_SCORES, .layer = 1, .rows = rows}};
+    g4_tap *tap = &taps[0];
+    tap->edit.values = &masked, tap->edit.n_values = 1;
+    CHECK(refused(model, tap, "blocks.1.attn.hook_attn_scores: an edit leaves position 20 no key in head 0"));
+    CHECK(run_text(model, 4, tap, 1, 0, 1, logits, &err) == G4_EVALUE && strstr(err.message, "leaves position 24"));
+    tap->edit.span[0] = (g4_span){1, 2};
+    CHECK(refused(model, tap, "position 20 no key in head 1"));
+    taps[1] = taps[0];
+    taps[1].edit.values = &zero, taps[1].edit.span[2] = (g4_span){20, 21};
+    CHECK(run_text(model, 0, taps, 2, 0, 1, logits, &err) == G4_OK);
+    tap->edit.span[2] = (g4_span){0, 20}; /* its own key is left */
+    CHECK(run_text(model, 0, taps, 1, 5, 1, logits, &err) == G4_OK && isfinite(logits[0]));
+}
+
 /* ---- encoders ---------------------------------------------------------------------------------------------------- */
 
 enum { N_MEDIA = 2, ROWS_OF_IMAGE = 16, FRAMES = 21, MOST_SOFT = FRAMES };
@@ -536,6 +559,7 @@ void test_taps(void)
     test_patch_within_a_step(model);
     test_cost_of_edits(model);
     test_refusals(model);
+    test_no_key_left(model);
     for (int kind = G4_VISION_TOWER; kind <= G4_AUDIO_EMBEDDER; kind++)
         test_encoder_edits(model, (g4_encoder_kind)kind);
     test_encoder_copies(model);

@@ -47,10 +47,14 @@ static g4_part part_of_medium(const g4_encode_pass *p, g4_site site, int medium,
 
 static g4_status act(g4_encode_pass *p, g4_site site, int layer, int medium, const g4_part *part)
 {
-    for (int i = g4_taps_first(&p->taps, site, layer); i >= 0; i = p->taps.next[i])
-        if (p->taps.taps[i].run == p->first_medium + medium)
-            G4_TRY(g4_tap_act(&p->exec, &p->taps.taps[i], part));
-    return G4_OK;
+    bool changed = false;
+    for (int i = g4_taps_first(&p->taps, site, layer); i >= 0; i = p->taps.next[i]) {
+        if (p->taps.taps[i].run != p->first_medium + medium)
+            continue;
+        changed = changed || p->taps.taps[i].kind != G4_TAP_COPY;
+        G4_TRY(g4_tap_act(&p->exec, &p->taps.taps[i], part));
+    }
+    return changed ? g4_tap_check_keys_left(&p->exec, site, layer, part, NULL) : G4_OK;
 }
 
 g4_status g4_encoder_tap_one(g4_encode_pass *p, g4_site site, int layer, int medium, const g4_visible *visible,

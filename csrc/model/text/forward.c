@@ -83,10 +83,14 @@ g4_status g4_tap_keys(g4_forward *f, g4_site site, int layer, const g4_segment *
                     .n_all_keys = f->run_start[segment->run] + f->runs[segment->run].n_rows,
                     .visible = g4_site_row_of(site)->keys == G4_KEYS_CACHED ? NULL : &visible};
     part.n_dims = g4_site_shape(f->config, site, layer, segment->n_rows, run->n_keys, part.shape);
-    for (; i >= 0; i = f->taps.next[i])
-        if (f->taps.taps[i].run == segment->run)
-            G4_TRY(g4_tap_act(&f->exec, &f->taps.taps[i], &part));
-    return G4_OK;
+    bool changed = false;
+    for (; i >= 0; i = f->taps.next[i]) {
+        if (f->taps.taps[i].run != segment->run)
+            continue;
+        changed = changed || f->taps.taps[i].kind != G4_TAP_COPY;
+        G4_TRY(g4_tap_act(&f->exec, &f->taps.taps[i], &part));
+    }
+    return changed ? g4_tap_check_keys_left(&f->exec, site, layer, &part, run->positions) : G4_OK;
 }
 
 static bool is_cached_keys(g4_site site)
