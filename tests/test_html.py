@@ -133,7 +133,7 @@ def test_a_page_fetches_nothing_and_runs_only_its_own_script():
     text = all_pictures().page()
     [policy] = [attrs["content"] for attrs in Page(text).named("meta") if "http-equiv" in attrs]
     assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
-    assert not re.search(r"""(?:src|href)=["'](?!data:image/png;base64,|#feature-)""", text)
+    assert not re.search(r"""(?:src|href)=["'](?!data:image/png;base64,)""", text)
     assert "http:" not in text and "https:" not in text and "@import" not in text and "url(" not in text
 
 
@@ -324,10 +324,17 @@ def test_bars_stand_on_both_sides_of_zero():
 
 def test_cards_link_to_those_of_the_page():
     page = Page(all_pictures().page())
-    assert [card["id"] for card in page.named("article", "g4-card")] == ["feature-0", "feature-1"]
-    assert {link["href"] for link in page.named("a")} == {"#feature-0", "#feature-1"}
+    assert [card["data-feature"] for card in page.named("article", "g4-card")] == ["0", "1"]
+    assert {link["data-to"] for link in page.named("button", "g4-link")} == {"0", "1"}
     assert len(page.named("input", "g4-search")) == 1
     assert len(page.named("rect")) == 6
+
+
+def test_pictures_have_no_ids():
+    """A notebook shows many pictures in one document, and some of them twice."""
+    page = Page(all_pictures().fragment() * 2)
+    assert len(page.named("article", "g4-card")) == 4
+    assert not [attrs["id"] for _, attrs in page.elements if "id" in attrs]
 
 
 def test_a_saved_page_is_whole_and_never_replaces_another(tmp_path):
@@ -571,9 +578,10 @@ def test_a_search_and_links_stay_in_their_picture(browser, tmp_path):
     assert browser.run(hidden) == [False, False, True, True]
     assert browser.run("[...document.querySelectorAll('output')].map(o => o.textContent)") == ["2 of 2", "0 of 2"]
     browser.run("document.querySelectorAll('.g4-card').forEach(c => { c.hidden = false; })")
-    browser.run("document.querySelectorAll('.g4-card')[2].querySelector('a').click()")
+    browser.run("document.querySelectorAll('.g4-card')[2].querySelector('.g4-link').click()")
     top = "document.querySelectorAll('.g4-card')[{}].getBoundingClientRect().top"
     assert abs(browser.run(top.format(3))) < 300 < abs(browser.run(top.format(1)))
+    assert browser.run("document.activeElement === document.querySelectorAll('.g4-card')[3]")
 
 
 def test_cards_are_searched(browser, tmp_path):

@@ -64,7 +64,10 @@ def cards(shown: Sequence[Card], *, title: str = "", small_print: str | None = N
 
 
 def card(shown: Card, here: set[int] | frozenset[int] = frozenset()) -> Markup:
-    """One card. here: features that the page has cards of, which become links."""
+    """One card. here: features that the picture has cards of, which become links inside it.
+
+    It has no id: a notebook may show cards of the same features again, or of another dictionary.
+    """
     lists = (
         _histogram(shown.histogram_title, *shown.histogram) if shown.histogram is not None else None,
         _logits("raises", shown.up),
@@ -82,7 +85,8 @@ def card(shown: Card, here: set[int] | frozenset[int] = frozenset()) -> Markup:
         tag("h4", "where it is strongest") if examples else None,
         examples,
         class_="g4-card",
-        id=f"feature-{shown.feature}",
+        data_feature=shown.feature,
+        tabindex=-1,
     )
 
 
@@ -103,7 +107,8 @@ def _near(shown: Card, here: set[int] | frozenset[int]) -> Markup | None:
         return None
 
     def link(other: int) -> Markup | str:
-        return tag("a", str(other), href=f"#feature-{other}") if other in here else str(other)
+        button = tag("button", str(other), type="button", class_="g4-link", data_to=other)
+        return button if other in here else str(other)
 
     rows = [tag("tr", tag("td", link(other)), tag("td", number(how), class_="g4-num")) for other, how in shown.near]
     table = tag("table", tag("tbody", rows), class_="g4-plain")

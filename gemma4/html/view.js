@@ -262,10 +262,11 @@
 
   const cardsBeside = (element) => [...element.closest(".g4-picture").querySelectorAll(".g4-card")];
 
-  const followInside = (link, event) => { // another picture of the document may have a card of the same number
-    const card = cardsBeside(link).find((one) => one.id === link.hash.slice(1));
-    if (!card || card === document.getElementById(card.id)) return;
-    event.preventDefault();
+  const follow = (link) => { // another picture of the document may have a card of the same number
+    const card = cardsBeside(link).find((one) => one.dataset.feature === link.dataset.to);
+    if (!card) return;
+    card.hidden = false;
+    card.focus({ preventScroll: true });
     card.scrollIntoView();
   };
 
@@ -274,8 +275,8 @@
     if (head) return enlarge(head.closest(".g4-attention"), head);
     const sort = near(event, ".g4-sort");
     if (sort) sortRows(sort);
-    const link = near(event, ".g4-card a[href^='#']");
-    if (link) followInside(link, event);
+    const link = near(event, ".g4-link");
+    if (link) follow(link);
     const cell = near(event, ".g4-cells [tabindex='-1']");
     if (cell) cell.focus();
   });
