@@ -211,6 +211,36 @@ def test_documents_that_cannot_be_read_are_left_out(tiny, tmp_path, monkeypatch)
                 assert f"a.jsonl, line {document + 1}" in reason
 
 
+@pytest.mark.parametrize("given", ["folder", "files"])
+def test_what_is_left_out_is_named_as_in_the_corpus(tiny, tmp_path, monkeypatch, given):
+    """A copy elsewhere, read from another working directory, gives the same bytes."""
+    part = {"role": "user", "content": [{"type": "image", "image": "a.png"}]}
+    lines = ['{"text": "The cat."}', "{", json.dumps({"messages": [part]}), '{"tokens": [2, 99999]}']
+    lines.append(json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "image": "../gone.png"}]}]}))
+    places = [tmp_path / "here", tmp_path / "it's" / "far é" / "away"]
+    names = ["b.jsonl", "sub/c.jsonl", "sub/broken.png"]
+    for place in places:
+        (place / "sub").mkdir(parents=True)
+        for name in names[:2]:
+            (place / name).write_text("\n".join(lines) + "\n")
+        for name in ("a.png", "sub/a.png", names[2]):
+            (place / name).write_bytes(b"\x89PNG no picture")
+    found = []
+    for number, (place, cwd) in enumerate(zip(places, (tmp_path, places[1] / "sub"), strict=True)):
+        monkeypatch.chdir(cwd)
+        corpus = os.path.relpath(place) if given == "folder" else [os.path.relpath(place / name) for name in names]
+        out = tmp_path / f"out{number}"
+        H.harvest(tiny, corpus, RESID, out=out, skip_damaged=True)
+        found.append({file.relative_to(out): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()})
+    assert found[0] == found[1]
+    with H.open(out) as dataset:
+        reasons = [reason for _, reason in dataset.manifest["skipped"]]
+    sub = "sub/" if given == "folder" else ""
+    assert len(reasons) == (11 if given == "folder" else 9) and not any(str(tmp_path) in reason for reason in reasons)
+    for name in ("b.jsonl, line 2", f"{sub}c.jsonl, line 3", f"{sub}../gone.png", f"{sub}broken.png"):
+        assert any(name in reason for reason in reasons), name
+
+
 @pytest.mark.parametrize("sample_by", ["line", "paragraph", "document"])
 def test_texts_that_cannot_be_read_are_left_out(tiny, tmp_path, monkeypatch, sample_by):
     monkeypatch.setattr(readers, "MAX_DOCUMENT", 100)

@@ -30,11 +30,21 @@ _STAMP = struct.Struct("<qq")  # a medium's size and time: there may be millions
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """number: in the corpus, from 0 on; where: its name in errors; content: an error if it cannot be read."""
+    """number: in the corpus, from 0 on; where: its name in errors; content: an error if it cannot be read; folders: of
+    its file, as it is on this machine, and in the corpus."""
 
     number: int
     where: str
     content: Content | FormatError
+    folders: tuple[str, str] = ("", "")
+
+    def in_corpus(self, text: str) -> str:
+        """A text with paths in the document's folder as they are in the corpus, the same wherever that lies."""
+        here, there = (os.path.join(folder, "") for folder in self.folders)
+        if here in ("", os.sep):
+            return text
+        quoted = repr(here)[1:-1]  # as the messages of the system have it
+        return text.replace(here, there).replace(quoted, there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +82,14 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """files: in order; key, sample_by: see `gemma4.harvest.harvest`; stamps: the files' sizes and times."""
+    """files: in order; key, sample_by: see `gemma4.harvest.harvest`; stamps: the files' sizes and times; names: of the
+    files, relative to the folder that was given, without it for a file that was given itself."""
 
     files: tuple[str, ...]
     key: str | None = None
     sample_by: SampleBy = "line"
     stamps: tuple[tuple[int, int], ...] = ()
+    names: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, paths: StrPath | Iterable[StrPath], key: str | None = None, sample_by: SampleBy = "line") -> Corpus:
@@ -89,10 +101,15 @@ class Corpus:
         if key is not None:
             checks.text("key", key)
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-        files = [str(file) for path in given for file in _files(Path(os.path.expanduser(checks.path("corpus", path))))]
-        if not files:
+        named = [
+            (os.path.abspath(file), str(file.name if file == path else file.relative_to(path)))
+            for path in (Path(os.path.expanduser(checks.path("corpus", one))) for one in given)
+            for file in _files(path)
+        ]
+        if not named:
             raise ValueError("the corpus is empty: name at least one file")
-        return cls(tuple(os.path.abspath(file) for file in files), key, sample_by)
+        files, names = zip(*named, strict=True)
+        return cls(files, key, sample_by, names=names)
 
     def scan(
         self, slice_weight: int, skip_damaged: bool = False, progress: Scanning = lambda weight, name: None
@@ -123,6 +140,10 @@ class Corpus:
         self.check(file)
         return reader_of(Path(self.files[file]), self.key, self.sample_by)
 
+    def folders(self, file: int) -> tuple[str, str]:
+        """Of a file, its folder on this machine and in the corpus."""
+        return os.path.dirname(self.files[file]), os.path.dirname(self.names[file]).replace(os.sep, "/")
+
     def check(self, file: int) -> None:
         """Raise FormatError if that file changed since it was scanned."""
         if self.stamps and _stamp(self.files[file]) != self.stamps[file]:
@@ -149,7 +170,7 @@ class Reading:
                 where = reader.where(raw.number)
                 media = [(path, next(stamps, None)) for path in media_of(raw.content)]
                 _check_media(media, where)
-                yield Document(number, where, raw.content)
+                yield Document(number, where, raw.content, self._corpus.folders(span.file))
                 _check_media(media, where)
                 number += 1
             self._corpus.check(span.file)

@@ -57,7 +57,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A document that was left out."""
+    """A document that was left out. reason: names files as the corpus does, on every machine the same."""
 
     document: int
     reason: str
@@ -105,13 +105,13 @@ class Cutter:
         if isinstance(content, FormatError):
             if not self.skip_damaged:
                 raise content
-            skipped.append(Skipped(document.number, str(content)))
+            skipped.append(Skipped(document.number, document.in_corpus(str(content))))
             return ()
         try:
             return self._cut(model, document.number, content)
         except (ValueError, NotImplementedError, OSError) as error:
             if self.skip_damaged and not isinstance(error, NotImplementedError):
-                skipped.append(Skipped(document.number, f"{document.where}: {error}"))
+                skipped.append(Skipped(document.number, document.in_corpus(f"{document.where}: {_why(error)}")))
                 return ()
             if isinstance(error, OSError):
                 raise type(error)(error.errno, f"{document.where}: {error.strerror}", error.filename) from error
@@ -143,6 +143,13 @@ class Cutter:
         except OverflowError:
             raise ValueError(f"a token id is out of range: the vocabulary has {model.n_token_ids} tokens") from None
         return as_tokenized(model, ids) if len(ids) else TokenizedPrompt(ids.astype(np.int32))
+
+
+def _why(error: Exception) -> str:
+    """The message; of the system's errors without number and quotes, which depend on the path."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
 
 
 def first_tokens(pieces: Iterable[Piece], n_tokens: int) -> Iterator[Piece]:
