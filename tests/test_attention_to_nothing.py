@@ -39,7 +39,7 @@ def test_the_reference_gives_nan():
         ([("blocks.*.attn.hook_attn_scores", mask(1, -1))], 9, 1),
         ([Set(SCORES, -np.inf, pos=5)], 5, 0),
         ([Add(SCORES, -np.inf, head=1)], 0, 1),
-        ([KnockOut((4, slice(0, 4)), 3), Set(SCORES, -np.inf, pos=4)], 4, 0),
+        ([KnockOut((4, slice(0, 4)), 3), Add(SCORES, -np.inf, pos=4)], 4, 0),
         ([(SCORES, mask(0, 6, slice(3, None))), KnockOut((6, slice(0, 3)), 3)], 6, 0),  # neither does alone
     ],
 )

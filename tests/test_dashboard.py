@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -246,7 +247,7 @@ def test_features_of_gemma_scope(data, scope, capsys, tmp_path):
     assert [int(row[0]) for row in rows_of(out)] == order and "11 of them fire" in out and "tokens are ids" in out
     assert [row[3] for row in rows_of(out)] == [number(peaks[feature]) for feature in order]
     found = Page(page.read_text(encoding="utf-8"))
-    assert [card["id"] for card in found.named("article")] == [f"feature-{feature}" for feature in order]
+    assert [card["data-feature"] for card in found.named("article")] == [str(feature) for feature in order]
     made = json.loads(file.read_text())
     assert [one["index"] for one in made] == [str(feature) for feature in order] and made[0]["layer"] == "1-x"
     assert made[0]["pos_str"][0].startswith("<") and len(made[0]["activations"]) == 8
@@ -342,6 +343,26 @@ def test_damaged_features_of_a_harvest_are_said(acts, monkeypatch, name, value):
     monkeypatch.setattr(dataset, "features", lambda shard, dictionary: dataclasses.replace(whole, **{name: broken}))
     with pytest.raises(gemma4.FormatError, match="the features of shard 0 are damaged"):
         HarvestedFeatures(dataset).histogram(0)
+
+
+@pytest.mark.parametrize("file", ["shards/000000/features-0.safetensors", "examples-0.safetensors"])
+def test_cards_of_a_harvest_that_changes_are_refused(acts, tmp_path, monkeypatch, file):
+    """Between the first use and the next, or while it is used."""
+    out = shutil.copytree(acts, tmp_path / "acts")
+    source = HarvestedFeatures(harvest.open(out))
+    source.histogram(0)
+    features = source._dataset.features
+
+    def features_and_cut(shard, dictionary):
+        found = features(shard, dictionary)
+        os.truncate(out / file, 4096)
+        return found
+
+    monkeypatch.setattr(source._dataset, "features", features_and_cut)
+    with pytest.raises(gemma4.FormatError, match=r"changed size"):
+        source.histogram(0, 9)
+    with pytest.raises(gemma4.FormatError, match=r"changed size"):
+        source.top(int(source._dataset.features(0, 0).ids[0]))
 
 
 def twin(sae, folder):

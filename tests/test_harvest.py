@@ -30,7 +30,8 @@ import gemma4
 from gemma4 import harvest as H
 from gemma4.cli import main
 from gemma4.errors import FormatError, SiteError, StateError
-from gemma4.harvest import local, shard, store
+from gemma4.harvest import dataset as dataset_module
+from gemma4.harvest import export, local, shard, store
 from gemma4.harvest.dictionaries import Examples
 from gemma4.harvest.moments import Moments
 from gemma4.harvest.plan import expand_braces, stop_layer
@@ -758,6 +759,78 @@ def test_a_shard_that_shrinks_while_it_is_read(harvested, tmp_path):
             column[0]
     with pytest.raises(FormatError, match="has 100 bytes"):
         H.open(out)
+
+
+COPIES = {
+    "one row": lambda dataset, column: column[1],
+    "several rows": lambda dataset, column: column[[1, 5, 300]],
+    "every second row": lambda dataset, column: column[::2],
+    "all shards": lambda dataset, column: column[:],
+    "array": lambda dataset, column: np.asarray(column),
+    "seq_id": lambda dataset, column: dataset["seq_id"].part(0),
+    "bounds": lambda dataset, column: dataset.bounds,
+    "documents": lambda dataset, column: dataset.documents,
+    "batches": lambda dataset, column: list(dataset.batches(32, column.name)),
+    "shuffled batches": lambda dataset, column: list(dataset.batches(32, shuffle=0)),
+    "torch": lambda dataset, column: list(dataset.torch(column.name)),
+    "xarray": lambda dataset, column: dataset.to_xarray(rows=slice(0, 3)),
+    "parquet": lambda dataset, column: export.to_parquet(dataset, dataset.path / "new", column.name),
+    "zarr": lambda dataset, column: export.to_zarr(dataset, dataset.path / "new", column.name),
+    "saelens": lambda dataset, column: export.to_saelens(dataset, dataset.path / "new", column.name, context=8),
+    "view and check": lambda dataset, column: (column[3:5].sum(), dataset.check()),
+    "view and check of the shard": lambda dataset, column: (column.part(0).sum(), dataset.check(0)),
+}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not shrink mapped files")
+@pytest.mark.parametrize("how", ["shrinks", "is written to"])
+@pytest.mark.parametrize("what", COPIES)
+def test_a_file_that_changes_between_its_check_and_its_use(harvested, tmp_path, monkeypatch, what, how):
+    """No SIGBUS, and none of the zeros or new bytes that were read: the file is checked afterwards, too."""
+    for needed in {"xarray": ["xarray"], "parquet": ["pyarrow"], "saelens": ["pyarrow"], "zarr": ["zarr"]}.get(
+        what, ()
+    ):
+        pytest.importorskip(needed)
+    out = shutil.copytree(harvested, tmp_path / "a")
+    file = out / "shards/000000/data.safetensors"
+    with H.open(out) as dataset:
+        column = dataset["blocks.1.hook_resid_post"]
+        assert column.shape[0] > 300 and dataset.n_shards > 1
+        tensor = dataset.tensor
+
+        def tensor_and_change(shard, name, key):
+            found = tensor(shard, name, key)
+            if shard == 0 and how == "shrinks":
+                os.truncate(file, 4096)
+            elif shard == 0:
+                with file.open("r+b") as opened:
+                    opened.seek(-8, os.SEEK_END)
+                    opened.write(bytes(8))
+            return found
+
+        monkeypatch.setattr(dataset, "tensor", tensor_and_change)
+        with pytest.raises(FormatError, match=r"changed size|lost a part|was written to"):
+            COPIES[what](dataset, column)
+        assert not (out / "new").exists()
+
+
+def test_files_that_are_closed_meanwhile_are_checked(harvested, tmp_path, monkeypatch):
+    """Only some stay open; of the others, views remain."""
+    monkeypatch.setattr(dataset_module, "_OPEN_FILES", 1)
+    out = shutil.copytree(harvested, tmp_path / "a")
+    with H.open(out) as dataset:
+        column = dataset["blocks.1.hook_resid_post"]
+        view = column.part(0)
+        whole = np.asarray(column)
+        dataset.check()
+        np.testing.assert_array_equal(whole[: len(view)].view(np.uint16), view.view(np.uint16))
+        with (out / "shards/000000/data.safetensors").open("r+b") as opened:
+            opened.seek(-8, os.SEEK_END)
+            opened.write(bytes(8))
+        dataset.check(1)
+        for act in (dataset.check, lambda: dataset.check(0), lambda: column.part(0)):
+            with pytest.raises(FormatError, match=r"000000.*changed since it was first read"):
+                act()
 
 
 def test_open_what_is_none(tmp_path, harvested):

@@ -157,8 +157,8 @@ STEPS = [
     Mistake("later keys have score 0", "to[j] = unseen;", "to[j] = 0;", f"{EXACT} capture_api"),
     Mistake(
         "keys of a prompt are copied to every prompt of its length",
-        "if (f->taps.taps[i].run == segment->run)",
-        "if (f->runs[f->taps.taps[i].run].n_rows == f->runs[segment->run].n_rows)",
+        "if (f->taps.taps[i].run != segment->run)",
+        "if (f->runs[f->taps.taps[i].run].n_rows != f->runs[segment->run].n_rows)",
         f"many_positions capture_api {EXACT}",
     ),
     Mistake(
@@ -614,8 +614,8 @@ HARVEST = [
     ),
     Mistake(
         "harvest: sequences are numbered by shard",
-        'if self.name == "seq_id" else rows',
-        "if False else rows",
+        '        if self.name != "seq_id":',
+        "        if True:",
         "harvest",
     ),
     Mistake(
@@ -655,8 +655,8 @@ EDITS = [
     ),
     Mistake(
         "fewer forced experts than a token has are refused",
-        "min(len(cast(Routing, part.routing).forced) or routing.top_k for part, _ in parts)",
-        "routing.top_k",
+        "np.minimum(needed[rows], len(routing.forced))",
+        "np.minimum(needed[rows], routing.top_k)",
         "edits",
     ),
     Mistake(
@@ -694,6 +694,24 @@ EDITS = [
         "[: 1 if self.clean is self.edited else 2]",
         "[:1]",
         "layered_splice",
+    ),
+    Mistake(
+        "a key that a function unmasked does not count",
+        "if (!is_masked(scores, first, end) || !is_masked(scores, 0, n_keys))",
+        "if (!is_masked(scores, first, end))",
+        "attention_to_nothing",
+    ),
+    Mistake(
+        "rows of a harvest are not checked after they were read",
+        "        self.check(shard)",
+        "        pass",
+        "harvest",
+    ),
+    Mistake(
+        "documents that were left out are named by absolute paths",
+        "return text.replace(here, there).replace(quoted, there)",
+        "return text",
+        "harvest_faults",
     ),
     Mistake(
         "features of variants are recorded",

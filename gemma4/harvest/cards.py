@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import numpy as np
@@ -25,13 +27,14 @@ class HarvestedFeatures(Examples):
     """
 
     def __init__(self, dataset: Dataset, dictionary: int = 0) -> None:
+        self._dataset, self._dictionary = dataset, dictionary
         tokens, bounds = dataset["tokens"], dataset.bounds
 
         def tokens_of(sequence: int) -> NDArray[np.integer]:
-            return tokens[int(bounds[sequence]) : int(bounds[sequence + 1])]
+            with dataset.reading(self._place(sequence)[0]):
+                return np.array(tokens[int(bounds[sequence]) : int(bounds[sequence + 1])])
 
         super().__init__(dataset.examples(dictionary), tokens_of, dataset.n_sequences, str(dataset.path))
-        self._dataset, self._dictionary = dataset, dictionary
         self._histograms: dict[int, I64] = {}  # bins -> int64 [d_sae, bins]
 
     def histogram(self, feature: int, bins: int = 40) -> Histogram:
@@ -58,16 +61,28 @@ class HarvestedFeatures(Examples):
                 if not (shares <= 1).all():
                     self._refuse(shard)
                 np.add.at(counts, (ids, np.minimum((shares * bins).astype(np.int64), bins - 1)), 1)
+            self._dataset.check(shard)
         return counts
 
     def _refuse(self, shard: int) -> None:
+        self._dataset.check(shard)  # a file that shrank shows zeros
         raise FormatError(f"{self._where}: the features of shard {shard} are damaged; run the same harvest again")
 
     def _heat(self, feature: int, stored: Stored, sequence: int, start: int, stop: int) -> F32:
+        shard, first = self._place(sequence)
+        with self._dataset.reading(shard):
+            return self._dataset.features(shard, self._dictionary)[first + start : first + stop].feature(feature)
+
+    def _place(self, sequence: int) -> tuple[int, int]:
+        """The shard of a sequence, and its first row there."""
         row = int(self._dataset.bounds[sequence])
         shard = int(np.searchsorted(self._dataset.first_rows, row, side="right")) - 1
-        first = row - int(self._dataset.first_rows[shard])
-        return self._dataset.features(shard, self._dictionary)[first + start : first + stop].feature(feature)
+        return shard, row - int(self._dataset.first_rows[shard])
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        yield
+        self._dataset.check_summaries()
 
     def close(self) -> None:
         """Close the dataset."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = NDArray[Any]
 Json: TypeAlias = dict[str, Any]
+Stamp: TypeAlias = tuple[int, int, int, int]  # `MappedFile.stamp`
 Index: TypeAlias = "int | slice | Sequence[int] | NDArray[np.integer[Any]] | NDArray[np.bool_] | tuple[Any, ...]"
 
 ROW_COLUMNS = ("tokens", "pos", "seq_id", "token_type")
@@ -54,8 +56,8 @@ class Column:
     """One site, or one of tokens, pos, seq_id and token_type, over all shards: an array that stays in its files.
 
     `column[i]`, `column[i:j]`, `column[[i, j]]`, `column[mask]` and, as of an array, `column[i:j, 3]` are arrays of the
-    stored dtype (bf16 as ml_dtypes.bfloat16). They are read-only views of the mapped files where possible.
-    `np.asarray(column)` reads everything.
+    stored dtype (bf16 as ml_dtypes.bfloat16). A stretch inside one shard is a read-only view of the mapped file, with
+    `Dataset.check` for what happens to the file later; everything else is a copy. `np.asarray(column)` reads all.
     """
 
     def __init__(self, dataset: Dataset, name: str, dtype: np.dtype[np.generic], row: tuple[int, ...]) -> None:
@@ -70,10 +72,13 @@ class Column:
         rows = self._dataset.tensor(shard, DATA, self.name)
         if rows.dtype != self.dtype or rows.shape[1:] != self.shape[1:]:
             raise FormatError(f"shard {shard}: {self.name} is {rows.dtype} {list(rows.shape)}, not as in the manifest")
-        return rows + self._dataset.first_sequence(shard) if self.name == "seq_id" else rows
+        if self.name != "seq_id":
+            return rows
+        with self._dataset.reading(shard):
+            return rows + self._dataset.first_sequence(shard)
 
     def __getitem__(self, index: Index) -> Array:
-        """Raises IndexError, ValueError (what is no index of rows)."""
+        """Raises IndexError, ValueError (what is no index of rows), FormatError (a file changed)."""
         if isinstance(index, tuple):
             return self._part_of_rows(index)
         if is_integer(index):
@@ -109,26 +114,30 @@ class Column:
     def _stretch(self, start: int, stop: int) -> Array:
         firsts = self._dataset.first_rows
         first, last = (int(np.searchsorted(firsts, row, side="right")) - 1 for row in (start, max(start, stop - 1)))
-        parts = [
-            self.part(shard)[max(0, start - int(firsts[shard])) : stop - int(firsts[shard])]
-            for shard in range(first, min(last + 1, self._dataset.n_shards))
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *parts])
+        shards = range(first, min(last + 1, self._dataset.n_shards))
+        if len(shards) == 1:
+            return self.part(first)[start - int(firsts[first]) : stop - int(firsts[first])]
+        found = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        for shard in shards:
+            begin, end = max(start, int(firsts[shard])), min(stop, int(firsts[shard + 1]))
+            with self._dataset.reading(shard):
+                found[begin - start : end - start] = self.part(shard)[begin - int(firsts[shard]) :][: end - begin]
+        return found
 
     def _rows(self, rows: NDArray[np.int64]) -> Array:
         found = np.empty((len(rows), *self.shape[1:]), self.dtype)
         shards = np.searchsorted(self._dataset.first_rows, rows, side="right") - 1
         for shard in np.unique(shards):
             at = shards == shard
-            found[at] = self.part(int(shard))[rows[at] - self._dataset.first_rows[shard]]
+            with self._dataset.reading(int(shard)):
+                found[at] = self.part(int(shard))[rows[at] - self._dataset.first_rows[shard]]
         return found
 
     def __array__(self, dtype: np.dtype[np.generic] | None = None, copy: bool | None = None) -> Array:
         if copy is False:
             raise ValueError("a column of several files is an array only as a copy")
-        whole = np.array(self[:])
+        with self._dataset.reading():
+            whole = np.array(self[:])
         return whole if dtype is None else whole.astype(dtype)
 
     def __repr__(self) -> str:
@@ -151,6 +160,7 @@ class Dataset(Mapping[str, Column]):
         self._rows = {str(site["name"]): tuple(map(int, site["row"])) for site in manifest["plan"]["sites"]}
         self.sites = tuple(self._rows)
         self._files: OrderedDict[Path, SafetensorsFile] = OrderedDict()
+        self._stamps: dict[Path, dict[Path, Stamp]] = {}  # folder -> of every file that was opened
         self.first_rows = _sums(self._shards, "rows")  # int64 [n_shards + 1]
         self._first_sequences = _sums(self._shards, "sequences")
 
@@ -187,16 +197,51 @@ class Dataset(Mapping[str, Column]):
         return Column(self, name, dtype, self._rows.get(name, ()))
 
     def tensor(self, shard: int, file: str, name: str) -> Array:
-        """A tensor of a shard's file: a read-only view of the mapping. Raises FormatError (damaged, or changed)."""
+        """A tensor of a shard's file: a read-only view of the mapping. Raises FormatError (damaged, or changed).
+
+        What a view shows of a file that shrinks later is zeros, and of one that is written to, the new bytes: `check`,
+        or `reading` around the work, tells.
+        """
         mapped = self._mapped(self._store.folder(shard) / file)
         if name not in mapped.tensors:
             raise FormatError(f"shard {shard}: {file} has no tensor {name!r}: verify() tells what is damaged")
         mapped.check()
         return mapped.array(name)
 
+    def check(self, shard: int | None = None) -> None:
+        """Raise FormatError if a file shrank, was overwritten or replaced since it was first read.
+
+        shard: only the files of that shard; None = all that were read. Some system calls for each file. A file that was
+        deleted or moved is no error: views keep its contents.
+        """
+        folders = list(self._stamps) if shard is None else [self._store.folder(shard)]
+        for folder in folders:
+            self._check_folder(folder)
+
+    def check_summaries(self) -> None:
+        """As `check`, for the files beside the shards: statistics and examples."""
+        self._check_folder(self.path)
+
+    def _check_folder(self, folder: Path) -> None:
+        for path, stamp in self._stamps.get(folder, {}).items():
+            if path in self._files:
+                self._files[path].check()
+            else:
+                _check_stamp(path, stamp)
+
+    @contextmanager
+    def reading(self, shard: int | None = None) -> Iterator[None]:
+        """`with dataset.reading():` around work with views: `check` when the block ends without another error."""
+        yield
+        self.check(shard)
+
     def _mapped(self, path: Path) -> SafetensorsFile:
         if path not in self._files:
-            self._files[path] = SafetensorsFile(path)
+            file = SafetensorsFile(path)
+            if self._stamps.setdefault(path.parent, {}).setdefault(path, file.stamp) != file.stamp:
+                file.close()
+                raise FormatError(f"{path} changed since it was first read: open the harvest again")
+            self._files[path] = file
             while len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()  # views of it stay valid
         self._files.move_to_end(path)
@@ -210,7 +255,11 @@ class Dataset(Mapping[str, Column]):
 
     def sequence_bounds(self, shard: int) -> NDArray[np.int64]:
         """int64 [sequences + 1]: the first row of each sequence of a shard, counted in the shard, and the end."""
-        return self.tensor(shard, DATA, "cu_seqlens")
+        return self._copied(shard, "cu_seqlens")
+
+    def _copied(self, shard: int, name: str) -> Array:
+        with self.reading(shard):
+            return np.array(self.tensor(shard, DATA, name))
 
     @cached_property
     def bounds(self) -> NDArray[np.int64]:
@@ -222,13 +271,13 @@ class Dataset(Mapping[str, Column]):
     def documents(self) -> NDArray[np.int64]:
         """int64 [n_sequences, 2]: each sequence's document in the corpus, and the token of it where it begins."""
         parts = [
-            np.stack([self.tensor(shard, DATA, name) for name in ("seq_document", "seq_start")], axis=1)
+            np.stack([self._copied(shard, name) for name in ("seq_document", "seq_start")], axis=1)
             for shard in range(self.n_shards)
         ]
         return np.concatenate([np.empty((0, 2), np.int64), *parts])
 
     def sequence(self, number: int) -> dict[str, Array]:
-        """One sequence: column name -> its rows. Raises IndexError."""
+        """One sequence: column name -> its rows, views where possible. Raises IndexError, FormatError."""
         if not is_integer(number) or not 0 <= number < self.n_sequences:
             raise IndexError(f"sequence {number!r:.60} of {self.n_sequences}")
         begin, end = int(self.bounds[number]), int(self.bounds[number + 1])
@@ -262,6 +311,8 @@ class Dataset(Mapping[str, Column]):
         for begin in range(0, len(order), 1 if random is None else _MIXED):
             group = order[begin : begin + (1 if random is None else _MIXED)]
             more = {c.name: np.concatenate([left[c.name], *(c.part(int(shard)) for shard in group)]) for c in columns}
+            for shard in group:
+                self.check(int(shard))
             n_rows = len(next(iter(more.values())))
             if random is not None:
                 mixed = random.permutation(n_rows)
@@ -309,10 +360,13 @@ class Dataset(Mapping[str, Column]):
                 DIMENSIONS[letter][0] + (f"_{size}" if letters.count(letter) > 1 else "")
                 for letter, size in zip(axes.get(column.name, ""), column.shape[1:], strict=True)
             ]
-            variables[column.name] = (["row", *dims], as_f32(column[rows]))
+            variables[column.name] = (["row", *dims], np.array(as_f32(column[rows])))
         index = range(*rows.indices(len(self)))
         coordinates: dict[str, object] = {"row": np.arange(index.start, index.stop, index.step)}
-        coordinates |= {("token" if name == "tokens" else name): ("row", self[name][rows]) for name in ROW_COLUMNS}
+        coordinates |= {
+            ("token" if name == "tokens" else name): ("row", np.array(self[name][rows])) for name in ROW_COLUMNS
+        }
+        self.check()
         attrs = {"model": str(self.manifest["plan"]["model"]["name"]), "harvest": str(self.path)}
         return cast("xarray.Dataset", module.Dataset(variables, coordinates, attrs))
 
@@ -328,7 +382,8 @@ class Dataset(Mapping[str, Column]):
         name, file = self[site].name, self._mapped(self.path / STATS)
         if f"{name}.mean" not in file.tensors:
             raise SiteError(f"{name!r} holds integers: it has no mean")
-        mean, std, norm = (np.array(file.array(f"{name}.{part}")) for part in ("mean", "std", "norm"))
+        with file.reading():
+            mean, std, norm = (np.array(file.array(f"{name}.{part}")) for part in ("mean", "std", "norm"))
         return SiteStats(mean, std, float(norm[0]))
 
     @property
@@ -337,7 +392,8 @@ class Dataset(Mapping[str, Column]):
         return list(self.manifest["plan"]["dictionaries"])
 
     def features(self, shard: int, dictionary: int = 0) -> Features:
-        """Features of every row of a shard. Raises IndexError (no such dictionary or shard), FormatError."""
+        """Features of every row of a shard, views as of `tensor`. Raises IndexError (no such dictionary or shard),
+        FormatError."""
         facts = self._dictionary(dictionary)
         if not 0 <= shard < self.n_shards:
             raise IndexError(f"shard {shard} of {self.n_shards}")
@@ -350,10 +406,12 @@ class Dataset(Mapping[str, Column]):
         """Each feature's strongest rows, under the names of Gemma Scope 2's examples.safetensors.
 
         activations float32, seq_ids int64, positions int32: [d_sae, n], strongest first, 0 and -1 where there are no
-        more; feature_frequencies float32 [d_sae], the share of rows at which the feature fired. Raises IndexError.
+        more; feature_frequencies float32 [d_sae], the share of rows at which the feature fired. Views as of `tensor`.
+        Raises IndexError, FormatError (changed).
         """
         self._dictionary(dictionary)
         file = self._mapped(self.path / f"examples-{dictionary}.safetensors")
+        file.check()
         return {name: file.array(name) for name in file.tensors}
 
     def _dictionary(self, number: int) -> dict[str, Any]:
@@ -436,6 +494,16 @@ def _check_size(path: Path, wanted: int) -> None:
         raise FormatError(f"{path} is gone: run the same harvest again to make it anew") from None
     if found != wanted:
         raise FormatError(f"{path} has {found:,} bytes, it was written with {wanted:,}: run the same harvest again")
+
+
+def _check_stamp(path: Path, stamp: Stamp) -> None:
+    """As `MappedFile.check`, for a file that is not open any more, of which there may be views."""
+    try:
+        now = os.stat(path)
+    except OSError:
+        return
+    if (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) != stamp:
+        raise FormatError(f"{path} changed since it was first read: open the harvest again")
 
 
 def _problem(file: tuple[Path, object], going: Going) -> str | None:

@@ -49,6 +49,7 @@ def to_parquet(dataset: Dataset, path: StrPath, names: Names = None) -> Path:
             table = arrow.table(arrays, names=[column.name for column in columns])
             table = table.replace_schema_metadata({"gemma4.rows": json.dumps(shapes)})
             parquet.write_table(table, folder / f"part-{shard:06d}.parquet")
+            dataset.check(shard)
     return target
 
 
@@ -67,6 +68,7 @@ def to_zarr(dataset: Dataset, path: StrPath, names: Names = None) -> Path:
             array = group.create_array(column.name, shape=column.shape, dtype=dtype, chunks=chunks)
             for begin in range(0, len(column), _CHUNK_ROWS):
                 array[begin : begin + _CHUNK_ROWS] = _plain(column[begin : begin + _CHUNK_ROWS])
+            dataset.check()
     return target
 
 
@@ -108,6 +110,7 @@ def to_saelens(dataset: Dataset, path: StrPath, site: str, *, context: int | Non
                     lists = _arrow_lists(arrow, activations[some], fixed=False)
                     arrays = [lists, _arrow_lists(arrow, tokens[some])]
                     stream.write_batch(arrow.record_batch(arrays, schema=schema))
+            dataset.check(shard)
         digest = hashlib.sha256(f"{dataset.manifest['digest']} {column.name} {context}".encode()).hexdigest()
         state: dict[str, Any] = {"_data_files": files, "_fingerprint": digest[:16], "_split": None}
         state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False}
@@ -163,6 +166,7 @@ def _latents(dataset: Dataset, dictionary: int, context: int) -> tuple[NDArray[n
         locations.append(np.stack([sequence + first, position, features.ids[kept]], axis=1))
         values.append(features.values[kept])
         tokens.append(dataset["tokens"].part(shard)[rows])
+        dataset.check(shard)
         first += len(rows)
     return np.concatenate(locations), np.concatenate(values), np.concatenate(tokens)
 

@@ -109,6 +109,11 @@ class MappedFile(ABC):
     def nbytes(self) -> int:
         return self._stat.st_size
 
+    @property
+    def stamp(self) -> tuple[int, int, int, int]:
+        """Which file was opened, and in which state: device, inode, size and time of its last change."""
+        return self._stat.st_dev, self._stat.st_ino, self._stat.st_size, self._stat.st_mtime_ns
+
     def advise_random(self, name: str) -> None:
         """Advise the system that this tensor is read row by row in random order, so that it does not read ahead."""
         info = self.tensors[name]
