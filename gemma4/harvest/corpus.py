@@ -141,7 +141,7 @@ class Corpus:
         return reader_of(Path(self.files[file]), self.key, self.sample_by)
 
     def folders(self, file: int) -> tuple[str, str]:
-        """Of a file, its folder on this machine and in the corpus."""
+        """A file's folder on this machine, and in the corpus."""
         return os.path.dirname(self.files[file]), os.path.dirname(self.names[file]).replace(os.sep, "/")
 
     def check(self, file: int) -> None:
