@@ -4,6 +4,7 @@
 import json
 import os
 import pickle
+import shutil
 import time
 import tracemalloc
 import zipfile
@@ -211,6 +212,33 @@ def test_gemma_scope_2_without_its_config(tmp_path):
     folder = scope_2(tmp_path, weights() | {"threshold": np.ones(N, np.float32)})
     (folder / "config.json").unlink()
     assert SAE.load(folder).site is None
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "sites", "skip"),
+    [
+        ("gemma-scope-2-1b-it/resid_post/layer_13_width_16k_l0_medium", SAE, ("13.hook_resid_post", None), 4),
+        ("gemma-scope-2-270m-pt/attn_out_all/layer_3_width_16k_l0_small", SAE, ("3.attn.hook_z", None), 0),
+        (
+            "models--google--gemma-scope-2-4b-it/snapshots/0a1b/transcoder_all/layer_0_width_16k_l0_small_affine",
+            Transcoder,
+            ("0.mlp.hook_in", "0.hook_mlp_out"),
+            4,
+        ),
+    ],
+)
+def test_the_place_of_gemma_scope_2_stands_for_its_config(tmp_path, place, kind, sites, skip):
+    """Published folders of which only params.safetensors was fetched."""
+    skips = {"affine_skip_connection": numbers(D, D)} if "affine" in place else {}
+    (folder := tmp_path / place).mkdir(parents=True)
+    scope_2(folder, weights() | {"threshold": np.ones(N, np.float32)} | skips)
+    (folder / "config.json").unlink()
+    dictionary = kind.load(folder)
+    assert dictionary.site == f"blocks.{sites[0]}" and dictionary.skip_positions == skip
+    assert getattr(dictionary, "site_out", None) == (sites[1] and f"blocks.{sites[1]}")
+    shutil.move(folder, tmp_path / "elsewhere")
+    moved = kind.load(tmp_path / "elsewhere")
+    assert moved.fingerprint == dictionary.fingerprint and moved.site is None
 
 
 # ---- SAELens --------------------------------------------------------------------------------------------------------

@@ -175,6 +175,15 @@ _SCOPE_1_SITES = {
     "att": ("attn.hook_z", None),
     "transcoders": ("ln2.hook_normalized", "hook_mlp_out"),  # the gain was folded into them
 }
+_SCOPE_2_PLACE = re.compile(
+    r"gemma-scope-2-[\w.]+-(pt|it)/(?:snapshots/\w+/)?(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_(\d+)_"
+)
+_SCOPE_2_SITES = {
+    "resid_post": ("hook_resid_post", "hook_resid_post"),
+    "attn_out": ("attn.hook_z", "attn.hook_z"),
+    "mlp_out": ("hook_mlp_out", "hook_mlp_out"),
+    "transcoder": ("mlp.hook_in", "hook_mlp_out"),
+}
 _IT_PROLOGUE = 4  # <bos><start_of_turn>user\n: Gemma Scope 2 was not trained on it
 
 
@@ -215,7 +224,7 @@ def _jump_relu(tensors: _Tensors, bias: str, d_sae: int) -> Threshold:
 def _open_gemma_scope_2(path: Path) -> Opened:
     config = path.with_name("config.json")
     raw = read_json(config) if config.is_file() else {}
-    fields = Fields(raw, str(config))
+    fields = Fields(raw if config.is_file() else _scope_2_facts(path), str(config))
     architecture = fields.get("architecture", "jump_relu")
     if architecture != "jump_relu":
         raise NotImplementedError(f"{config}: architecture {architecture!r:.60} is not read, only jump_relu")
@@ -247,6 +256,15 @@ def _open_gemma_scope_2(path: Path) -> Opened:
     )
     skip = _IT_PROLOGUE if str(fields.get("model_name", "")).endswith("-it") else 0
     return Opened("Gemma Scope 2", file, weights, site, site_out if transcoder else None, transcoder, raw, skip)
+
+
+def _scope_2_facts(path: Path) -> dict[str, Any]:
+    """What a missing config.json would say, as far as the place in the published repositories does."""
+    place = _SCOPE_2_PLACE.search(path.absolute().as_posix())
+    if not place:
+        return {}
+    site, site_out = (f"blocks.{int(place[3])}.{stem}" for stem in _SCOPE_2_SITES[place[2]])
+    return {"model_name": f"gemma-3-{place[1]}", "hf_hook_point_in": site, "hf_hook_point_out": site_out}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
