@@ -259,7 +259,7 @@ def _open_gemma_scope_2(path: Path) -> Opened:
 
 
 def _scope_2_facts(path: Path) -> dict[str, Any]:
-    """What a missing config.json would say, as far as the place in the published repositories does."""
+    """The facts of a missing config.json that the place in the published repositories states; {} elsewhere."""
     place = _SCOPE_2_PLACE.search(path.absolute().as_posix())
     if not place:
         return {}
