@@ -224,6 +224,13 @@ def test_docstrings_become_lists():
     assert as_markdown("x: an array\nRaises TypeError.") == "- `x` – an array\n\nRaises TypeError."
 
 
+def test_signs_in_docstrings_stay_signs():
+    pytest.importorskip("griffe", reason="needs the extra docs")
+    from docstrings import as_markdown
+
+    assert as_markdown("bos: id of <bos>, in T*S*D `<x>*`") == "- `bos` – id of &lt;bos>, in T\\*S\\*D `<x>*`"
+
+
 def test_code_in_docstrings_becomes_python():
     pytest.importorskip("griffe", reason="needs the extra docs")
     from docstrings import as_markdown
@@ -252,6 +259,20 @@ def test_the_page_of_the_command_has_every_option():
         assert rows and not [row for row in rows if re.search(r"\|\s+\|$", row)], (
             f"gemma4 {name}: an option without help"
         )
+
+
+def test_types_and_results_of_the_reference_exist():
+    for path in pages.RESULTS:
+        module, name = path.rsplit(".", 1)
+        assert hasattr(importlib.import_module(module), name), path
+    text = pages.types_page()
+    assert re.search(r"^- (\[\]\(\)\{ #[\w.]+ \})+`Where`: `int \| slice \| Iterable\[int\] \| None`$", text, re.M)
+    assert "{ #gemma4.interp.cache.F32 }" in text and "`StrPath`" in text
+    for module, names in pages.FIRST.items():
+        assert set(names) <= set(pages.public_names(module))
+    known = {name for module in pages.public_modules() for name in pages.public_names(module)}
+    known |= {path.rsplit(".", 1)[1] for path in pages.RESULTS}
+    assert {*pages.MADE_ELSEWHERE, *pages.EDITS} <= known
 
 
 def test_the_list_of_tutorials_is_complete():

@@ -20,6 +20,7 @@ FIELD = re.compile(rf"( *)({NAMES})(?:: +|  +)(\S.*)")
 INLINE = re.compile(rf"(?<=[.;])\s+(?={NAMES}: \S)")  # another field in the middle of a line
 ERRORS = re.compile(r"(?:(?<=[.;])\s+|\n\s*)(?=Raises [A-Z`]|Raises what )")
 DOCUMENT = re.compile(r"(?<![\w/\[])(?<!\]\()docs/(\w[\w-]*)\.md\b")
+CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", re.M | re.S)
 TITLES = {
     "guide": "the guide",
     "install": "the first look",
@@ -30,7 +31,14 @@ TITLES = {
 
 def as_markdown(docstring: str) -> str:
     paragraphs = re.split(r"\n[ ]*\n", docstring)
-    return DOCUMENT.sub(_link, "\n\n".join(_with_code(paragraphs)))
+    parts = CODE.split("\n\n".join(_with_code(paragraphs)))
+    parts[::2] = [DOCUMENT.sub(_link, _plain(part)) for part in parts[::2]]
+    return "".join(parts)
+
+
+def _plain(text: str) -> str:
+    """<bos> is no tag, and T*heads*d_model no emphasis."""
+    return text.replace("<", "&lt;").replace("*", r"\*")
 
 
 def _link(match: re.Match[str]) -> str:

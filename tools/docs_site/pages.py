@@ -47,15 +47,42 @@ FIRST = {  # on the page of a module, before the others
     "gemma4.generation": ("Generation", "Options"),
     "gemma4.harvest": ("harvest", "open", "Dataset"),
     "gemma4.html": ("attention", "tokens", "heat", "bars", "cards", "together"),
-    "gemma4.interp": ("ActivationCache", "logit_lens", "dla", "patching_grid"),
+    "gemma4.interp": ("logit_lens", "dla", "patching_grid", "head_patching", "head_ablations"),
 }
 WITHOUT_METHODS = ("gemma4.edits",)  # what the engine asks of an edit is no concern of its user
 MADE_ELSEWHERE = (  # by functions: their constructors are no concern of users
     *("Model", "SAE", "Transcoder", "Dictionary", "Crosscoder", "CrossLayerTranscoder", "LayeredDictionary"),
-    *("Dataset", "Sequence", "Encoder"),
+    *(
+        "Dataset",
+        "Sequence",
+        "Encoder",
+        "Tokenizer",
+        "ChatTemplate",
+        "Profile",
+        "EncoderCache",
+        "Continuation",
+        "TextStream",
+    ),
 )
 EDITS = ("AblateFeature", "ClampFeature", "FeatureEdit", "ScaleFeature")  # likewise, in gemma4.dictionaries
-COMMAND_PAGE = "reference/command.md"
+COMMAND_PAGE, TYPES_PAGE, RESULTS_PAGE = "reference/command.md", "reference/types.md", "reference/results.md"
+RESULTS = (  # of public functions; nobody imports them
+    "gemma4.interp.cache.Stack",
+    "gemma4.interp.tables.Table",
+    "gemma4.interp.sites.Site",
+    "gemma4.interp.cache.EncoderCache",
+    "gemma4.info.ModelInfo",
+    "gemma4.profile.Profile",
+    "gemma4.generation.pieces.Piece",
+    "gemma4.text.turn.ToolCall",
+    "gemma4.text.tokenizer.Tokenizer",
+    "gemma4.text.chat.ChatTemplate",
+    "gemma4.media.prompt.TokenizedPrompt",
+    "gemma4.media.prompt.SoftRun",
+    "gemma4.media.medium.Medium",
+    "gemma4.media.medium.Modalities",
+    "gemma4.media.silence.Segment",
+)
 NOT_PYTHON = ("gemma4.cli", "gemma4.text")  # the command; the parts of `Model` that handle text
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 FENCE = re.compile(r"^(```.*?^```[^\n]*\n)", re.S | re.M)
@@ -124,6 +151,52 @@ def entry_options(module: str, name: str) -> str:
     if name in MADE_ELSEWHERE:
         options += ["merge_init_into_class: false"]
     return f"    options: {{{', '.join(options)}}}\n" if options else ""
+
+
+def results_page() -> str:
+    entries = [f"::: {name}\n{entry_options(*name.rsplit('.', 1))}" for name in RESULTS]
+    return "\n".join(
+        ["# What calls return\n\nObjects that calls return and that are not imported by name.\n", *entries]
+    )
+
+
+def types_page() -> str:
+    """The type aliases of public signatures, with the anchors that these link to."""
+    used, found = set[str](), dict[tuple[str, str], list[str]]()
+    for path in sorted((ROOT / "gemma4").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        used |= annotated(tree)
+        for node in tree.body:
+            for name, value in alias(node):
+                text = value.value if isinstance(value, ast.Constant) else ast.unparse(value)
+                found.setdefault((name, str(text)), []).append(f"{module}.{name}")
+    intro = "Signatures use these names for longer types. They need not be imported: plain values of the type will do."
+    items = [
+        f"- {''.join(f'[](){{ #{path} }}' for path in paths)}`{name}`: `{text}`"
+        for (name, text), paths in sorted(found.items(), key=lambda item: item[0][0].lower())
+        if name in used and not name.startswith("_")
+    ]
+    return "\n".join(["# Types in signatures", "", intro, "", *items])
+
+
+def alias(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
+    """(name, type) if the statement could give a type a name."""
+    if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias" and node.value:
+        yield ast.unparse(node.target), node.value
+    elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp | ast.Subscript):
+        yield from ((target.id, node.value) for target in node.targets if isinstance(target, ast.Name))
+
+
+def annotated(tree: ast.Module) -> set[str]:
+    """The names in annotations of functions and methods without underscore."""
+    found = set[str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            every = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            notes = [one.annotation for one in every] + [node.returns]
+            found |= {name.id for note in notes if note for name in ast.walk(note) if isinstance(name, ast.Name)}
+    return found
 
 
 def command_page() -> str:
@@ -242,7 +315,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     folders = {
         "tutorials/": [{"Overview": "tutorials/index.md"}]
         + [{notebook_title(path): f"tutorials/{path.stem}.md"} for path in notebooks()],
-        "reference/": list(reference_pages()),
+        "reference/": [*reference_pages(), {"What calls return": RESULTS_PAGE}, {"Types in signatures": TYPES_PAGE}],
         "models/": [{card_title(source): page_of(str(source.relative_to(ROOT)))} for source in cards()]
         + [{"How they were trained": "models/training.md"}],
     }
@@ -302,7 +375,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         add_page(body, source, str(page_of(source)))
         for name, data in pictures.items():
             add(f"tutorials/{name}", data)
-    for page, text in (reference_pages() | {COMMAND_PAGE: command_page()}).items():
+    for page, text in (
+        reference_pages() | {COMMAND_PAGE: command_page(), TYPES_PAGE: types_page(), RESULTS_PAGE: results_page()}
+    ).items():
         add(page, text)
     for source in sorted(copies):
         add(f"sources/{source}.txt", (ROOT / source).read_bytes())
