@@ -97,9 +97,14 @@ static inline size_t g4_tile_sums(int m, int n)
     return (size_t)((m + SIDE - 1) / SIDE) * (size_t)((n + SIDE - 1) / SIDE) * (size_t)(SIDE * SIDE);
 }
 
-/* Floats of scratch that a caller passes to matmul_* (accumulators, 72 rows of x, 32 of weights) and to matmul_int8_*.
+/* Floats of scratch that a caller passes to matmul_* (accumulators, 144 rows of x, 64 of weights) and to matmul_int8_*.
  * A kernel's own frame is small, because the caller's thread may have 128 KiB of stack. */
-enum { G4_MATMUL_SCRATCH = 72 * 32 * 16 + (72 + 32) * 512, G4_INT8_SCRATCH = 14336 };
+enum { G4_MATMUL_SCRATCH = 144 * 64 * 16 + (144 + 64) * 512, G4_INT8_SCRATCH = 14336 };
+
+/* The size of x from pack_rows. Units of rows hold whole tiles on every level. */
+enum { G4_PACK_UNIT = 6 };
+static inline size_t g4_packed_rows(size_t m) { return (m + G4_PACK_UNIT - 1) / G4_PACK_UNIT * G4_PACK_UNIT; }
+static inline size_t g4_packed_inputs(size_t k) { return (k + 15) / 16 * 16; }
 
 /* When the features of a dictionary fire: one number of each array for every feature, all finite but thresholds, which
  * may be infinite. NULL: no such step. */
@@ -136,6 +141,19 @@ static inline g4_matmul_f32_fn g4_matmul_for(const g4_kernels *kernels, g4_dtype
         G4_EACH_QUANTISED(X)
 #undef X
     default: return kernels->matmul_f32;
+    }
+}
+
+static inline g4_matmul_packed_f32_fn g4_matmul_packed_for(const g4_kernels *kernels, g4_dtype dtype)
+{
+    switch (dtype) {
+    case G4_F16: return kernels->matmul_packed_f16;
+    case G4_BF16: return kernels->matmul_packed_bf16;
+#define X(type, suffix, block, bytes) \
+    case G4_##type: return kernels->matmul_packed_##suffix;
+        G4_EACH_QUANTISED(X)
+#undef X
+    default: return kernels->matmul_packed_f32;
     }
 }
 

@@ -8,12 +8,16 @@
 #include "ops/profile.h"
 
 enum {
-    PANEL = 32,             /* weight rows per task: the kernels' block */
+    PANEL = 32,             /* weight rows per task: a block of the int8 kernels … */
+    PACKED_PANEL = 64,      /* … and of those for packed x, if there are enough tasks */
+    PACKED_TASKS = 4,       /* per thread */
     STREAM_ROWS = 4,        /* up to this many rows of x, weights are streamed: memory is the limit */
     MIN_STREAM = 64 << 10,  /* bytes of weights per streaming task: many, because each start is slow, */
     MAX_STREAM = 512 << 10, /* but several tasks per thread */
     STREAM_TASKS = 4,
     MATRIX_ROWS = 48,           /* with fewer rows, widening the weights for panels or sgemm does not pay off */
+    GROUP_ROWS = 8,             /* up to this many rows … */
+    GROUP_K = 512,              /* … of up to this many inputs, matmul reads x in place */
     TILE_ROWS = 32,             /* the same for AVX-512 BF16 tiles; AMX tiles pay off from STREAM_ROWS + 1 on */
     BLAS_PANEL_FLOATS = 1 << 17 /* a widened panel stays in the second-level cache */
 };
@@ -27,6 +31,8 @@ typedef struct {
     size_t scratch_floats;
     const g4_inputs *inputs; /* x of the int8 jobs … */
     const g4_int8_rows *xs;  /* … as int8 */
+    const g4_inputs *many;   /* x of the jobs with many rows in float32 … */
+    float *const *packed;    /* … packed */
 } linear_task;
 
 static bool uses_int8(const g4_exec *exec, const g4_linear_job *job)
@@ -79,6 +85,13 @@ static bool uses_blas(const g4_exec *exec, const g4_linear_job *job)
     return method_of(exec, job) == BY_BLAS;
 }
 
+/* Whether x is packed once for all tasks. Otherwise matmul reads it in place: a few rows, also of a few inputs. */
+static bool uses_packed(const g4_exec *exec, const g4_linear_job *job)
+{
+    const bool few = job->m <= STREAM_ROWS || (job->m <= GROUP_ROWS && job->w.n_cols <= GROUP_K);
+    return !few && !uses_int8(exec, job) && !uses_blas(exec, job);
+}
+
 /* Floats of scratch per worker for a job. */
 static size_t scratch_of(const g4_exec *exec, const g4_linear_job *job)
 {
@@ -95,9 +108,19 @@ static int stream_rows(const g4_exec *exec, const g4_linear_job *job)
     return n_bytes < row_bytes ? 1 : (int)(n_bytes / row_bytes);
 }
 
+static int packed_panel_rows(const g4_exec *exec, const g4_linear_job *job)
+{
+    const int wanted = PACKED_TASKS * g4_pool_size(exec->pool);
+    return (int)job->w.n_rows >= wanted * PACKED_PANEL ? PACKED_PANEL : PANEL;
+}
+
 static int rows_per_task(const g4_exec *exec, const g4_linear_job *job)
 {
-    return job->m <= STREAM_ROWS ? stream_rows(exec, job) : uses_blas(exec, job) ? blas_panel_rows(job) : PANEL;
+    if (job->m <= STREAM_ROWS)
+        return stream_rows(exec, job);
+    if (uses_blas(exec, job))
+        return blas_panel_rows(job);
+    return uses_packed(exec, job) ? packed_panel_rows(exec, job) : PANEL;
 }
 
 static void run_panel(const linear_task *t, int index, int first, int n, int worker)
@@ -110,6 +133,11 @@ static void run_panel(const linear_task *t, int index, int first, int n, int wor
     if (uses_int8(t->exec, job)) {
         g4_matmul_int8_for(kernels, job->w.dtype)(&t->xs[t->inputs->of_job[index]], job->m, rows, job->w.row_stride, n,
                                                   k, job->out + first, job->out_stride, scratch);
+        return;
+    }
+    if (uses_packed(t->exec, job)) {
+        g4_matmul_packed_for(kernels, job->w.dtype)(t->packed[t->many->of_job[index]], job->m, rows, job->w.row_stride,
+                                                    n, k, job->out + first, job->out_stride, scratch);
         return;
     }
     if (!uses_blas(t->exec, job)) {
@@ -185,6 +213,45 @@ static g4_status quantize_inputs(g4_exec *exec, const g4_linear_job *jobs, int n
     return g4_exec_rows(exec, inputs->first[inputs->n], max_k, quantize_slice, &t);
 }
 
+/* ---- many rows of x in float32, packed once for all jobs that share them ----------------------------------------- */
+
+typedef struct {
+    const g4_inputs *inputs;
+    float *const *packed; /* one for each distinct x */
+} pack_task;
+
+static void pack_slice(const g4_exec *exec, void *context, int first, int end)
+{
+    const pack_task *t = context;
+    while (first < end) {
+        int stop;
+        const int i = g4_inputs_at(t->inputs, first, end, &stop);
+        const int row = (first - t->inputs->first[i]) * G4_PACK_UNIT,
+                  end_row = (stop - t->inputs->first[i]) * G4_PACK_UNIT;
+        const g4_linear_job *job = t->inputs->jobs[i];
+        exec->kernels->pack_rows(job->x, job->x_stride, job->m, (int)job->w.n_cols, row,
+                                 end_row < job->m ? end_row : job->m, t->packed[i]);
+        first = stop;
+    }
+}
+
+static g4_status pack_inputs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs, g4_inputs *inputs,
+                             float *const **result)
+{
+    float **packed;
+    size_t max_k = 0;
+    G4_TRY(g4_inputs_new(exec, jobs, n_jobs, G4_PACK_UNIT, uses_packed, inputs));
+    G4_ALLOC(exec, packed, (size_t)inputs->n);
+    for (int i = 0; i < inputs->n; i++) {
+        const size_t k = inputs->jobs[i]->w.n_cols;
+        G4_ALLOC(exec, packed[i], g4_packed_rows((size_t)inputs->jobs[i]->m) * g4_packed_inputs(k));
+        max_k = k > max_k ? k : max_k;
+    }
+    pack_task t = {inputs, packed};
+    *result = packed;
+    return g4_exec_rows(exec, inputs->first[inputs->n], max_k * G4_PACK_UNIT, pack_slice, &t);
+}
+
 static void end_profile(g4_exec *exec, double start, const g4_linear_job *jobs, int n_jobs)
 {
     double work[2] = {0}, bytes = 0;
@@ -203,13 +270,14 @@ static void end_profile(g4_exec *exec, double start, const g4_linear_job *jobs, 
 static g4_status row_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
 {
     g4_arena_mark mark = g4_arena_save(exec->arena);
-    g4_inputs inputs;
-    linear_task t = {.exec = exec, .jobs = jobs, .n_jobs = n_jobs, .inputs = &inputs};
+    g4_inputs inputs, many;
+    linear_task t = {.exec = exec, .jobs = jobs, .n_jobs = n_jobs, .inputs = &inputs, .many = &many};
     int *first_task;
     double work = 0;
     const double start = g4_profile_start(exec);
     if (exec->fast)
         G4_TRY(quantize_inputs(exec, jobs, n_jobs, &inputs, &t.xs));
+    G4_TRY(pack_inputs(exec, jobs, n_jobs, &many, &t.packed));
     G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
     first_task[0] = 0;
     for (int j = 0; j < n_jobs; j++) {

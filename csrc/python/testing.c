@@ -73,6 +73,38 @@ static PyObject *test_matmul(PyObject *self, PyObject *args)
     return out;
 }
 
+/* matmul_packed(isa, dtype, x [m, k], w [n, k]) -> [m, n], x packed in slices as by several workers */
+static PyObject *test_matmul_packed(PyObject *self, PyObject *args)
+{
+    static _Alignas(64) float scratch[G4_MATMUL_SCRATCH];
+    enum { SLICE = 2 * G4_PACK_UNIT };
+    const char *isa, *dtype_name;
+    PyArrayObject *x, *w;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "ssO!O!", &isa, &dtype_name, &PyArray_Type, &x, &PyArray_Type, &w))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    g4_dtype dtype = g4_dtype_parse(dtype_name);
+    if (dtype == G4_N_DTYPES)
+        return PyErr_Format(PyExc_ValueError, "unknown dtype");
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 2) || !is_rows(w, type_of(dtype), 2) ||
+        !has_inputs(w, dtype, PyArray_DIM(x, 1)))
+        return NULL;
+    npy_intp dims[] = {PyArray_DIM(x, 0), PyArray_DIM(w, 0)};
+    const int m = (int)dims[0], n = (int)dims[1], k = (int)PyArray_DIM(x, 1);
+    float *packed = PyMem_Malloc(g4_packed_rows((size_t)m) * g4_packed_inputs((size_t)k) * sizeof *packed);
+    PyObject *out = packed ? PyArray_SimpleNew(2, dims, NPY_FLOAT32) : PyErr_NoMemory();
+    if (out) {
+        for (int first = 0; first < m; first += SLICE)
+            kernels->pack_rows(PyArray_DATA(x), stride_of(x), m, k, first, first + SLICE < m ? first + SLICE : m,
+                               packed);
+        g4_matmul_packed_for(kernels, dtype)(packed, m, PyArray_DATA(w), weight_stride(w, dtype), n, k,
+                                             PyArray_DATA((PyArrayObject *)out), (size_t)n, scratch);
+    }
+    PyMem_Free(packed);
+    return out;
+}
+
 /* Arrays for g4_int8_rows: (q int8, scale, sum16, sum32, minus_4 int16), one row per row of x, m padded as
  * g4_int8_bytes says; the padding is 0. */
 static PyObject *int8_arrays(npy_intp m, npy_intp k)
@@ -613,6 +645,7 @@ static PyMethodDef testing_methods[] = {
     {"names", test_names, METH_NOARGS, "Names of all kernels."},
     {"matmul", test_matmul, METH_VARARGS,
      "matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n]; quantised w as uint8 [n, bytes]"},
+    {"matmul_packed", test_matmul_packed, METH_VARARGS, "The same, x packed first."},
     {"quantize_rows", test_quantize_rows, METH_VARARGS,
      "quantize_rows(isa, x [m, k]) -> q, scale, sum16, sum32, minus_4"},
     {"matmul_int8", test_matmul_int8, METH_VARARGS, "matmul_int8(isa, dtype, quantize_rows(…), m, w) -> [m, n]"},

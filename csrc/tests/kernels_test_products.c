@@ -10,6 +10,18 @@
 
 static _Alignas(64) float matmul_scratch[G4_MATMUL_SCRATCH], int8_scratch[G4_INT8_SCRATCH];
 
+/* As workers do it: x is packed in two slices. */
+static void matmul_packed(const g4_kernels *t, g4_dtype dtype, const float *x, size_t x_stride, int m, const void *w,
+                          int n, int k, float *out, size_t out_stride)
+{
+    const int half = m / 2 / G4_PACK_UNIT * G4_PACK_UNIT;
+    float *packed = allocate(g4_packed_rows((size_t)m) * g4_packed_inputs((size_t)k) * 4);
+    t->pack_rows(x, x_stride, m, k, half, m, packed);
+    t->pack_rows(x, x_stride, m, k, 0, half, packed);
+    g4_matmul_packed_for(t, dtype)(packed, m, w, (size_t)k, n, k, out, out_stride, matmul_scratch);
+    free(packed);
+}
+
 static void check_matmul(g4_dtype dtype, int kind, int m, int n, int k)
 {
     const size_t x_stride = (size_t)k + 3, out_stride = (size_t)n + 2, n_out = (size_t)m * out_stride;
@@ -19,6 +31,9 @@ static void check_matmul(g4_dtype dtype, int kind, int m, int n, int k)
     for (int t = 0; t < n_tables; t++) {
         g4_matmul_for(tables[t], dtype)(x, x_stride, m, w, (size_t)k, n, k, got, out_stride, matmul_scratch);
         check(same(got, wanted, n_out), tables[t], "matmul", g4_dtype_name(dtype), m, n, k);
+        memset(got, 0, n_out * 4);
+        matmul_packed(tables[t], dtype, x, x_stride, m, w, n, k, got, out_stride);
+        check(same(got, wanted, n_out), tables[t], "matmul_packed", g4_dtype_name(dtype), m, n, k);
         for (int i = 0; i < m; i += 7)
             g4_matmul_for(tables[t], dtype)(x + (size_t)i * x_stride, x_stride, 1, w, (size_t)k, n, k,
                                             got + (size_t)i * out_stride, out_stride, NULL);
@@ -97,9 +112,9 @@ static void check_int8_at_the_ends(g4_dtype dtype, uint8_t fill, float x_value, 
 void test_products(void)
 {
     static const int sizes[][3] = {{1, 1, 1},     {2, 3, 15},     {3, 4, 16},   {5, 17, 33},
-                                   {24, 31, 100}, {49, 34, 1040}, {73, 65, 31}, {150, 7, 2100},
+                                   {24, 31, 100}, {49, 34, 1040}, {73, 65, 31}, {290, 7, 2100},
                                    {5, 4, 16},    {6, 31, 256},   {7, 2, 512},  {8, 33, 512}};
-    static const int block_sizes[][3] = {{1, 1, 256}, {3, 5, 768}, {6, 37, 1280}, {75, 9, 512}};
+    static const int block_sizes[][3] = {{1, 1, 256}, {3, 5, 768}, {6, 37, 1280}, {151, 70, 512}};
     static const int int8_sizes[][3] = {{1, 19, 768},  {2, 3, 256},  {3, 17, 512},  {4, 8, 256},
                                         {5, 40, 1280}, {16, 5, 256}, {17, 19, 768}, {259, 40, 768}};
     for (g4_dtype dtype = G4_F32; dtype < G4_N_DTYPES; dtype++) {

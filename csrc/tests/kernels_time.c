@@ -15,7 +15,7 @@ enum { N = 32, K = 1536, MOST_ROWS = 32, N_KEYS = 256, HEAD = 256, REPEATS = 5 }
 typedef struct {
     g4_dtype dtype;
     int m, row; /* rows of x; index of a row kernel */
-    float *x, *y, *z, *out, *panel;
+    float *x, *y, *z, *out, *panel, *packed;
     void *w;
     g4_int8_rows bytes;
     g4_rows16 rows16;
@@ -31,6 +31,12 @@ static _Alignas(64) float scratch[G4_MATMUL_SCRATCH];
 static void time_matmul(const g4_kernels *t, const operands *o)
 {
     g4_matmul_for(t, o->dtype)(o->x, K, o->m, o->w, K, N, K, o->out, N, scratch);
+}
+
+static void time_packed(const g4_kernels *t, const operands *o)
+{
+    t->pack_rows(o->x, K, o->m, K, 0, o->m, o->packed);
+    g4_matmul_packed_for(t, o->dtype)(o->packed, o->m, o->w, K, N, K, o->out, N, scratch);
 }
 
 static void time_int8(const g4_kernels *t, const operands *o)
@@ -111,6 +117,7 @@ static operands operands_new(void)
     const size_t n_out = (size_t)MOST_ROWS * K, stride16 = (size_t)g4_stride16(K), groups = (size_t)g4_groups16(K);
     o.x = random_row(NORMAL, n_out), o.y = random_row(NORMAL, n_out), o.out = allocate(n_out * 4);
     o.z = allocate((g4_tile_sums(MOST_ROWS, N) + n_out) * 4), o.panel = allocate((size_t)K * 64);
+    o.packed = allocate(g4_packed_rows(MOST_ROWS) * g4_packed_inputs(K) * 4);
     o.bytes = int8_rows_new(MOST_ROWS, K);
     o.rows16 = (g4_rows16){allocate(MOST_ROWS * stride16 * 2), allocate(MOST_ROWS * groups * 4), (int)stride16};
     o.panel16 = (g4_panel16){allocate(stride16 * 32), allocate(groups * 64)};
@@ -123,7 +130,8 @@ static operands operands_new(void)
 
 static void operands_free(operands *o)
 {
-    free(o->x), free(o->y), free(o->z), free(o->out), free(o->panel), free(o->narrow), free(o->tiles.data);
+    free(o->x), free(o->y), free(o->z), free(o->out), free(o->panel), free(o->packed), free(o->narrow),
+        free(o->tiles.data);
     free(o->rows16.q), free(o->rows16.scale), free(o->panel16.q), free(o->panel16.scale);
     int8_rows_free(o->bytes);
 }
@@ -195,6 +203,7 @@ static void report_types(operands *o)
         o->w = random_weights(o->dtype, NORMAL, (size_t)N * K > (size_t)N_KEYS * HEAD ? (size_t)N * K : N_KEYS * HEAD);
         for (int m = 1; m <= MOST_ROWS; m *= MOST_ROWS) {
             report_type("matmul", time_matmul, o, m, NULL);
+            report_type("matmul_packed", time_packed, o, m, NULL);
             if (g4_is_quantised(o->dtype)) {
                 o->bytes.by_fours = m > G4_INT8_FEW;
                 time_quantize(scalar, (o->m = m, o));

@@ -105,6 +105,7 @@ def test_matmul_is_that_of_the_float32_rows(name: str, isa: str, m: int) -> None
         x = np.random.default_rng(m).normal(size=(m, k)).astype(np.float32)
         plain = testing.matmul(isa, "F32", x, reference(name, rows))
         assert same_bits(testing.matmul(isa, name, x, rows), plain)
+        assert same_bits(testing.matmul_packed(isa, name, x, rows), plain)
 
 
 @pytest.mark.parametrize("name", FORMATS)

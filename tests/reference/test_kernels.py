@@ -78,11 +78,12 @@ def same(a: F32, b: F32) -> bool:
 
 def test_every_kernel_is_swept_here() -> None:
     rows = set(ROW_KERNELS)
-    by_type = {f"{name}_{dtype.lower()}" for name in ("matmul", "weighted_sum", "widen", "narrow") for dtype in DTYPES}
-    in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", "matmul_int8", "widen") for dtype in FORMATS}
+    plain, packed = ("matmul", "matmul_packed", "weighted_sum", "widen", "narrow"), ("matmul_packed", "matmul_int8")
+    by_type = {f"{name}_{dtype.lower()}" for name in plain for dtype in DTYPES}
+    in_blocks = {f"{name}_{dtype.lower()}" for name in ("matmul", *packed, "widen") for dtype in FORMATS}
     limits = {"spin_f32", "spin_int8", "spin_int16", "spin_bf16", "read_sum"}  # in test_bench.py
     in_blocks |= {"quantize_rows", "weighted_sum_q8_0", "narrow_q8_0"}  # these in test_block_formats.py
-    others = {"sum_squares", "matmul_panel", "pack_panel", "fire"}
+    others = {"sum_squares", "pack_rows", "matmul_panel", "pack_panel", "fire"}
     others |= {"quantize_rows16", "softmax_rows16", "pack_panel16", "matmul_panel16"}
     others |= {"tiles_of_x", "bf16_row_bf16", "matmul_tiles"}  # also, emulated, in csrc/tests, as are
     others |= {"matmul_by_tiles", "tiles_of_values"}  # these two (csrc/tests/kernels_test_attention.c)
@@ -110,6 +111,8 @@ def test_matmul(dtype: str, kind: str) -> None:
         expected = testing.matmul("scalar", dtype, x, raw)
         for isa in ISAS[1:]:
             assert same(testing.matmul(isa, dtype, x, raw), expected), (isa, m, n, k)
+        for isa in ISAS:
+            assert same(testing.matmul_packed(isa, dtype, x, raw), expected), (isa, m, n, k)
         if kind in FINITE:
             bound = (k / 16 + 6) * ULP / 2  # roundings on a lane, and of the halvings
             assert_near(expected, _product(x, w), bound * _product(np.abs(x), np.abs(w)), (m, n, k))
@@ -173,6 +176,7 @@ def test_matmul_rows_do_not_depend_on_their_company(isa: str, dtype: str) -> Non
     x = values(rng, "wide", (53, 1100))
     raw, _ = stored(rng, values(rng, "normal", (67, 1100)), dtype)
     whole = testing.matmul(isa, dtype, x, raw)
+    assert same_bits(testing.matmul_packed(isa, dtype, np.tile(x, (3, 1)), raw)[106:], whole)
     for rows, columns in [(slice(5, 6), slice(0, 67)), (slice(2, 31), slice(3, 40)), (slice(50, 53), slice(66, 67))]:
         assert same_bits(testing.matmul(isa, dtype, x[rows], raw[columns]), np.ascontiguousarray(whole[rows, columns]))
 
