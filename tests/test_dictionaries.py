@@ -923,6 +923,12 @@ def test_dictionaries_that_do_not_fit_the_model(tiny, tmp_path):
     mute = Transcoder.load(trained(tmp_path / "c", tiny, architecture="transcoder", metadata={"hook_name": RESID}))
     with pytest.raises(ValueError, match=r"load it with site_out="):
         tiny.attach(mute)
+    back = trained(tmp_path / "d", tiny, "blocks.3.mlp.hook_in", architecture="transcoder")
+    backwards = Transcoder.load(back, site_out="blocks.2.hook_mlp_out")
+    with pytest.raises(ValueError, match=r"would write blocks.2.hook_mlp_out, which comes before blocks.3.mlp.hook_in"):
+        tiny.attach(backwards)
+    with pytest.raises(ValueError, match="comes before"):
+        tiny.edit(ClampFeature(backwards, 3, 1.0))
 
 
 # ---- edits of features ----------------------------------------------------------------------------------------------

@@ -24,13 +24,18 @@ R = TypeVar("R")
 
 def bound_sites(dictionary: Dictionary, table: SiteTable) -> tuple[Site, Site]:
     """The sites of this model that a dictionary reads and writes. Raises SiteError (there is none), ValueError (none
-    named, or another width)."""
+    named, another width, or written before it is read)."""
     out = dictionary.site_out if isinstance(dictionary, Transcoder) else dictionary.site
     which = "site_out" if out != dictionary.site else "site"
-    return (
-        bound_site(dictionary, dictionary.path, "site", dictionary.site, dictionary.d_in, table),
-        bound_site(dictionary, dictionary.path, which, out, dictionary.d_out, table),
-    )
+    reads = bound_site(dictionary, dictionary.path, "site", dictionary.site, dictionary.d_in, table)
+    writes = bound_site(dictionary, dictionary.path, which, out, dictionary.d_out, table)
+    order = list(table)
+    if order.index(writes.name) < order.index(reads.name):
+        raise ValueError(
+            f"{dictionary!r} of {dictionary.path} would write {writes.name}, which comes before {reads.name}: in a "
+            "forward pass it cannot; load it with the right site= and site_out="
+        )
+    return reads, writes
 
 
 class Splice(Nested):
