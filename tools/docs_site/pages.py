@@ -14,6 +14,8 @@ import ast
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -199,6 +201,17 @@ def annotated(tree: ast.Module) -> set[str]:
     return found
 
 
+def command_page_of_installed() -> str:
+    """`command_page` of the installed package: the folder of the sources, where MkDocs runs, has no engine."""
+    command = [sys.executable, "-P", __file__]
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONIOENCODING": "utf-8"}
+    )
+    if done.returncode:
+        raise RuntimeError(f"the page of the command needs the package installed: {done.stderr[-500:]}")
+    return done.stdout
+
+
 def command_page() -> str:
     """Every command of `gemma4` with its options, from the parser itself."""
     from gemma4.cli.main import make_parser
@@ -376,9 +389,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for name, data in pictures.items():
             add(f"tutorials/{name}", data)
     for page, text in (
-        reference_pages() | {COMMAND_PAGE: command_page(), TYPES_PAGE: types_page(), RESULTS_PAGE: results_page()}
+        reference_pages()
+        | {COMMAND_PAGE: command_page_of_installed(), TYPES_PAGE: types_page(), RESULTS_PAGE: results_page()}
     ).items():
         add(page, text)
     for source in sorted(copies):
         add(f"sources/{source}.txt", (ROOT / source).read_bytes())
     return files
+
+
+if __name__ == "__main__":
+    print(command_page())
