@@ -247,6 +247,7 @@ def test_code_in_docstrings_becomes_python():
 
 def test_the_page_of_the_command_has_every_option():
     text = pages.command_page()
+    assert pages.command_page_of_installed().strip() == text.strip()
     sections = dict(zip(*[iter(re.split(r"^## gemma4 (\w+)$", text, flags=re.M)[1:])] * 2, strict=True))
     options = re.findall(r"^\| `(--[\w-]+)", sections["features"], re.M)
     assert {"--feature", "--search", "--html", "--sae", "--model", "--force"} <= set(options)
