@@ -382,6 +382,30 @@ def test_masked_keys_stay_masked(tiny):
     assert not cache[pattern][:, later].any() and (cache[pattern][:, 2:4][:, ~later[2:4]] == 0.25).all()
 
 
+def test_queries_without_keys_are_found(tiny):
+    """Any knock-outs together, key by key: the first query that sees none of those that are left is named."""
+    rng, n, window = np.random.default_rng(0), 12, tiny.sites.window(0)
+    ids, found = rng.integers(8, 99, n), set[int | None]()
+    for _ in range(60):
+        cut = np.zeros((n, n), np.bool_)
+        edits = []
+        for _ in range(rng.integers(1, 4)):
+            last, ends = int(rng.integers(0, n)), sorted(rng.integers(0, n + 1, 2).tolist())
+            queries = [last, slice(last, None), slice(None)][rng.integers(3)]
+            keys = slice(ends[0], ends[1] + 1)
+            edits.append(KnockOut((queries, keys), 0) if rng.random() < 0.9 else KnockOut((last, last), 0))
+            cut[edits[-1].edge[0], edits[-1].edge[1]] = True
+        blind = [q for q in range(n) if cut[q, max(0, q - window + 1) : q + 1].all()]
+        found.add(blind[0] if blind else None)
+        with tiny.edit(edits):
+            if blind:
+                with pytest.raises(ValueError, match=rf"position {blind[0]} would keep no key"):
+                    tiny.forward(ids)
+            else:
+                assert np.isfinite(tiny.forward(ids)).all()
+    assert None in found and len(found) > 4
+
+
 def test_a_window_counts_when_keys_are_cut(tiny):
     """Layer 0 sees the last keys alone: without those a query has none, though earlier ones are left."""
     window = tiny.sites.window(0)

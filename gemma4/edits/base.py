@@ -469,14 +469,27 @@ def _check_keys_left(parts: list[_Acting], extent: Extent) -> None:
     """Raise ValueError if these edits together take every key from a query: its softmax would be NaN."""
     part = parts[0].part
     positions = np.arange(extent.end)
-    cuts = [mask_of(other.part.keys, positions, extent.n_prompt) for other in parts]
-    for query in extent.first + np.flatnonzero(np.any([other.rows for other in parts], axis=0)):
-        seen = slice(max(0, query - part.window + 1) if part.window else 0, query + 1)
-        cut = [keys[seen] for keys, (_, rows) in zip(cuts, parts, strict=True) if rows[query - extent.first]]
-        if np.any(cut, axis=0).all():
-            raise ValueError(
-                f"{part.edit}: in {part.site.name} position {query} would keep no key: it sees {seen.start} to {query}"
-            )
+    cuts = np.array([mask_of(other.part.keys, positions, extent.n_prompt) for other in parts])
+    # queries on which the same edits act have the same keys cut
+    acting, kind_of = np.unique(np.array([other.rows for other in parts]), axis=1, return_inverse=True)
+    blind = np.zeros(len(parts[0].rows), np.bool_)
+    for kind, together in enumerate(acting.T):
+        rows = np.flatnonzero(kind_of.reshape(-1) == kind)
+        if together.any():
+            left = np.asarray(~cuts[together].any(axis=0))
+            blind[rows] = _keys_seen(left, extent.first + rows, part.window) == 0
+    if blind.any():
+        query = extent.first + int(blind.argmax())
+        first = max(0, query - part.window + 1) if part.window else 0
+        raise ValueError(
+            f"{part.edit}: in {part.site.name} position {query} would keep no key: it sees {first} to {query}"
+        )
+
+
+def _keys_seen(kept: Bools, queries: NDArray[np.int64], window: int) -> NDArray[np.int64]:
+    """How many of the kept keys each query sees, its own among them."""
+    up_to = np.concatenate(([0], np.cumsum(kept)))
+    return up_to[queries + 1] - up_to[np.maximum(0, queries - window + 1) if window else 0]
 
 
 def _check_experts_left(parts: list[_Acting]) -> None:
