@@ -18,7 +18,7 @@ from gemma4.edits.scope import Place
 from gemma4.encoders.soft_tokens import SoftRows
 from gemma4.errors import CapacityError, StateError
 from gemma4.interp.cache import ActivationCache
-from gemma4.interp.hooks import HookPoint, SiteHooks, works
+from gemma4.interp.hooks import HookPoint, SiteHooks, has_nan, works
 from gemma4.interp.sites import Site
 from gemma4.narrow import is_array, is_iterable
 from gemma4.profile import step_array
@@ -168,6 +168,11 @@ class _Plan:
         rows[kept] = np.arange(len(kept), dtype=np.int32)
         return rows
 
+    def made_nan(self) -> bool:
+        """Whether logits of a run with edits hold NaN: the engine's own edits are not looked at one by one."""
+        edited = any(isinstance(act, SiteEdit) for _, acts in self.prompt.hooks for act in acts)
+        return edited and self.logits is not None and has_nan(self.logits)
+
     def output(self, model: Core) -> Output:
         logits = self.logits if self.logits is None or self.order is None else self.logits[self.order]
         if not self.captures:
@@ -213,6 +218,8 @@ def run_step(
         _record(plans)  # Ctrl-C keeps whole chunks
         raise
     _record(plans)
+    if any(plan.made_nan() for plan in plans):
+        model.nan_log.report("hook_logits")
     return [plan.output(model) for _, plan in sorted(zip(order, plans, strict=True), key=lambda pair: pair[0])]
 
 

@@ -3,6 +3,7 @@
 
 import json
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +32,7 @@ from gemma4.edits import (
 )
 from gemma4.edits.files import SavedCache
 from gemma4.errors import FormatError
+from gemma4.interp.hooks import NaNWarning
 from gemma4.load.safetensors import SafetensorsFile
 
 TEXT = "Once upon a time there was a little girl named Lily who liked to play"
@@ -380,6 +382,15 @@ def test_masked_keys_stay_masked(tiny):
     later = np.triu(np.ones(cache[SCORES].shape[1:], np.bool_), 1)
     assert np.isneginf(cache[SCORES][:, later]).all() and (np.abs(cache[SCORES][:, ~later]) <= 1).all()
     assert not cache[pattern][:, later].any() and (cache[pattern][:, 2:4][:, ~later[2:4]] == 0.25).all()
+
+
+def test_logits_that_an_edit_made_nan_are_reported(tmp_path):
+    model = gemma4.load(write_checkpoint(tmp_path / "m", E_LIKE))
+    with model.edit(Scale("hook_embed", 1e38)), pytest.warns(NaNWarning, match="NaN at hook_logits"):
+        assert np.isnan(model.forward([2, 5, 6])).any()
+    with model.edit(Steer(vector(48), 1)), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.forward([2, 5, 6])
 
 
 def test_queries_without_keys_are_found(tiny):
