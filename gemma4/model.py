@@ -17,7 +17,7 @@ from gemma4 import checks, info
 from gemma4.core import F32, Core, KVDtype, Precision
 from gemma4.dictionaries import SAE, Dictionary, LayeredDictionary, LayeredRecord, Record, Transcoder
 from gemma4.dictionaries.layered_splice import LayeredSplice
-from gemma4.dictionaries.splice import Splice, entered, warn_of_another_model
+from gemma4.dictionaries.splice import Entered, Splice, warn_of_another_model
 from gemma4.edits.base import Edit, checked_edits
 from gemma4.edits.scope import Extent
 from gemma4.encoders.encoder import Encoder, encoder_of
@@ -30,10 +30,10 @@ from gemma4.guard import GuardScores, Policies, answer_ids, guard_prompts, proba
 from gemma4.inputs import PromptLike, Single, TokensLike, is_batch, opened_prompts, tokenize_prompt
 from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import (
+    Activated,
     Capture,
     Hook,
     Nested,
-    activated,
     active_hooks,
     apart,
     bind_hooks,
@@ -486,7 +486,7 @@ class Model(Core):
         capture = table.select(names_of(names), stop_at_layer=stop_at_layer)
         pos = "all" if pos is None else pos
         kept = Capture()
-        with activated(self, [(inside, kept)] if inside else []):
+        with Activated(self, [(inside, kept)] if inside else []):
             outputs = self._run(ids, sequence, names, stop_at_layer, start, logits=logits, capture=capture, pos=pos)
         caches = cast("list[ActivationCache]", [out.cache for out in outputs])
         for number, cache in enumerate(caches):
@@ -556,7 +556,7 @@ class Model(Core):
             self.sites, hooks_of([*attached, *hooks])
         )  # raises here for a wrong name, not at the first forward pass
         EncoderTaps.of(self, hooks)
-        return activated(self, hooks)
+        return Activated(self, hooks)
 
     def edit(self, edits: Edit | Iterable[Edit]) -> AbstractContextManager[None]:
         """`with model.edit([Steer(...), Ablate(...)]):` the same as `hooks`, for edits as data: see gemma4.edits.
@@ -598,13 +598,13 @@ class Model(Core):
         """
         if isinstance(dictionary, LayeredDictionary):
             layered = LayeredSplice(self.sites, dictionary, error=error)
-            return entered(self.hooks([layered]), layered.record)
+            return Entered(self.hooks([layered]), layered.record)
         if not isinstance(cast(object, dictionary), Dictionary):
             kinds = "an SAE, a Transcoder, a Crosscoder or a CrossLayerTranscoder"
             raise TypeError(f"{kinds} can be attached, got {type(dictionary).__name__}")
         spliced = Splice(self.sites, dictionary, error=error)
         warn_of_another_model(dictionary, lambda: self.fingerprint)
-        return entered(self.hooks([spliced]), spliced.record)
+        return Entered(self.hooks([spliced]), spliced.record)
 
     def profile(self) -> AbstractContextManager[Profile]:
         """`with model.profile() as profile:` notes the time of every operation run inside; see gemma4.profile."""

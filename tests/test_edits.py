@@ -4,6 +4,7 @@
 import json
 import re
 import warnings
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -391,6 +392,40 @@ def test_logits_that_an_edit_made_nan_are_reported(tmp_path):
     with model.edit(Steer(vector(48), 1)), warnings.catch_warnings():
         warnings.simplefilter("error")
         model.forward([2, 5, 6])
+
+
+def test_blocks_open_again_and_close_in_any_order(tiny):
+    plain, v = tiny.forward(TEXT, logits="last"), vector(tiny.config.d_model)
+
+    def with_edit(*blocks):
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(block)
+            return tiny.forward(TEXT, logits="last")
+
+    first, second = tiny.edit(Steer(v, 1)), tiny.edit(Scale(RESID, 2))
+    once, alone, both = with_edit(first), with_edit(second), with_edit(first, second)
+    assert np.array_equal(with_edit(first), once) and np.array_equal(with_edit(first, second), both)
+    assert not np.array_equal(with_edit(first, first), once)
+    steps = []
+    for block in (first, second):  # as generators do that are read in turn
+
+        def opened(block=block):
+            with block:
+                yield
+
+        steps.append(opened())
+        next(steps[-1])
+    assert np.array_equal(tiny.forward(TEXT, logits="last"), both)
+    steps[0].close()
+    assert np.array_equal(tiny.forward(TEXT, logits="last"), alone) and not np.array_equal(alone, plain)
+    steps[1].close()
+    assert np.array_equal(tiny.forward(TEXT, logits="last"), plain)
+    attached = tiny.attach(gemma4.SAE.load("tiny-e/blocks.4.hook_resid_post"))
+    for n in (1, 2):
+        with attached as record:
+            tiny.forward(TEXT)
+        assert len(record.passes) == n
 
 
 def test_queries_without_keys_are_found(tiny):

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import replace
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +117,15 @@ def warn_of_another_model(dictionary: Dictionary, fingerprint: Callable[[], str]
         )
 
 
-@contextmanager
-def entered(hooks: AbstractContextManager[None], record: R) -> Iterator[R]:
-    with hooks:
-        yield record
+class Entered(AbstractContextManager[R]):
+    """An open block of hooks that gives a record."""
+
+    def __init__(self, hooks: AbstractContextManager[None], record: R) -> None:
+        self._hooks, self._record = hooks, record
+
+    def __enter__(self) -> R:
+        self._hooks.__enter__()
+        return self._record
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)

@@ -14,7 +14,7 @@ import fnmatch
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import groupby
@@ -346,14 +346,21 @@ def _checked_result(result: Any, given: Array, site: Site) -> Array:
 _ACTIVE: ContextVar[tuple[tuple[Any, tuple[Hook, ...]], ...]] = ContextVar("gemma4_active_hooks", default=())
 
 
-@contextmanager
-def activated(model: object, hooks: Iterable[Hook]) -> Iterator[None]:
-    """While this is open, `active_hooks(model)` includes `hooks`, after those already there."""
-    token = _ACTIVE.set((*_ACTIVE.get(), (model, tuple(hooks))))
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(token)
+class Activated(AbstractContextManager[None]):
+    """While this is open, `active_hooks(model)` includes `hooks`, after those already there. It can be opened again."""
+
+    def __init__(self, model: object, hooks: Iterable[Hook]) -> None:
+        self._opened = model, tuple(hooks)
+
+    def __enter__(self) -> None:
+        _ACTIVE.set((*_ACTIVE.get(), self._opened))
+
+    def __exit__(self, *_: object) -> None:
+        """Close the last one of these; blocks that others opened meanwhile, as generators do, stay open."""
+        active = _ACTIVE.get()
+        last = max((i for i, opened in enumerate(active) if opened is self._opened), default=None)
+        if last is not None:
+            _ACTIVE.set((*active[:last], *active[last + 1 :]))
 
 
 def bind_inside_active(model: object, table: SiteTable, hooks: Iterable[Hook]) -> SiteHooks:
@@ -367,5 +374,5 @@ def bind_inside_active(model: object, table: SiteTable, hooks: Iterable[Hook]) -
 
 
 def active_hooks(model: object) -> list[Hook]:
-    """The hooks of every open `activated` block of this model, outermost first."""
+    """The hooks of every open `Activated` block of this model, outermost first."""
     return [hook for owner, hooks in _ACTIVE.get() if owner is model for hook in hooks]
