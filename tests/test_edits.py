@@ -807,6 +807,7 @@ def test_edits_that_cannot_act(tiny, edits, error, complaint):
         (lambda: ForceExperts(slice(3)), TypeError, "several"),
         (lambda: Patch("x", 3.0, source_pos=1), ValueError, "source_pos needs a cache"),
         (lambda: Patch("x"), TypeError, "'value'"),
+        (lambda: Scale("blocks.1.hook_resid_post.hook_sae_acts_post", 0), ValueError, "ClampFeature, ScaleFeature"),
         (lambda: Set("x"), TypeError, "'value'"),
         (lambda: Scale("x"), TypeError, "'factor'"),
         (lambda: Clamp("x"), ValueError, "nothing would change"),

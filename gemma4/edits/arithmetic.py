@@ -17,6 +17,7 @@ from gemma4.interp.sites import Names, Site, SiteTable, names_of, reusable
 from gemma4.narrow import is_mapping, is_number
 
 F32: TypeAlias = NDArray[np.float32]
+_INSIDE = ".hook_sae_"  # in the names of sites inside an attached dictionary
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +103,13 @@ def checked_sites(names: Names, what: str) -> Names:
     checked = reusable(names)
     if checked == []:
         raise ValueError(f"{what}: the list of sites is empty: the edit would never act")
+    given = [] if checked is None or callable(checked) else [checked] if isinstance(checked, str) else checked
+    inside = [name for name in given if _INSIDE in str(name)]
+    if inside:
+        raise ValueError(
+            f"{what}: {inside[0]} is inside a dictionary: edit it by a function (Model.hooks), or its features by "
+            "ClampFeature, ScaleFeature and AblateFeature"
+        )
     return checked
 
 

@@ -401,13 +401,11 @@ def _check_effects(at_site: dict[str, list[_Acting]], extent_of: Callable[[Site]
     """Raise ValueError for an edit of which later ones overwrite everything. at_site: by site, in order."""
     overwriting: dict[Edit, tuple[Edit, str] | None] = {}  # the last edit that does so, and where; None: none does
     for site, parts in at_site.items():
+        writers = [(i, other) for i, other in enumerate(parts) if other.overwrites]
         for i, acting in enumerate(parts):
             extent = extent_of(acting.part.site)
-            later = [
-                other
-                for other in parts[i + 1 :]
-                if other.overwrites and _meet(acting, other) and _lasts(other, acting, extent)
-            ]
+            behind = (other for j, other in writers if j > i)
+            later = [other for other in behind if _meet(acting, other) and _lasts(other, acting, extent)]
             if not later or not _is_overwritten(acting, later):
                 overwriting[acting.part.edit] = None
             else:
