@@ -47,6 +47,9 @@ enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level c
 #include "kernels/body_bf16.h"
 #endif
 #include "kernels/formats.h"
+#ifdef INT8_PACK /* defined by INT8_TILE */
+#include INT8_PACK
+#endif
 #include "kernels/body_limits.h"
 
 #define CONCAT_(a, b) a##b

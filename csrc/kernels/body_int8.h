@@ -215,8 +215,6 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
             block_values v;
             CONCAT(read_, WEIGHT)(block + (r < n ? (size_t)r : 0) * row_bytes, &v);
             i8_store(rows[r], v.q[0]);
-            if (l % 128 == 0)
-                prefetch_ahead(block + (size_t)r * row_bytes, WEIGHTS_IN(128), INT8_N * row_bytes);
         }
         transpose_fours(rows[0], 32, panel->q[l / 4][half][0], FOURS_STRIDE);
         NAME(pack_factors_)(block, row_bytes, n, panel->scale[l / 32][half], panel->min[l / 32][half]);
@@ -229,9 +227,7 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
         int8_t rows[8][BLOCK];
         for (int r = 0; r < 8; r++) {
             block_values v;
-            const uint8_t *block = w + WEIGHTS_IN((size_t)(r < n ? r : 0) * w_stride + (size_t)l);
-            CONCAT(read_, WEIGHT)(block, &v);
-            prefetch_ahead(block, BLOCK_BYTES, WEIGHTS_IN(INT8_N * w_stride));
+            CONCAT(read_, WEIGHT)(w + WEIGHTS_IN((size_t)(r < n ? r : 0) * w_stride + (size_t)l), &v);
             for (int part = 0; part < BLOCK / 32; part++)
                 i8_store(rows[r] + part * 32, v.q[part]);
             for (int g = 0; g < BLOCK / GROUP; g++) {
@@ -244,6 +240,73 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
     }
 }
 #endif
+
+#ifdef INT8_PACK
+#if BLOCK == 32
+static INLINE void NAME(pack_8_factors_)(const uint8_t *block, size_t row_bytes, float scale[8], float min[8])
+{
+    NAME(pack_factors_)(block, row_bytes, 8, scale, min);
+}
+#else
+/* `scale` and `min` of the first group; the next groups' follow at every 16 floats. */
+static INLINE void NAME(pack_8_factors_)(const uint8_t *block, size_t row_bytes, float scale[8], float min[8])
+{
+    enum { N_GROUPS = BLOCK / GROUP, STRIDE = sizeof(float[16]) };
+    float scales[8][16], mins[8][16];
+    for (int r = 0; r < 8; r++) {
+        block_values v; /* the compiler drops what is read of q */
+        CONCAT(read_, WEIGHT)(block + (size_t)r * row_bytes, &v);
+        for (int g = 0; g < N_GROUPS; g++) {
+            scales[r][g] = v.scale[g];
+            mins[r][g] = v.min[g] + (float)ZERO_POINT * v.scale[g];
+        }
+    }
+    for (int g = 0; g < N_GROUPS; g += 8) {
+        transpose_fours((const int8_t *)&scales[0][g], STRIDE, (int8_t *)(scale + g * 16), STRIDE);
+        transpose_fours((const int8_t *)&mins[0][g], STRIDE, (int8_t *)(min + g * 16), STRIDE);
+    }
+}
+#endif
+
+/* int8_pack_ for both halves, of 16 rows that all exist. */
+static void NAME(int8_pack_16_)(const uint8_t *w, size_t w_stride, int k, int8_panel *panel)
+{
+    const size_t row_bytes = WEIGHTS_IN(w_stride);
+    for (int l = 0; l < k; l += BLOCK) {
+        const uint8_t *block = w + WEIGHTS_IN((size_t)l);
+        CONCAT(fours_of_, WEIGHT)(block, row_bytes, &panel->q[l / 4]);
+        for (size_t half = 0; half < 2; half++)
+            NAME(pack_8_factors_)
+        (block + half * 8 * row_bytes, row_bytes, panel->scale[l / GROUP][half], panel->min[l / GROUP][half]);
+    }
+}
+#endif
+
+/* Packs n >= 1 rows into a panel; the first one fills up the rest. */
+static void NAME(int8_pack_panel_)(const uint8_t *w, size_t w_stride, int n, int k, int8_panel *panel)
+{
+#ifdef INT8_PACK
+    if (n >= 16) {
+        NAME(int8_pack_16_)(w, w_stride, k, panel);
+        return;
+    }
+#endif
+    for (int half = 0; half < 2; half++) {
+        const int row = half * 8 < n ? half * 8 : 0;
+        NAME(int8_pack_)(w + WEIGHTS_IN((size_t)row * w_stride), w_stride, n - row, k, panel, half);
+    }
+}
+
+/* The weights of the next panels: inputs from l on of the same rows or, at their end, the first ones of the rows after
+ * them. */
+static INLINE next_rows NAME(int8_next_)(const uint8_t *w, size_t w_stride, int l, int k)
+{
+    const size_t row_bytes = WEIGHTS_IN(w_stride);
+    const bool same_rows = l < k;
+    const int left = same_rows ? k - l : k, length = left < INT8_K ? left : INT8_K;
+    const uint8_t *next = same_rows ? w + WEIGHTS_IN((size_t)l) : w + INT8_N * row_bytes;
+    return (next_rows){(const char *)next, row_bytes, WEIGHTS_IN((size_t)length), INT8_N};
+}
 
 static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights, size_t w_stride, int n, int k,
                                float *out, size_t out_stride, float *scratch)
@@ -261,14 +324,16 @@ static void NAME(matmul_int8_)(const g4_int8_rows *x, int m, const void *weights
             memset(acc, 0, INT8_M * INT8_N * sizeof *acc);
             for (int l = 0; l < k; l += INT8_K) {
                 const int length = k - l < INT8_K ? k - l : INT8_K;
-                for (int half = 0; half < 2 * INT8_PANELS; half++) {
-                    const int row = half * 8 < block_n ? half * 8 : 0; /* rows beyond n: the first ones again */
-                    NAME(int8_pack_)
+                for (int p = 0; p < INT8_PANELS; p++) {
+                    const int row = p * 16 < block_n ? p * 16 : 0; /* rows beyond n: the first ones again */
+                    NAME(int8_pack_panel_)
                     ((const uint8_t *)weights + WEIGHTS_IN((size_t)(j + row) * w_stride + (size_t)l), w_stride,
-                     block_n - row, length, &panels[half / 2], half % 2);
+                     block_n - row, length, &panels[p]);
                 }
                 (ZERO_POINT == 8 ? int8_tiles_32_8_lowered : INT8_TILES_OF(GROUP, SUMS_IN_INT16))(
-                    x, (size_t)i, l, block_m, stride, panels, length, acc);
+                    x, (size_t)i, l, block_m, stride, panels, length, acc,
+                    NAME(int8_next_)((const uint8_t *)weights + WEIGHTS_IN((size_t)j * w_stride), w_stride, l + INT8_K,
+                                     k));
             }
             for (int r = 0; r < block_m; r++)
                 memcpy(out + (size_t)(i + r) * out_stride + j, acc + r * INT8_N, (size_t)block_n * sizeof *acc);

@@ -77,7 +77,8 @@ static INLINE void group_dots(const int m, const int group, const int fit, const
  * compared with subtracting it in float32 like a minimum. The two 16-bit lanes of a pair start at -4 sum x each. With
  * the lane's 16 products of 0..15 times x_l added, the value stays within 30,480 of 0 for any x. */
 static INLINE void int8_tile(const int m, const int group, const int fit, const bool lowered, const g4_int8_rows *x,
-                             size_t row, int input, size_t x_inputs, const int8_panel *panel, int k, float *acc)
+                             size_t row, int input, size_t x_inputs, const int8_panel *panel, int k, float *acc,
+                             next_rows next)
 {
     const bool has_min = fit && !lowered;
     const size_t at = row * x_inputs + 4 * (size_t)input;
@@ -87,6 +88,7 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
     const int16_t(*start)[2] = (const int16_t(*)[2])x->minus_4 + at / 32;
     for (int g = 0; g < k / group; g++) {
         i32x8 dot[4][2];
+        prefetch_row(&next, g);
         group_dots(m, group, fit, q + g * group * 4, lowered ? start + g * 4 : NULL, panel, g * group / 4, dot);
         for (int i = 0; i < m; i++) {
             const f32x8 dx = f8_set1(scale[g * group / 32 * 4 + i]);
@@ -102,19 +104,23 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
 }
 #endif
 
-/* One function for each kind of format. Inlining it into every format took the compiler minutes. */
+/* One function for each kind of format. Inlining it into every format took the compiler minutes. `next`: the weights
+ * to be packed next. With a few rows of x, memory would be idle in between if they were prefetched while packing. */
+#define TILE_OF(rows, group, fit, lowered)                                                                 \
+    int8_tile(rows, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, acc + i * INT8_N, \
+              next_part(&next, i / 4 * share, share))
 #define INT8_TILES(name, group, fit, lowered)                                                                        \
     static void name(const g4_int8_rows *x, size_t row, int input, int m, size_t x_inputs, const int8_panel *panels, \
-                     int k, float *acc)                                                                              \
+                     int k, float *acc, next_rows next)                                                              \
     {                                                                                                                \
+        const int n_tiles = (m + 3) / 4, share = (next.n + n_tiles - 1) / n_tiles;                                   \
         int i = 0;                                                                                                   \
         for (; i + 4 <= m; i += 4)                                                                                   \
-            int8_tile(4, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, acc + i * INT8_N);     \
-        float *end = acc + i * INT8_N;                                                                               \
+            TILE_OF(4, group, fit, lowered);                                                                         \
         switch (m - i) {                                                                                             \
-        case 3: int8_tile(3, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, end); break;       \
-        case 2: int8_tile(2, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, end); break;       \
-        case 1: int8_tile(1, group, fit, lowered, x, row + (size_t)i, input, x_inputs, panels, k, end); break;       \
+        case 3: TILE_OF(3, group, fit, lowered); break;                                                              \
+        case 2: TILE_OF(2, group, fit, lowered); break;                                                              \
+        case 1: TILE_OF(1, group, fit, lowered); break;                                                              \
         default: break;                                                                                              \
         }                                                                                                            \
     }

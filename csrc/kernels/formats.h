@@ -165,16 +165,22 @@ static inline void read_q2_k(const uint8_t *b, block_values *v)
         v->q[part] = i8_bits(bytes_32(b + 16 + part / 4 * 32), part % 4 * 2, 3);
 }
 
-/* As Q2_K, with a third bit in the first 32 bytes. */
+/* As Q2_K, with a third bit in the first 32 bytes. The 16 scales of 6 bits: low nibbles of 8 bytes, high nibbles of
+ * them, and their two more bits each in the four sets of 2 bits of 4 bytes. Eight are put together at once; 32 is
+ * subtracted from each byte by (+ 96) ^ 128, which carries nothing over. */
 static inline void read_q3_k(const uint8_t *b, block_values *v)
 {
-    const uint8_t *scales = b + 96;
-    int8_t sc[16];
-    for (int g = 0; g < 16; g++) {
-        int low_4 = scales[g % 8] >> (g / 8 * 4) & 15, high_2 = scales[8 + g % 4] >> (g / 4 * 2) & 3;
-        sc[g] = (int8_t)((low_4 | high_2 << 4) - 32);
+    const uint64_t twos = 0x0303030303030303, nibbles = 0x0f0f0f0f0f0f0f0f;
+    const uint64_t less_32[2] = {0x6060606060606060, 0x8080808080808080};
+    uint64_t low, sc[2];
+    uint32_t high;
+    memcpy(&low, b + 96, 8);
+    memcpy(&high, b + 104, 4);
+    for (int half = 0; half < 2; half++) {
+        const uint64_t two = ((uint64_t)(high >> (4 * half + 2)) << 32 | (uint32_t)(high >> 4 * half)) & twos;
+        sc[half] = (((low >> 4 * half & nibbles) | two << 4) + less_32[0]) ^ less_32[1];
     }
-    set_scales(v, f16_at(b + 108), sc, 0, no_minima);
+    set_scales(v, f16_at(b + 108), (const int8_t *)sc, 0, no_minima);
     for (int part = 0; part < 8; part++) {
         i8x32 low = i8_bits(bytes_32(b + 32 + part / 4 * 32), part % 4 * 2, 3);
         i8x32 high = part < 3 ? i8_bits_up(bytes_32(b), 2 - part, 4) : i8_bits(bytes_32(b), part - 2, 4);

@@ -15,7 +15,8 @@ static INLINE __m512i start_at(const int16_t minus_4[2], int times)
 }
 
 static INLINE void int8_tile(const int m, const int group, const int fit, const bool lowered, const g4_int8_rows *x,
-                             size_t row, int input, size_t x_inputs, const int8_panel *panels, int k, float *acc)
+                             size_t row, int input, size_t x_inputs, const int8_panel *panels, int k, float *acc,
+                             next_rows next)
 {
     const bool has_sign = fit == 0, has_min = fit && !lowered;
     const size_t at = row * x_inputs + 4 * (size_t)input;
@@ -30,6 +31,7 @@ static INLINE void int8_tile(const int m, const int group, const int fit, const 
             total[i][p] = x16_load(acc + i * INT8_N + p * 16);
     for (int g = 0; g < k / group; g++, q += group * 4) {
         __m512i dot[4][INT8_PANELS];
+        prefetch_row(&next, g);
         for (int i = 0; i < m; i++)
             for (int p = 0; p < INT8_PANELS; p++)
                 dot[i][p] =
@@ -86,3 +88,5 @@ static double spin_int8(const int8_t *x, int32_t *sums, int n)
     sums[0] = (int32_t)f8_sum(f8_from_i32(i32_add(_mm512_castsi512_si256(total), _mm512_extracti64x4_epi64(total, 1))));
     return 2.0 * n * (STEPS * 2 * 64);
 }
+
+#define INT8_PACK "kernels/pack_vnni.h" /* how 16 rows of weights get into a panel */

@@ -9,15 +9,17 @@
 
 enum {
     PANEL = 32,             /* weight rows per task: a block of the int8 kernels … */
-    PACKED_PANEL = 64,      /* … and of those for packed x, if there are enough tasks */
-    PACKED_TASKS = 4,       /* per thread */
+    PACKED_PANEL = 64,      /* … and of those for packed x. */
+    SOME_ROWS = 32,         /* Up to this many rows of x as int8, several blocks: each block prefetches the next, … */
+    SOME_PANEL = 128,       /* … which another worker must not take. */
+    PANEL_TASKS = 4,        /* tasks per thread that the larger panels must leave */
     STREAM_ROWS = 4,        /* up to this many rows of x, weights are streamed: memory is the limit */
     MIN_STREAM = 64 << 10,  /* bytes of weights per streaming task: many, because each start is slow, */
     MAX_STREAM = 512 << 10, /* but several tasks per thread */
     STREAM_TASKS = 4,
-    MATRIX_ROWS = 48,           /* with fewer rows, widening the weights for panels or sgemm does not pay off */
     GROUP_ROWS = 8,             /* up to this many rows … */
     GROUP_K = 512,              /* … of up to this many inputs, matmul reads x in place */
+    MATRIX_ROWS = 48,           /* with fewer rows, widening the weights for panels or sgemm does not pay off */
     TILE_ROWS = 32,             /* the same for AVX-512 BF16 tiles; AMX tiles pay off from STREAM_ROWS + 1 on */
     BLAS_PANEL_FLOATS = 1 << 17 /* a widened panel stays in the second-level cache */
 };
@@ -108,19 +110,17 @@ static int stream_rows(const g4_exec *exec, const g4_linear_job *job)
     return n_bytes < row_bytes ? 1 : (int)(n_bytes / row_bytes);
 }
 
-static int packed_panel_rows(const g4_exec *exec, const g4_linear_job *job)
+static int panel_rows(const g4_exec *exec, const g4_linear_job *job)
 {
-    const int wanted = PACKED_TASKS * g4_pool_size(exec->pool);
-    return (int)job->w.n_rows >= wanted * PACKED_PANEL ? PACKED_PANEL : PANEL;
+    const int larger = uses_packed(exec, job) ? PACKED_PANEL : job->m <= SOME_ROWS ? SOME_PANEL : PANEL;
+    return (int)job->w.n_rows >= PANEL_TASKS * g4_pool_size(exec->pool) * larger ? larger : PANEL;
 }
 
 static int rows_per_task(const g4_exec *exec, const g4_linear_job *job)
 {
-    if (job->m <= STREAM_ROWS)
-        return stream_rows(exec, job);
-    if (uses_blas(exec, job))
-        return blas_panel_rows(job);
-    return uses_packed(exec, job) ? packed_panel_rows(exec, job) : PANEL;
+    return job->m <= STREAM_ROWS  ? stream_rows(exec, job)
+           : uses_blas(exec, job) ? blas_panel_rows(job)
+                                  : panel_rows(exec, job);
 }
 
 static void run_panel(const linear_task *t, int index, int first, int n, int worker)
