@@ -21,7 +21,7 @@ import numpy as np
 
 import gemma4
 from gemma4 import harvest
-from gemma4.harvest.corpus import Corpus
+from gemma4.harvest.corpus import Corpus, Reading
 from gemma4.harvest.pieces import batches
 from gemma4.harvest.plan import Options, Plan, make_plan
 
@@ -38,10 +38,8 @@ def write_corpus(path: Path, n_ids: int, n_tokens: int, seed: int = 0) -> None:
 
 def forward_rate(model: gemma4.Model, plan: Plan) -> float:
     """Tokens per second of the plan's batches, as far as its sites need, with the last site captured and dropped."""
-    skipped = []
-    pieces = [
-        piece for part in plan.slices for piece in plan.cutter.pieces(model, plan.corpus, part, plan.limit, skipped)
-    ]
+    skipped, reading = [], Reading(plan.corpus)
+    pieces = [piece for part in plan.slices for piece in plan.cutter.pieces(model, reading, part, plan.limit, skipped)]
     steps = [[piece.prompt for piece in batch] for batch in batches(pieces)]
     last = plan.captured[-1:]
     model.run_with_cache(steps[0], last, stop_at_layer=plan.stop_at_layer, logits=None)

@@ -626,7 +626,7 @@ def test_benchmark_results_say_what_they_are_of(benchmark_modules):
 
 @pytest.mark.parametrize(
     "path",
-    sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if '"summary"' in p.read_text()),
+    sorted(p for p in (ROOT / "benchmarks" / "results").glob("*.json") if "summary" in json.loads(p.read_text())),
     ids=lambda path: path.stem,
 )
 def test_benchmark_results_of_earlier_versions_are_read(path):
@@ -634,3 +634,9 @@ def test_benchmark_results_of_earlier_versions_are_read(path):
         [sys.executable, ROOT / "benchmarks" / "report.py", path], capture_output=True, text=True, check=True
     )
     assert "| prefill" in done.stdout and "level" in done.stdout.splitlines()[0]
+
+
+def test_benchmark_of_harvests_runs(tmp_path):
+    run = [sys.executable, ROOT / "benchmarks" / "harvest.py", "--tokens", "600", "--rounds", "1"]
+    printed = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert "forward passes alone" in printed and printed.count("of the forward passes") == 3
