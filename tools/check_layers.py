@@ -69,8 +69,8 @@ ROOMS = {
     "interp": "narrow checks memory html edits dictionaries media interp.sites interp.hooks interp.cache sequence step "
     "inputs model",  # these run a model
     "media.tasks": "errors load media generation model",
-    "harvest": "narrow checks errors files text load dictionaries dictionaries.features interp.sites interp.hooks "
-    "interp.saved interp.dataset interp.cache media core inputs model _engine",
+    "harvest": "narrow checks edits errors files text load dictionaries dictionaries.features interp.sites "
+    "interp.hooks interp.saved interp.dataset interp.cache media core inputs model _engine",
     "quantization": "narrow checks errors units files text load inputs model _engine",
     "bench": "checks errors units media encoders sequence profile info model _engine",
     "cli": "narrow errors units files html media interp interp.cache interp.saved sequence generation guard info model "

@@ -45,6 +45,8 @@ def add_harvest(parser: argparse.ArgumentParser) -> None:
     text = "encode on the fly with this dictionary, and store sparse features (repeatable)"
     parser.add_argument("--sae", action="append", default=[], metavar="PATH[=SITE]", help=text)
     parser.add_argument("--top-k", type=int, metavar="K", help="the strongest features of each token (default: all)")
+    text = "edits of the model, as gemma4.edits.save_edits writes them: the activations are those of the edited model"
+    parser.add_argument("--edits", type=Path, metavar="FILE", help=text)
     text = "about the tokens of a shard, the work that an end loses (default: %(default)s)"
     parser.add_argument("--shard-tokens", type=int, default=1 << 14, metavar="N", help=text)
     parser.add_argument(
@@ -74,6 +76,7 @@ def run_harvest(model: Model, args: argparse.Namespace) -> None:
                 args.corpus,
                 args.sites,
                 sae=[_dictionary(text) for text in args.sae],
+                edits=() if args.edits is None else args.edits,
                 progress=shown_progress.progress,
                 scanning=shown_progress.scanning,
                 **options,

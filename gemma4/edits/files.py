@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -67,7 +68,7 @@ def register(kinds: Iterable[type[Edit]], name: str, reference: Reference) -> No
 class Fingerprinted(Protocol):
     """A loaded model, as far as files of edits know one."""
 
-    @property
+    @cached_property
     def fingerprint(self) -> str: ...
 
 
@@ -134,14 +135,23 @@ def save_edits(edits: Edit | Iterable[Edit], path: StrPath, *, force: bool = Fal
     and its fingerprint. Raises TypeError (a site chosen by a predicate, which is not data), FileExistsError unless
     force.
     """
-    tensors: Tensors = {}
-    folder = Path(path).parent
-    rows = [_as_json(edit, f"{i}", tensors, folder) for i, edit in enumerate(checked_edits(edits))]
-    metadata = {"format": _FORMAT, "version": _VERSION, "edits": json.dumps(rows, allow_nan=False)}
-    data = io.BytesIO()
-    write_safetensors(data, tensors, metadata)
-    write_file(path, data.getvalue(), force=force)
+    write_file(path, file_of(*parts_of(edits, Path(path).parent)), force=force)
     return Path(path)
+
+
+def parts_of(edits: Edit | Iterable[Edit], folder: Path) -> tuple[list[dict[str, Any]], Tensors]:
+    """The JSON of edits for a file in that folder, and the tensors that it names. Raises as `save_edits`."""
+    tensors: Tensors = {}
+    rows = [_as_json(edit, f"{i}", tensors, folder) for i, edit in enumerate(checked_edits(edits))]
+    return rows, tensors
+
+
+def file_of(rows: list[dict[str, Any]], tensors: Tensors) -> bytes:
+    """The file of `parts_of`."""
+    data = io.BytesIO()
+    metadata = {"format": _FORMAT, "version": _VERSION, "edits": json.dumps(rows, allow_nan=False)}
+    write_safetensors(data, tensors, metadata)
+    return data.getvalue()
 
 
 def _as_json(edit: Edit, number: str, tensors: Tensors, folder: Path) -> dict[str, Any]:

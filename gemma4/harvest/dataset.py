@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from gemma4 import checks
 from gemma4.dictionaries import Features
+from gemma4.edits import Edit, load_edits
 from gemma4.errors import FormatError, SiteError, StateError
 from gemma4.files import StrPath
 from gemma4.harvest.hashing import FileFacts, Going, each, facts_of
 from gemma4.harvest.plan import FORMAT, VERSION
-from gemma4.harvest.store import DATA, MANIFEST, STATS, Store
+from gemma4.harvest.store import DATA, EDITS, MANIFEST, STATS, Store
 from gemma4.interp.dataset import DIMENSIONS
 from gemma4.interp.sites import canonical_name
 from gemma4.load.safetensors import SafetensorsFile
@@ -391,6 +392,15 @@ class Dataset(Mapping[str, Column]):
         """The dictionaries that encoded on the fly: name, fingerprint, site, d_sae, top_k, examples."""
         return list(self.manifest["plan"]["dictionaries"])
 
+    @property
+    def edits(self) -> list[Edit]:
+        """The edits of the model that ran, loaded from the dataset's folder; [] of a model as it is.
+
+        Raises FormatError (damaged, or a dictionary is another one than the saved one), FileNotFoundError (a dictionary
+        is missing: `gemma4.edits.load_edits` can be told where it is).
+        """
+        return load_edits(self.path / EDITS) if "edits" in self.manifest["plan"] else []
+
     def features(self, shard: int, dictionary: int = 0) -> Features:
         """Features of every row of a shard, views as of `tensor`. Raises IndexError (no such dictionary or shard),
         FormatError."""
@@ -449,6 +459,8 @@ class Dataset(Mapping[str, Column]):
         facts = self.manifest["plan"]
         lines = [f"Dataset: {self.n_rows:,} rows, {self.n_sequences:,} sequences, {self.n_shards:,} shards"]
         lines += [f"  {name}  {facts['dtype']} {list(row)}" for name, row in self._rows.items()]
+        if "edits" in facts:
+            lines.append(f"  of an edited model: {', '.join(edit['kind'] for edit in facts['edits']['edits'])}")
         return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from gemma4.harvest.hashing import facts_of
 from gemma4.harvest.moments import Moments
 from gemma4.harvest.plan import FORMAT, VERSION, Plan
 from gemma4.harvest.shard import features_name
-from gemma4.harvest.store import DATA, RECORD, STATS, Record, Store
+from gemma4.harvest.store import DATA, EDITS, RECORD, STATS, Record, Store
 from gemma4.load.safetensors import SafetensorsFile, write_safetensors
 
 Array: TypeAlias = NDArray[Any]
@@ -41,6 +41,8 @@ def finish(store: Store, plan: Plan) -> None:
         found = _examples(store, number, Examples(coding.facts["d_sae"], coding.facts["examples"]), records)
         names.append(f"examples-{number}.safetensors")
         _write(store, names[-1], found)
+    if "edits" in plan.facts:
+        names.append(EDITS)
     done = {
         "complete": True,
         "rows": sum(record.rows for record in records),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -15,8 +16,9 @@ from numpy.typing import NDArray
 
 from gemma4 import checks
 from gemma4._engine import cpu_info
-from gemma4.harvest.corpus import WEIGHT_OF_TOKEN, Corpus, Scan, Scanning, Slice
+from gemma4.harvest.corpus import WEIGHT_OF_TOKEN, Corpus, Reading, Scan, Scanning, Slice
 from gemma4.harvest.dictionaries import Coding
+from gemma4.harvest.edited import EditSet, check_effects, check_hits, sites_beyond
 from gemma4.harvest.hashing import Going, each, update
 from gemma4.harvest.pieces import Cutter, Limit
 from gemma4.interp.hooks import active_hooks
@@ -90,14 +92,18 @@ def make_plan(
     options: Options,
     codings: tuple[Coding, ...] = (),
     scanning: Scanning = lambda weight, name: None,
+    edited: EditSet | None = None,
 ) -> Plan:
     """Read the corpus once, take the fingerprints, and decide on the shards.
 
-    Raises ValueError (options, sites that cannot be stored by rows, nothing to store), SiteError, FormatError (a
-    damaged corpus), OSError, StateError (open hooks or edits).
+    Raises ValueError (options, sites that cannot be stored by rows, nothing to store, edits that would change nothing),
+    SiteError, FormatError (a damaged corpus), OSError, StateError (open hooks or edits).
     """
     if active_hooks(model):
-        raise ValueError("a harvest inside `with model.hooks(...)`, edit or attach: leave the block first")
+        raise ValueError(
+            "a harvest inside `with model.hooks(...)`, edit or attach: leave the block first; edits as data can be "
+            "given (edits=, --edits)"
+        )
     chosen = select_sites(model.sites, sites)
     if not chosen and not codings:
         raise ValueError("nothing to harvest: name sites or a dictionary")
@@ -105,15 +111,23 @@ def make_plan(
     checks.integer("context", context, 2, model.context_length)
     image_tokens = model.image_tokens if options.image_tokens is None else options.image_tokens
     cutter = Cutter(context, image_tokens, options.skip_damaged)
+    edits = () if edited is None else edited.edits
+    captured = [*chosen, *(model.sites[coding.site] for coding in codings)]
+    stop = stop_layer(model.sites, captured)
+    if edits:
+        check_effects(edits, model, context)
+        stop = stop_layer(model.sites, [*captured, *sites_beyond(edits, model.sites, captured, stop)])
     scan = corpus.scan(options.shard_tokens * WEIGHT_OF_TOKEN, options.skip_damaged, scanning)
     corpus = scan.corpus
     limit = None
     if options.max_tokens is not None:
         limit = cutter.limit(model, corpus, scan.slices, options.max_tokens)
     slices = scan.slices if limit is None else tuple(part for part in scan.slices if part.first <= limit.document)
+    with closing(Reading(corpus)) as reading:
+        check_hits(edits, (p for part in slices for p in cutter.pieces(model, reading, part, limit, [])))
     facts = _facts(model, corpus, scan, chosen, codings, cutter, options) | {"n_shards": len(slices)}
-    captured = [*chosen, *(model.sites[coding.site] for coding in codings)]
-    stop = stop_layer(model.sites, captured)
+    if edited is not None and edited.facts is not None:
+        facts["edits"] = edited.facts
     return Plan(corpus, slices, limit, cutter, tuple(chosen), options.dtype, codings, stop, facts)
 
 
@@ -310,7 +324,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
         old, new = before.get(key), now.get(key)
         if old == new or key == "n_shards":
             continue
-        if is_dict(old) and is_dict(new):
+        if key == "edits":
+            yield f"edits: {_edit_names(old)} before, {_edit_names(new)} now"
+        elif is_dict(old) and is_dict(new):
             for inner in dict.fromkeys([*old, *new]):
                 if old.get(inner) != new.get(inner):
                     yield f"{key} {inner}: {_brief(old.get(inner))} before, {_brief(new.get(inner))} now"
@@ -323,6 +339,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
 def _site_names(sites: object) -> str:
     names = [site.get("name") for site in sites if is_dict(site)] if is_list(sites) else []
     return ", ".join(map(str, names))[:200] or "none"
+
+
+def _edit_names(facts: object) -> str:
+    """Their kinds, and the beginning of a digest of all that they are."""
+    edits = facts.get("edits") if is_dict(facts) else None
+    if not is_list(edits):
+        return "none"
+    kinds = ", ".join(str(edit.get("kind")) for edit in edits if is_dict(edit))
+    return f"{kinds:.160} ({hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]})"
 
 
 def _brief(value: object) -> str:

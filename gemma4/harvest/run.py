@@ -16,13 +16,14 @@ from gemma4.errors import FormatError
 from gemma4.files import StrPath
 from gemma4.harvest.corpus import WEIGHT_OF_TOKEN, Corpus, Scanning
 from gemma4.harvest.dictionaries import make_coding, paths_of
+from gemma4.harvest.edited import Edits, edit_set
 from gemma4.harvest.finish import begin, finish
 from gemma4.harvest.hashing import Going, each
 from gemma4.harvest.local import run_here, run_processes
 from gemma4.harvest.plan import FORMAT, VERSION, Options, Plan, SiteNames, differences, make_plan
 from gemma4.harvest.ray_data import run_ray
 from gemma4.harvest.readers import SampleBy
-from gemma4.harvest.store import MANIFEST, Store
+from gemma4.harvest.store import EDITS, MANIFEST, Store
 from gemma4.harvest.worker import Ended, Event, Ran, Spec
 from gemma4.interp.saved import SavedDtype
 from gemma4.model import Model
@@ -95,6 +96,7 @@ def harvest(
     sae: Dictionaries = (),
     top_k: int | None = None,
     examples: int = 20,
+    edits: Edits = (),
     shard_tokens: int = 1 << 14,
     workers: int = 1,
     engine: Engine = "local",
@@ -124,6 +126,9 @@ def harvest(
                   not name the site; their features are stored sparse
     top_k         the strongest features of each row to keep; None = all that fire
     examples      strongest rows to note for each feature
+    edits         edits of gemma4.edits, or the file of some (`save_edits`): the activations are those of the edited
+                  model. The dataset keeps them (`Dataset.edits`). Their positions are those of each sequence, as in the
+                  column pos; where a sequence has none of them, the edit rests
     shard_tokens  about the tokens of a shard: the work that an end loses at most
     workers       processes, each with the same number of the model's threads. The bytes do not depend on it
     engine        "local": processes of this machine. "ray": actors of Ray Data on all nodes of the cluster, which see
@@ -132,7 +137,8 @@ def harvest(
     progress      called after every step; scanning: (weight, file) while the corpus is read for the first time
 
     Every shard that is there is compared with its checksum; damaged ones are made again, with a warning. Raises
-    ValueError (an option; a folder of another harvest: the message says what changed), SiteError, FormatError (a
+    ValueError (an option; a folder of another harvest: the message says what changed; an edit that is limited to
+    prompts or generated steps, takes from another prompt, or changes nothing that is stored), SiteError, FormatError (a
     damaged corpus: file and line), FileNotFoundError, OSError (disk full), RuntimeError (a worker died three times),
     KeyboardInterrupt within 100 ms of Ctrl-C. Whatever is raised, finished shards stay.
     """
@@ -146,11 +152,14 @@ def harvest(
         raise ValueError("top_k is of dictionaries: give one (sae=, --sae)")
     store = Store(Path(os.path.expanduser(checks.path("out", out))))
     _check_folder(store)
-    plan = make_plan(model, Corpus.open(corpus, key, sample_by), sites, options, codings, scanning)
+    edited = edit_set(edits, model, store)
+    plan = make_plan(model, Corpus.open(corpus, key, sample_by), sites, options, codings, scanning, edited)
     begun = _is_begun(store, plan)
     there = _checked_shards(store, plan)
     if not begun:
         begin(store, plan)
+    if edited.edits:
+        store.write(EDITS, edited.data)
     todo = [shard for shard in range(part[0], len(plan.slices), part[1]) if shard not in there]
     tally = _Tally(plan, len(there), todo, progress)
     spec = Spec.of(model, plan, store, workers)

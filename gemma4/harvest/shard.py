@@ -19,6 +19,7 @@ from gemma4.dictionaries import Features
 from gemma4.dictionaries.features import join
 from gemma4.harvest.corpus import Reading
 from gemma4.harvest.dictionaries import encode
+from gemma4.harvest.edited import Editing
 from gemma4.harvest.hashing import FileFacts, facts_of
 from gemma4.harvest.moments import Moments
 from gemma4.harvest.pieces import Piece, Skipped, batches
@@ -40,6 +41,8 @@ class ShardMaker:
     def __init__(self, model: Model, plan: Plan, store: Store) -> None:
         self._model, self._plan, self._store = model, plan, store
         self._digest = plan.digest
+        captured = [model.sites[name] for name in plan.captured]
+        self._editing = Editing.of(model, plan.facts.get("edits"), store, captured)
         self._reading = Reading(plan.corpus)
         with ExitStack() as stack:
             self._dictionaries = [stack.enter_context(coding.open()) for coding in plan.codings]
@@ -118,9 +121,10 @@ class ShardMaker:
     def _run(self, batch: Sequence[Piece]) -> list[ActivationCache]:
         prompts, stop = [piece.prompt for piece in batch], self._plan.stop_at_layer
         names = self._plan.captured
-        if stop is None:
-            return self._model.run_with_cache(prompts, names, logits=None)[1]
-        return self._model.run_with_cache(prompts, names, stop_at_layer=stop)[1]
+        with self._editing.open(batch, stop):
+            if stop is None:
+                return self._model.run_with_cache(prompts, names, logits=None)[1]
+            return self._model.run_with_cache(prompts, names, stop_at_layer=stop)[1]
 
     def _encode(self, caches: Sequence[ActivationCache], features: list[list[Features]]) -> None:
         if not self._dictionaries:

@@ -3,6 +3,7 @@
 
     manifest.json            what was harvested; "complete" and the shards' checksums once all are there
     stats.safetensors        mean, std and norm of each site; examples-N.safetensors: of each dictionary
+    edits.safetensors        the edits of the model, if it had some
     shards/000000/           data.safetensors, stats.safetensors, features-N.safetensors, record.json
 
 A shard is written to a hidden folder beside its place, synced, and renamed.
@@ -34,6 +35,7 @@ from gemma4.narrow import is_dict, is_integer, is_list
 Tensors: TypeAlias = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 DATA, STATS, RECORD, MANIFEST = "data.safetensors", "stats.safetensors", "record.json", "manifest.json"
+EDITS = "edits.safetensors"
 _MAX_JSON = 1 << 30
 _OURS = re.compile(r"data\.safetensors|stats\.safetensors|features-\d+\.safetensors|record\.json")
 _SHARD = re.compile(r"[0-9]{6,18}")
@@ -212,8 +214,11 @@ class Store:
         return read_json(self.root / MANIFEST)
 
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
-        data = json.dumps(facts, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
-        path = self.root / MANIFEST
+        self.write(MANIFEST, json.dumps(facts, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file beside the shards, unless it is there with these bytes."""
+        path = self.root / name
         if not path.is_file() or path.read_bytes() != data:
             write_file(path, data, force=True)
 
