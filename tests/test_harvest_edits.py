@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from gemma4.edits import (
 )
 from gemma4.edits.files import SavedCache
 from gemma4.errors import FormatError
+from gemma4.harvest.ray_data import Actor
+from gemma4.harvest.worker import Ended
 
 SITES = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
 DIRECTION = np.linspace(-1, 1, 128, dtype=np.float32)
@@ -125,6 +128,21 @@ def test_any_workers_files_and_ends_give_the_same_bytes(tiny, texts, edits, edit
     for i in (1, 0):
         H.harvest(tiny, texts, RESID, out=tmp_path / "parts", shard_tokens=100, edits=edits, part=(i, 2))
     assert contents(tmp_path / "parts") == before
+
+
+def test_actors_of_ray_edit_as_workers_do(tiny, texts, edits, edited, tmp_path, monkeypatch):
+    """The actor itself, without Ray, which hands it the pickled spec and numbers of shards."""
+
+    def run(spec, shards, workers, note):
+        actor = Actor(pickle.loads(pickle.dumps(spec)))
+        for shard in shards:
+            row = actor({"shard": np.array([shard])})
+            assert row["error"][0] == b""
+            note(Ended(shard, int(row["rows"][0])))
+
+    monkeypatch.setattr("gemma4.harvest.run.run_ray", run)
+    H.harvest(tiny, texts, RESID, out=tmp_path / "a", shard_tokens=100, edits=edits, engine="ray")
+    assert contents(tmp_path / "a") == contents(edited)
 
 
 def test_other_edits_are_another_harvest(tiny, texts, edits, edited, tmp_path):
