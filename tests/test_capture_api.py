@@ -16,7 +16,7 @@ from small_models import E_LIKE, write_checkpoint
 
 import gemma4
 from gemma4 import NaNWarning, SiteError
-from gemma4.edits import Ablate
+from gemma4.edits import Ablate, Patch, load_edits, save_edits
 from gemma4.interp.lens import final_norm, logit_lens
 
 BIG = ("hook_attn_scores", "hook_pattern", "hook_result", "hook_logits", "hook_logits_raw")
@@ -539,6 +539,20 @@ def test_globs_of_other_libraries_names(tiny, prompt):
     cache = tiny.run_with_cache(prompt)[1]
     assert np.array_equal(cache.stack("ln2.hook_in"), cache.stack("hook_resid_mid"))
     assert cache.norms("hook_out").labels == cache.norms("resid_post").labels
+
+
+def test_the_heads_output_without_a_softcap(tiny, prompt, tmp_path):
+    assert tiny.sites["lm_head.output"].name == "hook_logits_raw"
+    path = write_checkpoint(tmp_path / "uncapped", E_LIKE | {"final_logit_softcapping": None})
+    with gemma4.load(path) as model:
+        logits, cache = model.run_with_cache([2, 3, 4], "lm_head.output")
+        assert model.sites["lm_head.output"].name == "hook_logits" and "lm_head.output" in cache
+        assert np.array_equal(cache["lm_head.output"], logits)
+        with pytest.raises(gemma4.SiteError, match="closest: hook_logits"):
+            model.sites["hook_logits_raw"]
+        save_edits(Patch("lm_head.output", cache, pos=1), tmp_path / "e.safetensors")
+        with model.edit(load_edits(tmp_path / "e.safetensors", model=model)):
+            assert np.array_equal(model.forward([2, 5, 4])[1], logits[1])
 
 
 def test_negative_layers_of_a_cache(tiny, prompt):

@@ -206,6 +206,7 @@ def _save_cache(cache: Cache, name: str, edit: Edit, tensors: Tensors) -> list[s
     if callable(names):
         raise TypeError(f"{edit}: a predicate is no data; name the sites, and it can be saved")
     patterns = [canonical_name(one) for one in ([names] if isinstance(names, str) else names)]
+    patterns += ["hook_logits"] if "hook_logits_raw" in patterns else []  # the head's output without a softcap
     held = cast("Mapping[str, F32]", cache)
     chosen = [one for one in held if any(fnmatch.fnmatchcase(one, pattern) for pattern in patterns)]
     tensors[f"{name}.positions"] = np.asarray(cache.positions, np.int64)

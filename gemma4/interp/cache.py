@@ -248,7 +248,7 @@ class ActivationCache(CapturedArrays):
 
     def _name(self, key: str | tuple[str, int]) -> str:
         if isinstance(key, str):
-            return canonical_name(key)
+            return self._model.sites.canonical(key)
         if not _is_pair(key):
             raise TypeError(f"a cache's key is a site name, or (name inside a block, layer), got {key!r:.80}")
         stem, layer = key

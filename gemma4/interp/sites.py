@@ -100,6 +100,7 @@ _HF_MODEL = {
     "model.norm.output": "ln_final.hook_out",
     "lm_head.output": "hook_logits_raw",
 }
+_RAW_LOGITS = "hook_logits_raw"  # a site of models with a softcap alone
 
 
 def reusable(names: Names) -> Names:
@@ -192,10 +193,16 @@ class SiteTable(Mapping[str, Site]):
 
     def __getitem__(self, name: str) -> Site:
         """The site of that name or alias; SiteError with the closest names where there is none."""
-        canonical = canonical_name(name)
+        canonical = self.canonical(name)
         if canonical not in self._sites:
             raise SiteError(self._explain(name, canonical))
         return self._sites[canonical]
+
+    def canonical(self, name: str) -> str:
+        """`canonical_name` in this model: without a softcap, the head's output is hook_logits."""
+        found = canonical_name(name)
+        uncapped = found == _RAW_LOGITS != name and found not in self._sites
+        return "hook_logits" if uncapped else found
 
     def starting_at(self, layer: int) -> SiteTable:
         """The same table for runs of blocks `layer` and later alone: `select` leaves out the sites of earlier ones."""
