@@ -146,7 +146,7 @@ def parts_of(edits: Edit | Iterable[Edit], folder: Path) -> tuple[list[dict[str,
     return rows, tensors
 
 
-def file_of(rows: list[dict[str, Any]], tensors: Tensors) -> bytes:
+def file_of(rows: Seq[Mapping[str, object]], tensors: Tensors) -> bytes:
     """The file of `parts_of`."""
     data = io.BytesIO()
     metadata = {"format": _FORMAT, "version": _VERSION, "edits": json.dumps(rows, allow_nan=False)}
