@@ -172,13 +172,13 @@ static inline void read_q3_k(const uint8_t *b, block_values *v)
 {
     const uint64_t twos = 0x0303030303030303, nibbles = 0x0f0f0f0f0f0f0f0f;
     const uint64_t less_32[2] = {0x6060606060606060, 0x8080808080808080};
-    uint64_t low, sc[2];
-    uint32_t high;
-    memcpy(&low, b + 96, 8);
-    memcpy(&high, b + 104, 4);
+    uint64_t nibble_pairs, sc[2];
+    uint32_t twos_of_8;
+    memcpy(&nibble_pairs, b + 96, 8);
+    memcpy(&twos_of_8, b + 104, 4);
     for (int half = 0; half < 2; half++) {
-        const uint64_t two = ((uint64_t)(high >> (4 * half + 2)) << 32 | (uint32_t)(high >> 4 * half)) & twos;
-        sc[half] = (((low >> 4 * half & nibbles) | two << 4) + less_32[0]) ^ less_32[1];
+        const uint64_t two = ((uint64_t)(twos_of_8 >> (4 * half + 2)) << 32 | (uint32_t)(twos_of_8 >> 4 * half)) & twos;
+        sc[half] = (((nibble_pairs >> 4 * half & nibbles) | two << 4) + less_32[0]) ^ less_32[1];
     }
     set_scales(v, f16_at(b + 108), (const int8_t *)sc, 0, no_minima);
     for (int part = 0; part < 8; part++) {

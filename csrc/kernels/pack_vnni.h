@@ -148,11 +148,12 @@ static INLINE void fours_of_q3_k(const uint8_t *block, size_t stride, panel_four
     for (int piece = 0; piece < 2; piece++) {
         __m512i high[4], low[4], fours[4];
         fours_of_rows(block + piece * 16, stride, high);
-        for (int part = 0; part < 8; part++) {
-            if (part % 4 == 0)
-                fours_of_rows(block + 32 + part * 8 + piece * 16, stride, low);
-            join_bits(low, part % 4 * 2, 2, high, part, 1, fours);
-            store_fours(PIECE(part, piece), fours);
+        for (int run = 0; run < 2; run++) {
+            fours_of_rows(block + 32 + run * 32 + piece * 16, stride, low);
+            for (int set = 0; set < 4; set++) {
+                join_bits(low, 2 * set, 2, high, 4 * run + set, 1, fours);
+                store_fours(PIECE(4 * run + set, piece), fours);
+            }
         }
     }
 }
@@ -168,11 +169,12 @@ static INLINE void fours_of_q5_k(const uint8_t *block, size_t stride, panel_four
     for (int piece = 0; piece < 2; piece++) {
         __m512i high[4], low[4], fours[4];
         fours_of_rows(block + 16 + piece * 16, stride, high);
-        for (int part = 0; part < 8; part++) {
-            if (part % 2 == 0)
-                fours_of_rows(block + 48 + part * 16 + piece * 16, stride, low);
-            join_bits(low, part % 2 * 4, 4, high, part, 1, fours);
-            store_fours(PIECE(part, piece), fours);
+        for (int pair = 0; pair < 4; pair++) {
+            fours_of_rows(block + 48 + pair * 32 + piece * 16, stride, low);
+            for (int side = 0; side < 2; side++) {
+                join_bits(low, 4 * side, 4, high, 2 * pair + side, 1, fours);
+                store_fours(PIECE(2 * pair + side, piece), fours);
+            }
         }
     }
 }
