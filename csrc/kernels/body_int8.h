@@ -243,15 +243,14 @@ static void NAME(int8_pack_)(const uint8_t *w, size_t w_stride, int n, int k, in
 
 #ifdef INT8_PACK
 #if BLOCK == 32
-static INLINE void NAME(pack_8_factors_)(const uint8_t *block, size_t row_bytes, float scale[8], float min[8])
+static INLINE void NAME(pack_8_factors_)(const uint8_t *block, size_t row_bytes, int8_panel *panel, int group, int half)
 {
-    NAME(pack_factors_)(block, row_bytes, 8, scale, min);
+    NAME(pack_factors_)(block, row_bytes, 8, panel->scale[group][half], panel->min[group][half]);
 }
 #else
-/* `scale` and `min` of the first group; the next groups' follow at every 16 floats. */
-static INLINE void NAME(pack_8_factors_)(const uint8_t *block, size_t row_bytes, float scale[8], float min[8])
+static INLINE void NAME(pack_8_factors_)(const uint8_t *block, size_t row_bytes, int8_panel *panel, int group, int half)
 {
-    enum { N_GROUPS = BLOCK / GROUP, STRIDE = sizeof(float[16]) };
+    enum { N_GROUPS = BLOCK / GROUP, STRIDE = sizeof(float[16]) }; /* bytes from a group of the panel to the next */
     float scales[8][16], mins[8][16];
     for (int r = 0; r < 8; r++) {
         block_values v; /* the compiler drops what is read of q */
@@ -262,8 +261,9 @@ static INLINE void NAME(pack_8_factors_)(const uint8_t *block, size_t row_bytes,
         }
     }
     for (int g = 0; g < N_GROUPS; g += 8) {
-        transpose_fours((const int8_t *)&scales[0][g], STRIDE, (int8_t *)(scale + g * 16), STRIDE);
-        transpose_fours((const int8_t *)&mins[0][g], STRIDE, (int8_t *)(min + g * 16), STRIDE);
+        const int to = (group + g) * STRIDE + half * (STRIDE / 2);
+        transpose_fours((const int8_t *)scales + g * sizeof(float), STRIDE, (int8_t *)panel->scale + to, STRIDE);
+        transpose_fours((const int8_t *)mins + g * sizeof(float), STRIDE, (int8_t *)panel->min + to, STRIDE);
     }
 }
 #endif
@@ -275,9 +275,8 @@ static void NAME(int8_pack_16_)(const uint8_t *w, size_t w_stride, int k, int8_p
     for (int l = 0; l < k; l += BLOCK) {
         const uint8_t *block = w + WEIGHTS_IN((size_t)l);
         CONCAT(fours_of_, WEIGHT)(block, row_bytes, &panel->q[l / 4]);
-        for (size_t half = 0; half < 2; half++)
-            NAME(pack_8_factors_)
-        (block + half * 8 * row_bytes, row_bytes, panel->scale[l / GROUP][half], panel->min[l / GROUP][half]);
+        for (int half = 0; half < 2; half++)
+            NAME(pack_8_factors_)(block + (size_t)half * 8 * row_bytes, row_bytes, panel, l / GROUP, half);
     }
 }
 #endif
