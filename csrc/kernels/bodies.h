@@ -10,7 +10,6 @@
 
 enum { BLOCK_M = VEC_LANES == 16 ? 144 : 72, BLOCK_N = 64, BLOCK_K = 512, FEW_ROWS = 4, ROWS_AHEAD = 8 };
 _Static_assert(BLOCK_M *BLOCK_N * 16 + (BLOCK_M + BLOCK_N) * BLOCK_K <= G4_MATMUL_SCRATCH, "what matmul keeps there");
-enum { GROUP_ROWS = 8, GROUP_K = 512 }; /* 16 KB of x, half of the first-level cache */
 
 #define x16_load_f32 x16_load
 #define vec_load_f32 vec_load

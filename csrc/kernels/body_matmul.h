@@ -45,7 +45,7 @@ static void NAME(matmul_)(const float *x, size_t x_stride, int m, const void *we
         return;
     }
 #ifdef GROUPS
-    if (m <= GROUP_ROWS && k <= GROUP_K && k % 16 == 0) {
+    if (m <= G4_GROUP_ROWS && k <= G4_GROUP_K && k % 16 == 0) {
         NAME(matmul_group_)(x, x_stride, m, w, w_stride, n, k, out, out_stride);
         return;
     }
@@ -73,10 +73,11 @@ static void NAME(matmul_packed_)(const float *x, int m, const void *weights, siz
     for (int j = 0; j < n; j += BLOCK_N)
         for (int i = 0; i < m; i += BLOCK_M) {
             const int block_m = m - i < BLOCK_M ? m - i : BLOCK_M, block_n = n - j < BLOCK_N ? n - j : BLOCK_N;
-            for (int l = 0; l < k; l += BLOCK_K)
-                NAME(multiply_block_)
-            (packed_block((float *)x, m, k, i, l), block_m, w + WEIGHTS_IN((size_t)j * w_stride), w_stride, block_n, l,
-             k, scratch);
+            const weight *rows = w + WEIGHTS_IN((size_t)j * w_stride);
+            for (int l = 0; l < k; l += BLOCK_K) {
+                const float *tiles = x + packed_block(m, k, i, l);
+                NAME(multiply_block_)(tiles, block_m, rows, w_stride, block_n, l, k, scratch);
+            }
             sum_block(scratch, block_m, block_n, out + (size_t)i * out_stride + j, out_stride);
         }
 }

@@ -64,10 +64,10 @@ static void pack_x(const float *x, size_t x_stride, int m, int k, float *packed)
 }
 
 /* Where pack_rows puts inputs [l, l + 512) of a block of rows, from row i on, of m rows of k inputs. */
-static float *packed_block(float *packed, int m, int k, int i, int l)
+static size_t packed_block(int m, int k, int i, int l)
 {
     const size_t block_m = (size_t)(m - i < BLOCK_M ? m - i : BLOCK_M);
-    return packed + (size_t)i * g4_packed_inputs((size_t)k) + (size_t)l * g4_packed_rows(block_m);
+    return (size_t)i * g4_packed_inputs((size_t)k) + (size_t)l * g4_packed_rows(block_m);
 }
 
 static void pack_rows(const float *x, size_t x_stride, int m, int k, int first, int end, float *packed)
@@ -77,7 +77,7 @@ static void pack_rows(const float *x, size_t x_stride, int m, int k, int first, 
         for (int l = 0; l < k; l += BLOCK_K) {
             const int length = k - l < BLOCK_K ? k - l : BLOCK_K, block = i / BLOCK_M * BLOCK_M;
             pack_x(x + (size_t)i * x_stride + l, x_stride, m - i < G4_PACK_UNIT ? m - i : G4_PACK_UNIT, length,
-                   packed_block(packed, m, k, block, l) + (size_t)(i - block) * g4_packed_inputs((size_t)length));
+                   packed + packed_block(m, k, block, l) + (size_t)(i - block) * g4_packed_inputs((size_t)length));
         }
 }
 

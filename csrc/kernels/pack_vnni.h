@@ -143,19 +143,27 @@ static INLINE void fours_of_q2_k(const uint8_t *block, size_t stride, panel_four
     }
 }
 
-static INLINE void fours_of_q3_k(const uint8_t *block, size_t stride, panel_four *q)
+/* Low bits, the sets of 32 bytes one after the other, below a bit for each part of the 32 bytes at `high_bits`. */
+static INLINE void fours_below_a_bit(const uint8_t *low_bits, const uint8_t *high_bits, size_t stride, int bits,
+                                     panel_four *q)
 {
+    const int n_sets = 8 / bits; /* parts in 32 bytes */
     for (int piece = 0; piece < 2; piece++) {
         __m512i high[4], low[4], fours[4];
-        fours_of_rows(block + piece * 16, stride, high);
-        for (int run = 0; run < 2; run++) {
-            fours_of_rows(block + 32 + run * 32 + piece * 16, stride, low);
-            for (int set = 0; set < 4; set++) {
-                join_bits(low, 2 * set, 2, high, 4 * run + set, 1, fours);
-                store_fours(PIECE(4 * run + set, piece), fours);
+        fours_of_rows(high_bits + piece * 16, stride, high);
+        for (int first = 0; first < 8; first += n_sets) {
+            fours_of_rows(low_bits + first / n_sets * 32 + piece * 16, stride, low);
+            for (int set = 0; set < n_sets; set++) {
+                join_bits(low, bits * set, bits, high, first + set, 1, fours);
+                store_fours(PIECE(first + set, piece), fours);
             }
         }
     }
+}
+
+static INLINE void fours_of_q3_k(const uint8_t *block, size_t stride, panel_four *q)
+{
+    fours_below_a_bit(block + 32, block, stride, 2, q);
 }
 
 static INLINE void fours_of_q4_k(const uint8_t *block, size_t stride, panel_four *q)
@@ -166,17 +174,7 @@ static INLINE void fours_of_q4_k(const uint8_t *block, size_t stride, panel_four
 
 static INLINE void fours_of_q5_k(const uint8_t *block, size_t stride, panel_four *q)
 {
-    for (int piece = 0; piece < 2; piece++) {
-        __m512i high[4], low[4], fours[4];
-        fours_of_rows(block + 16 + piece * 16, stride, high);
-        for (int pair = 0; pair < 4; pair++) {
-            fours_of_rows(block + 48 + pair * 32 + piece * 16, stride, low);
-            for (int side = 0; side < 2; side++) {
-                join_bits(low, 4 * side, 4, high, 2 * pair + side, 1, fours);
-                store_fours(PIECE(2 * pair + side, piece), fours);
-            }
-        }
-    }
+    fours_below_a_bit(block + 48, block + 16, stride, 4, q);
 }
 
 static INLINE void fours_of_q6_k(const uint8_t *block, size_t stride, panel_four *q)

@@ -17,8 +17,6 @@ enum {
     MIN_STREAM = 64 << 10,  /* bytes of weights per streaming task: many, because each start is slow, */
     MAX_STREAM = 512 << 10, /* but several tasks per thread */
     STREAM_TASKS = 4,
-    GROUP_ROWS = 8,             /* up to this many rows … */
-    GROUP_K = 512,              /* … of up to this many inputs, matmul reads x in place */
     MATRIX_ROWS = 48,           /* with fewer rows, widening the weights for panels or sgemm does not pay off */
     TILE_ROWS = 32,             /* the same for AVX-512 BF16 tiles; AMX tiles pay off from STREAM_ROWS + 1 on */
     BLAS_PANEL_FLOATS = 1 << 17 /* a widened panel stays in the second-level cache */
@@ -90,7 +88,7 @@ static bool uses_blas(const g4_exec *exec, const g4_linear_job *job)
 /* Whether x is packed once for all tasks. Otherwise matmul reads it in place: a few rows, also of a few inputs. */
 static bool uses_packed(const g4_exec *exec, const g4_linear_job *job)
 {
-    const bool few = job->m <= STREAM_ROWS || (job->m <= GROUP_ROWS && job->w.n_cols <= GROUP_K);
+    const bool few = job->m <= STREAM_ROWS || (job->m <= G4_GROUP_ROWS && job->w.n_cols <= G4_GROUP_K);
     return !few && !uses_int8(exec, job) && !uses_blas(exec, job);
 }
 

@@ -48,58 +48,64 @@ static size_t weight_stride(PyArrayObject *w, g4_dtype dtype)
     return (size_t)PyArray_STRIDE(w, 0) / g4_block_bytes(dtype) * g4_block_size(dtype);
 }
 
+/* The arguments of matmul and matmul_packed: isa, dtype, x [m, k], w [n, k]. */
+typedef struct {
+    const g4_kernels *kernels;
+    g4_dtype dtype;
+    PyArrayObject *x, *w;
+} matmul_args;
+
+static bool parse_matmul(PyObject *args, matmul_args *a)
+{
+    const char *isa, *dtype_name;
+    if (!PyArg_ParseTuple(args, "ssO!O!", &isa, &dtype_name, &PyArray_Type, &a->x, &PyArray_Type, &a->w))
+        return false;
+    a->kernels = table_of(isa);
+    a->dtype = g4_dtype_parse(dtype_name);
+    if (a->dtype == G4_N_DTYPES) {
+        PyErr_Format(PyExc_ValueError, "unknown dtype");
+        return false;
+    }
+    return a->kernels && is_rows(a->x, NPY_FLOAT32, 2) && is_rows(a->w, type_of(a->dtype), 2) &&
+           has_inputs(a->w, a->dtype, PyArray_DIM(a->x, 1));
+}
+
 /* matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n] */
 static PyObject *test_matmul(PyObject *self, PyObject *args)
 {
     static _Alignas(64) float scratch[G4_MATMUL_SCRATCH];
-    const char *isa, *dtype_name;
-    PyArrayObject *x, *w;
+    matmul_args a;
     (void)self;
-    if (!PyArg_ParseTuple(args, "ssO!O!", &isa, &dtype_name, &PyArray_Type, &x, &PyArray_Type, &w))
+    if (!parse_matmul(args, &a))
         return NULL;
-    const g4_kernels *kernels = table_of(isa);
-    g4_dtype dtype = g4_dtype_parse(dtype_name);
-    if (dtype == G4_N_DTYPES)
-        return PyErr_Format(PyExc_ValueError, "unknown dtype");
-    if (!kernels || !is_rows(x, NPY_FLOAT32, 2) || !is_rows(w, type_of(dtype), 2) ||
-        !has_inputs(w, dtype, PyArray_DIM(x, 1)))
-        return NULL;
-    npy_intp dims[] = {PyArray_DIM(x, 0), PyArray_DIM(w, 0)};
+    npy_intp dims[] = {PyArray_DIM(a.x, 0), PyArray_DIM(a.w, 0)};
     PyObject *out = PyArray_SimpleNew(2, dims, NPY_FLOAT32);
     if (out)
-        g4_matmul_for(kernels, dtype)(PyArray_DATA(x), stride_of(x), (int)dims[0], PyArray_DATA(w),
-                                      weight_stride(w, dtype), (int)dims[1], (int)PyArray_DIM(x, 1),
-                                      PyArray_DATA((PyArrayObject *)out), (size_t)dims[1], scratch);
+        g4_matmul_for(a.kernels, a.dtype)(PyArray_DATA(a.x), stride_of(a.x), (int)dims[0], PyArray_DATA(a.w),
+                                          weight_stride(a.w, a.dtype), (int)dims[1], (int)PyArray_DIM(a.x, 1),
+                                          PyArray_DATA((PyArrayObject *)out), (size_t)dims[1], scratch);
     return out;
 }
 
-/* matmul_packed(isa, dtype, x [m, k], w [n, k]) -> [m, n], x packed in slices as by several workers */
+/* matmul_packed: the same, x packed in slices as by several workers */
 static PyObject *test_matmul_packed(PyObject *self, PyObject *args)
 {
     static _Alignas(64) float scratch[G4_MATMUL_SCRATCH];
     enum { SLICE = 2 * G4_PACK_UNIT };
-    const char *isa, *dtype_name;
-    PyArrayObject *x, *w;
+    matmul_args a;
     (void)self;
-    if (!PyArg_ParseTuple(args, "ssO!O!", &isa, &dtype_name, &PyArray_Type, &x, &PyArray_Type, &w))
+    if (!parse_matmul(args, &a))
         return NULL;
-    const g4_kernels *kernels = table_of(isa);
-    g4_dtype dtype = g4_dtype_parse(dtype_name);
-    if (dtype == G4_N_DTYPES)
-        return PyErr_Format(PyExc_ValueError, "unknown dtype");
-    if (!kernels || !is_rows(x, NPY_FLOAT32, 2) || !is_rows(w, type_of(dtype), 2) ||
-        !has_inputs(w, dtype, PyArray_DIM(x, 1)))
-        return NULL;
-    npy_intp dims[] = {PyArray_DIM(x, 0), PyArray_DIM(w, 0)};
-    const int m = (int)dims[0], n = (int)dims[1], k = (int)PyArray_DIM(x, 1);
+    npy_intp dims[] = {PyArray_DIM(a.x, 0), PyArray_DIM(a.w, 0)};
+    const int m = (int)dims[0], n = (int)dims[1], k = (int)PyArray_DIM(a.x, 1);
     float *packed = PyMem_Malloc(g4_packed_rows((size_t)m) * g4_packed_inputs((size_t)k) * sizeof *packed);
     PyObject *out = packed ? PyArray_SimpleNew(2, dims, NPY_FLOAT32) : PyErr_NoMemory();
     if (out) {
         for (int first = 0; first < m; first += SLICE)
-            kernels->pack_rows(PyArray_DATA(x), stride_of(x), m, k, first, first + SLICE < m ? first + SLICE : m,
-                               packed);
-        g4_matmul_packed_for(kernels, dtype)(packed, m, PyArray_DATA(w), weight_stride(w, dtype), n, k,
-                                             PyArray_DATA((PyArrayObject *)out), (size_t)n, scratch);
+            a.kernels->pack_rows(PyArray_DATA(a.x), stride_of(a.x), m, k, first, first + SLICE < m ? first + SLICE : m,
+                                 packed);
+        g4_matmul_packed_for(a.kernels, a.dtype)(packed, m, PyArray_DATA(a.w), weight_stride(a.w, a.dtype), n, k,
+                                                 PyArray_DATA((PyArrayObject *)out), (size_t)n, scratch);
     }
     PyMem_Free(packed);
     return out;
