@@ -101,7 +101,7 @@ static inline size_t g4_tile_sums(int m, int n)
  * A kernel's own frame is small, because the caller's thread may have 128 KiB of stack. */
 enum { G4_MATMUL_SCRATCH = 144 * 64 * 16 + (144 + 64) * 512, G4_INT8_SCRATCH = 14336 };
 
-/* Up to so many rows of so few inputs matmul reads in place: 16 KB of x, half of the first-level cache. */
+/* matmul reads x in place up to this number of rows and of inputs: 16 KB, half of the first-level cache. */
 enum { G4_GROUP_ROWS = 8, G4_GROUP_K = 512 };
 
 /* The size of x from pack_rows. Units of rows hold whole tiles on every level. */
