@@ -399,6 +399,49 @@ def test_random_checkpoint_files_load(maker, tmp_path):
     assert total == n_bytes == index["metadata"]["total_size"]
 
 
+def test_random_checkpoint_image_tower_has_transformers_shapes(maker):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    text = maker.text_config("e2b-mini")
+    config = maker.model_config(text, True, vision=True)
+    with torch.device("meta"):
+        model = transformers.Gemma4ForConditionalGeneration(
+            transformers.Gemma4Config(**{key: config[key] for key in ("text_config", "vision_config", "audio_config")})
+        )
+    theirs = {name: tuple(p.shape) for name, p in model.state_dict().items() if ".language_model." not in name}
+    assert maker.vision_shapes(text) == {name: shape for name, shape in theirs.items() if name != "lm_head.weight"}
+
+
+def test_random_checkpoint_cuts(maker):
+    """A cut of all layers is the whole model; of seven layers four borrow keys of the three before them."""
+    for size, whole in maker.SIZES.items():
+        config = maker.text_config(size)
+        assert maker.text_config(size, **maker.cut(size, whole["num_hidden_layers"])) == config
+    config = maker.text_config("e2b", **maker.cut("e2b", 7))
+    assert (config["num_hidden_layers"], config["num_kv_shared_layers"], config["hidden_size"]) == (7, 4, 1536)
+    assert [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"] == [2, 6]
+    shapes = maker.tensor_shapes(config)
+    assert [i for i in range(7) if f"model.layers.{i}.self_attn.k_proj.weight" in shapes] == [0, 1, 2]
+    for size, layers, shared, complaint in (
+        ("e2b", 7, 6, "none of the 1 before them is sliding_attention"),
+        ("e2b", 7, 7, "no cut of 7 layers of which 7"),
+        ("12b", 6, 2, "no cut of 6 layers of which 2"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            maker.cut(size, layers, shared)
+
+
+def test_random_checkpoint_cut_with_an_image_tower_loads(maker, tmp_path):
+    small = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128, "vocab_size_per_layer_input": 128}
+    text = maker.text_config("e2b", **maker.cut("e2b", 7), **small)
+    maker.write_checkpoint(tmp_path, text, vision=True)
+    with gemma4.load(tmp_path) as model:
+        assert model.n_layers == 7 and model.vision
+        assert np.isfinite(model.forward(np.arange(5, 15))).all()
+    with pytest.raises(ValueError, match="no image tower"):
+        maker.write_checkpoint(tmp_path, text, vision=True, multimodal=False)
+
+
 def test_random_checkpoint_names_unknown_size(maker):
     with pytest.raises(ValueError, match=r"e3b.*e2b"):
         maker.text_config("e3b")

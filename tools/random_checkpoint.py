@@ -4,6 +4,7 @@
     python tools/random_checkpoint.py e2b DIR                          9.3 GB, one file, bfloat16
     python tools/random_checkpoint.py 26b-a4b DIR --shard-gb 5         50 GB in shards with an index
     python tools/random_checkpoint.py e2b-mini DIR --tokenizer tokenizer.json.xz
+    python tools/random_checkpoint.py e2b DIR --layers 7                 2.2 GB, a cut: full width, few layers
 
 For measuring speed and memory, and for tests of loading: such a model says nothing. Names and shapes are those of
 `Gemma4ForCausalLM` / `Gemma4ForConditionalGeneration` (transformers 5.23, models/gemma4/modeling_gemma4.py), which
@@ -103,6 +104,18 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_global_key_value_heads": 4,
     },
 }
+# As small as an image tower can be: some exporters of other engines refuse a model without one.
+VISION: dict[str, Any] = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "patch_size": 16,
+    "position_embedding_size": 10240,
+}
 # A mini keeps every branch of its size at full width with the fewest layers: one period of each kind of layer.
 MINI_LAYERS = {"e2b": (10, 5), "e4b": (12, 6), "12b": (6, 0), "26b-a4b": (6, 0), "31b": (6, 0)}
 for _size, (_layers, _shared) in MINI_LAYERS.items():
@@ -143,6 +156,29 @@ def text_config(size: str, dtype: str = "bfloat16", **changes: Any) -> dict[str,
         "eos_token_id": 1,
         "pad_token_id": 0,
     } | config
+
+
+def cut(size: str, layers: int, shared: int | None = None) -> dict[str, Any]:
+    """The entries of `text_config` that make a cut of one of SIZES: fewer layers, everything else as it is.
+
+    The last `shared` layers borrow keys (default: as large a part as in the whole model). Counted from its end, every
+    `pattern`-th layer of the part that makes keys is global, and so in the part that borrows them, as in whole models.
+    Raises ValueError if there is nothing to borrow from.
+    """
+    whole, pattern = SIZES[size], SIZES[size]["pattern"]
+    if shared is None:
+        shared = layers * whole["num_kv_shared_layers"] // whole["num_hidden_layers"]
+    own = layers - shared
+    if own < 1 or shared < 0 or (shared and not whole["num_kv_shared_layers"]):
+        raise ValueError(f"{size} has no cut of {layers} layers of which {shared} borrow keys")
+    kinds = [
+        "full_attention" if left % pattern == 0 else "sliding_attention"
+        for part in (own, shared)
+        for left in reversed(range(part))
+    ]
+    if missing := set(kinds[own:]) - set(kinds[:own]):
+        raise ValueError(f"{shared} layers cannot borrow keys: none of the {own} before them is {missing.pop()}")
+    return {"num_hidden_layers": layers, "num_kv_shared_layers": shared, "layer_types": kinds}
 
 
 def layer_shapes(config: dict[str, Any], layer: int, dead_kv: bool = False) -> Shapes:
@@ -229,6 +265,27 @@ def tensor_shapes(config: dict[str, Any], prefix: str = "model.", dead_kv: bool 
     return {prefix + name: shape for name, shape in (shapes | {"norm.weight": (d,)}).items()}
 
 
+def vision_shapes(text: dict[str, Any]) -> Shapes:
+    """Name -> shape of every tensor of the image tower VISION and of its projection into that text model."""
+    d, width, rows = VISION["hidden_size"], VISION["intermediate_size"], VISION["position_embedding_size"]
+    heads = VISION["num_attention_heads"] * VISION["head_dim"]
+    norms = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+    layer: Shapes = {f"self_attn.{name}_proj.linear.weight": (heads, d) for name in "qkv"}
+    layer |= {"self_attn.o_proj.linear.weight": (d, heads), "mlp.down_proj.linear.weight": (d, width)}
+    layer |= {f"mlp.{name}_proj.linear.weight": (width, d) for name in ("gate", "up")}
+    layer |= {f"self_attn.{name}_norm.weight": (VISION["head_dim"],) for name in "qk"}
+    layer |= {f"{name}_layernorm.weight": (d,) for name in norms}
+    patches, tower = "model.vision_tower.patch_embedder.", "model.vision_tower.encoder.layers."
+    shapes: Shapes = {
+        f"{patches}position_embedding_table": (2, rows, d),
+        f"{patches}input_proj.weight": (d, 3 * VISION["patch_size"] ** 2),
+        "model.embed_vision.embedding_projection.weight": (text["hidden_size"], d),
+    }
+    return shapes | {
+        f"{tower}{i}.{name}": shape for i in range(VISION["num_hidden_layers"]) for name, shape in layer.items()
+    }
+
+
 class RandomWeights:
     """Values for a tensor, in chunks: N(0, 0.02) for matrices, near 1 for norms and scales.
 
@@ -305,8 +362,9 @@ def write_tensors(out: Path, shapes: Shapes, dtype: str, seed: int, shard_bytes:
     return total
 
 
-def model_config(text: dict[str, Any], multimodal: bool) -> dict[str, Any]:
-    """The whole config.json: the text model alone, or as the text part of the multimodal class (without towers)."""
+def model_config(text: dict[str, Any], multimodal: bool, vision: bool = False) -> dict[str, Any]:
+    """The whole config.json: the text model alone, or as the text part of the multimodal class (without towers, or with
+    the image tower VISION)."""
     if not multimodal:
         return {"architectures": ["Gemma4ForCausalLM"]} | text
     return {
@@ -315,7 +373,7 @@ def model_config(text: dict[str, Any], multimodal: bool) -> dict[str, Any]:
         "dtype": text["dtype"],
         "tie_word_embeddings": True,
         "text_config": text,
-        "vision_config": None,
+        "vision_config": VISION if vision else None,
         "audio_config": None,
     }
 
@@ -348,13 +406,20 @@ def write_checkpoint(
     *,
     multimodal: bool = True,
     dead_kv: bool = False,
+    vision: bool = False,
     tokenizer: Path | None = None,
     seed: int = 0,
     shard_bytes: int = 0,
 ) -> int:
-    """Write configs, tokenizer (if given) and weights into the directory `out`; returns the bytes of tensor data."""
-    write_configs(out, model_config(text, multimodal), tokenizer)
+    """Write configs, tokenizer (if given) and weights into the directory `out`; returns the bytes of tensor data.
+
+    vision: with the image tower VISION; only the multimodal class has one (ValueError).
+    """
+    if vision and not multimodal:
+        raise ValueError("a text-only checkpoint has no image tower; leave out either")
+    write_configs(out, model_config(text, multimodal, vision), tokenizer)
     shapes = tensor_shapes(text, "model.language_model." if multimodal else "model.", dead_kv)
+    shapes |= vision_shapes(text) if vision else {}
     return write_tensors(out, shapes, text["dtype"], seed, shard_bytes)
 
 
@@ -365,17 +430,30 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--text-only", action="store_true", help="Gemma4ForCausalLM: prefix model., no text_config")
     parser.add_argument("--dead-kv", action="store_true", help="also the unused k/v that released files hold")
+    parser.add_argument("--vision", action="store_true", help="with an image tower, as small as can be")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or tokenizer.json.xz to put beside it")
     parser.add_argument("--vocab", type=int, default=262144, help="rows of both embedding tables")
+    parser.add_argument("--layers", type=int, help="fewer than the size has: a cut of full width")
+    parser.add_argument("--shared", type=int, help="of --layers, the last so many borrow keys (default: in proportion)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard-gb", type=float, default=0, help="cut into files of at most this size (0: one file)")
     args = parser.parse_args()
-    text = text_config(args.size, args.dtype, vocab_size=args.vocab, vocab_size_per_layer_input=args.vocab)
+    if args.vision and args.text_only:
+        parser.error("a text-only checkpoint has no image tower: leave out --vision or --text-only")
+    if args.shared is not None and not args.layers:
+        parser.error("--shared says how many of --layers borrow keys: give both")
+    try:
+        changes = cut(args.size, args.layers, args.shared) if args.layers else {}
+    except ValueError as error:
+        parser.error(str(error))
+    changes |= {"vocab_size": args.vocab, "vocab_size_per_layer_input": args.vocab}
+    text = text_config(args.size, args.dtype, **changes)
     total = write_checkpoint(
         args.out,
         text,
         multimodal=not args.text_only,
         dead_kv=args.dead_kv,
+        vision=args.vision,
         tokenizer=args.tokenizer,
         seed=args.seed,
         shard_bytes=int(args.shard_gb * 1e9),
