@@ -72,7 +72,8 @@ ROOMS = {
     "harvest": "narrow checks edits errors files text load dictionaries dictionaries.features interp.sites "
     "interp.hooks interp.saved interp.dataset interp.cache media core inputs model _engine",
     "quantization": "narrow checks errors units files text load inputs model _engine",
-    "bench": "checks errors units media encoders sequence profile info model _engine",
+    "bench": "narrow checks memory errors units html media encoders sequence profile info model interp.media_plots "
+    "_engine",
     "cli": "narrow errors units files html media interp interp.cache interp.saved sequence generation guard info model "
     "media.tasks bench quantization dictionaries harvest load",
     "__main__": "cli",

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -21,13 +20,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from gemma4.cli import bench as cli_bench
 from gemma4.cli import features as cli_features
 from gemma4.cli import guard as cli_guard
 from gemma4.cli import harvest as cli_harvest
 from gemma4.cli import look
 from gemma4.cli import media as cli_media
 from gemma4.cli.terminal import console, emit, say, shown, status, streams, styled, text_of, typed
-from gemma4.files import check_output, write_file
 from gemma4.sequence import KVDtype
 
 if TYPE_CHECKING:
@@ -158,16 +157,8 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_bench(commands: Any) -> None:
     text = "how fast a model runs here, and how near that is to what the machine can do"
     parser = commands.add_parser("bench", help=text, description=text)
-    parser.set_defaults(run=_bench)
-    parser.add_argument("model", metavar="MODEL", nargs="?", default="tiny-e", help="as for --model elsewhere")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: %(default)s)")
-    parser.add_argument("--decode", type=int, default=32, help="tokens generated after it (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="prompts timed (default: %(default)s)")
-    parser.add_argument("--precision", choices=("exact", "fast"), help="default: the model's own")
-    parser.add_argument("--profile", action="store_true", help="also a table of where the time goes, per operation")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
-    cli_media.add_force(parser)
-    cli_media.add_attachments(parser, "time the encoding of it, too (repeatable)")
+    parser.set_defaults(run=cli_bench.run_bench)
+    cli_bench.add_bench(parser)
     _add_engine(parser)
 
 
@@ -283,25 +274,6 @@ def _info(args: argparse.Namespace) -> None:
 
 def _guard(args: argparse.Namespace) -> None:
     cli_guard.run_guard(lambda: _load(args), args)
-
-
-def _bench(args: argparse.Namespace) -> None:
-    from gemma4.bench import bench
-
-    if args.json:
-        check_output(args.json, force=args.force, devices=True)  # before the work
-    names = ("mmproj", "prompt", "decode", "repeats", "threads", "precision", "kv_dtype")
-    options = {name: getattr(args, name) for name in names}
-    media = cli_media.parts(args)
-    result = bench(args.model, media=media, image_tokens=args.image_tokens, **options)
-    emit(str(result))
-    if args.profile:
-        for name, speed in result.phases.items():
-            console().print(speed.profile.table(result.limits, escape(f"{name}, {speed.tokens} tokens")))
-    if args.json:
-        inputs = [*result.inputs, *(part[part["type"]] for part in media)]
-        text = json.dumps(result.as_dict(), indent=1) + "\n"
-        write_file(args.json, text.encode(), force=args.force, inputs=inputs)
 
 
 def _quantize(args: argparse.Namespace) -> None:

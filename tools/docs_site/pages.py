@@ -34,6 +34,7 @@ PAGES = {
 }
 # Modules that users import from beside the packages with an `__all__`
 MODULES = (
+    "gemma4.bench.plot",
     "gemma4.interp.media_plots",
     "gemma4.interp.plots",
     "gemma4.media.audio",

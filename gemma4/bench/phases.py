@@ -1,32 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure how fast a model runs on this machine, and how near that is to the machine's limits: `gemma4 bench MODEL`."""
+"""Prefill, decode and the encoding of media, one after the other: `gemma4 bench MODEL`."""
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gemma4 import _engine, checks
+from gemma4 import checks
+from gemma4.bench.machine import how_text, machine_text, measure_limits, opened, random_ids, timed
 from gemma4.encoders.soft_tokens import encode
 from gemma4.info import mapped_bytes, peak_bytes
 from gemma4.media.medium import Medium, read_media
-from gemma4.model import Model, Precision, load
+from gemma4.model import Model, Precision
 from gemma4.profile import Limits, Profile
 from gemma4.sequence import KVDtype
 from gemma4.units import size
-
-READ_FLOATS = 1 << 26  # 256 MiB: more than any last-level cache of a desktop
-LIMIT_SECONDS, MAX_PASSES = 0.25, 30
-
-I32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -126,38 +117,6 @@ class Benchmark:
         return record | {"limits": self.limits.__dict__, **speeds}
 
 
-def machine_text(limits: Limits) -> str:
-    """The limits as text."""
-    return (
-        f"reads {limits.read_bytes / 1e9:.1f} GB/s, computes {limits.f32_work / 1e9:.0f} GFLOP/s in float32, "
-        f"{limits.int8_work / 1e9:.0f} Gop/s in bytes, {limits.int16_work / 1e9:.0f} in 16 bits"
-        f"{f', {limits.bf16_work / 1e9:.0f} in bfloat16' if limits.bf16_work else ''} (measured)"
-    )
-
-
-def measure_limits(threads: int) -> Limits:
-    """Read bandwidth and peak arithmetic of `threads` threads, each the best of a quarter of a second's passes."""
-    array = np.ones(READ_FLOATS, np.float32)
-    reading = _best(lambda: _engine.read_rate(array, threads)[0])
-    kinds = ("f32", "int8", "int16", "bf16")
-    return Limits(reading, *(_best(lambda kind=kind: _engine.arithmetic_rate(kind, threads)) for kind in kinds))
-
-
-def _best(rate: Callable[[], float]) -> float:
-    end, best = time.perf_counter() + LIMIT_SECONDS, 0.0
-    for _ in range(MAX_PASSES):
-        best = max(best, rate())
-        if time.perf_counter() > end:
-            break
-    return best
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def _speed(speed: Speed) -> str:
     slow, fast = speed.tokens / max(speed.seconds), speed.tokens / min(speed.seconds)
     return f"{speed.rate:.4g} tokens/s ({slow:.4g} to {fast:.4g})"
@@ -165,7 +124,7 @@ def _speed(speed: Speed) -> str:
 
 def measure_model(model: Model, *, prompt: int, decode: int, repeats: int) -> tuple[Speed, Speed]:
     """Prefill and decode of random tokens. The first prompt and token warm up and do not count."""
-    ids = _random_ids(model, prompt + decode)
+    ids = random_ids(model, prompt + decode)
     sequence = model.new_sequence(capacity=min(model.context_length, prompt + decode))
 
     def prefill() -> None:
@@ -179,13 +138,13 @@ def measure_model(model: Model, *, prompt: int, decode: int, repeats: int) -> tu
     prefill()
     with model.profile() as prefill_profile:
         prefill()
-    prefill_seconds = tuple(_timed(prefill) for _ in range(repeats))
+    prefill_seconds = tuple(timed(prefill) for _ in range(repeats))
     step(0)
     n_profiled = min(16, decode // 2)
     with model.profile() as decode_profile:
         for i in range(1, 1 + n_profiled):
             step(i)
-    decode_seconds = tuple(_timed(lambda i=i: step(i)) for i in range(1 + n_profiled, decode))
+    decode_seconds = tuple(timed(lambda i=i: step(i)) for i in range(1 + n_profiled, decode))
     sequence.close()
     return Speed(prompt, prefill_seconds, prefill_profile), Speed(1, decode_seconds, decode_profile)
 
@@ -200,12 +159,7 @@ def measure_medium(model: Model, medium: Medium, *, repeats: int) -> Speed:
     call()
     with model.profile() as profile:
         call()
-    return Speed(medium.n_runs * medium.run_length, tuple(_timed(call) for _ in range(repeats)), profile)
-
-
-def _random_ids(model: Model, n: int) -> I32:
-    """Token ids from the middle of the vocabulary; the timings do not depend on them."""
-    return np.random.default_rng(0).integers(model.n_token_ids // 4, model.n_token_ids, n).astype(np.int32)
+    return Speed(medium.n_runs * medium.run_length, tuple(timed(call) for _ in range(repeats)), profile)
 
 
 def bench(
@@ -231,14 +185,8 @@ def bench(
     prompt, decode, repeats = (checks.integer(name, n, -(1 << 31), 1 << 31) for name, n in counts.items())
     if prompt < 1 or repeats < 1 or decode < 4:
         raise ValueError(f"prompt {prompt}, repeats {repeats}, decode {decode}: expected at least 1, 1 and 4")
-    opened: list[Model] = []
-
-    def open_it() -> None:
-        model = load(name_or_path, mmproj=mmproj, threads=threads, precision=precision, kv_dtype=kv_dtype)
-        opened.append(model)
-
-    load_s = _timed(open_it)
-    with opened[0] as model:
+    model, load_s = opened(name_or_path, mmproj=mmproj, threads=threads, precision=precision, kv_dtype=kv_dtype)
+    with model:
         budget = model.image_tokens if image_tokens is None else image_tokens
         found = read_media([{"content": list(media)}], modalities=model.modalities, image_tokens=budget)
         notes: list[str] = []
@@ -252,8 +200,6 @@ def bench(
         peak, weights = peak_bytes(), mapped_bytes(file.path for file in model.checkpoint.files)
         encoding = {f"{one.kind} {one.name}": measure_medium(model, one, repeats=repeats) for one in found}
         limits = measure_limits(model.engine.threads)  # last: its array would count as memory
-        engine = model.engine
-        how = f"{engine.isa}, {engine.threads} threads, precision {engine.precision}, KV {model.kv_dtype}"
         measured = (load_s, *speeds, peak, weights, limits)
         path, inputs = str(model.checkpoint.path), model.checkpoint.inputs
-        return Benchmark(path, how, prompt, *measured, tuple(notes), encoding, inputs)
+        return Benchmark(path, how_text(model), prompt, *measured, tuple(notes), encoding, inputs)
