@@ -100,7 +100,7 @@ def test_every_timed_step_begins_after_the_prompt(random_dir, monkeypatch):
         assert min(lengths[n, 1]) == 20 and lengths[n, 1] == set(range(20, max(lengths[n, 1]) + 1))
 
 
-def test_experts_stream_what_rows_choose(tmp_path_factory, random_moe):
+def test_experts_stream_what_rows_choose(random_moe):
     result = bench_batch(random_moe.checkpoint.path, [8], prompt=8, repeats=1, threads=1)
     [found] = result.curves
     one, many = ({op.name: op for op in found.needed(i)} for i in range(2))

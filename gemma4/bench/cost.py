@@ -153,9 +153,10 @@ class RowsBenchmark:
     def facts(self) -> list[tuple[str, str]]:
         """(label, text) of the model, the machine and the method."""
         most = max(step.rows for step in self.curves[0].steps)
-        numbers = [len(step.seconds) for curve in self.curves for step in curve.steps]
+        numbers = sorted({len(step.seconds) for curve in self.curves for step in curve.steps})
+        number = " to ".join(str(n) for n in numbers[:1] + numbers[1:][-1:])
         rounds = self.curves[0].steps[0].rounds
-        method = f"median of {min(numbers)} to {max(numbers)} steps in {rounds} rounds, in turns; no sampling"
+        method = f"median of {number} steps in {rounds} rounds, in turns; no sampling"
         after = f"after a prompt of {self.prompt} tokens, computed once; every row gets its logits"
         return [
             ("model", self.model),

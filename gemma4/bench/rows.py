@@ -2,7 +2,7 @@
 """Measure steps by their rows: `gemma4 bench MODEL --batch 1,2,4,8,16` and `--curve`.
 
 All numbers of rows take turns, round after round, so that a change of the machine meets all of them alike. Every other
-round runs them in descending order.
+round runs them in descending order. The two ways to run a number of rows are next to each other.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from statistics import median
-from typing import TypedDict, Unpack
+from typing import TypeAlias, TypedDict, Unpack
 
 from gemma4 import checks
 from gemma4.bench.cost import CostCurve, Rows, RowsBenchmark, StepCost
@@ -28,6 +28,7 @@ BATCH = (1, 2, 4, 8, 16)
 # Every number up to 10, then the multiples at which kernels work, and one more than some of them.
 CURVE_ROWS = (*range(1, 11), 12, 16, 17, 20, 24, 28, 32, 33, 40, 48, 56, 64)
 MAX_ROWS = 1024
+Point: TypeAlias = tuple[Rows, int]
 _BATCH_STEPS, _CURVE_STEPS = 4, 2  # timed in each round, at least
 _MAX_STEPS, _ROUND_SECONDS = 16, 0.05  # more of short ones, for about this long
 
@@ -100,23 +101,31 @@ def _bench(
             notes.append(f"the prompt is {room} tokens, not {prompt}: the context is {model.context_length} positions")
             prompt = room
         steps = _Steps(model, prompt, counts["sequences"][-1], _new_positions(counts))
-        points: list[tuple[Rows, int]] = [(kind, n) for kind, ns in counts.items() for n in ns]
+        points: list[Point] = [(kind, n) for n in counts["sequences"] for kind in counts]
         n_steps = {point: _steps_of(steps.seconds(*point, 1)[0], min_steps) for point in points}
-        seconds: dict[tuple[Rows, int], list[float]] = {point: [] for point in points}
-        limits, peak = list[Limits](), peak_bytes()
-        for i in range(rounds):
-            if "progress" in options:
-                options["progress"](i + 1, rounds)
-            for point in reversed(points) if i % 2 else points:
-                seconds[point] += steps.seconds(*point, n_steps[point])
-            limits.append(measure_limits(model.engine.threads))  # its array would count as memory
+        sizes = (peak_bytes(), steps.kv_bytes)  # before measure_limits, whose array would count
+        seconds, limits = _take_turns(model, steps, n_steps, rounds, options.get("progress"))
         curves = tuple(
             CostCurve(kind, tuple(StepCost(n, tuple(seconds[kind, n]), steps.profile(kind, n), rounds) for n in ns))
             for kind, ns in counts.items()
         )
-        path, inputs, how = str(model.checkpoint.path), model.checkpoint.inputs, how_text(model)
-        sizes = (peak, steps.kv_bytes)
-        return RowsBenchmark(path, how, prompt, load_s, curves, _middle(limits), *sizes, tuple(notes), inputs)
+        path, inputs = str(model.checkpoint.path), model.checkpoint.inputs
+        return RowsBenchmark(path, how_text(model), prompt, load_s, curves, limits, *sizes, tuple(notes), inputs)
+
+
+def _take_turns(
+    model: Model, steps: _Steps, n_steps: Mapping[Point, int], rounds: int, progress: Callable[[int, int], None] | None
+) -> tuple[dict[Point, list[float]], Limits]:
+    """Seconds of each step, round after round, and the machine's limits, measured after each round. n_steps: in one."""
+    seconds: dict[Point, list[float]] = {point: [] for point in n_steps}
+    limits: list[Limits] = []
+    for i in range(rounds):
+        if progress is not None:
+            progress(i + 1, rounds)
+        for point in reversed(list(n_steps)) if i % 2 else n_steps:
+            seconds[point] += steps.seconds(*point, n_steps[point])
+        limits.append(measure_limits(model.engine.threads))
+    return seconds, _middle(limits)
 
 
 def _steps_of(seconds: float, least: int) -> int:
