@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "base/dtype.h"
+#include "base/pick.h"
 #include "base/profile.h"
 #include "base/status.h"
 
@@ -211,7 +212,8 @@ typedef struct {
     const float *embeddings;    /* [n_rows, D] or NULL: already scaled; only rows without a token are read */
     const int32_t *logits_rows; /* [n_logits] rows of the run to compute logits for, ascending */
     int n_logits;
-    float *logits; /* [n_logits, V] */
+    float *logits;  /* [n_logits, V]; NULL: only picks */
+    g4_pick *picks; /* [n_logits] what to find in each row of the logits, or NULL */
     /* [n_rows] ascending, i < ends[i] <= n_rows: row i sees the run's rows before ends[i], at most the layer's `ahead`
      * beyond its own. Consecutive rows that see each other (an image) form a stretch. Chunks never split a stretch.
      * NULL: causal. */

@@ -69,11 +69,19 @@ Tensors: TypeAlias = Mapping[str, tuple[str, tuple[int, ...], Any, int]]
 # positions before ends[i], i < ends[i] <= T, as far as each layer's `ahead` allows. No chunk divides such a stretch.
 # · and, if layers before start_at_layer do not run, the residual stream resid float32 [T, d_model] that enters it (or
 # None; all runs of a step have one, or none).
+# · and what to find in each of the rows of logits (Picks, or None); then the array of logits may be None.
 Run: TypeAlias = (
     tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None]
     | tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None, I32 | None]
     | tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None, I32 | None, F32 | None]
+    | tuple[Sequence, I32 | None, F32 | None, I32 | None, F32 | None, I32 | None, F32 | None, Picks | None]
 )
+
+# The largest logits of n rows: list the k largest and all equal to the last of them · list also those at most `within`
+# below the largest (0: neither) · whether to sum · ids int32 [n, vocab], ascending, no -inf · their logits float32 [n,
+# vocab] · found float64 [n, 4]: id of the largest (the lowest among equals), the largest (NaN if any is; then the rest
+# is 0 and NaN), how many are listed, log of the sum of e^logit. Of ids and values only the listed entries are written.
+Picks: TypeAlias = tuple[int, float, bool, I32, F32, F64]
 
 # Copy a site out: site id · layer (0 for model-wide sites) · run index · array · rows.
 #   array  C-contiguous float32 (int32 for expert ids) with the site's dims; "T" = number of rows kept, "S" = sequence
@@ -293,3 +301,19 @@ def dequantize(dtype: str, shape: tuple[int, ...], buffer: Any, offset: int) -> 
 
 # testing: kernel entry points for tests/, one per row of csrc/kernels/kernels.inc
 testing: Any
+
+def top_logits(logits: F32, picks: Picks) -> None:
+    """The largest of logits [vocab], as a step finds them in its own: n is 1. Raises ValueError, TypeError."""
+
+def nucleus_floor(weights: F32, share: float) -> float:
+    """The smallest of the fewest of the largest weights [n] that sum to at least `share` of all; n >= 1.
+
+    Weights are 0 to 1, one of them above 0. Sums are float64. Raises ValueError (no weights), TypeError.
+    """
+
+def draw(weights: F32, least: float, unit: float) -> int:
+    """The first index up to which the weights [n] that are >= least sum to more than `unit` of all those.
+
+    0 <= unit < 1. Never one of weight 0. Sums are float64. Raises ValueError (no weight is above 0 and >= least),
+    TypeError.
+    """

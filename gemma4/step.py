@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from gemma4.interp.cache import ActivationCache
 from gemma4.interp.hooks import HookPoint, SiteHooks, has_nan, works
 from gemma4.interp.sites import Site
 from gemma4.narrow import is_array, is_iterable
+from gemma4.picks import Picker, TopLogits
 from gemma4.profile import step_array
 from gemma4.sequence import Sequence
 
@@ -49,13 +51,15 @@ class Prompt:
     hooks: SiteHooks = field(default_factory=SiteHooks)  # sites to edit, those of other prompts stay as they are
     n_prompt: int | None = None  # length of the prompt that these tokens belong to, for edits; None: it ends with them
     step: int = 0  # of a generation, for edits; 0: the prompt itself
+    picker: Picker | None = None  # what to find in those logits; the logits themselves only if it needs them
 
 
 class Output(NamedTuple):
-    """The outputs of one prompt of a batch."""
+    """The outputs of one prompt of a batch. With a picker, the next step overwrites the logits."""
 
     logits: F32 | None  # float32 [n, d_vocab]
     cache: ActivationCache | None
+    tops: list[TopLogits] | None = None  # [n] with a picker
 
 
 def select_positions(spec: Positions, length: int, what: str = "pos") -> I32:
@@ -96,9 +100,18 @@ class _Plan:
         self.captures = prompt.capture is not None
         self.kept, _ = _ascending(select_positions(prompt.pos if self.captures else None, n_new))
         self.rows, self.order = _ascending(select_positions(prompt.logits, n_new, "logits"))
-        self.logits = None if prompt.logits is None else np.empty((len(self.rows), model.d_vocab), dtype=np.float32)
+        self.picker = prompt.picker
+        self.logits = self._logits(model)
         self.arrays = self._allocate(prompt.capture or ())
         self.lent: dict[tuple[str, bytes], tuple[Site, I32 | None, F32]] = {}  # copies that other runs' edits read
+
+    def _logits(self, model: Core) -> F32 | None:
+        """Memory for the rows of logits; None: none are needed."""
+        if self.prompt.logits is None:
+            return None
+        if self.picker:
+            return self.picker.buffer(len(self.rows))
+        return np.empty((len(self.rows), model.d_vocab), dtype=np.float32)
 
     def _allocate(self, sites: Iterable[Site]) -> dict[str, NDArray[Any]]:
         # zeros, not empty: the engine leaves rows that it never reaches unchanged (and zero pages are free)
@@ -108,10 +121,11 @@ class _Plan:
     def run(self) -> Run:
         sequence, soft, resid = self.prompt.sequence.engine, self.prompt.soft, self.prompt.resid
         rows, logits = (self.rows, self.logits) if len(self.rows) else (None, None)
-        if soft is None and resid is None:
+        picks = self.picker.arguments(len(self.rows)) if self.picker and rows is not None else None
+        if soft is None and resid is None and picks is None:
             return sequence, self.prompt.ids, None, rows, logits
         ids, embeddings, ends = (soft.ids, soft.embeddings, soft.ends) if soft else (self.prompt.ids, None, None)
-        return sequence, ids, embeddings, rows, logits, ends, resid
+        return sequence, ids, embeddings, rows, logits, ends, resid, picks
 
     def edits(self, model: Core, plans: Seq[_Plan]) -> list[Tap]:
         """The taps of hooks and edits, in their order."""
@@ -123,7 +137,7 @@ class _Plan:
 
     def copies(self) -> Iterator[Tap]:
         """The captures, and the rows that other runs take, which their `edits` have asked for."""
-        rows = self._row_map(self.kept)
+        rows = self._row_map(self.kept) if self.arrays else None
         for site in self.prompt.capture or ():
             yield self._copy(site, self.arrays[site.name], rows)
         for site, taken, array in self.lent.values():
@@ -171,15 +185,24 @@ class _Plan:
     def made_nan(self) -> bool:
         """Whether logits of a run with edits hold NaN: the engine's own edits are not looked at one by one."""
         edited = any(isinstance(act, SiteEdit) for _, acts in self.prompt.hooks for act in acts)
+        if self.picker:
+            return edited and any(math.isnan(top.top) for top in self._tops() or ())
         return edited and self.logits is not None and has_nan(self.logits)
+
+    def _tops(self) -> list[TopLogits] | None:
+        """In the order that was asked for."""
+        rows = range(len(self.rows)) if self.order is None else self.order.tolist()
+        return [self.picker.found(row) for row in rows] if self.picker else None
 
     def output(self, model: Core) -> Output:
         logits = self.logits if self.logits is None or self.order is None else self.logits[self.order]
         if not self.captures:
-            return Output(logits, None)
+            return Output(logits, None, self._tops())
         positions = self.before + self.kept.astype(np.int64)
         media = self.prompt.soft.caches if self.prompt.soft else ()
-        return Output(logits, ActivationCache(model, self.arrays, self.prompt.ids[self.kept], positions, media))
+        return Output(
+            logits, ActivationCache(model, self.arrays, self.prompt.ids[self.kept], positions, media), self._tops()
+        )
 
 
 def _place_of(prompt: Prompt, before: int) -> Place:
@@ -246,6 +269,8 @@ def _lenders_first(prompts: Seq[Prompt]) -> Seq[int]:
 
 def _lenders_of(prompt: Prompt) -> set[int]:
     """The numbers of the prompts from which edits of this one take."""
+    if not prompt.hooks:
+        return set()
     place = _place_of(prompt, prompt.sequence.length)
     edits = (act for _, acts in prompt.hooks for act in acts if isinstance(act, SiteEdit))
     return {edit.source.prompt for edit in edits if edit.source and not edit.rests(place)}

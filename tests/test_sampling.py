@@ -11,16 +11,18 @@ import pytest
 
 from gemma4.generation.defaults import read_defaults
 from gemma4.generation.sampling import (
+    Edits,
     Sample,
     Sampler,
     SamplingParams,
     StopCriteria,
-    _candidates,
-    _edit,
-    _index_of_sum,
+    _largest,
+    _least,
+    _weights,
     kth_largest,
     logprobs,
 )
+from gemma4.picks import Picker
 
 NONE = np.zeros(0, np.int32)
 
@@ -31,10 +33,33 @@ def random_logits(seed, n=1000, scale=4.0):
 
 def distribution(logits, params, ids=NONE, n_prompt=0):
     """The probabilities the sampler draws from, float64 [vocab]."""
-    tokens, weights = _candidates(_edit(params, logits, ids, n_prompt), params)
+    scores = edited(params, logits, ids, n_prompt)
+    k = params.top_k if params.top_k < logits.size else 0
+    top = Picker(logits.size, k).of(scores)
+    tokens, kept = _largest(top, k) if k else (np.arange(logits.size), scores)
+    weights = _weights(kept, top.top, params.temperature)
+    weights = np.where(weights >= np.float32(_least(weights, params)), weights, 0)
     out = np.zeros(logits.size)
-    out[slice(None) if tokens is None else tokens] = weights / weights.sum(dtype=np.float64)
+    out[tokens] = weights / weights.sum(dtype=np.float64)
     return out
+
+
+def edited(params, logits, ids, n_prompt):
+    return Edits(params).of(logits.copy(), ids, n_prompt)
+
+
+def sorted_choice(logits, params, unit):
+    """The token that a random number of the unit interval draws, by sorting and running sums of the whole row."""
+    weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
+    if params.top_k and params.top_k < logits.size:
+        weights[logits < np.sort(logits)[-params.top_k]] = 0
+    floor = np.float32(params.min_p)
+    if params.top_p < 1:
+        descending = np.sort(weights)[::-1]
+        sums = np.cumsum(descending, dtype=np.float64)
+        floor = max(floor, descending[np.searchsorted(sums, params.top_p * sums[-1])])
+    sums = np.cumsum(np.where(weights >= floor, weights, 0), dtype=np.float64)
+    return int(np.searchsorted(sums, unit * sums[-1], side="right"))
 
 
 # -- against transformers ----------------------------------------------------------------------------------------------
@@ -77,7 +102,7 @@ def test_repetition_penalty_and_bias_are_transformers(ids=(3, 3, 7, 900, 12)):
     tokens = torch.tensor([ids])
     scores = t.SequenceBiasLogitsProcessor({(token,): value for token, value in bias.items()})(tokens, scores)
     scores = t.RepetitionPenaltyLogitsProcessor(1.3)(tokens, scores)
-    ours = _edit(SamplingParams(repetition_penalty=1.3, logit_bias=bias), logits, np.array(ids, np.int32), 2)
+    ours = edited(SamplingParams(repetition_penalty=1.3, logit_bias=bias), logits, np.array(ids, np.int32), 2)
     assert np.allclose(ours, scores[0].numpy(), rtol=1e-6)
 
 
@@ -152,8 +177,20 @@ def test_odd_but_meaningful_generation_config(recwarn):
 def test_presence_and_frequency_count_the_output_only():
     logits = np.zeros(10, np.float32)
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25)
-    scores = _edit(params, logits, np.array([1, 1, 2, 2, 3], np.int32), 2)
+    scores = edited(params, logits, np.array([1, 1, 2, 2, 3], np.int32), 2)
     assert scores.tolist() == [0, 0, -1.0, -0.75] + [0] * 6 and not logits.any()
+
+
+def test_penalties_of_a_sequence_that_grows_shrinks_and_changes():
+    """A sampler counts on from the last call; it may not matter what that call was."""
+    rng, logits = np.random.default_rng(0), random_logits(0, 50)
+    params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.25)
+    edits, ids = Edits(params), rng.integers(0, 50, 60).astype(np.int32)
+    for n, n_prompt in ((5, 3), (6, 3), (7, 3), (20, 3), (21, 10), (4, 3), (4, 4), (0, 0), (30, 0), (31, 0)):
+        assert np.array_equal(edits.of(logits.copy(), ids[:n], n_prompt), edited(params, logits, ids[:n], n_prompt))
+    other = rng.integers(0, 50, 60).astype(np.int32)
+    for n in (32, 33):
+        assert np.array_equal(edits.of(logits.copy(), other[:n], 9), edited(params, logits, other[:n], 9))
 
 
 def test_order_of_operations():
@@ -294,20 +331,19 @@ def test_banned_tokens_are_never_drawn():
         assert sampler.sample(logits, NONE).token == token
 
 
-@pytest.mark.parametrize("n", [1, 2, 511, 512, 513, 5000, 262_144])
-def test_index_of_sum_is_that_of_running_sums(n):
-    """Also at sums that are met exactly, at 0, at the end and beyond it; most weights of the last case are 0."""
-    rng = np.random.default_rng(n)
-    whole = rng.integers(0, 3, n).astype(np.float32)  # sums without rounding
-    whole[rng.integers(n)] = 1
-    sparse = whole * (rng.random(n) < 0.01)
-    sparse[n // 2] = 1
-    for weights in (whole, sparse):
-        sums = np.cumsum(weights, dtype=np.float64)
-        for wanted in (0.0, 0.5, *rng.choice(sums, 30), sums[-1] / 3, sums[-1] - 0.5, sums[-1], sums[-1] + 1):
-            last = np.searchsorted(sums, sums[-1])
-            for beyond, side in ((True, "right"), (False, "left")):
-                assert _index_of_sum(weights, wanted, beyond) == min(np.searchsorted(sums, wanted, side), last)
+@pytest.mark.parametrize(
+    "settings",
+    [*GRID[::5], {"top_k": 64, "top_p": 0.95}, {}, {"top_p": 0.95}, {"min_p": 0.05}, {"top_k": 64, "temperature": 0.7}],
+    ids=str,
+)
+def test_the_same_seed_draws_what_sorting_gives(settings):
+    """A draw is one number of NumPy's generator, looked up in running sums: no token may depend on how that is done."""
+    params = SamplingParams(seed=11, **settings)
+    for n in (3, 600, 20_000):
+        logits = random_logits(n, n)
+        sampler, rng = Sampler(params), np.random.default_rng(np.random.SeedSequence(11, spawn_key=(0,)))
+        for _ in range(40):
+            assert sampler.sample(logits, NONE).token == sorted_choice(logits, params, rng.random())
 
 
 # -- log-probabilities and selection -----------------------------------------------------------------------------------
@@ -325,7 +361,7 @@ def test_logprobs(n):
 
 
 def test_logprobs_are_the_model_s_own():
-    """Neither bias nor temperature nor penalties change them; ties go by id; -inf is allowed."""
+    """Neither bias nor temperature nor penalties change them; ties go by id; -inf is allowed, and listed at the end."""
     logits = np.array([1, 3, 3, -np.inf], np.float32)
     params = SamplingParams(temperature=0, logit_bias={0: 100.0}, repetition_penalty=2.0, logprobs=3)
     result = Sampler(params).sample(logits, np.array([1], np.int32))
@@ -333,6 +369,8 @@ def test_logprobs_are_the_model_s_own():
     assert result.token == 0 and result.logprob == pytest.approx(1 - total)
     assert [i for i, _ in result.top_logprobs] == [1, 2, 0] and result.top_logprobs[0][1] == pytest.approx(3 - total)
     assert Sampler(SamplingParams(temperature=0)).sample(logits, NONE) == Sample(1)
+    listed = Sampler(SamplingParams(temperature=0, logprobs=9)).sample(logits, NONE).top_logprobs
+    assert [i for i, _ in listed] == [1, 2, 0, 3] and listed[3][1] == -math.inf
 
 
 def test_kth_largest():

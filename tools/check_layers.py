@@ -35,6 +35,7 @@ ROOMS = {
     "narrow": "",
     "checks": "narrow",
     "profile": "_engine",
+    "picks": "_engine",
     "files": "errors",
     "npz": "errors files",
     "html": "files",
@@ -57,10 +58,10 @@ ROOMS = {
     "load.encoder_config _engine",
     "sequence": "narrow checks errors files npz media.keys core _engine",
     "step": "narrow checks edits errors interp.sites interp.hooks interp.cache core encoders.soft_tokens sequence "
-    "profile _engine",
+    "profile picks _engine",
     "inputs": "narrow checks errors text media core encoders sequence step",
     "generation": "narrow checks edits errors text media interp.sites interp.hooks interp.cache core encoders sequence "
-    "step inputs",
+    "step inputs picks _engine",
     "family": "errors core",
     "guard": "checks narrow errors text core family",
     "info": "units core family",

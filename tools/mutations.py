@@ -446,7 +446,13 @@ PACKAGE = [
         "",
         "family_chat",
     ),
-    Mistake("a draw of exactly a border", 'side="right" if beyond else "left"', 'side="left"', "sampling"),
+    Mistake(
+        "a draw of exactly a block's border",
+        "before + sums[b] > unit * total",
+        "before + sums[b] >= unit * total",
+        "picks",
+    ),
+    Mistake("a draw of exactly a border", "inside <= unit * total - before", "inside < unit * total - before", "picks"),
     Mistake(
         "repetition makes negative logits likelier",
         "np.where(values < 0, values * p.repetition_penalty",
@@ -455,21 +461,22 @@ PACKAGE = [
     ),
     Mistake(
         "equals are not ordered by id",
-        "np.lexsort((ids, -logits[ids]))",
-        "np.lexsort((-ids, -logits[ids]))",
+        "np.lexsort((found.ids, -found.values))",
+        "np.lexsort((-found.ids, -found.values))",
         "sampling",
     ),
+    Mistake("penalties count the prompt", "self._written.of(ids[n_prompt:])", "self._written.of(ids)", "sampling"),
+    Mistake("a token's second penalty is its first", "self._counts[place] += 1", "self._counts[place] = 1", "sampling"),
     Mistake(
-        "penalties count the prompt", "np.unique(np.asarray(ids)[n_prompt:]", "np.unique(np.asarray(ids)", "sampling"
+        "the bound of block maxima",
+        "kth_largest(maxima, blocks, pick->k)",
+        "kth_largest(maxima, blocks, 1)",
+        "picks",
     ),
-    Mistake("top_k of the whole vocabulary", "if k >= x.size:", "if k > x.size + 1:", "sampling"),
-    Mistake(
-        "the floor of block maxima",
-        "np.partition(maxima, blocks - k)[blocks - k]",
-        "np.partition(maxima, blocks - k)[blocks - 1]",
-        "sampling",
-    ),
-    Mistake("the nucleus loses its tail", "(1 - top_p) * total / weights.size", "(1 - top_p) * total", "sampling"),
+    Mistake("equals of the last logit are dropped", "n += value >= least;", "n += value > least;", "picks"),
+    Mistake("the nucleus loses its tail", "(1 - share) * total / n", "(1 - share) * total", "picks"),
+    Mistake("the nucleus forgets what weighs more", "        at->wanted -= sum;\n", "", "picks"),
+    Mistake("a row's results are another's", "&run->picks[slot]", "&run->picks[0]", "picks"),
     Mistake(
         "of two stop strings the shorter one is found",
         "(text.find(s), -len(s), s)",

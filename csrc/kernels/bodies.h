@@ -38,6 +38,7 @@ _Static_assert(BLOCK_M *BLOCK_N * 16 + (BLOCK_M + BLOCK_N) * BLOCK_K <= G4_MATMU
 #include "kernels/body_rows.h"
 #include "kernels/body_panel.h"
 #include "kernels/body_fire.h"
+#include "kernels/body_pick.h"
 #include "kernels/body_tile.h"
 #include "kernels/body_int8_rows.h"
 #include "kernels/body_int8_tile.h"

@@ -89,6 +89,22 @@ void engine_release_taps(engine_taps *taps);
 /* Copies a one-dimensional int32 array; free it with PyMem_Free. None: *copy NULL and *n -1. */
 int engine_copy_ints(PyObject *object, const char *what, int32_t **copy, int *n);
 
+/* pick.c. Reads None or a tuple (k, within, with_sum, ids int32 [n, V], values float32 [n, V] (None if nothing is listed), found float64 [n,
+ * ENGINE_FOUND]); release also after a failure. engine_return_picks writes best, top, length and log_sum of each row to
+ * `found`. */
+enum { ENGINE_FOUND = 4 };
+typedef struct {
+    g4_pick *rows; /* [n]; NULL: None was given */
+    double *found;
+    int n;
+} engine_picks;
+int engine_read_picks(PyObject *object, int n, int n_vocab, engine_picks *picks);
+void engine_return_picks(const engine_picks *picks);
+void engine_release_picks(engine_picks *picks);
+PyObject *engine_top_logits(PyObject *self, PyObject *args);
+PyObject *engine_nucleus_floor(PyObject *self, PyObject *args);
+PyObject *engine_draw(PyObject *self, PyObject *args);
+
 /* model.c, sequence.c, step.c, encoder.c, map.c, testing.c */
 extern PyType_Spec engine_model_spec, engine_sequence_spec, engine_encoder_spec, engine_map_spec;
 extern PyType_Spec engine_threads_spec, engine_features_spec;          /* features.c */

@@ -175,6 +175,9 @@ static PyMethodDef module_methods[] = {
     {"text_tensors", engine_text_tensors, METH_O, "text_tensors(config) -> [(name, shape)] that it calls for"},
     {"encoder_tensors", engine_encoder_tensors, METH_O, "The same of an encoder's config."},
     {"dequantize", dequantize, METH_VARARGS, "dequantize(dtype, shape, buffer, offset) -> float32 array"},
+    {"top_logits", engine_top_logits, METH_VARARGS, "top_logits(logits, picks): the largest logits of a row."},
+    {"nucleus_floor", engine_nucleus_floor, METH_VARARGS, "nucleus_floor(weights, share) -> the nucleus's least."},
+    {"draw", engine_draw, METH_VARARGS, "draw(weights, least, unit) -> the first index beyond unit of their sum."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -6,6 +6,7 @@ typedef struct {
     model_object *model;
     PyObject *run_tuple; /* owns every array in use */
     g4_run *runs;
+    engine_picks *picks;  /* [n_runs] */
     int n_runs, n_locked; /* the sequences of the first n_locked runs are locked */
     engine_taps taps;
     engine_gil gil;
@@ -13,11 +14,28 @@ typedef struct {
 
 /* ---- arguments --------------------------------------------------------------------------------------------------- */
 
-#define RUN "a run is a tuple (sequence, tokens, embeddings, logits_rows, logits, ends, resid)"
+#define RUN "a run is a tuple (sequence, tokens, embeddings, logits_rows, logits, ends, resid, picks)"
 
-static int read_run(step_args *s, PyObject *tuple, g4_run *run)
+/* The arrays for `n` rows of logits: the logits themselves, what to find in them, or both. */
+static int read_outputs(const g4_config *config, int n, PyObject *logits, PyObject *given, g4_run *run,
+                        engine_picks *picks)
 {
-    PyObject *sequence, *tokens, *embeddings, *rows, *logits, *ends = Py_None, *resid = Py_None;
+    if (engine_read_picks(given, n, config->d_vocab, picks))
+        return -1;
+    run->picks = picks->rows;
+    if (logits == Py_None && picks->rows)
+        return 0;
+    const npy_intp dims[] = {n, config->d_vocab};
+    PyArrayObject *array = engine_check_array(logits, NPY_FLOAT32, 2, dims, "logits");
+    if (!array || PyArray_FailUnlessWriteable(array, "logits"))
+        return -1;
+    run->logits = PyArray_DATA(array);
+    return 0;
+}
+
+static int read_run(step_args *s, PyObject *tuple, g4_run *run, engine_picks *picks)
+{
+    PyObject *sequence, *tokens, *embeddings, *rows, *logits, *ends = Py_None, *resid = Py_None, *given = Py_None;
     const g4_config *config = g4_model_config(s->model->model);
     int n_tokens, n_logits, n_ends;
     int32_t *ints;
@@ -25,8 +43,8 @@ static int read_run(step_args *s, PyObject *tuple, g4_run *run)
         PyErr_SetString(PyExc_TypeError, RUN);
         return -1;
     }
-    if (!PyArg_ParseTuple(tuple, "O!OOOO|OO;" RUN, engine_sequence_type((PyObject *)s->model), &sequence, &tokens,
-                          &embeddings, &rows, &logits, &ends, &resid))
+    if (!PyArg_ParseTuple(tuple, "O!OOOO|OOO;" RUN, engine_sequence_type((PyObject *)s->model), &sequence, &tokens,
+                          &embeddings, &rows, &logits, &ends, &resid, &given))
         return -1;
     run->seq = engine_open_sequence(sequence);
     if (!run->seq || !engine_lock(run->seq)) /* before anything that could run Python code and close it */
@@ -62,14 +80,7 @@ static int read_run(step_args *s, PyObject *tuple, g4_run *run)
         return -1;
     run->logits_rows = ints;
     run->n_logits = n_logits > 0 ? n_logits : 0;
-    if (run->n_logits) {
-        const npy_intp dims[] = {n_logits, config->d_vocab};
-        PyArrayObject *array = engine_check_array(logits, NPY_FLOAT32, 2, dims, "logits");
-        if (!array || PyArray_FailUnlessWriteable(array, "logits"))
-            return -1;
-        run->logits = PyArray_DATA(array);
-    }
-    return 0;
+    return run->n_logits ? read_outputs(config, n_logits, logits, given, run, picks) : 0;
 }
 
 static bool site_exists(void *context, g4_site site, int layer)
@@ -93,13 +104,14 @@ static int read_args(step_args *s, PyObject *runs, PyObject *taps)
         return -1;
     const size_t n_runs = (size_t)PyTuple_Size(s->run_tuple);
     s->runs = PyMem_Calloc(n_runs + 1, sizeof *s->runs);
-    if (!s->runs || n_runs > 1 << 20) {
+    s->picks = PyMem_Calloc(n_runs + 1, sizeof *s->picks);
+    if (!s->runs || !s->picks || n_runs > 1 << 20) {
         PyErr_NoMemory();
         return -1;
     }
     for (size_t i = 0; i < n_runs; i++) {
         s->n_runs = (int)i + 1;
-        if (read_run(s, PyTuple_GetItem(s->run_tuple, (Py_ssize_t)i), &s->runs[i]))
+        if (read_run(s, PyTuple_GetItem(s->run_tuple, (Py_ssize_t)i), &s->runs[i], &s->picks[i]))
             return -1;
     }
     const engine_tap_owner owner = {s, &s->gil, "run", s->n_runs, site_exists, site_shape};
@@ -115,7 +127,9 @@ static void release_args(step_args *s)
         PyMem_Free((void *)s->runs[i].tokens);
         PyMem_Free((void *)s->runs[i].logits_rows);
         PyMem_Free((void *)s->runs[i].ends);
+        engine_release_picks(&s->picks[i]);
     }
+    PyMem_Free(s->picks);
     PyMem_Free(s->runs);
     Py_XDECREF(s->run_tuple);
 }
@@ -157,6 +171,8 @@ PyObject *engine_model_step(PyObject *self, PyObject *args, PyObject *kwargs)
         PyEval_RestoreThread(s.gil.state);
         if (status != G4_OK)
             engine_raise(&err);
+        for (int i = 0; status == G4_OK && i < s.n_runs; i++)
+            engine_return_picks(&s.picks[i]);
     }
     release_args(&s);
     if (status != G4_OK)

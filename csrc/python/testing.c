@@ -567,6 +567,81 @@ static PyObject *test_sum_squares(PyObject *self, PyObject *args)
     return PyFloat_FromDouble((double)kernels->sum_squares(PyArray_DATA(x), (int)PyArray_SIZE(x)));
 }
 
+/* block_maxima(isa, x [n], block) -> float32 [blocks] */
+static PyObject *test_block_maxima(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x;
+    int block;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!i", &isa, &PyArray_Type, &x, &block))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 1))
+        return NULL;
+    const npy_intp blocks = (PyArray_SIZE(x) + block - 1) / block;
+    PyObject *out = PyArray_SimpleNew(1, &blocks, NPY_FLOAT32);
+    if (out)
+        kernels->block_maxima(PyArray_DATA(x), (int)PyArray_SIZE(x), block, PyArray_DATA((PyArrayObject *)out));
+    return out;
+}
+
+/* list_within(isa, x [n], least, most) -> int32 [found] */
+static PyObject *test_list_within(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x;
+    float least, most;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!ff", &isa, &PyArray_Type, &x, &least, &most))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 1))
+        return NULL;
+    const npy_intp n = PyArray_SIZE(x);
+    PyObject *ids = PyArray_SimpleNew(1, &n, NPY_INT32), *found = NULL;
+    if (ids)
+        found = PySequence_GetSlice(
+            ids, 0, kernels->list_within(PyArray_DATA(x), (int)n, least, most, PyArray_DATA((PyArrayObject *)ids)));
+    Py_XDECREF(ids);
+    return found;
+}
+
+/* block_sums(isa, x [n], block, least) -> float64 [blocks] */
+static PyObject *test_block_sums(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x;
+    int block;
+    float least;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!if", &isa, &PyArray_Type, &x, &block, &least))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 1))
+        return NULL;
+    const npy_intp blocks = (PyArray_SIZE(x) + block - 1) / block;
+    PyObject *out = PyArray_SimpleNew(1, &blocks, NPY_FLOAT64);
+    if (out)
+        kernels->block_sums(PyArray_DATA(x), (int)PyArray_SIZE(x), block, least, PyArray_DATA((PyArrayObject *)out));
+    return out;
+}
+
+/* sum_exp(isa, x [n], max) -> float */
+static PyObject *test_sum_exp(PyObject *self, PyObject *args)
+{
+    const char *isa;
+    PyArrayObject *x;
+    float max;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "sO!f", &isa, &PyArray_Type, &x, &max))
+        return NULL;
+    const g4_kernels *kernels = table_of(isa);
+    if (!kernels || !is_rows(x, NPY_FLOAT32, 1))
+        return NULL;
+    return PyFloat_FromDouble(kernels->sum_exp(PyArray_DATA(x), max, (int)PyArray_SIZE(x)));
+}
+
 /* widen(isa, dtype, x [n]) -> float32 [n] */
 static PyObject *test_widen(PyObject *self, PyObject *args)
 {
@@ -671,6 +746,10 @@ static PyMethodDef testing_methods[] = {
      "matmul_panel16(isa, quantize_rows16(…), pack_panel16(…), n, groups at once) -> [m, n]"},
     {"row", test_row, METH_VARARGS, "row(isa, name, x [n], y [n] or None, s) -> [n]"},
     {"sum_squares", test_sum_squares, METH_VARARGS, "sum_squares(isa, x [n]) -> float"},
+    {"block_maxima", test_block_maxima, METH_VARARGS, "block_maxima(isa, x [n], block) -> [blocks]"},
+    {"list_within", test_list_within, METH_VARARGS, "list_within(isa, x [n], least, most) -> int32 [found]"},
+    {"block_sums", test_block_sums, METH_VARARGS, "block_sums(isa, x [n], block, least) -> float64 [blocks]"},
+    {"sum_exp", test_sum_exp, METH_VARARGS, "sum_exp(isa, x [n], max) -> float"},
     {"widen", test_widen, METH_VARARGS, "widen(isa, dtype, x [n] or uint8 [bytes]) -> float32 [n]"},
     {"narrow", test_narrow, METH_VARARGS, "narrow(isa, dtype, x [n]) -> uint8 [bytes]"},
     {"cpu_cores", test_cpu_cores, METH_VARARGS, "cpu_cores(root, cpus int32 [n]) -> cores among them"},

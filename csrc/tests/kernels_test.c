@@ -112,9 +112,56 @@ void *random_weights(g4_dtype dtype, int kind, size_t n)
 
 /* ---- rows -------------------------------------------------------------------------------------------------------- */
 
-const char *const row_names[N_ROW_KERNELS] = {
-    "sum_squares", "scale_mul",  "scale_mul with a gain",  "add",     "mul",     "axpy",    "gelu", "glu",
-    "clamp",       "layer_norm", "layer_norm with a bias", "mul_add", "softmax", "softcap", "rope", "read_sum"};
+const char *const row_names[N_ROW_KERNELS] = {"sum_squares",
+                                              "scale_mul",
+                                              "scale_mul with a gain",
+                                              "add",
+                                              "mul",
+                                              "axpy",
+                                              "gelu",
+                                              "glu",
+                                              "clamp",
+                                              "layer_norm",
+                                              "layer_norm with a bias",
+                                              "mul_add",
+                                              "softmax",
+                                              "softcap",
+                                              "rope",
+                                              "block_maxima",
+                                              "list_within",
+                                              "block_sums",
+                                              "sum_exp",
+                                              "read_sum"};
+
+/* A float64 as float32, and what that leaves, if there is room. */
+static void put_double(double sum, float *x, int at, int rest_at, int n)
+{
+    x[at] = (float)sum;
+    if (rest_at < n)
+        x[rest_at] = (float)(sum - (double)x[at]);
+}
+
+/* Kernels of sampling: their results replace x. */
+static void run_pick(const g4_kernels *t, int kernel, float *x, int n)
+{
+    enum { BLOCK = 48, MOST = 4096 };
+    static int32_t ids[MOST];
+    static double sums[MOST];
+    const int blocks = (n + BLOCK - 1) / BLOCK;
+    if (kernel == BLOCK_MAXIMA) {
+        t->block_maxima(x, n, BLOCK, x);
+    } else if (kernel == SUM_EXP) {
+        put_double(t->sum_exp(x, 1, n), x, 0, 1, n);
+    } else if (kernel == BLOCK_SUMS) {
+        t->block_sums(x, n, BLOCK, -0.25f, sums);
+        for (int b = 0; b < blocks; b++)
+            put_double(sums[b], x, b, blocks + b, n);
+    } else {
+        const int n_ids = t->list_within(x, n, -0.25f, 0.5f, ids);
+        for (int i = 0; i < n; i++)
+            x[i] = i < n_ids ? (float)ids[i] : -1;
+    }
+}
 
 void run_row(const g4_kernels *t, int kernel, float *x, const float *y, const float *z, int n)
 {
@@ -134,6 +181,10 @@ void run_row(const g4_kernels *t, int kernel, float *x, const float *y, const fl
     case SOFTMAX: t->softmax(x, n); break;
     case SOFTCAP: t->softcap(x, 0.8f, n); break;
     case ROPE: t->rope(x, y, z, n / 2); break;
+    case BLOCK_MAXIMA:
+    case LIST_WITHIN:
+    case BLOCK_SUMS:
+    case SUM_EXP: run_pick(t, kernel, x, n); break;
     default: x[0] = t->read_sum(x, (size_t)n); break;
     }
 }

@@ -43,6 +43,10 @@ enum {
     SOFTMAX,
     SOFTCAP,
     ROPE,
+    BLOCK_MAXIMA,
+    LIST_WITHIN,
+    BLOCK_SUMS,
+    SUM_EXP,
     READ_SUM,
     N_ROW_KERNELS
 };

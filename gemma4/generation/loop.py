@@ -24,6 +24,7 @@ from gemma4.interp.cache import ActivationCache, join_caches
 from gemma4.interp.hooks import Capture, Hook, SiteHooks, active_hooks, apart, bind_hooks, check_hooks, hooks_of
 from gemma4.interp.sites import Site, names_of
 from gemma4.media.prompt import TokenizedPrompt
+from gemma4.picks import Picker
 from gemma4.sequence import Sequence, new_sequence
 from gemma4.step import Output, Prompt, run_step
 from gemma4.text.turn import ToolCall
@@ -99,6 +100,7 @@ class Continuation:
     sequence: Sequence
     owns_sequence: bool
     sampler: Sampler
+    picker: Picker
     stops: StopCriteria
     taps: EncoderTaps
     capture: list[Site] | None
@@ -149,6 +151,7 @@ class Continuation:
             hooks=self.hooks,
             n_prompt=self.n_prompt,
             step=len(self.samples),
+            picker=self.picker,
         )
 
     def accept(self, output: Output) -> None:
@@ -156,9 +159,10 @@ class Continuation:
         if output.cache is not None:
             output.cache.keep_inside(self.inside.kept.pop(self.number, {}))
             self.caches.append(output.cache)
-        assert output.logits is not None
-        for logits, guess in zip(output.logits, (*self.guesses, None), strict=True):
-            sample = self.sampler.sample(logits, self.ids, self.n_prompt)
+        assert output.tops is not None
+        for row, (top, guess) in enumerate(zip(output.tops, (*self.guesses, None), strict=True)):
+            logits = None if output.logits is None else output.logits[row]
+            sample = self.sampler.choose(top, logits, self.ids, self.n_prompt, may_edit=True)
             self.samples.append(sample)
             self.buffer[self.n_ids] = sample.token
             self.n_ids += 1
@@ -192,6 +196,8 @@ class Continuation:
 
     def _released(self, pieces: list[Piece], last: bool) -> list[Piece]:
         """Pieces without text removed by a stop string; held-back text is released with the last one."""
+        if not self.stops.stop_strings:
+            return pieces
         out: list[Piece] = []
         for piece in pieces:
             if piece.channel != "text":
@@ -337,6 +343,7 @@ def _continuation(
     room = min(options.max_tokens, places - len(ids) + 1)  # the last token needs no place
     taps = EncoderTaps.of(model, hooks, kept)
     tokenized = taps.apart(model, tokenized)
+    sampler = Sampler(options.sampling(model), stream=number)
     text = TurnText(model.tokenizer, ids, options.show_thinking, _tool_names(options)) if is_messages(prompt) else None
     joined = Continuation(
         model,
@@ -345,7 +352,8 @@ def _continuation(
         buffer=np.append(ids, np.zeros(room, dtype=np.int32)),
         n_ids=len(ids),
         n_prompt=len(ids),
-        sampler=Sampler(options.sampling(model), stream=number),
+        sampler=sampler,
+        picker=sampler.picker(model.d_vocab),
         stops=options.stops(model, is_messages(prompt)),
         taps=taps,
         capture=None if kept is None else model.sites.select(names_of(kept)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to the next token, in NumPy, and when to stop.
+"""From logits to the next token, and when to stop.
 
 Order, as transformers' `generate` has it: logit bias, repetition penalty, presence and frequency penalties, processors,
 temperature, top-k, top-p, min-p, draw. Ties at the top-k border are all kept, as in transformers.
@@ -8,6 +8,7 @@ temperature, top-k, top-p, min-p, draw. Ties at the top-k border are all kept, a
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gemma4 import checks
+from gemma4 import _engine, checks
 from gemma4.checks import shown
 from gemma4.generation.defaults import MAX_TOP_K, NUMBERS, read_defaults, warn_of
 from gemma4.narrow import is_integer
+from gemma4.picks import Picker, TopLogits
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -107,6 +109,29 @@ class Sampler:
     def __init__(self, params: SamplingParams, stream: int = 0) -> None:
         self.params = params
         self._rng = np.random.default_rng(np.random.SeedSequence(params.seed, spawn_key=(stream,)))
+        # also for values too small for float32: the limit is the argmax
+        self._greedy = bool(np.float32(params.temperature) == 0)
+        self._edits = Edits(params)
+        self._pickers: dict[tuple[int, bool], Picker] = {}
+
+    def picker(self, n_vocab: int) -> Picker:
+        """Finds what `choose` needs of a row of `n_vocab` logits: seldom the row itself."""
+        edits, logprobs = bool(self._edits), self.params.logprobs
+        k, within = (0, 0.0) if edits else self._candidates(n_vocab)
+        whole = edits or not (k or within or self._greedy)
+        return Picker(n_vocab, max(k, logprobs or 0), within=within, log_sum=logprobs is not None, rows=whole)
+
+    def _candidates(self, n_vocab: int) -> tuple[int, float]:
+        """A token is drawn from the k largest logits, or from those not further below the largest; (0, 0): from all, or
+        the largest is taken."""
+        p = self.params
+        if self._greedy:
+            return 0, 0.0
+        if 0 < p.top_k < n_vocab:
+            return p.top_k, 0.0
+        if p.min_p > 0 and p.top_p == 1:
+            return 0, 1e-2 - 1.001 * math.log(p.min_p) * p.temperature  # the weights decide: this is a bit more
+        return 0, 0.0
 
     def sample(self, logits: F32, ids: I32, n_prompt: int = 0) -> Sample:
         """The next token after `ids` (int32 [pos], of which the first `n_prompt` are the prompt).
@@ -115,79 +140,160 @@ class Sampler:
         processor returns anything but logits.
         """
         logits = _as_logits(logits)
-        p = self.params
-        scores = _apply_processors(_edit(p, logits, ids, n_prompt), ids, p.processors)
-        greedy = np.float32(p.temperature) == 0  # also for values too small for float32: the limit is the argmax
-        token = int(scores.argmax()) if greedy else self._draw(scores)
+        return self.choose(self._picked(logits, edited=False), logits, ids, n_prompt)
+
+    def choose(
+        self, found: TopLogits, logits: F32 | None, ids: I32, n_prompt: int = 0, *, may_edit: bool = False
+    ) -> Sample:
+        """`sample`, from what a `picker` found in the logits; and from the logits, if it `needs_rows`.
+
+        may_edit: bias and penalties may change the logits.
+        """
+        _check_top(found.top, "the logits")
+        p, scores, top = self.params, logits, found
+        if self._edits:
+            assert logits is not None
+            keep = not may_edit or p.processors or p.logprobs is not None
+            edited = self._edits.of(logits.copy() if keep else logits, ids, n_prompt)
+            scores = _apply_processors(edited, ids, p.processors)
+            top = self._picked(scores, edited=True)
+            _check_top(top.top, "the logits after bias, penalties and processors")
+        token = top.best if self._greedy else self._draw(top, scores)
         if p.logprobs is None:
             return Sample(token)
-        logprob, top = logprobs(logits, token, p.logprobs)
-        return Sample(token, logprob, top)
+        logit = _logit_of(token, found, logits)
+        return Sample(token, logit - found.log_sum, _likeliest(found, p.logprobs))
 
-    def _draw(self, scores: F32) -> int:
-        tokens, weights = _candidates(scores, self.params)
-        total = float(weights.sum(dtype=np.float64))
-        at = _index_of_sum(weights, self._rng.random() * total, beyond=True)
+    def _picked(self, logits: F32, edited: bool) -> TopLogits:
+        """Finds what `choose` needs in a row that is not a step's, or no longer."""
+        n_vocab = logits.size
+        if (n_vocab, edited) not in self._pickers:
+            k, within = self._candidates(n_vocab)
+            picker = Picker(n_vocab, k, within=within) if edited else self.picker(n_vocab)
+            self._pickers[n_vocab, edited] = picker
+        return self._pickers[n_vocab, edited].of(logits)
+
+    def _draw(self, top: TopLogits, scores: F32 | None) -> int:
+        k, within = self._candidates(top.n_vocab)
+        tokens = None
+        if k:
+            tokens, scores = _largest(top, k)
+        elif within:
+            tokens, scores = top.ids, top.values
+        assert scores is not None
+        weights = _weights(scores, top.top, self.params.temperature)
+        at = _engine.draw(weights, _least(weights, self.params), self._rng.random())
         return at if tokens is None else int(tokens[at])
 
 
 def logprobs(logits: F32, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
     """log softmax(logits)[token] and the `n` largest entries as (id, nats), likeliest first, equals by id."""
-    top = float(logits.max())
-    total = top + math.log(float(np.exp(logits - np.float32(top)).sum(dtype=np.float64)))
-    if n == 0:
-        return float(logits[token]) - total, ()
-    ids = np.flatnonzero(logits >= kth_largest(logits, n))
-    ids = ids[np.lexsort((ids, -logits[ids]))][:n]
-    return float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in ids)
+    logits = np.ascontiguousarray(logits, np.float32)
+    found = Picker(logits.size, n, log_sum=True).of(logits)
+    return float(logits[token]) - found.log_sum, _likeliest(found, n)
 
 
 def kth_largest(x: F32, k: int) -> float:
     """The k-th largest value of x (-inf if x has no more than k), without sorting or copying all of it."""
     if k >= x.size:
         return -math.inf
-    blocks = max(1024, 4 * k)
-    if x.size >= 16 * blocks:
-        # k block maxima are k elements, so the k-th largest maximum is a floor that leaves few candidates.
-        maxima = x[: x.size // blocks * blocks].reshape(blocks, -1).max(axis=1)
-        x = x[x >= np.partition(maxima, blocks - k)[blocks - k]]
-    return float(np.partition(x, x.size - k)[x.size - k])
+    values = Picker(x.size, k).of(np.ascontiguousarray(x, np.float32)).values
+    return float(values.min()) if len(values) >= k else -math.inf
+
+
+def _logit_of(token: int, found: TopLogits, logits: F32 | None) -> float:
+    if logits is not None:
+        return float(logits[token])
+    return found.top if token == found.best else float(found.values[np.searchsorted(found.ids, token)])
+
+
+def _likeliest(found: TopLogits, n: int) -> tuple[tuple[int, float], ...]:
+    """The n largest logits as (id, nats), the lower id first among equals."""
+    order = np.lexsort((found.ids, -found.values))[:n]
+    pairs = list(zip(found.ids[order].tolist(), (found.values[order] - found.log_sum).tolist(), strict=True))
+    if len(pairs) < min(n, found.n_vocab):  # the others are -inf
+        banned = np.delete(np.arange(found.n_vocab), found.ids)[: n - len(pairs)]
+        pairs += [(token, -math.inf) for token in banned.tolist()]
+    return tuple(pairs)
 
 
 def _as_logits(logits: Any) -> F32:
-    logits = np.asarray(logits, np.float32)
+    logits = np.ascontiguousarray(logits, np.float32) if np.ndim(logits) else np.asarray(logits, np.float32)
     if logits.ndim != 1 or logits.size == 0:
         raise ValueError(f"logits must be one row [vocab], got shape {list(logits.shape)}")
-    _check_finite(logits, "the logits")
     return logits
 
 
-def _check_finite(logits: F32, what: str) -> None:
-    top = logits.max()  # NaN if any is
-    if np.isnan(top):
+def _check_top(top: float, what: str) -> None:
+    """Raise ValueError if no token can be chosen from logits whose largest is this; NaN if one of them is."""
+    if math.isnan(top):
         raise ValueError(f"{what} hold NaN: an edited activation or damaged weights; no token can be chosen")
-    if np.isinf(top):
+    if math.isinf(top):
         kind = "hold +inf" if top > 0 else "are all -inf: every token is banned"
         raise ValueError(f"{what} {kind}; no token can be chosen")
 
 
-def _edit(p: SamplingParams, logits: F32, ids: I32, n_prompt: int) -> F32:
-    """Bias and penalties, on a copy if there are any."""
-    counted = p.presence_penalty != 0 or p.frequency_penalty != 0
-    if not (p.logit_bias or p.processors or counted or p.repetition_penalty != 1):
-        return logits
-    scores = logits.copy()
-    if p.logit_bias:
-        tokens = _in_vocab(np.fromiter(p.logit_bias.keys(), np.int64), scores.size)
-        scores[tokens] += np.fromiter(p.logit_bias.values(), np.float32)
-    if p.repetition_penalty != 1:
-        seen = _in_vocab(np.unique(ids), scores.size)
-        values = scores[seen]
-        scores[seen] = np.where(values < 0, values * p.repetition_penalty, values / p.repetition_penalty)
-    if counted:
-        seen, counts = np.unique(np.asarray(ids)[n_prompt:], return_counts=True)
-        scores[_in_vocab(seen, scores.size)] -= (p.presence_penalty + p.frequency_penalty * counts).astype(np.float32)
-    return scores
+class Edits:
+    """The changes of logits by bias and penalties. True if there are any, or processors.
+
+    It remembers the tokens of a sequence that grows from call to call; another sequence only takes longer.
+    """
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params, self._seen, self._written = params, _Counts(), _Counts()
+        self._biased = np.fromiter(params.logit_bias.keys(), np.int64)
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+        self._counted = params.presence_penalty != 0 or params.frequency_penalty != 0
+
+    def __bool__(self) -> bool:
+        p = self._params
+        return bool(p.logit_bias or p.processors or self._counted or p.repetition_penalty != 1)
+
+    def of(self, logits: F32, ids: I32, n_prompt: int) -> F32:
+        """The logits [vocab], with bias and penalties in place. Raises ValueError for an id beyond them."""
+        p, scores, ids = self._params, logits, np.asarray(ids)
+        if self._biased.size:
+            scores[_in_vocab(self._biased, scores.size)] += self._bias
+        if p.repetition_penalty != 1:
+            seen = _in_vocab(self._seen.of(ids)[0], scores.size)
+            values = scores[seen]
+            scores[seen] = np.where(values < 0, values * p.repetition_penalty, values / p.repetition_penalty)
+        if self._counted:
+            written, counts = self._written.of(ids[n_prompt:])
+            penalties = (p.presence_penalty + p.frequency_penalty * counts).astype(np.float32)
+            scores[_in_vocab(written, scores.size)] -= penalties
+        return scores
+
+
+class _Counts:
+    """The different tokens of a sequence, each with its number."""
+
+    def __init__(self) -> None:
+        self._known = np.empty(0, np.int32)
+        self._places: dict[int, int] = {}
+        self._ids, self._counts = np.empty(0, np.int64), np.empty(0, np.int64)
+
+    def of(self, ids: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """ids and counts, int64 [different], in no order. Those known from the last call are not counted again."""
+        n_known = len(self._known)
+        if n_known == 0 or n_known > len(ids) or not (ids[:n_known] == self._known).all():
+            self._count(ids)
+        else:
+            for token in ids[n_known:].tolist():
+                self._add(token)
+        self._known = ids.copy()
+        return self._ids, self._counts
+
+    def _count(self, ids: NDArray[np.integer[Any]]) -> None:
+        found, self._counts = np.unique(ids, return_counts=True)
+        self._ids = found.astype(np.int64)
+        self._places = {token: place for place, token in enumerate(self._ids.tolist())}
+
+    def _add(self, token: int) -> None:
+        place = self._places.setdefault(token, len(self._ids))
+        if place == len(self._ids):
+            self._ids, self._counts = np.append(self._ids, token), np.append(self._counts, 0)
+        self._counts[place] += 1
 
 
 def _in_vocab(tokens: NDArray[Any], n_vocab: int) -> NDArray[Any]:
@@ -217,59 +323,38 @@ def _apply_processors(scores: F32, ids: I32, processors: tuple[Processor, ...]) 
             raise ValueError(f"the processor {processor!r:.80} returned {shown(result)}, no logits") from None
         if scores.shape != shape:
             raise ValueError(f"the processor {processor!r:.80} returned shape {list(scores.shape)}, not {list(shape)}")
-    _check_finite(scores, "the logits after bias, penalties and processors")
-    return scores
+    return np.ascontiguousarray(scores)
 
 
-def _candidates(scores: F32, p: SamplingParams) -> tuple[NDArray[np.intp] | None, F32]:
-    """Unnormalised probabilities and the token ids they belong to, ascending; None = all of the vocabulary."""
-    tokens = None
-    floor = kth_largest(scores, p.top_k) if p.top_k else -math.inf
-    if floor > -math.inf:
-        tokens = np.flatnonzero(scores >= np.float32(floor))
-        scores = scores[tokens]
-    weights = np.exp((scores - scores.max()) / np.float32(p.temperature))
-    floor = max(p.min_p, _nucleus_floor(weights, p.top_p) if p.top_p < 1 else 0.0)  # the likeliest weighs exactly 1
-    if floor > 0:
-        keep = np.flatnonzero(weights >= np.float32(floor))
-        tokens, weights = keep if tokens is None else tokens[keep], weights[keep]
-    return tokens, weights
+def _largest(top: TopLogits, k: int) -> tuple[I32, F32]:
+    """The k largest logits and all equal to the last of them: ids, ascending, and values. More may be listed."""
+    if len(top.ids) <= k:
+        return top.ids, top.values
+    keep = np.flatnonzero(top.values >= np.partition(top.values, -k)[-k])
+    return top.ids[keep], top.values[keep]
 
 
-def _nucleus_floor(weights: F32, top_p: float) -> float:
-    """The weight of the last token of the nucleus.
+_OF_THREAD = threading.local()  # .weights: see _weights
 
-    Of n weights, those below (1 - top_p) / n of their sum make less than 1 - top_p of it together: the nucleus lies
-    among the others, and only those are sorted.
+
+def _weights(scores: F32, top: float, temperature: float) -> F32:
+    """Unnormalised probabilities: the likeliest weighs exactly 1. Valid until this thread calls it again.
+
+    Memory for a whole vocabulary is kept: the system takes longer to give 1 MB than NumPy to fill it.
     """
-    total = float(weights.sum(dtype=np.float64))
-    head = weights[weights >= np.float32((1 - top_p) * total / weights.size)]
-    head = np.sort(head)[::-1]
-    return float(head[_index_of_sum(head, top_p * total, beyond=False)])
+    weights: F32 | None = getattr(_OF_THREAD, "weights", None)
+    if weights is None or weights.size < scores.size:
+        weights = _OF_THREAD.weights = np.empty(scores.size, np.float32)
+    weights = weights[: scores.size]
+    np.subtract(scores, np.float32(top), out=weights)
+    if temperature != 1:
+        np.divide(weights, np.float32(temperature), out=weights)
+    return np.exp(weights, out=weights)
 
 
-_SUM_BLOCK = 512
-
-
-def _index_of_sum(weights: F32, wanted: float, beyond: bool) -> int:
-    """The first index up to which `weights` sum to at least `wanted` (beyond: to more), in float64.
-
-    Never an index of weight 0; if rounding leaves all sums short of `wanted`, the last positive weight. Whole blocks
-    are summed first: running sums of 262,144 weights are 2 MB to write, ten times as slow.
-    """
-    n_whole = weights.size // _SUM_BLOCK * _SUM_BLOCK
-    blocks = weights[:n_whole].reshape(-1, _SUM_BLOCK).sum(axis=1, dtype=np.float64)
-    sums = np.cumsum(np.append(blocks, weights[n_whole:].sum(dtype=np.float64)))
-    block = _first_reaching(sums, wanted, beyond)
-    before = float(sums[block - 1]) if block else 0.0
-    inside = np.cumsum(weights[block * _SUM_BLOCK : (block + 1) * _SUM_BLOCK], dtype=np.float64)
-    return block * _SUM_BLOCK + _first_reaching(inside, wanted - before, beyond)
-
-
-def _first_reaching(sums: NDArray[np.float64], wanted: float, beyond: bool) -> int:
-    """A weight of 0 does not change the sum, so it is never the first to reach a value above 0."""
-    at = int(np.searchsorted(sums, wanted, side="right" if beyond else "left"))
-    return min(at, int(np.searchsorted(sums, float(sums[-1]))))
+def _least(weights: F32, p: SamplingParams) -> float:
+    """The weight below which no token is drawn."""
+    return max(p.min_p, _engine.nucleus_floor(weights, p.top_p) if p.top_p < 1 else 0.0)
 
 
 class StopCriteria:

@@ -162,6 +162,7 @@ class DecodeStream:
         self._tokenizer = tokenizer
         self._skip = tokenizer.special_ids if skip_special else frozenset[int]()
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._had_bytes = False  # since the last flush
 
     def push(self, token_id: int) -> str:
         """The text that is certain now; "" while a character is incomplete. Raises ValueError for an unknown id."""
@@ -169,13 +170,17 @@ class DecodeStream:
         if token_id in self._skip:
             return self.flush()
         piece = self._tokenizer.id_to_piece(token_id)
-        byte = _BYTE.fullmatch(piece)
+        byte = _BYTE.fullmatch(piece) if piece.startswith("<0x") else None
         if byte:
+            self._had_bytes = True
             return self._bytes.decode(bytes([int(byte[1], 16)]))
         return self.flush() + piece.replace("▁", " ")
 
     def flush(self) -> str:
         """The remaining text at the end: U+FFFD for an incomplete character."""
+        if not self._had_bytes:
+            return ""
+        self._had_bytes = False
         text = self._bytes.decode(b"", final=True)
         self._bytes.reset()
         return text

@@ -84,6 +84,7 @@ def test_every_kernel_is_swept_here() -> None:
     limits = {"spin_f32", "spin_int8", "spin_int16", "spin_bf16", "read_sum"}  # in test_bench.py
     in_blocks |= {"quantize_rows", "weighted_sum_q8_0", "narrow_q8_0"}  # these in test_block_formats.py
     others = {"sum_squares", "pack_rows", "matmul_panel", "pack_panel", "fire"}
+    others |= {"block_maxima", "list_within", "block_sums", "sum_exp"}
     others |= {"quantize_rows16", "softmax_rows16", "pack_panel16", "matmul_panel16"}
     others |= {"tiles_of_x", "bf16_row_bf16", "matmul_tiles"}  # also, emulated, in csrc/tests, as are
     others |= {"matmul_by_tiles", "tiles_of_values"}  # these two (csrc/tests/kernels_test_attention.c)
@@ -271,6 +272,72 @@ def test_pack_panel(isa: str) -> None:
     for n, k in [(16, 1), (16, 31), (16, 64), (5, 33), (1, 100)]:
         w = placed(rng, values(rng, "nonfinite", (n, k)))
         assert same_bits(np.ascontiguousarray(testing.pack_panel(isa, w)[:, :n]), np.ascontiguousarray(w.T))
+
+
+# ---- sampling -----------------------------------------------------------------------------------------------------
+
+PICK_SIZES = [1, 15, 16, 17, 48, 63, 64, 65, 130, 1000, 4099]
+
+
+@EVERY_KIND
+def test_block_maxima(kind: str) -> None:
+    rng = generator("block_maxima", kind)
+    for n in PICK_SIZES:
+        for block in (16, 48, 512):
+            x = placed(rng, values(rng, kind, (n,)))
+            exact = np.array([x[i : i + block].max() for i in range(0, n, block)])  # NaN if one is
+            scalar = testing.block_maxima("scalar", x, block)
+            assert np.array_equal(scalar, exact, equal_nan=True), (n, block)
+            for isa in ISAS[1:]:
+                assert same(testing.block_maxima(isa, x, block), scalar), (isa, n, block)
+
+
+@pytest.mark.parametrize("kind", FINITE)
+def test_list_within(kind: str) -> None:
+    rng = generator("list_within", kind)
+    for n in PICK_SIZES:
+        x = placed(rng, values(rng, kind, (n,)))
+        x[rng.random(n) < 0.1] = -np.inf
+        some = rng.choice(x, 2)
+        for least, most in [(-np.inf, np.inf), (0, np.inf), (np.inf, np.inf), (min(some), max(some)), (some[0], 1)]:
+            exact = np.flatnonzero((x >= np.float32(least)) & (x <= np.float32(most)))
+            for isa in ISAS:
+                assert np.array_equal(testing.list_within(isa, x, least, most), exact), (isa, n, least, most)
+
+
+@pytest.mark.parametrize("kind", FINITE)
+def test_block_sums(kind: str) -> None:
+    """The stated order: lane l adds entries l, l + 16, ..., and the lanes are added by halving."""
+    rng = generator("block_sums", kind)
+    for n in PICK_SIZES:
+        for block in (16, 48, 512):
+            for least in (-np.inf, 0, np.float32(0.3)):
+                x = placed(rng, values(rng, kind, (n,)))
+                kept = np.where(x >= np.float32(least), x, 0).astype(np.float64)
+                exact = []
+                for first in range(0, n, block):
+                    part = kept[first : first + block]
+                    lanes = np.add.accumulate(np.pad(part, (0, -len(part) % 16)).reshape(-1, 16), axis=0)[-1]
+                    for half in (8, 4, 2, 1):
+                        lanes = lanes[:half] + lanes[half:]
+                    exact.append(lanes[0])
+                for isa in ISAS:
+                    assert testing.block_sums(isa, x, block, least).tolist() == exact, (isa, n, block, least)
+
+
+@pytest.mark.parametrize("spread", [0.1, 5.0, 60.0])
+def test_sum_exp(spread: float) -> None:
+    rng = generator("sum_exp", spread)
+    for n in PICK_SIZES:
+        x = placed(rng, rng.standard_normal(n, dtype=np.float32) * np.float32(spread))
+        x[1::3] = -np.inf
+        top = float(x.max())
+        exact = np.exp(x.astype(np.float64) - top)
+        # e^d is exact in d to half an ulp of d's largest rounding; 16 float32 additions by lane, 4 across
+        error = ((24 + np.abs(np.where(np.isfinite(x), x - top, 0))) * ULP / 2 * exact).sum() + n * 2.0**-126
+        scalar = testing.sum_exp("scalar", x, top)
+        assert abs(scalar - exact.sum()) <= error, (n, scalar, exact.sum())
+        assert all(testing.sum_exp(isa, x, top) == scalar for isa in ISAS), n
 
 
 # ---- features of a dictionary -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@
 #include "model/config.h"
 #include "model/text/forward.h"
 #include "ops/linear.h"
+#include "ops/pick.h"
 #include "ops/rows.h"
 
 enum { LOGITS_BLOCK = 32 }; /* rows of logits in scratch at once: 32 MB with a vocabulary of 262,144 */
@@ -244,22 +245,41 @@ static g4_status cap_logits(g4_forward *f, float *logits, int n)
     return G4_OK;
 }
 
-/* Copies the logits [V] of a row of the chunk to its run, if the run requests them. */
-static void give_logits(g4_forward *f, int s, int row, const float *logits)
+/* Rows of logits in which something is to be found. */
+typedef struct {
+    const float **rows;
+    g4_pick **picks;
+    int n;
+} found_rows;
+
+/* Copies the logits [V] of a row of the chunk to its run, if the run requests them, and notes what it looks for there. */
+static void give_logits(g4_forward *f, int s, int row, const float *logits, found_rows *found)
 {
     const size_t v = (size_t)f->config->d_vocab;
-    if (f->logits_slot[row] >= 0)
-        memcpy(f->runs[f->segments[s].run].logits + (size_t)f->logits_slot[row] * v, logits, v * sizeof *logits);
+    const g4_run *run = &f->runs[f->segments[s].run];
+    const int slot = f->logits_slot[row];
+    if (slot < 0)
+        return;
+    if (run->logits)
+        memcpy(run->logits + (size_t)slot * v, logits, v * sizeof *logits);
+    if (run->picks) {
+        found->rows[found->n] = logits;
+        found->picks[found->n++] = &run->picks[slot];
+    }
 }
 
 /* logits [n, V]: rows [first, first + n). */
-static void give_block(g4_forward *f, int first, int n, const float *logits)
+static g4_status give_block(g4_forward *f, int first, int n, const float *logits)
 {
+    found_rows found = {.n = 0};
+    G4_ALLOC(&f->exec, found.rows, (size_t)n);
+    G4_ALLOC(&f->exec, found.picks, (size_t)n);
     for (int s = 0; s < f->n_segments; s++) {
         const int begin = f->segments[s].first_row, end = begin + f->segments[s].n_rows;
         for (int row = begin > first ? begin : first; row < end && row < first + n; row++)
-            give_logits(f, s, row, logits + (size_t)(row - first) * (size_t)f->config->d_vocab);
+            give_logits(f, s, row, logits + (size_t)(row - first) * (size_t)f->config->d_vocab, &found);
     }
+    return found.n ? g4_pick_rows(&f->exec, found.rows, found.picks, found.n, f->config->d_vocab) : G4_OK;
 }
 
 /* Splits [begin, end) into blocks of LOGITS_BLOCK rows. The last block overlaps the one before it to be full. The rows
@@ -281,7 +301,7 @@ static g4_status logits_in_blocks(g4_forward *f, const float *x)
         G4_ALLOC(&f->exec, logits, (size_t)n * (size_t)f->config->d_vocab);
         G4_TRY(head(f, x, first, n, logits));
         G4_TRY(cap_logits(f, logits, n));
-        give_block(f, first, n, logits);
+        G4_TRY(give_block(f, first, n, logits));
         g4_arena_restore(f->exec.arena, mark);
     }
     return G4_OK;
@@ -321,8 +341,7 @@ static g4_status announced_logits(g4_forward *f, const float *x)
         TAP(LOGITS_RAW, 0, logits);
     G4_TRY(cap_logits(f, logits, f->n_rows));
     TAP(LOGITS, 0, logits);
-    give_block(f, 0, f->n_rows, logits);
-    return G4_OK;
+    return give_block(f, 0, f->n_rows, logits);
 }
 
 /* Keeps only rows that need logits; other rows were kept only for taps below. */
