@@ -2,15 +2,19 @@
 """Run one round of each engine in processes of their own, and bring what they report to the same units.
 
 A round is {metric: [samples]}: load_s, prefill_tps and decode_tps (tokens per second), deep_decode_tps (after
-`context` tokens), batch_decode_tps (`sequences` together, tokens of all), peak_rss (bytes), capture_s, and of ours
-capture_cost (share of the time that capturing adds) and idle_cpu (share of a core that the loaded model uses).
+`context` tokens), batch_decode_tps (`sequences` together, tokens of all), peak_rss (bytes), capture_s, capture_rss
+(peak_rss after the captures), and of ours capture_cost (share of the time that capturing adds) and idle_cpu (share of a
+core that the loaded model uses).
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,47 @@ class Peer:
     run: Callable[[Settings], Round]
 
 
+@dataclass(frozen=True)
+class Requirement:
+    """What the Python environment of a peer needs: packages, and the line that makes one."""
+
+    packages: tuple[str, ...]
+    setup: str
+
+
+def _environment(name: str, packages: str) -> str:
+    return f"python -m venv {name} && {name}/bin/pip install {packages}"
+
+
+REQUIREMENTS = {
+    "transformers": Requirement(("torch", "transformers"), _environment("torch-env", "numpy torch transformers")),
+    "OpenVINO": Requirement(("openvino-genai",), _environment("openvino-env", "openvino-genai")),
+    "mistral.rs": Requirement(("mistralrs",), _environment("mistralrs-env", "mistralrs")),
+    "LiteRT-LM": Requirement(("litert-lm-api",), _environment("litert-env", "litert-lm")),
+}
+
+
+class MissingPeer(RuntimeError):
+    """A peer that was asked for is not there; the message says how to set it up."""
+
+
+_VERSIONS = "import importlib.metadata as m, sys; print(*map(m.version, sys.argv[1:]))"
+
+
+def versions(name: str, python: str) -> dict[str, str]:
+    """package -> version of a peer of REQUIREMENTS in that interpreter's environment. Raises MissingPeer."""
+    needed = REQUIREMENTS[name]
+    advice = f"{name} needs {' and '.join(needed.packages)}. Set up: {needed.setup} (benchmarks/README.md)"
+    try:
+        done = subprocess.run([python, "-c", _VERSIONS, *needed.packages], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise MissingPeer(f"{python} does not run ({error.strerror}). {advice}") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise MissingPeer(f"{python} lacks a package ({last}). {advice}")
+    return dict(zip(needed.packages, done.stdout.split(), strict=True))
+
+
 def warm(files: list[Path]) -> None:
     """Read the files, so that loading is measured with them in the page cache."""
     for path in files:
@@ -56,39 +101,59 @@ code = subprocess.call(sys.argv[1:])
 print("\\n", time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 sys.exit(code)
 """
+# each engine reads the thread count from another one; mistral.rs's threads are Rayon's
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 def run_process(command: list[str], threads: int) -> tuple[str, float, int]:
     """Run to the end: (what it printed, seconds, peak resident set in bytes).
 
-    Raises RuntimeError with the end of its error output if it fails.
+    Whatever the command started ends with it, also when this process is interrupted: an engine whose threads wait
+    spinning would slow down the next one. Raises RuntimeError with the end of its error output if it fails.
     """
-    environment = os.environ | {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    done = subprocess.run([sys.executable, "-c", _MEASURED, *command], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:3])} failed: {done.stderr.strip()[-800:]}")
-    out, _, last = done.stdout.rstrip().rpartition("\n")
+    offline = {"HF_HUB_OFFLINE": "1"}  # no engine looks for a newer model or a template on the way
+    environment = os.environ | dict.fromkeys(THREADS, str(threads)) | offline
+    # files, not pipes: what outlives the command would hold a pipe open
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+", errors="replace") as error:
+        parent = subprocess.Popen(
+            [sys.executable, "-c", _MEASURED, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=error,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            os.waitid(os.P_PID, parent.pid, os.WEXITED | os.WNOWAIT)  # still a zombie: its group's number is not reused
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+            parent.wait()
+        printed, complaints = (file.seek(0) or file.read() for file in (out, error))
+    if parent.returncode:
+        raise RuntimeError(f"{' '.join(command[:3])} failed: {complaints.strip()[-800:]}")
+    text, _, last = printed.rstrip().rpartition("\n")
     seconds, peak_kb = last.split()
-    return out.rstrip(), float(seconds), int(peak_kb) * 1024
+    return text.rstrip(), float(seconds), int(peak_kb) * 1024
+
+
+def _worker(
+    script: str, engine: str, python: str, settings: Settings, more: tuple[str, ...] = (), **options: Any
+) -> tuple[dict[str, Any], int]:
+    """The object that a worker prints last, and its peak resident set in bytes. `more`: settings that it takes besides
+    those of all workers."""
+    options |= {name: getattr(settings, name) for name in ("threads", "prompt", "decode", "repeats", *more)}
+    command = [python, str(Path(__file__).with_name(script)), engine]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    out, _, peak = run_process(command, settings.threads)
+    return json.loads(out.rsplit("\n", 1)[-1]), peak
 
 
 def python_engine(engine: str, model: Path, precision: str, settings: Settings, python: str = sys.executable) -> Round:
     """One round of worker.py, run by that interpreter: another one may have another build of gemma4."""
-    worker = str(Path(__file__).with_name("worker.py"))
-    options = {
-        "--model": model,
-        "--precision": precision,
-        "--threads": settings.threads,
-        "--prompt": settings.prompt,
-        "--decode": settings.decode,
-        "--capture": settings.capture,
-        "--repeats": settings.repeats,
-        "--context": settings.context,
-        "--sequences": settings.sequences,
-    }
-    command = [python, worker, engine, *(str(word) for pair in options.items() for word in pair)]
-    out, _, _ = run_process(command, settings.threads)
-    result = json.loads(out.rsplit("\n", 1)[-1])
+    more = ("capture", "context", "sequences")
+    result, _ = _worker("worker.py", engine, python, settings, more, model=model, precision=precision)
+    with_capture = result.get("memory_with_capture")
     return {
         "load_s": [result["load_s"]],
         "first_prefill_s": [result["first_prefill_s"]],
@@ -98,10 +163,23 @@ def python_engine(engine: str, model: Path, precision: str, settings: Settings, 
         "anonymous": [result["memory"]["RssAnon"]],
         "huge": [result["huge"]],
         "capture_s": result.get("capture_s", []),
+        "capture_rss": [with_capture["VmHWM"]] if with_capture else [],
         "capture_cost": result.get("capture_cost", []),
         "deep_decode_tps": _rates(result.get("deep_decode_s", []), 1),
         "batch_decode_tps": _rates(result.get("batch_decode_s", []), settings.sequences),
         "idle_cpu": [result["idle_cpu"]],
+    }
+
+
+def text_engine(engine: str, python: str, model: Path, settings: Settings) -> Round:
+    """One round of text_worker.py, prompts and decoding, run by the interpreter of the engine's environment."""
+    result, peak = _worker("text_worker.py", engine, python, settings, model=model)
+    return {
+        "load_s": [result["load_s"]],
+        "first_prefill_s": [result["first_prefill_s"]],
+        "prefill_tps": result["prefill_tps"],
+        "decode_tps": result["decode_tps"],
+        "peak_rss": [peak],
     }
 
 

@@ -15,6 +15,7 @@ from cost import Cost
 from peers import Round
 
 OURS = "gemma4"
+WIDE = 3  # engines whose columns fit in a terminal side by side
 YARDSTICKS = "yardsticks"
 # metric -> title, unit, divisor, is more better?
 METRICS: dict[str, tuple[str, str, float, bool]] = {
@@ -25,6 +26,7 @@ METRICS: dict[str, tuple[str, str, float, bool]] = {
     "load_s": ("load", "s", 1, False),
     "peak_rss": ("peak RSS", "GB", 1e9, False),
     "capture_s": ("capture", "s", 1, False),
+    "capture_rss": ("peak RSS with the capture", "GB", 1e9, False),
 }
 Summary = dict[str, dict[str, dict[str, float]]]
 
@@ -54,6 +56,7 @@ OTHER_GOALS = (
     ("llama.cpp", "deep_decode_tps", 2),
     ("llama.cpp", "batch_decode_tps", 1.5),
     ("transformers", "capture_s", 10),
+    ("LiteRT-LM", "prefill_tps", 1.25),
 )
 Row = tuple[str, str, str, bool]
 
@@ -184,6 +187,19 @@ def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     return heads, rows
 
 
+def long_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """The same as `table` with a row for each engine of each metric, for more engines than a terminal has room for."""
+    rows = []
+    for metric, (title, unit, _, _) in METRICS.items():
+        named = f"{title}, {unit}"
+        for engine, metrics in summary.items():
+            if metric in metrics:
+                ratio = metrics[metric].get("ratio")
+                rows.append([named, engine, _cell(metrics[metric], metric), f"{ratio:.2f}x" if ratio else ""])
+                named = ""  # once for all its engines
+    return ["", "engine", "median (min-max)", "ratio"], rows
+
+
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -195,7 +211,7 @@ def show(result: dict[str, Any], cost: Cost) -> None:
     from rich.table import Table
 
     console = Console(width=None)
-    heads, rows = table(result["summary"])
+    heads, rows = (table if len(result["summary"]) <= WIDE else long_table)(result["summary"])
     for title, columns, lines in (
         (f"{result['model']['name']}, {result['settings']['threads']} threads: median (min-max)", heads, rows),
         (

@@ -653,6 +653,14 @@ def test_benchmark_ratios_pair_the_rounds(benchmark_modules):
     heads, rows = report.table(summary)
     assert heads == ["", "gemma4", "llama.cpp", "ratio"]
     assert rows[0][-1] == "2.00x" and len(rows) == 2
+    heads, rows = report.long_table(summary)
+    assert [row[:2] for row in rows] == [
+        ["prefill, tokens/s", "gemma4"],
+        ["", "llama.cpp"],
+        ["load, s", "gemma4"],
+        ["", "llama.cpp"],
+    ]
+    assert [row[3] for row in rows] == ["", "2.00x", "", "4.00x"] and rows[0][2] == "11.5 (10-22)"
 
 
 def test_benchmark_results_say_what_they_are_of(benchmark_modules):
