@@ -86,75 +86,93 @@ static INLINE void NAME(dot_blocks_)(const i8x32 q[4][2], const int8_t *x, i32x8
 #undef LAST
 }
 
-/* sum[i] += products of w and 256 inputs of x_i from `at`, one lane per block of 32 (8 lanes). correction[i] += (min or
- * scale) . sums of x_i, the correction for block minima or the zero point. Blocks from n_blocks on are ignored. */
-static INLINE void NAME(add_stretch_)(const int m, const int n_blocks, const g4_int8_rows *x, size_t at, size_t stride,
-                                      const uint8_t *w, f32x8 *sum, f32x8 *correction)
+/* sum[r][i] += products of row r of w, `far_bytes` apart, and 256 inputs of x_i from `at`, one lane per block of 32 (8
+ * lanes). correction[r][i] += (min or scale) . sums of x_i, the correction for block minima or the zero point. Blocks
+ * from n_blocks on are ignored. */
+static INLINE void NAME(add_stretch_)(const int m, const int n_rows, const int n_blocks, const g4_int8_rows *x,
+                                      size_t at, size_t stride, const uint8_t *w, size_t far_bytes,
+                                      f32x8 (*sum)[FEW_ROWS], f32x8 (*correction)[FEW_ROWS])
 {
-    NAME(factors_) f = NAME(read_factors_)(w);
-    i8x32 q[4][2];
-    if (n_blocks < 8) { /* the others belong to another row, or to none, and 0 × inf is NaN */
-        f.scale[0] = f8_first(f.scale[0], n_blocks);
-        f.min[0] = f8_first(f.min[0], n_blocks);
+    NAME(factors_) f[2];
+    i8x32 q[2][4][2];
+#pragma GCC unroll 2
+    for (int r = 0; r < n_rows; r++) {
+        const uint8_t *row = w + (size_t)r * far_bytes;
+        f[r] = NAME(read_factors_)(row);
+        if (n_blocks < 8) { /* the others belong to another row, or to none, and 0 × inf is NaN */
+            f[r].scale[0] = f8_first(f[r].scale[0], n_blocks);
+            f[r].min[0] = f8_first(f[r].min[0], n_blocks);
+        }
+        NAME(read_pair_)(row, 0, q[r][0]);
+        NAME(read_pair_)(row, 1, q[r][1]);
+        NAME(read_pair_)(row, 2, q[r][2]);
+        NAME(read_pair_)(row, 3, q[r][3]);
     }
-    NAME(read_pair_)(w, 0, q[0]);
-    NAME(read_pair_)(w, 1, q[1]);
-    NAME(read_pair_)(w, 2, q[2]);
-    NAME(read_pair_)(w, 3, q[3]);
     for (int i = 0; i < m; i++) {
         const size_t at_i = at + (size_t)i * stride;
         const f32x8 dx = f8_load(x->scale + at_i / 32);
-        i32x8 dot[32 / GROUP];
-        NAME(dot_blocks_)(q, x->q + at_i, dot);
-#if GROUP == 32
-        sum[i] = f8_fma(f8_mul(f.scale[0], dx), f8_from_i32(dot[0]), sum[i]);
-#else
-        sum[i] = f8_fma(f8_mul(f8_evens(f.scale[0], f.scale[1]), dx), f8_from_i32(dot[0]), sum[i]);
-        sum[i] = f8_fma(f8_mul(f8_odds(f.scale[0], f.scale[1]), dx), f8_from_i32(dot[1]), sum[i]);
-#endif
         const float *sums = (GROUP == 32 ? x->sum32 : x->sum16) + at_i / GROUP;
-        for (int g = 0; g < 32 / GROUP && (HAS_MIN || ZERO_POINT != 0); g++)
-            correction[i] = f8_fma(HAS_MIN ? f.min[g] : f.scale[g], f8_load(sums + g * 8), correction[i]);
+        i32x8 dot[2][32 / GROUP];
+#pragma GCC unroll 2
+        for (int r = 0; r < n_rows; r++)
+            NAME(dot_blocks_)(q[r], x->q + at_i, dot[r]);
+#pragma GCC unroll 2
+        for (int r = 0; r < n_rows; r++) {
+#if GROUP == 32
+            sum[r][i] = f8_fma(f8_mul(f[r].scale[0], dx), f8_from_i32(dot[r][0]), sum[r][i]);
+#else
+            const f32x8 evens = f8_evens(f[r].scale[0], f[r].scale[1]), odds = f8_odds(f[r].scale[0], f[r].scale[1]);
+            sum[r][i] = f8_fma(f8_mul(evens, dx), f8_from_i32(dot[r][0]), sum[r][i]);
+            sum[r][i] = f8_fma(f8_mul(odds, dx), f8_from_i32(dot[r][1]), sum[r][i]);
+#endif
+            for (int g = 0; g < 32 / GROUP && (HAS_MIN || ZERO_POINT != 0); g++)
+                correction[r][i] =
+                    f8_fma(HAS_MIN ? f[r].min[g] : f[r].scale[g], f8_load(sums + g * 8), correction[r][i]);
+        }
     }
 }
 
 /* The tail of a row whose length is no multiple of 256, where no readable memory follows. It is copied, which costs as
  * much as two stretches of 256 inputs. */
 static NOINLINE void NAME(add_end_)(int m, int n_inputs, const g4_int8_rows *x, size_t at, size_t stride,
-                                    const uint8_t *w, f32x8 *sum, f32x8 *correction)
+                                    const uint8_t *w, f32x8 (*sum)[FEW_ROWS], f32x8 (*correction)[FEW_ROWS])
 {
     uint8_t end[WEIGHTS_IN(256)];
     memset(end, 0, sizeof end);
     memcpy(end, w, WEIGHTS_IN(n_inputs));
-    NAME(add_stretch_)(m, n_inputs / 32, x, at, stride, end, sum, correction);
+    NAME(add_stretch_)(m, 1, n_inputs / 32, x, at, stride, end, 0, sum, correction);
 }
 
-/* out[i] and out[i][far] = dot(x_i, w) for m rows of x and two rows of w (body_matmul.h says why two). */
-static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const uint8_t *w, size_t far_bytes, int k,
-                                    bool reads_on, float *out, size_t out_stride, int far)
+/* out[i] and out[i][far] = dot(x_i, w) for m rows of x, from `row` on, and two rows of w (body_matmul.h says why two). */
+static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, int row, const uint8_t *w, size_t far_bytes,
+                                    int k, bool reads_on, float *out, size_t out_stride, int far)
 {
-    const size_t stride = g4_int8_stride((size_t)k);
+    const size_t stride = g4_int8_stride((size_t)k), first = (size_t)row * stride;
     f32x8 sum[2][FEW_ROWS], correction[2][FEW_ROWS];
     for (int i = 0; i < m; i++)
         sum[0][i] = sum[1][i] = correction[0][i] = correction[1][i] = f8_set1(0);
     int l = 0;
     for (; l + 256 <= k; l += 256)
-        for (int r = 0; r < 2; r++) {
+        for (int r = 0; r < 2; r += TOGETHER) {
             const uint8_t *stretch = w + (size_t)r * far_bytes + WEIGHTS_IN(l);
-            prefetch_ahead(stretch, WEIGHTS_IN(256), AHEAD_BYTES);
-            NAME(add_stretch_)(m, 8, x, (size_t)l, stride, stretch, sum[r], correction[r]);
+            for (int near = 0; near < TOGETHER; near++)
+                prefetch_ahead(stretch + (size_t)near * far_bytes, WEIGHTS_IN(256), AHEAD_BYTES);
+            NAME(add_stretch_)
+            (m, TOGETHER, 8, x, first + (size_t)l, stride, stretch, far_bytes, sum + r, correction + r);
         }
     for (int r = 0; r < 2 && l < k; r++) {
         const uint8_t *end = w + (size_t)r * far_bytes + WEIGHTS_IN(l);
         if (reads_on)
-            NAME(add_stretch_)(m, (k - l) / 32, x, (size_t)l, stride, end, sum[r], correction[r]);
-        else {
-            f32x8 s[FEW_ROWS], b[FEW_ROWS]; /* copies: arrays whose address is taken are not kept in registers */
-            memcpy(s, sum[r], sizeof s);
-            memcpy(b, correction[r], sizeof b);
-            NAME(add_end_)(m, k - l, x, (size_t)l, stride, end, s, b);
-            memcpy(sum[r], s, sizeof s);
-            memcpy(correction[r], b, sizeof b);
+            NAME(add_stretch_)
+        (m, 1, (k - l) / 32, x, first + (size_t)l, stride, end, 0, sum + r, correction + r);
+        else
+        {
+            f32x8 s[1][FEW_ROWS], b[1][FEW_ROWS]; /* copies: arrays whose address is taken are not kept in registers */
+            memcpy(s, sum + r, sizeof s);
+            memcpy(b, correction + r, sizeof b);
+            NAME(add_end_)(m, k - l, x, first + (size_t)l, stride, end, s, b);
+            memcpy(sum + r, s, sizeof s);
+            memcpy(correction + r, b, sizeof b);
         }
     }
     for (int r = 0; r < 2; r++)
@@ -163,21 +181,32 @@ static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const ui
                 f8_sum(f8_minus_product(sum[r][i], f8_set1(HAS_MIN ? 1.0f : (float)ZERO_POINT), correction[r][i]));
 }
 
+static INLINE void NAME(int8_some_)(int m, const g4_int8_rows *x, int row, const uint8_t *w, size_t far_bytes, int k,
+                                    bool reads_on, float *out, size_t out_stride, int far)
+{
+    switch (m) {
+    case 1: NAME(int8_dots_)(1, x, row, w, far_bytes, k, reads_on, out, out_stride, far); break;
+    case 2: NAME(int8_dots_)(2, x, row, w, far_bytes, k, reads_on, out, out_stride, far); break;
+    case 3: NAME(int8_dots_)(3, x, row, w, far_bytes, k, reads_on, out, out_stride, far); break;
+    default: NAME(int8_dots_)(4, x, row, w, far_bytes, k, reads_on, out, out_stride, far); break;
+    }
+}
+
+/* More than 4 rows of x in two parts: the second one finds the weights in the first-level cache. */
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
                             size_t out_stride)
 {
-    const int far = n / 2;
+    const int far = n / 2, part = m > FEW_ROWS ? (m + 1) / 2 : m;
     const size_t w_bytes = WEIGHTS_IN(w_stride), far_bytes = (size_t)far * w_bytes;
     for (int j = 0; j < n - far; j++, w += w_bytes, out++) {
         const bool reads_on = (size_t)(n - far - 1 - j) * w_bytes >= WEIGHTS_IN(256);
-        switch (m) {
-        case 1: NAME(int8_dots_)(1, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
-        case 2: NAME(int8_dots_)(2, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
-        case 3: NAME(int8_dots_)(3, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
-        default: NAME(int8_dots_)(4, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
-        }
+        NAME(int8_some_)(part, x, 0, w, far_bytes, k, reads_on, out, out_stride, far);
+        if (m > part)
+            NAME(int8_some_)
+        (m - part, x, part, w, far_bytes, k, reads_on, out + (size_t)part * out_stride, out_stride, far);
     }
 }
+_Static_assert(G4_INT8_FEW <= 2 * FEW_ROWS, "two parts");
 
 /* ---- prefill ----------------------------------------------------------------------------------------------------- */
 

@@ -26,7 +26,7 @@ typedef struct {
     bool by_fours;
 } g4_int8_rows;
 
-enum { G4_INT8_FEW = 4 }; /* up to this many rows, packing the weights for the tile costs more than it saves */
+enum { G4_INT8_FEW = 6 }; /* up to this many rows, packing the weights for the tile costs more than it saves */
 
 /* The decode kernels take 256 inputs at a time. */
 static inline size_t g4_int8_stride(size_t k) { return (k + 255) / 256 * 256; }

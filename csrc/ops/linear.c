@@ -8,12 +8,12 @@
 #include "ops/profile.h"
 
 enum {
-    PANEL = 32,             /* weight rows per task: a block of the int8 kernels … */
-    PACKED_PANEL = 64,      /* … and of those for packed x. */
-    SOME_ROWS = 32,         /* Up to this many rows of x as int8, several blocks: each block prefetches the next, … */
-    SOME_PANEL = 128,       /* … which another worker must not take. */
-    PANEL_TASKS = 4,        /* tasks per thread that the larger panels must leave */
-    STREAM_ROWS = 4,        /* up to this many rows of x, weights are streamed: memory is the limit */
+    PANEL = 32,        /* weight rows per task: at least one block of the int8 kernels, */
+    PACKED_PANEL = 64, /* or of those for packed x. */
+    SOME_PANEL = 512,  /* A few rows of x as int8: several blocks. Each one prefetches the next, so that only the … */
+    SOME_WORK = 4096,  /* … first one waits for memory. With more rows of x (this many products), it counts less. */
+    PANEL_TASKS = 4,   /* tasks per thread that the larger panels must leave */
+    STREAM_ROWS = 4,   /* of plain weights: see few_rows */
     MIN_STREAM = 64 << 10,  /* bytes of weights per streaming task: many, because each start is slow, */
     MAX_STREAM = 512 << 10, /* but several tasks per thread */
     STREAM_TASKS = 4,
@@ -85,6 +85,12 @@ static bool uses_blas(const g4_exec *exec, const g4_linear_job *job)
     return method_of(exec, job) == BY_BLAS;
 }
 
+/* Up to this many rows of x, weights are streamed: memory is the limit. */
+static int few_rows(const g4_exec *exec, const g4_linear_job *job)
+{
+    return uses_int8(exec, job) ? G4_INT8_FEW : STREAM_ROWS;
+}
+
 /* Whether x is packed once for all tasks. Otherwise matmul reads it in place: a few rows, also of a few inputs. */
 static bool uses_packed(const g4_exec *exec, const g4_linear_job *job)
 {
@@ -97,7 +103,7 @@ static size_t scratch_of(const g4_exec *exec, const g4_linear_job *job)
 {
     if (uses_blas(exec, job))
         return (size_t)(4 * PANEL) * job->w.n_cols;
-    return job->m <= STREAM_ROWS ? 0 : uses_int8(exec, job) ? G4_INT8_SCRATCH : G4_MATMUL_SCRATCH;
+    return job->m <= few_rows(exec, job) ? 0 : uses_int8(exec, job) ? G4_INT8_SCRATCH : G4_MATMUL_SCRATCH;
 }
 
 static int stream_rows(const g4_exec *exec, const g4_linear_job *job)
@@ -110,15 +116,27 @@ static int stream_rows(const g4_exec *exec, const g4_linear_job *job)
 
 static int panel_rows(const g4_exec *exec, const g4_linear_job *job)
 {
-    const int larger = uses_packed(exec, job) ? PACKED_PANEL : job->m <= SOME_ROWS ? SOME_PANEL : PANEL;
-    return (int)job->w.n_rows >= PANEL_TASKS * g4_pool_size(exec->pool) * larger ? larger : PANEL;
+    const int some = SOME_WORK / job->m < SOME_PANEL ? SOME_WORK / job->m : SOME_PANEL;
+    const int most = uses_int8(exec, job) ? some : uses_packed(exec, job) ? PACKED_PANEL : PANEL;
+    const int share = (int)job->w.n_rows / (PANEL_TASKS * g4_pool_size(exec->pool));
+    const int rows = (share < most ? share : most) / PANEL * PANEL;
+    return rows < PANEL ? PANEL : rows;
 }
 
 static int rows_per_task(const g4_exec *exec, const g4_linear_job *job)
 {
-    return job->m <= STREAM_ROWS  ? stream_rows(exec, job)
-           : uses_blas(exec, job) ? blas_panel_rows(job)
-                                  : panel_rows(exec, job);
+    return job->m <= few_rows(exec, job) ? stream_rows(exec, job)
+           : uses_blas(exec, job)        ? blas_panel_rows(job)
+                                         : panel_rows(exec, job);
+}
+
+/* An expert may have no rows. */
+static int count_tasks(const g4_exec *exec, const g4_linear_job *job)
+{
+    if (!job->m)
+        return 0;
+    const int rows = rows_per_task(exec, job);
+    return ((int)job->w.n_rows + rows - 1) / rows;
 }
 
 static void run_panel(const linear_task *t, int index, int first, int n, int worker)
@@ -279,9 +297,7 @@ static g4_status row_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs)
     G4_ALLOC(exec, first_task, (size_t)n_jobs + 1);
     first_task[0] = 0;
     for (int j = 0; j < n_jobs; j++) {
-        int rows = rows_per_task(exec, &jobs[j]);
-        int n_tasks = jobs[j].m ? ((int)jobs[j].w.n_rows + rows - 1) / rows : 0;
-        first_task[j + 1] = first_task[j] + n_tasks;
+        first_task[j + 1] = first_task[j] + count_tasks(exec, &jobs[j]);
         work += (double)jobs[j].m * (double)jobs[j].w.n_rows * (double)jobs[j].w.n_cols;
         const size_t n_floats = scratch_of(exec, &jobs[j]);
         t.scratch_floats = n_floats > t.scratch_floats ? n_floats : t.scratch_floats;

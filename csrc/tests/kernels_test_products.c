@@ -88,7 +88,7 @@ static void check_matmul_int8(g4_dtype dtype, int kind, int m, int n, int k)
 /* The largest products of one sign: nothing may saturate, neither with few rows nor in the tile. */
 static void check_int8_at_the_ends(g4_dtype dtype, uint8_t fill, float x_value, int m)
 {
-    enum { N = 20, K = 512, END_ROWS = 6 };
+    enum { N = 20, K = 512, END_ROWS = G4_INT8_FEW + 1 };
     const size_t n_bytes = g4_dtype_bytes(dtype, N * K), size = g4_block_bytes(dtype);
     const uint16_t d = g4_f32_to_f16(0.01f);
     uint8_t *w = allocate(n_bytes);
@@ -115,21 +115,21 @@ void test_products(void)
                                    {24, 31, 100}, {49, 34, 1040}, {73, 65, 31}, {290, 7, 2100},
                                    {5, 4, 16},    {6, 31, 256},   {7, 2, 512},  {8, 33, 512}};
     static const int block_sizes[][3] = {{1, 1, 256}, {3, 5, 768}, {6, 37, 1280}, {151, 70, 512}};
-    static const int int8_sizes[][3] = {{1, 19, 768},  {2, 3, 256},  {3, 17, 512},  {4, 8, 256},
-                                        {5, 40, 1280}, {16, 5, 256}, {17, 19, 768}, {259, 40, 768}};
+    static const int int8_sizes[][3] = {{1, 19, 768}, {2, 3, 256},  {3, 17, 512}, {4, 8, 256},   {5, 40, 1280},
+                                        {6, 9, 1024}, {7, 40, 768}, {16, 5, 256}, {17, 19, 768}, {259, 40, 768}};
     for (g4_dtype dtype = G4_F32; dtype < G4_N_DTYPES; dtype++) {
         for (int s = 0; !g4_is_quantised(dtype) && s < 12; s++)
             for (int kind = 0; kind < N_KINDS; kind++)
                 check_matmul(dtype, kind, sizes[s][0], sizes[s][1], sizes[s][2]);
         for (int s = 0; g4_is_quantised(dtype) && s < 4; s++)
             check_matmul(dtype, s, block_sizes[s][0], block_sizes[s][1], block_sizes[s][2]);
-        for (int s = 0; g4_is_quantised(dtype) && s < 8; s++)
+        for (int s = 0; g4_is_quantised(dtype) && s < 10; s++)
             check_matmul_int8(dtype, s % N_KINDS, int8_sizes[s][0], int8_sizes[s][1], int8_sizes[s][2]);
         for (int m = 1; g4_block_size(dtype) == 32 && m < 40; m += 19) /* a tail of less than 256 inputs */
             check_matmul_int8(dtype, NORMAL, m, 17, 352);
         static const uint8_t fills[] = {0x00, 0xff, 0x0f, 0xf0, 0x80, 0x7f};
         for (int f = 0; g4_is_quantised(dtype) && f < 6; f++)
-            for (int m = 1; m <= 6; m += 5) {
+            for (int m = 1; m <= G4_INT8_FEW + 1; m += G4_INT8_FEW) {
                 check_int8_at_the_ends(dtype, fills[f], 1, m);
                 check_int8_at_the_ends(dtype, fills[f], -1, m);
             }

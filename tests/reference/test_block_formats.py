@@ -122,7 +122,7 @@ def test_matmul_of_a_slice(name: str) -> None:
         assert same_bits(testing.matmul(isa, name, x, part), plain)
 
 
-FEW = 4  # rows of x; more lie by fours
+FEW = 6  # rows of x; more lie by fours
 
 
 def in_order(q: np.ndarray, m: int) -> np.ndarray:
@@ -148,7 +148,7 @@ def rounded(x: np.ndarray, isa: str) -> tuple[tuple[np.ndarray, ...], np.ndarray
     return bytes_of_x, values[:, : x.shape[1]]
 
 
-@pytest.mark.parametrize("m", [4, 5, 17, 20])
+@pytest.mark.parametrize("m", [4, 6, 7, 17, 20])
 @pytest.mark.parametrize("isa", ISAS)
 def test_quantize_rows(isa: str, m: int) -> None:
     x = np.random.default_rng(0).normal(size=(m, 96)).astype(np.float32)
@@ -174,7 +174,7 @@ def test_quantize_rows(isa: str, m: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_not_a_number_is_not_lost(isa: str, bad: float) -> None:
-    for m in (4, 6):
+    for m in (4, 6, 7):
         x = np.ones((m, 64), np.float32)
         x[2, 40] = bad
         out = testing.matmul_int8(isa, "Q4_0", testing.quantize_rows(isa, x), m, random_rows("Q4_0", 3, 64))
@@ -182,7 +182,7 @@ def test_not_a_number_is_not_lost(isa: str, bad: float) -> None:
         assert np.isfinite(np.delete(out, 2, axis=0)).all()
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 7, 8, 23, 64, 259])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 6, 7, 8, 23, 64, 259])
 @pytest.mark.parametrize("name", FORMATS)
 def test_int8_products(name: str, m: int) -> None:
     """Whole-number products are exact, so only one fma per group rounds: within 1e-6 of float64 on the rounded x; and
