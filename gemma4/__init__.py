@@ -27,9 +27,14 @@ from gemma4.model import Model, load
 from gemma4.quantization import quantize
 from gemma4.sequence import Sequence
 
-if not TYPE_CHECKING:  # modules under their old names; each is imported at first use
+if not TYPE_CHECKING:  # modules that are imported at first use: parts of the package, and old names of modules
+    _LATER = ("bench", "harvest")
     _BEFORE = ("chat", "decode", "generate", "sampling", "textflow", "tokenizer", "turn")
-    __getattr__ = moved(__name__, {name: f"{__name__}.{name}:" for name in _BEFORE})
+    __getattr__ = moved(__name__, {name: f"{__name__}.{name}:" for name in (*_LATER, *_BEFORE)})
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LATER})
+
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,16 @@ import pytest
 
 import gemma4
 from gemma4.edits import Ablate, Patch, Scale
-from gemma4.interp import head_ablations, head_patching, induction_scores, patching_grid, plots
+from gemma4.interp import (
+    dla,
+    head_ablations,
+    head_patching,
+    induction_scores,
+    logit_lens,
+    patching_grid,
+    path_patching,
+    plots,
+)
 
 CLEAN = "When Mary and John went to the store, John gave a book to"
 CORRUPT = "When Mary and John went to the store, Mary gave a book to"
@@ -255,3 +264,22 @@ def test_experiments_that_make_no_sense(tiny, arguments, error, complaint):
     clean, corrupt, metric, options = arguments()
     with pytest.raises(error, match=re.escape(complaint)):
         patching_grid(tiny, clean, corrupt, metric, **options)
+
+
+def test_results_say_what_they_are(tiny):
+    """In one line: a prompt of a shell shows no arrays."""
+    grid = patching_grid(tiny, CLEAN, CORRUPT, ANSWERS, layers=[0, 2], positions=[3, -1])
+    assert repr(grid).startswith("Grid: 2 x 2 (layer by position), values ")
+    assert repr(grid).endswith(f"clean {grid.clean:.4g}, corrupt {grid.corrupt:.4g}")
+    shares = dla(tiny, CLEAN)
+    name, share = shares.top(1)[0]
+    assert f"{len(shares.labels)} components, 1 positions; logit {shares.logits[0]:.4g}" in repr(shares)
+    assert f": {name} {share:+.4g}, " in repr(shares)
+    lens = logit_lens(tiny, CLEAN)
+    assert repr(lens) == (
+        f"LogitLens: {tiny.n_layers + 1} rows, {len(lens.positions)} positions, the best {lens.ids.shape[2]}; "
+        f"last of all: {lens.tokens[-1][-1][0]!r} ({lens.probs[-1, -1, 0]:.3f})"
+    )
+    paths = path_patching(tiny, CLEAN, CORRUPT, [(3, 2), (4, 1)], ("blocks.9.attn.hook_q", 1), ANSWERS)
+    assert repr(paths).startswith("PathEffects: 2 senders; clean ") and "4.1 " in repr(paths)
+    assert all("\n" not in repr(one) for one in (grid, shares, lens, paths))

@@ -238,6 +238,16 @@ def changelog() -> dict[str, str]:
     return dict(zip(parts[1::3], parts[3::3], strict=True))
 
 
+def test_completion_finds_what_is_imported_at_first_use():
+    code = (
+        "import gemma4\n"
+        "assert {'bench', 'harvest', 'interp'} <= set(dir(gemma4)) and 'sampling' not in dir(gemma4)\n"
+        "assert set(gemma4.interp.__all__) <= set(dir(gemma4.interp))\n"
+        "assert gemma4.harvest.open and gemma4.bench.bench_batch\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)
+
+
 def test_import_brings_no_heavy_library():
     """Drawing, the network, media and the test oracles are imported where they are used."""
     heavy = {

@@ -38,3 +38,7 @@ def __getattr__(name: str) -> object:
         for module in (lens, experiments, attribution, paths, dictionary_loss)
         if hasattr(module, name)
     )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -33,7 +33,7 @@ _OF_EXPERTS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogitAttribution:
     """Shares of components in a logit before the softcap.
 
@@ -60,6 +60,13 @@ class LogitAttribution:
         column = self.values[:, pos]
         order = np.argsort(-np.abs(column), kind="stable")[:k]
         return [(self.labels[i], float(column[i])) for i in order]
+
+    def __repr__(self) -> str:
+        size = f"LogitAttribution: {len(self.labels)} components, {len(self.positions)} positions"
+        if not len(self.positions):
+            return size
+        shares = ", ".join(f"{label} {share:+.4g}" for label, share in self.top(4))
+        return f"{size}; logit {self.logits[-1]:.4g} at position {self.positions[-1]}: {shares}, …"
 
     @property
     def title(self) -> str:

@@ -52,7 +52,7 @@ _SITES = {
 _ROWS_PER_STEP = 2048  # of all variants that run together; their keys and values are in memory meanwhile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Grid:
     """A metric for each variant of a run.
 
@@ -89,6 +89,11 @@ class Grid:
     def change(self) -> F32:
         """values - corrupt."""
         return self.values - np.float32(self.corrupt)
+
+    def __repr__(self) -> str:
+        size = f"{len(self.rows)} x {len(self.columns)} ({self.down} by {self.across})"
+        values = f"{self.values.min():.4g} to {self.values.max():.4g}" if self.values.size else "none"
+        return f"Grid: {size}, values {values}; clean {self.clean:.4g}, corrupt {self.corrupt:.4g}"
 
     def shown(self, recovered: bool | None = None) -> tuple[F32, str]:
         """The numbers that a picture shows, float32 [rows, columns], and their name: recovered, or for False change.

@@ -32,7 +32,7 @@ _BLOCK_ROWS = 8192  # rows of the head converted to float32 at a time: 50 MB for
 LENS_SITES = ["blocks.0.hook_resid_pre", "blocks.*.hook_resid_post"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LogitLens:
     """Most likely next tokens read off the residual stream, before the first block and after each.
 
@@ -54,6 +54,11 @@ class LogitLens:
     target_probs: F32 | None
     norms: F32
     prompt: list[str] = field(default_factory=list[str])
+
+    def __repr__(self) -> str:
+        rows, positions, best = self.ids.shape
+        found = f"{self.tokens[-1][-1][0]!r} ({self.probs[-1, -1, 0]:.3f})" if positions and rows else "nothing"
+        return f"LogitLens: {rows} rows, {positions} positions, the best {best}; last of all: {found}"
 
     def to_html(self, last: int | None = None) -> Picture:
         """A table of layers by positions: the likeliest token, its probability as colour, the others when pointed at.

@@ -31,7 +31,7 @@ T = TypeVar("T")
 _OUTPUTS = ("hook_embed", "hook_attn_out", "hook_mlp_out", "hook_ple_out")  # what is added to the residual stream
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PathEffects:
     """A metric for each sender, whose direct paths to the receivers carry what it has in the corrupt run.
 
@@ -45,6 +45,12 @@ class PathEffects:
     senders: list[str]
     clean: float
     corrupt: float
+
+    def __repr__(self) -> str:
+        largest = np.argsort(-np.abs(self.change), kind="stable")[:4]
+        found = ", ".join(f"{self.senders[i]} {self.values[i]:.4g}" for i in largest)
+        runs = f"clean {self.clean:.4g}, corrupt {self.corrupt:.4g}"
+        return f"PathEffects: {len(self.senders)} senders; {runs}; furthest from clean: {found}"
 
     @property
     def change(self) -> F32:
