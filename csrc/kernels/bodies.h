@@ -9,9 +9,6 @@
 #include "kernels/kernels.h"
 
 enum { BLOCK_M = VEC_LANES == 16 ? 144 : 72, BLOCK_N = 64, BLOCK_K = 512, FEW_ROWS = 4, ROWS_AHEAD = 8 };
-/* Rows of w that a stretch of body_int8.h has in registers, which must be 32 for two. Sharing the loads of x saves 5 to
- * 10 % of the time. */
-enum { TOGETHER = VEC_LANES == 16 ? 2 : 1 };
 _Static_assert(BLOCK_M *BLOCK_N * 16 + (BLOCK_M + BLOCK_N) * BLOCK_K <= G4_MATMUL_SCRATCH, "what matmul keeps there");
 
 #define x16_load_f32 x16_load

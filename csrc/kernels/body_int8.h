@@ -86,15 +86,24 @@ static INLINE void NAME(dot_blocks_)(const i8x32 q[4][2], const int8_t *x, i32x8
 #undef LAST
 }
 
-/* sum[r][i] += products of row r of w, `far_bytes` apart, and 256 inputs of x_i from `at`, one lane per block of 32 (8
- * lanes). correction[r][i] += (min or scale) . sums of x_i, the correction for block minima or the zero point. Blocks
- * from n_blocks on are ignored. */
-static INLINE void NAME(add_stretch_)(const int m, const int n_rows, const int n_blocks, const g4_int8_rows *x,
-                                      size_t at, size_t stride, const uint8_t *w, size_t far_bytes,
-                                      f32x8 (*sum)[FEW_ROWS], f32x8 (*correction)[FEW_ROWS])
+/* Rows of w that a stretch has in registers. Two share the loads of x, which saves 5 to 10 % of the time with 32
+ * registers, if factors take few of them (blocks of 256 take more) and no sign must be moved to x. */
+#if VEC_LANES == 16 && !defined PLAIN_C && BLOCK == 32 && SUMS_IN_INT16
+#define TOGETHER 2
+#else
+#define TOGETHER 1
+#endif
+
+/* sum[r][i] += products of row r of w (`all` TOGETHER, `far_bytes` apart, or one) and 256 inputs of x_i from `at`, one
+ * lane per block of 32 (8 lanes). correction[r][i] += (min or scale) . sums of x_i, the correction for block minima or
+ * the zero point. Blocks from n_blocks on are ignored. */
+static INLINE void NAME(add_stretch_)(const int m, const bool all, const int n_blocks, const g4_int8_rows *x, size_t at,
+                                      size_t stride, const uint8_t *w, size_t far_bytes, few_sums *sum,
+                                      few_sums *correction)
 {
-    NAME(factors_) f[2];
-    i8x32 q[2][4][2];
+    const int n_rows = all ? TOGETHER : 1;
+    NAME(factors_) f[TOGETHER];
+    i8x32 q[TOGETHER][4][2];
 #pragma GCC unroll 2
     for (int r = 0; r < n_rows; r++) {
         const uint8_t *row = w + (size_t)r * far_bytes;
@@ -108,11 +117,12 @@ static INLINE void NAME(add_stretch_)(const int m, const int n_rows, const int n
         NAME(read_pair_)(row, 2, q[r][2]);
         NAME(read_pair_)(row, 3, q[r][3]);
     }
+#pragma GCC unroll 1 /* once unrolled, 4 rows of Q4_K took the time of 7 */
     for (int i = 0; i < m; i++) {
         const size_t at_i = at + (size_t)i * stride;
         const f32x8 dx = f8_load(x->scale + at_i / 32);
         const float *sums = (GROUP == 32 ? x->sum32 : x->sum16) + at_i / GROUP;
-        i32x8 dot[2][32 / GROUP];
+        i32x8 dot[TOGETHER][32 / GROUP];
 #pragma GCC unroll 2
         for (int r = 0; r < n_rows; r++)
             NAME(dot_blocks_)(q[r], x->q + at_i, dot[r]);
@@ -132,23 +142,29 @@ static INLINE void NAME(add_stretch_)(const int m, const int n_rows, const int n
     }
 }
 
+static INLINE void NAME(add_some_)(const int m, int n_blocks, const g4_int8_rows *x, size_t at, size_t stride,
+                                   const uint8_t *w, few_sums *sum, few_sums *correction)
+{
+    NAME(add_stretch_)(m, false, n_blocks, x, at, stride, w, 0, sum, correction);
+}
+
 /* The tail of a row whose length is no multiple of 256, where no readable memory follows. It is copied, which costs as
  * much as two stretches of 256 inputs. */
 static NOINLINE void NAME(add_end_)(int m, int n_inputs, const g4_int8_rows *x, size_t at, size_t stride,
-                                    const uint8_t *w, f32x8 (*sum)[FEW_ROWS], f32x8 (*correction)[FEW_ROWS])
+                                    const uint8_t *w, few_sums *sum, few_sums *correction)
 {
     uint8_t end[WEIGHTS_IN(256)];
     memset(end, 0, sizeof end);
     memcpy(end, w, WEIGHTS_IN(n_inputs));
-    NAME(add_stretch_)(m, 1, n_inputs / 32, x, at, stride, end, 0, sum, correction);
+    NAME(add_some_)(m, n_inputs / 32, x, at, stride, end, sum, correction);
 }
 
-/* out[i] and out[i][far] = dot(x_i, w) for m rows of x, from `row` on, and two rows of w (body_matmul.h says why two). */
-static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, int row, const uint8_t *w, size_t far_bytes,
-                                    int k, bool reads_on, float *out, size_t out_stride, int far)
+/* out[i] and out[i][far] = dot(x_i, w) for m rows of x and two rows of w (body_matmul.h says why two). */
+static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, const uint8_t *w, size_t far_bytes, int k,
+                                    bool reads_on, float *out, size_t out_stride, int far)
 {
-    const size_t stride = g4_int8_stride((size_t)k), first = (size_t)row * stride;
-    f32x8 sum[2][FEW_ROWS], correction[2][FEW_ROWS];
+    const size_t stride = g4_int8_stride((size_t)k);
+    few_sums sum[2], correction[2];
     for (int i = 0; i < m; i++)
         sum[0][i] = sum[1][i] = correction[0][i] = correction[1][i] = f8_set1(0);
     int l = 0;
@@ -158,22 +174,19 @@ static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, int row,
             for (int near = 0; near < TOGETHER; near++)
                 prefetch_ahead(stretch + (size_t)near * far_bytes, WEIGHTS_IN(256), AHEAD_BYTES);
             NAME(add_stretch_)
-            (m, TOGETHER, 8, x, first + (size_t)l, stride, stretch, far_bytes, sum + r, correction + r);
+            (m, true, 8, x, (size_t)l, stride, stretch, far_bytes, sum + r, correction + r);
         }
     for (int r = 0; r < 2 && l < k; r++) {
         const uint8_t *end = w + (size_t)r * far_bytes + WEIGHTS_IN(l);
+        few_sums s, b; /* copies: arrays whose address is taken are not kept in registers */
+        memcpy(s, sum[r], sizeof s);
+        memcpy(b, correction[r], sizeof b);
         if (reads_on)
-            NAME(add_stretch_)
-        (m, 1, (k - l) / 32, x, first + (size_t)l, stride, end, 0, sum + r, correction + r);
+            NAME(add_some_)(m, (k - l) / 32, x, (size_t)l, stride, end, &s, &b);
         else
-        {
-            f32x8 s[1][FEW_ROWS], b[1][FEW_ROWS]; /* copies: arrays whose address is taken are not kept in registers */
-            memcpy(s, sum + r, sizeof s);
-            memcpy(b, correction + r, sizeof b);
-            NAME(add_end_)(m, k - l, x, first + (size_t)l, stride, end, s, b);
-            memcpy(sum + r, s, sizeof s);
-            memcpy(correction + r, b, sizeof b);
-        }
+            NAME(add_end_)(m, k - l, x, (size_t)l, stride, end, &s, &b);
+        memcpy(sum[r], s, sizeof s);
+        memcpy(correction[r], b, sizeof b);
     }
     for (int r = 0; r < 2; r++)
         for (int i = 0; i < m; i++)
@@ -181,32 +194,25 @@ static INLINE void NAME(int8_dots_)(const int m, const g4_int8_rows *x, int row,
                 f8_sum(f8_minus_product(sum[r][i], f8_set1(HAS_MIN ? 1.0f : (float)ZERO_POINT), correction[r][i]));
 }
 
-static INLINE void NAME(int8_some_)(int m, const g4_int8_rows *x, int row, const uint8_t *w, size_t far_bytes, int k,
-                                    bool reads_on, float *out, size_t out_stride, int far)
-{
-    switch (m) {
-    case 1: NAME(int8_dots_)(1, x, row, w, far_bytes, k, reads_on, out, out_stride, far); break;
-    case 2: NAME(int8_dots_)(2, x, row, w, far_bytes, k, reads_on, out, out_stride, far); break;
-    case 3: NAME(int8_dots_)(3, x, row, w, far_bytes, k, reads_on, out, out_stride, far); break;
-    default: NAME(int8_dots_)(4, x, row, w, far_bytes, k, reads_on, out, out_stride, far); break;
-    }
-}
-
-/* More than 4 rows of x in two parts: the second one finds the weights in the first-level cache. */
 static void NAME(int8_few_)(const g4_int8_rows *x, int m, const uint8_t *w, size_t w_stride, int n, int k, float *out,
                             size_t out_stride)
 {
-    const int far = n / 2, part = m > FEW_ROWS ? (m + 1) / 2 : m;
+    const int far = n / 2;
     const size_t w_bytes = WEIGHTS_IN(w_stride), far_bytes = (size_t)far * w_bytes;
     for (int j = 0; j < n - far; j++, w += w_bytes, out++) {
         const bool reads_on = (size_t)(n - far - 1 - j) * w_bytes >= WEIGHTS_IN(256);
-        NAME(int8_some_)(part, x, 0, w, far_bytes, k, reads_on, out, out_stride, far);
-        if (m > part)
-            NAME(int8_some_)
-        (m - part, x, part, w, far_bytes, k, reads_on, out + (size_t)part * out_stride, out_stride, far);
+        switch (m) {
+        case 1: NAME(int8_dots_)(1, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
+        case 2: NAME(int8_dots_)(2, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
+        case 3: NAME(int8_dots_)(3, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
+        case 4: NAME(int8_dots_)(4, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
+        case 5: NAME(int8_dots_)(5, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
+        default: NAME(int8_dots_)(6, x, w, far_bytes, k, reads_on, out, out_stride, far); break;
+        }
     }
 }
-_Static_assert(G4_INT8_FEW <= 2 * FEW_ROWS, "two parts");
+_Static_assert(G4_INT8_FEW == 6, "the cases");
+#undef TOGETHER
 
 /* ---- prefill ----------------------------------------------------------------------------------------------------- */
 

@@ -91,3 +91,6 @@ static void quantize_rows(const float *x, size_t x_stride, int first, int m, int
             put_block(&zeros, first + i, b, stride, rows);
     }
 }
+
+/* Of one row of weights and each of a few rows of x, 8 partial sums. */
+typedef f32x8 few_sums[G4_INT8_FEW];
