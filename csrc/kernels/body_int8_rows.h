@@ -92,5 +92,5 @@ static void quantize_rows(const float *x, size_t x_stride, int first, int m, int
     }
 }
 
-/* Of one row of weights and each of a few rows of x, 8 partial sums. */
+/* 8 partial sums of one row of weights with each of a few rows of x. */
 typedef f32x8 few_sums[G4_INT8_FEW];
