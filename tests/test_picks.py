@@ -182,6 +182,13 @@ def test_a_step_without_room_for_logits(random_e, prompt):
         random_e.engine.step([(sequence.engine, prompt, None, np.zeros(1, np.int32), None)])
 
 
+def named(settings):
+    """Settings as a test's name: the same in every process, which the text of a function is not."""
+    if not isinstance(settings, dict):
+        return str(settings)
+    return ", ".join(name if name == "processors" else f"{name}={value}" for name, value in settings.items())
+
+
 KINDS_OF_SAMPLING = [
     {"temperature": 0.0},
     {"temperature": 0.0, "logprobs": 3},
@@ -198,7 +205,7 @@ KINDS_OF_SAMPLING = [
 ]
 
 
-@pytest.mark.parametrize("settings", KINDS_OF_SAMPLING, ids=str)
+@pytest.mark.parametrize("settings", KINDS_OF_SAMPLING, ids=named)
 def test_generation_samples_as_from_whole_rows(random_e, prompt, settings):
     """Three prompts side by side, one of which guesses: the tokens of a `Sampler` that is given every row."""
     with Batch(random_e) as batch:
@@ -227,7 +234,7 @@ def test_generation_samples_as_from_whole_rows(random_e, prompt, settings):
         ({"top_k": 64, "logit_bias": {1: 1.0}}, True),
         ({"top_k": 64, "processors": [lambda ids, logits: None]}, True),
     ],
-    ids=str,
+    ids=named,
 )
 def test_rows_are_copied_only_where_sampling_reads_them(settings, copied):
     picker = Sampler(SamplingParams(**settings)).picker(262_144)
