@@ -74,9 +74,15 @@ typedef struct {
 typedef struct g4_model g4_model;
 typedef struct g4_sequence g4_sequence;
 
+typedef enum {
+    G4_EXACT, /* the same bits on every machine */
+    G4_HIGH,  /* float32's accuracy in another order of additions, the same for any batch; as G4_EXACT without AMX */
+    G4_FAST   /* other orders of additions, x in fewer bits */
+} g4_precision;
+
 typedef struct {
     int n_threads; /* 0: g4_cpu_count of base/cpu.h */
-    bool fast;     /* precision "fast": other summation orders, x in fewer bits; else the same bits on every machine */
+    g4_precision precision;
 } g4_model_options;
 
 /* Calls `each` for every tensor that a config needs, in table order (model/text/weights.c, model/encoders/). A
@@ -90,7 +96,7 @@ void g4_model_free(g4_model *model); /* free its sequences first */
 const g4_config *g4_model_config(const g4_model *model);
 const char *g4_model_isa(const g4_model *model);
 int g4_model_threads(const g4_model *model);
-bool g4_model_is_fast(const g4_model *model);
+g4_precision g4_model_precision(const g4_model *model);
 size_t g4_model_weight_bytes(const g4_model *model);
 
 g4_status g4_sequence_new(const g4_model *model, g4_dtype kv_dtype, int capacity, g4_sequence **seq, g4_error *err);

@@ -7,7 +7,7 @@ around it (gemma4/load) does. Every call releases the GIL while it computes.
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,11 +109,12 @@ class Model:
     def __init__(self, config: Config, tensors: Tensors, *, threads: int = 0, precision: str = "exact") -> None:
         """Check names, shapes and dtypes and keep views of the weights (they are not copied).
 
-        threads: 0 = the physical cores this process may use, at most its CPU quota. precision: "exact" or "fast".
+        threads: 0 = the physical cores this process may use, at most its CPU quota. precision: "exact", "high" or
+        "fast".
         Raises FormatError (missing tensor, wrong shape or dtype: got, expected), ValueError (config out of range).
         """
     threads: int  # read-only
-    precision: str  # read-only
+    precision: Literal["exact", "high", "fast"]  # read-only
     isa: str  # read-only: "scalar", "avx2", "avx512"
     weight_bytes: int
     def new_sequence(self, *, kv_dtype: str = "f32", capacity: int = 0) -> Sequence:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 F32: TypeAlias = NDArray[np.float32]
 I32: TypeAlias = NDArray[np.int32]
-Precision: TypeAlias = Literal["exact", "fast"]
+Precision: TypeAlias = Literal["exact", "high", "fast"]
 KVDtype: TypeAlias = Literal["f32", "f16", "bf16", "q8_0"]
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,9 +85,18 @@ def describe(model: Core) -> ModelInfo:
         kv_dtype=model.kv_dtype,
         context_length=model.context_length,
         n_sites=len(model.sites),
-        notes=model.checkpoint.notes,
+        notes=(*model.checkpoint.notes, *_notes_on_precision(model)),
         warnings=[f"an edit produced NaN at {site}" for site in model.nan_log.sites],
     )
+
+
+def _notes_on_precision(model: Core) -> Iterator[str]:
+    """Where `high` has no bf16 products to compute with."""
+    if model.engine.precision == "high":
+        if model.engine.isa != "amx":
+            yield f'precision "high" computes as "exact" on {model.engine.isa}; it is for processors with AMX'
+        elif "BF16" not in model.checkpoint.dtypes:
+            yield 'precision "high" computes as "exact" with these weights; it is for BF16'
 
 
 def _effective(sizes: dict[str, int], n_experts: int, top_k: int) -> int:

@@ -99,8 +99,9 @@ def load(
     mmproj        path of the file with a .gguf model's image and audio encoders; None = the only mmproj*.gguf beside
                   it, if there is one that fits
     threads       1 to 1024; 0 = the physical cores that this process may use, at most its CPU quota
-    precision     "exact": the same bits for any thread count, batch and chunking; "fast": the fastest method; None =
-                  "fast" if a weight is quantised, else "exact"
+    precision     "exact": the same bits for any thread count, batch, chunking and machine; "high": float32's accuracy
+                  by bf16 products, the same bits for any batch, on processors with AMX and for bf16 weights, else
+                  as "exact"; "fast": the fastest method; None = "fast" if a weight is quantised, else "exact"
     kv_dtype      type of new sequences' keys and values: "f32", "f16", "bf16" or "q8_0" (heads of a multiple of 32);
                   None = "f16" when fast, else "f32"
     progress      function (files done, files in all, file name), called while a checkpoint in parts is opened

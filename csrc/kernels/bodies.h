@@ -2,6 +2,7 @@
 /* The bodies of all kernels, written once with the vector operations of simd_*.h. Each isa_*.c includes its simd header
  * and this file, and exports one table. Everything else is static, so no function compiled for one instruction set can
  * leak into another's. */
+#include <float.h>
 #include <math.h>
 #include <stdbool.h>
 #include <string.h>

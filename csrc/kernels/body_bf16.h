@@ -52,12 +52,15 @@ static INLINE void transpose_16(__m512i row[16])
     }
 }
 
+/* The lanes of inputs 0 to 15, and of 16 to 31, of n. */
+static INLINE __mmask16 low_lanes(int n) { return n >= 16 ? 0xffff : (__mmask16)((1 << n) - 1); }
+static INLINE __mmask16 high_lanes(int n) { return n > 16 ? low_lanes(n - 16) : 0; }
+
 /* 32 inputs of a row; only n if n < 32, then zeros. */
 static INLINE __m512i tile_row(const float *row, int n)
 {
-    const __mmask16 low = n >= 16 ? 0xffff : (__mmask16)((1 << n) - 1);
-    const __mmask16 high = n >= 32 ? 0xffff : n > 16 ? (__mmask16)((1 << (n - 16)) - 1) : 0;
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high, row + 16), _mm512_maskz_loadu_ps(low, row));
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(high_lanes(n), row + 16),
+                                        _mm512_maskz_loadu_ps(low_lanes(n), row));
 }
 
 /* 2 x 16 weights as bf16: each half times its scale, minus its minimum unless min is NULL. */
@@ -139,6 +142,39 @@ static void tiles_of_x(const float *x, size_t x_stride, int m, int k, uint16_t *
         transpose_16(row);
         for (int pair = 0; pair < 16; pair++)
             _mm512_storeu_si512(tiles + pair * 32, row[pair]);
+    }
+}
+
+/* x = high + middle + low to the last bit: the first 8 bits of x, the next 8, the last 8. Infinities and NaN are in high
+ * alone. (What is below 2^-126 in middle or low counts as zero in products.) */
+static INLINE void pieces_of(__m512 x, __m512 piece[G4_PIECES])
+{
+    const __m512 top = _mm512_castsi512_ps(_mm512_set1_epi32((int)0xffff0000));
+    const __mmask16 finite = _mm512_cmp_ps_mask(_mm512_abs_ps(x), _mm512_set1_ps(FLT_MAX), _CMP_LE_OQ);
+    piece[0] = _mm512_mask_and_ps(x, finite, x, top);
+    const __m512 rest = _mm512_maskz_sub_ps(finite, x, piece[0]);
+    piece[1] = _mm512_and_ps(rest, top);
+    piece[2] = _mm512_sub_ps(rest, piece[1]);
+}
+
+static void tiles_of_pieces(const float *x, size_t x_stride, int m, int k, uint16_t *const tiles[G4_PIECES])
+{
+    for (int l = 0; l < k; l += G4_TILE_INPUTS) {
+        __m512i row[G4_PIECES][16];
+        for (int r = 0; r < 16; r++) {
+            __m512 low[G4_PIECES], high[G4_PIECES];
+            const int n = r < m ? k - l : 0;
+            const float *from = r < m ? x + (size_t)r * x_stride + l : x;
+            pieces_of(_mm512_maskz_loadu_ps(low_lanes(n), from), low);
+            pieces_of(_mm512_maskz_loadu_ps(high_lanes(n), from + 16), high);
+            for (int p = 0; p < G4_PIECES; p++) /* exact: each piece is a bf16 */
+                row[p][r] = (__m512i)_mm512_cvtne2ps_pbh(high[p], low[p]);
+        }
+        for (int p = 0; p < G4_PIECES; p++) {
+            transpose_16(row[p]);
+            for (int pair = 0; pair < 16; pair++)
+                _mm512_storeu_si512(tiles[p] + (size_t)l * G4_TILE_ROWS + pair * 32, row[p][pair]);
+        }
     }
 }
 

@@ -37,11 +37,11 @@ enum { LIST_AT_ONCE = 64 };
 static INLINE int32_t *append_hits(const float *hits, int n, int first, int32_t *end)
 {
     enum { LOW_BIT_OF_EXPONENT = 23 }; /* set in 1.0f, not in 0.0f */
-    uint32_t bits[LIST_AT_ONCE];
-    memcpy(bits, hits, sizeof bits);
     for (int i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, hits + i, sizeof bits);
         *end = first + i;
-        end += bits[i] >> LOW_BIT_OF_EXPONENT & 1;
+        end += bits >> LOW_BIT_OF_EXPONENT & 1;
     }
     return end;
 }

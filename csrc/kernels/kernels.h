@@ -76,6 +76,7 @@ static inline g4_panel16 g4_panel16_at(const g4_panel16 *w, int at)
 
 /* Rows of x in bfloat16, in tiles of 16 rows by 32 inputs, padded with zeros (body_bf16.h). */
 enum { G4_TILE_ROWS = 16, G4_TILE_INPUTS = 32, G4_TILE = G4_TILE_ROWS * G4_TILE_INPUTS };
+enum { G4_PIECES = 3 }; /* bf16 numbers whose sum is any float32 */
 
 typedef struct {
     uint16_t *data; /* [m / 16, tiles, 16 pairs, 16, 2] */

@@ -18,8 +18,8 @@ static g4_status init(g4_model *model, const g4_config *config, const g4_named_t
     G4_TRY(g4_kernels_select(&model->kernels, err));
     if (options->n_threads < 0 || options->n_threads > 1024)
         return g4_fail(err, G4_EVALUE, "threads = %d: expected 1 to 1024, or 0 for the default", options->n_threads);
-    model->fast = options->fast;
-    if (model->fast)
+    model->precision = options->precision;
+    if (model->precision == G4_FAST)
         g4_blas_init();
     model->vectors = g4_arena_new();
     if (!model->vectors)
@@ -86,9 +86,9 @@ int g4_model_threads(const g4_model *model)
     return g4_pool_size(model->pool);
 }
 
-bool g4_model_is_fast(const g4_model *model)
+g4_precision g4_model_precision(const g4_model *model)
 {
-    return model->fast;
+    return model->precision;
 }
 
 size_t g4_model_weight_bytes(const g4_model *model)

@@ -18,7 +18,7 @@ struct g4_model {
     g4_guard_set guards; /* guards of the weight files' mappings */
     const g4_kernels *kernels;
     g4_pool *pool;
-    bool fast;
+    g4_precision precision;
     _Atomic(g4_arena *) spare; /* scratch of the last step, reused by the next */
 };
 

@@ -17,6 +17,7 @@ typedef struct {
     g4_pool *pool;
     g4_arena *arena;
     bool fast;       /* may change the order of additions, and round x */
+    bool high;       /* may change the order of additions, the same way for every row */
     g4_poll_fn poll; /* the user's; may be slow, so it is called at most every 20 ms */
     void *poll_context;
     double last_poll_ms;

@@ -54,7 +54,10 @@ typedef enum {
     BY_TILES   /* bf16 tiles: ops/linear_bf16.h */
 } method;
 
-/* All methods but BY_ROWS are for many rows in `fast`, where the order of additions is free.
+/* All methods but BY_ROWS are for many rows in `fast`, where the order of additions is free. In `high`, bf16 weights
+ * always go BY_TILES on AMX, however few the rows, so that none depends on another; all else is as in `exact`. On
+ * AVX-512 BF16, three products take longer than one in float32: it multiplies only twice as fast (Zen 4: 460 and 232
+ * GFLOP/s).
  *
  * Plain weights on AVX2: panels, because OpenBLAS packs the widened weights once more. bf16 linear layers of E2B at 512
  * rows reach 158 to 177 GFLOP/s by panels and 117 to 143 by sgemm (two Zen 3 cores). With wider registers: OpenBLAS,
@@ -67,10 +70,11 @@ typedef enum {
 static method method_of(const g4_exec *exec, const g4_linear_job *job)
 {
     const g4_kernels *kernels = exec->kernels;
-    const bool quantised = g4_is_quantised(job->w.dtype);
+    const bool quantised = g4_is_quantised(job->w.dtype), amx = kernels->isa == G4_ISA_AMX;
+    if (exec->high && amx && job->w.dtype == G4_BF16)
+        return BY_TILES;
     if (!exec->fast)
         return BY_ROWS;
-    const bool amx = kernels->isa == G4_ISA_AMX;
     if (kernels->matmul_tiles && job->m >= (amx ? STREAM_ROWS + 1 : TILE_ROWS) &&
         (job->w.dtype == G4_BF16 || (quantised && amx)))
         return BY_TILES;

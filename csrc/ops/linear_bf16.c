@@ -18,11 +18,17 @@ typedef struct {
     const g4_exec *exec;
     const g4_linear_job *jobs;
     const g4_inputs *inputs;
-    const g4_tiles *xs;    /* one for each distinct x */
+    const g4_tiles *xs;    /* n_pieces for each distinct x */
     const int *first_task; /* [n_jobs + 1] */
     uint16_t *weights;     /* one [TASK_COLUMNS, STRIDE] for each worker */
     float *sums;           /* one [TASK_ROWS, TASK_COLUMNS] for each worker */
 } tile_task;
+
+/* x is rounded to one bf16, or split into three. */
+static int n_pieces(const g4_exec *exec)
+{
+    return exec->high ? G4_PIECES : 1;
+}
 
 /* ---- x, once for all jobs that share it -------------------------------------------------------------------------- */
 
@@ -31,19 +37,29 @@ typedef struct {
     const g4_tiles *xs;
 } pack_task;
 
+/* Up to 16 rows of a job's x, from `row` on. */
+static void pack_group(const g4_exec *exec, const g4_linear_job *job, int row, const g4_tiles *xs)
+{
+    const float *x = job->x + (size_t)row * job->x_stride;
+    const int m = job->m - row < G4_TILE_ROWS ? job->m - row : G4_TILE_ROWS, k = (int)job->w.n_cols;
+    uint16_t *tiles[G4_PIECES];
+    for (int p = 0; p < n_pieces(exec); p++)
+        tiles[p] = g4_tiles_from(&xs[p], row).data;
+    if (exec->high)
+        exec->kernels->tiles_of_pieces(x, job->x_stride, m, k, tiles);
+    else
+        exec->kernels->tiles_of_x(x, job->x_stride, m, k, tiles[0]);
+}
+
 static void pack_slice(const g4_exec *exec, void *context, int first, int end)
 {
     const pack_task *t = context;
     while (first < end) {
         int stop;
         const int i = g4_inputs_at(t->inputs, first, end, &stop);
-        const g4_linear_job *job = t->inputs->jobs[i];
-        for (; first < stop; first++) {
-            const int row = (first - t->inputs->first[i]) * G4_TILE_ROWS, left = job->m - row;
-            exec->kernels->tiles_of_x(job->x + (size_t)row * job->x_stride, job->x_stride,
-                                      left < G4_TILE_ROWS ? left : G4_TILE_ROWS, (int)job->w.n_cols,
-                                      g4_tiles_from(&t->xs[i], row).data);
-        }
+        for (; first < stop; first++)
+            pack_group(exec, t->inputs->jobs[i], (first - t->inputs->first[i]) * G4_TILE_ROWS,
+                       &t->xs[i * n_pieces(exec)]);
     }
 }
 
@@ -59,9 +75,10 @@ static g4_status pack_inputs(g4_exec *exec, const g4_linear_job *jobs, int n_job
     g4_tiles *xs;
     size_t max_k = 0;
     G4_TRY(g4_inputs_new(exec, jobs, n_jobs, G4_TILE_ROWS, all_jobs, inputs));
-    G4_ALLOC(exec, xs, (size_t)inputs->n);
-    for (int i = 0; i < inputs->n; i++) {
-        const size_t k = inputs->jobs[i]->w.n_cols, n_groups = (size_t)(inputs->first[i + 1] - inputs->first[i]);
+    G4_ALLOC(exec, xs, (size_t)(inputs->n * n_pieces(exec)));
+    for (int i = 0; i < inputs->n * n_pieces(exec); i++) {
+        const int of = i / n_pieces(exec);
+        const size_t k = inputs->jobs[of]->w.n_cols, n_groups = (size_t)(inputs->first[of + 1] - inputs->first[of]);
         xs[i].stride = (size_t)g4_tiles_of((int)k) * G4_TILE;
         G4_ALLOC(exec, xs[i].data, n_groups * xs[i].stride);
         max_k = k > max_k ? k : max_k;
@@ -111,16 +128,21 @@ static void run_task(void *context, int task, int worker)
     const int column = local % groups * TASK_COLUMNS, row = local / groups * rows, k = (int)job->w.n_cols;
     const int n = (int)job->w.n_rows - column < TASK_COLUMNS ? (int)job->w.n_rows - column : TASK_COLUMNS;
     const int m = job->m - row < rows ? job->m - row : rows;
-    const g4_tiles x = g4_tiles_from(&t->xs[t->inputs->of_job[j]], row);
+    const int pieces = n_pieces(t->exec);
+    const g4_tiles *xs = &t->xs[t->inputs->of_job[j] * pieces];
     float *out = job->out + (size_t)row * job->out_stride + (size_t)column;
     uint16_t *w = t->weights + (size_t)worker * TASK_COLUMNS * STRIDE;
     float *sums = t->sums + (size_t)worker * g4_tile_sums(TASK_ROWS, TASK_COLUMNS);
     for (int at = 0; at < k; at += BLOCK_K) {
         const int length = k - at < BLOCK_K ? k - at : BLOCK_K;
-        const g4_tiles x_at = {x.data + (size_t)(at / G4_TILE_INPUTS) * G4_TILE, x.stride};
         narrow_weights(kernels, &job->w, column, n, at, length, w);
-        kernels->matmul_tiles(&x_at, m, w, STRIDE, n, g4_tiles_of(length), sums, at > 0, at + length < k ? NULL : out,
-                              job->out_stride);
+        for (int p = pieces - 1; p >= 0; p--) { /* the smallest first, as long as the sums are small */
+            const bool first = at == 0 && p == pieces - 1, last = at + length == k && p == 0;
+            g4_tiles x = g4_tiles_from(&xs[p], row);
+            x.data += (size_t)(at / G4_TILE_INPUTS) * G4_TILE;
+            kernels->matmul_tiles(&x, m, w, STRIDE, n, g4_tiles_of(length), sums, !first, last ? out : NULL,
+                                  job->out_stride);
+        }
     }
 }
 
@@ -130,7 +152,7 @@ static void note(g4_exec *exec, double start, const g4_linear_job *jobs, int n_j
     if (!exec->profile)
         return;
     for (int i = 0; i < n_jobs; i++) {
-        work += 2.0 * jobs[i].m * (double)jobs[i].w.n_rows * (double)jobs[i].w.n_cols;
+        work += 2.0 * n_pieces(exec) * jobs[i].m * (double)jobs[i].w.n_rows * (double)jobs[i].w.n_cols;
         bytes += (double)jobs[i].w.n_rows * (double)g4_dtype_bytes(jobs[i].w.dtype, jobs[i].w.n_cols);
     }
     exec->profile->ops[jobs[0].w.op].bf16_work += work;

@@ -123,6 +123,19 @@ static int build(model_object *self, PyObject *config, PyObject *items, const g4
     return status == G4_OK ? 0 : -1;
 }
 
+static const char *const precisions[] = {[G4_EXACT] = "exact", [G4_HIGH] = "high", [G4_FAST] = "fast"};
+
+static bool parse_precision(const char *name, g4_precision *precision)
+{
+    for (int p = G4_EXACT; p <= G4_FAST; p++)
+        if (strcmp(name, precisions[p]) == 0) {
+            *precision = (g4_precision)p;
+            return true;
+        }
+    PyErr_Format(PyExc_ValueError, "precision=\"%s\": expected \"exact\", \"high\" or \"fast\"", name);
+    return false;
+}
+
 static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"config", "tensors", "threads", "precision", NULL};
@@ -136,11 +149,8 @@ static int model_init(PyObject *object, PyObject *args, PyObject *kwargs)
         PyErr_SetString(PyExc_RuntimeError, "this model is initialised already");
         return -1;
     }
-    options.fast = strcmp(precision, "fast") == 0;
-    if (!options.fast && strcmp(precision, "exact") != 0) {
-        PyErr_Format(PyExc_ValueError, "precision=\"%s\": expected \"exact\" or \"fast\"", precision);
+    if (!parse_precision(precision, &options.precision))
         return -1;
-    }
     PyObject *items = PyMapping_Items(mapping);
     if (!items)
         return -1;
@@ -223,7 +233,7 @@ static PyObject *get_precision(PyObject *self, void *unused)
     (void)unused;
     if (!engine_ready((model_object *)self))
         return NULL;
-    return PyUnicode_FromString(g4_model_is_fast(((model_object *)self)->model) ? "fast" : "exact");
+    return PyUnicode_FromString(precisions[g4_model_precision(((model_object *)self)->model)]);
 }
 
 static PyObject *get_isa(PyObject *self, void *unused)
@@ -242,7 +252,7 @@ static PyObject *get_weight_bytes(PyObject *self, void *unused)
 
 static PyGetSetDef model_getset[] = {
     {"threads", get_threads, NULL, "Threads of the pool, the caller included.", NULL},
-    {"precision", get_precision, NULL, "\"exact\" or \"fast\".", NULL},
+    {"precision", get_precision, NULL, "\"exact\", \"high\" or \"fast\".", NULL},
     {"isa", get_isa, NULL, "Instruction set in use.", NULL},
     {"weight_bytes", get_weight_bytes, NULL, "Bytes of all tensors in use.", NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -66,14 +66,14 @@ static void test_chunks_and_threads(fixture *f, const float *expected)
     }
 }
 
-/* With and without OpenBLAS. */
-static void test_fast(fixture *f, const float *expected)
+/* `fast`, `high`: with and without OpenBLAS, AMX. */
+static void test_other_precision(fixture *f, g4_precision precision, const float *expected)
 {
     static float logits[N_TOKENS * VOCAB];
     float furthest = 0, largest = 0;
     bool finite = true;
-    g4_model *model = new_model_with(f, (g4_model_options){.n_threads = 2, .fast = true});
-    CHECK(g4_model_is_fast(model));
+    g4_model *model = new_model_with(f, (g4_model_options){.n_threads = 2, .precision = precision});
+    CHECK(g4_model_precision(model) == precision);
     whole_prompt(model, 0, logits);
     for (int i = 0; i < N_TOKENS * VOCAB; i++) {
         furthest = fmaxf(furthest, fabsf(logits[i] - expected[i]));
@@ -423,7 +423,8 @@ int main(void)
     whole_prompt(model, 0, expected);
     g4_model_free(model);
     test_chunks_and_threads(&f, expected);
-    test_fast(&f, expected);
+    test_other_precision(&f, G4_HIGH, expected);
+    test_other_precision(&f, G4_FAST, expected);
     test_token_by_token_fork_and_truncate(&f, expected);
     test_far_apart_rows(&f);
     test_steps_beyond_rings(&f);

@@ -297,7 +297,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     make_config(&r, f);
     (void)g4_text_tensors(&f->config, add_tensor, &(tensor_maker){&r, f}, &err); /* an invalid config has none */
     err = (g4_error){0};
-    const g4_model_options options = {.n_threads = mostly(&r, 1), .fast = below(&r, 2)};
+    const g4_model_options options = {.n_threads = mostly(&r, 1), .precision = (g4_precision)below(&r, 3)};
     g4_status status = g4_model_new(&f->config, f->tensors, (size_t)f->n_tensors, &options, &model, &err);
     if (status != G4_OK && !err.message[0])
         abort();

@@ -280,6 +280,35 @@ static uint16_t *narrow_rows(const g4_kernels *t, const float *w, int n, int k, 
     return rows;
 }
 
+static bool is_piece_sum(float x, float high, float middle, float low)
+{
+    if (!isfinite(x))
+        return middle == 0 && low == 0 && (isnan(x) ? isnan(high) : high == x);
+    const double sum = (double)high + (double)middle + (double)low;
+    return fabs(sum - (double)x) < (fabsf(x) < 0x1p-100f ? 0x1p-124 : 0x1p-1000);
+}
+
+/* The three tiles of n rows of x sum to x; everything outside is zero. */
+static void check_pieces(const g4_kernels *t, int kind, int n, int k)
+{
+    float *x = random_row(kind, (size_t)(n * k));
+    uint16_t *tiles[G4_PIECES];
+    bool good = true;
+    for (int p = 0; p < G4_PIECES; p++)
+        tiles[p] = tiles_new(n, k).data;
+    t->tiles_of_pieces(x, (size_t)k, n, k, tiles);
+    for (int l = 0; l < g4_tiles_of(k) * G4_TILE_INPUTS; l++)
+        for (int r = 0; r < G4_TILE_ROWS; r++) {
+            const int at = l / G4_TILE_INPUTS * G4_TILE + l % G4_TILE_INPUTS / 2 * 32 + r * 2 + l % 2;
+            good &= is_piece_sum(r < n && l < k ? x[r * k + l] : 0, g4_bf16_to_f32(tiles[0][at]),
+                                 g4_bf16_to_f32(tiles[1][at]), g4_bf16_to_f32(tiles[2][at]));
+        }
+    check(good, t, "tiles_of_pieces", "", n, 1, k);
+    for (int p = 0; p < G4_PIECES; p++)
+        free(tiles[p]);
+    free(x);
+}
+
 /* In one call, or in two, where the second begins at the sums of the first. */
 static void check_tiles(const g4_kernels *t, int kind, int m, int n, int k, bool twice)
 {
@@ -397,8 +426,10 @@ void test_tiles(void)
                                    {32, 32, 64}, {33, 48, 100}, {70, 97, 90}, {48, 31, 544}};
     for (int t = 0; t < n_tables; t++)
         for (int s = 0; tables[t]->matmul_tiles && s < 8; s++)
-            for (int kind = 0; kind < N_KINDS; kind++)
+            for (int kind = 0; kind < N_KINDS; kind++) {
                 check_tiles(tables[t], kind, sizes[s][0], sizes[s][1], sizes[s][2], (s + kind) % 2);
+                check_pieces(tables[t], kind, sizes[s][0] % 16 + 1, sizes[s][2]);
+            }
     for (int t = 0; t < n_tables; t++)
         if (tables[t]->matmul_by_tiles) {
             for (int kind = 0; kind < N_KINDS; kind++)

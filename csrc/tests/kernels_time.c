@@ -100,6 +100,13 @@ static void time_tiles_of_x(const g4_kernels *t, const operands *o)
     t->tiles_of_x(o->x, K, G4_TILE_ROWS, K, o->tiles.data);
 }
 
+static void time_pieces(const g4_kernels *t, const operands *o)
+{
+    uint16_t *const tiles[G4_PIECES] = {o->tiles.data, o->tiles.data + o->tiles.stride,
+                                        o->tiles.data + 2 * o->tiles.stride};
+    t->tiles_of_pieces(o->x, K, G4_TILE_ROWS, K, tiles);
+}
+
 static void time_tiles(const g4_kernels *t, const operands *o)
 {
     t->matmul_tiles(&o->tiles, o->m, o->narrow, K, N, g4_tiles_of(K), o->z, false, o->out, N);
@@ -121,7 +128,7 @@ static operands operands_new(void)
     o.bytes = int8_rows_new(MOST_ROWS, K);
     o.rows16 = (g4_rows16){allocate(MOST_ROWS * stride16 * 2), allocate(MOST_ROWS * groups * 4), (int)stride16};
     o.panel16 = (g4_panel16){allocate(stride16 * 32), allocate(groups * 64)};
-    o.tiles = (g4_tiles){allocate(2 * (size_t)g4_tiles_of(K) * G4_TILE * 2), (size_t)g4_tiles_of(K) * G4_TILE};
+    o.tiles = (g4_tiles){allocate(G4_PIECES * (size_t)g4_tiles_of(K) * G4_TILE * 2), (size_t)g4_tiles_of(K) * G4_TILE};
     o.narrow = allocate((size_t)N * K * 2);
     scalar->pack_panel(o.y, K, 16, K, o.panel);
     time_rows16(scalar, &o), time_pack16(scalar, &o);
@@ -240,6 +247,7 @@ void report_times(void)
     report("pack_panel16", time_pack16, &o, NULL);
     report("matmul_panel16", time_panel16, &o, NULL);
     report("tiles_of_x", time_tiles_of_x, &o, has_tiles);
+    report("tiles_of_pieces", time_pieces, &o, has_tiles);
     report("matmul_tiles", time_tiles, &o, has_tiles);
     for (o.row = 0; o.row < N_ROW_KERNELS; o.row++)
         report(row_names[o.row], time_row, &o, NULL);

@@ -199,7 +199,7 @@ static g4_status live(scene *s, g4_error *err)
 {
     g4_model *model = NULL;
     g4_sequence *seq = NULL;
-    const g4_model_options options = {.n_threads = 3, .fast = s->fast};
+    const g4_model_options options = {.n_threads = 3, .precision = s->fast ? G4_FAST : G4_HIGH};
     G4_TRY(g4_model_new(&s->f->config, s->f->tensors, s->f->n_tensors, &options, &model, err));
     g4_model *const usual = s->model;
     s->model = model;
@@ -607,7 +607,7 @@ void test_memory(void)
         const long before = n_live;
         s.f = &f;
         s.fast = fast;
-        s.model = new_model_with(&f, (g4_model_options){.n_threads = 2, .fast = fast});
+        s.model = new_model_with(&f, (g4_model_options){.n_threads = 2, .precision = fast ? G4_FAST : G4_HIGH});
         s.seq = filled_sequence(&s, N_TOKENS);
         memcpy(s.expected, s.logits, sizeof s.logits);
         g4_sequence_free(s.seq);

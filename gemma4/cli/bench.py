@@ -34,7 +34,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curve", action="store_true", help=text)
     text = "numbers of rows of --curve, such as 1-16,24,32 (default: 1-10, and 12 more up to 64)"
     parser.add_argument("--rows", metavar="N,N-N", help=text)
-    parser.add_argument("--precision", choices=("exact", "fast"), help="default: the model's own")
+    parser.add_argument("--precision", choices=("exact", "high", "fast"), help="default: the model's own")
     parser.add_argument("--profile", action="store_true", help="also a table of where the time goes, per operation")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
     text = 'draw --batch or --curve with the machine\'s limits: .png, .svg or .html (pip install "gemma4[plot]")'

@@ -62,12 +62,13 @@ class Spec:
     def of(cls, model: Model, plan: Plan, store: Store, workers: int) -> Spec:
         """For workers that share the model's threads."""
         mmproj = model.checkpoint.mmproj_path
-        precision: Precision = "exact" if model.engine.precision == "exact" else "fast"
         threads = max(1, model.engine.threads // workers)
         path = str(model.checkpoint.path.absolute())
         here = Store(store.root.absolute())
         encoders = None if mmproj is None else str(mmproj.absolute())
-        return cls(plan, here, path, encoders, precision, model.kv_dtype, threads, sampled_fingerprint(model))
+        return cls(
+            plan, here, path, encoders, model.engine.precision, model.kv_dtype, threads, sampled_fingerprint(model)
+        )
 
     def load(self) -> Model:
         """Raises FormatError if the model is not the one of the plan, ValueError if this machine's results have other

@@ -88,6 +88,7 @@ def test_every_kernel_is_swept_here() -> None:
     others |= {"quantize_rows16", "softmax_rows16", "pack_panel16", "matmul_panel16"}
     others |= {"tiles_of_x", "bf16_row_bf16", "matmul_tiles"}  # also, emulated, in csrc/tests, as are
     others |= {"matmul_by_tiles", "tiles_of_values"}  # these two (csrc/tests/kernels_test_attention.c)
+    others |= {"tiles_of_pieces"}  # csrc/tests/kernels_test_products.c
     others |= {f"bf16_row_{dtype.lower()}" for dtype in FORMATS}
     assert set(testing.names()) == rows | by_type | in_blocks | limits | others
     assert ISAS[0] == "scalar"

@@ -109,7 +109,7 @@ g4_status g4_encode(const g4_encoder *encoder, const g4_medium *media, int n_med
     g4_encode_pass p = {.exec = {.kernels = encoder->model->kernels,
                                  .pool = encoder->model->pool,
                                  .arena = arena,
-                                 .fast = encoder->model->fast,
+                                 .fast = encoder->model->precision == G4_FAST,
                                  .poll = poll,
                                  .poll_context = poll_context,
                                  .profile = profile,

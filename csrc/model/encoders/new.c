@@ -101,7 +101,7 @@ static g4_status bind(g4_encoder *e, const g4_named_tensor *tensors, size_t n_te
     g4_binder b = {.config = &e->config,
                    .letter = letter_size,
                    .clipped = e->config.clipped,
-                   .copy_with = e->model->fast ? &exec : NULL,
+                   .copy_with = e->model->precision == G4_FAST ? &exec : NULL,
                    .arena = e->vectors,
                    .err = err};
     g4_status status = g4_binder_open(&b, tensors, n_tensors);
