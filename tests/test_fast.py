@@ -12,6 +12,7 @@ from small_models import write_calm_checkpoint
 from tokenizers import Tokenizer
 
 import gemma4
+from gemma4.model import Precision
 from gemma4.quantization import compare
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +107,23 @@ def test_looking_at_pruned_rows_changes_nothing(name: str, kind: str, tmp_path: 
             for site in (f"{upper}.hook_mlp_out", f"{upper}.attn.hook_z", "blocks.0.hook_resid_pre"):
                 logits = model.run_with_hooks(ids, [(site, lambda x, site: None)], logits=positions)
                 assert np.array_equal(logits.view(np.int32), expected.view(np.int32)), (positions, site)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "BF16", "F32"])
+@pytest.mark.parametrize("precision", ["exact", "high", "fast"])
+def test_a_row_s_logits_do_not_depend_on_the_blocks_of_rows(kind: str, precision: Precision, tmp_path: Path) -> None:
+    """The head takes 32 rows at a time, and what is left. (With fewer than 48, the pruned layers choose another method
+    for plain weights in `fast`.)"""
+    path = tmp_path / "model.gguf"
+    gemma4.quantize("tiny-e", path, type=kind)
+    with gemma4.load(path, precision=precision) as model:
+        ids = text_ids("tiny-e")[:200]
+        expected = model.forward(ids)
+        least = 48 if precision == "fast" and kind in ("BF16", "F32") else 32
+        for n in (n for n in (32, 33, 37, 38, 39, 63, 64, 65, 101) if n >= least):
+            first = (200 - n) // 2
+            logits = model.forward(ids, logits=list(range(first, first + n)))
+            assert np.array_equal(logits.view(np.int32), expected[first : first + n].view(np.int32)), n
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "BF16"])

@@ -54,6 +54,28 @@ typedef enum {
     BY_TILES   /* bf16 tiles: ops/linear_bf16.h */
 } method;
 
+static bool has_tiles(const g4_kernels *kernels, g4_dtype dtype)
+{
+    const bool amx = kernels->isa == G4_ISA_AMX;
+    return kernels->matmul_tiles && (dtype == G4_BF16 || (amx && g4_is_quantised(dtype)));
+}
+
+static int least_tile_rows(const g4_kernels *kernels)
+{
+    return kernels->isa == G4_ISA_AMX ? STREAM_ROWS + 1 : TILE_ROWS;
+}
+
+/* 32 rows go by rows or by tiles. By rows, a float32 row has its own bits. The int8 kernels add a few rows in another
+ * order than many. */
+int g4_linear_least_rows(const g4_exec *exec, const g4_matrix *w)
+{
+    if (!exec->fast)
+        return 1;
+    if (has_tiles(exec->kernels, w->dtype))
+        return least_tile_rows(exec->kernels);
+    return g4_is_quantised(w->dtype) ? G4_INT8_FEW + 1 : 1;
+}
+
 /* All methods but BY_ROWS are for many rows in `fast`, where the order of additions is free. In `high`, bf16 weights
  * always go BY_TILES on AMX, however few the rows, so that none depends on another; all else is as in `exact`. On
  * AVX-512 BF16, three products take longer than one in float32: it multiplies only twice as fast (Zen 4: 460 and 232
@@ -70,15 +92,13 @@ typedef enum {
 static method method_of(const g4_exec *exec, const g4_linear_job *job)
 {
     const g4_kernels *kernels = exec->kernels;
-    const bool quantised = g4_is_quantised(job->w.dtype), amx = kernels->isa == G4_ISA_AMX;
-    if (exec->high && amx && job->w.dtype == G4_BF16)
+    if (exec->high && kernels->isa == G4_ISA_AMX && job->w.dtype == G4_BF16)
         return BY_TILES;
     if (!exec->fast)
         return BY_ROWS;
-    if (kernels->matmul_tiles && job->m >= (amx ? STREAM_ROWS + 1 : TILE_ROWS) &&
-        (job->w.dtype == G4_BF16 || (quantised && amx)))
+    if (has_tiles(kernels, job->w.dtype) && job->m >= least_tile_rows(kernels))
         return BY_TILES;
-    if (quantised || job->m < MATRIX_ROWS)
+    if (g4_is_quantised(job->w.dtype) || job->m < MATRIX_ROWS)
         return BY_ROWS;
     const bool wider = kernels->isa != G4_ISA_AVX2 && kernels->isa != G4_ISA_AVX_VNNI;
     return wider && g4_has_blas() ? BY_BLAS : BY_PANELS;

@@ -14,6 +14,10 @@ typedef struct {
     size_t out_stride;
 } g4_linear_job;
 
+/* The fewest rows of x that `fast` computes by the method of 32 rows: fewer could give other bits. 1 if the number of rows
+ * (up to 32) changes nothing. */
+int g4_linear_least_rows(const g4_exec *exec, const g4_matrix *w);
+
 g4_status g4_linear_jobs(g4_exec *exec, const g4_linear_job *jobs, int n_jobs);
 
 /* One linear layer between dense arrays. */

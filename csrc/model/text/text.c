@@ -282,11 +282,12 @@ static g4_status give_block(g4_forward *f, int first, int n, const float *logits
     return found.n ? g4_pick_rows(&f->exec, found.rows, found.picks, found.n, f->config->d_vocab) : G4_OK;
 }
 
-/* Splits [begin, end) into blocks of LOGITS_BLOCK rows. The last block overlaps the one before it to be full. The rows
- * per block choose a row's method, so it does not depend on where chunks end. */
-static int next_block(int begin, int end, int *first)
+/* Splits [begin, end) into blocks of LOGITS_BLOCK rows. The rows per block choose a row's method, which must not depend on
+ * where chunks end. So a last block that is too short for the method overlaps the one before it. */
+static int next_block(const g4_forward *f, int begin, int end, int *first)
 {
-    *first = end - *first >= LOGITS_BLOCK ? *first : end - LOGITS_BLOCK;
+    const int least = g4_linear_least_rows(&f->exec, &f->model->weights.head);
+    *first = end - *first >= least ? *first : end - least;
     *first = *first < begin ? begin : *first;
     return end - *first < LOGITS_BLOCK ? end - *first : LOGITS_BLOCK;
 }
@@ -297,7 +298,7 @@ static g4_status logits_in_blocks(g4_forward *f, const float *x)
     g4_arena_mark mark = g4_arena_save(f->exec.arena);
     for (int first = 0, n; first < f->n_rows; first += n) {
         float *logits;
-        n = next_block(0, f->n_rows, &first);
+        n = next_block(f, 0, f->n_rows, &first);
         G4_ALLOC(&f->exec, logits, (size_t)n * (size_t)f->config->d_vocab);
         G4_TRY(head(f, x, first, n, logits));
         G4_TRY(cap_logits(f, logits, n));
@@ -314,7 +315,7 @@ static g4_status scatter_logits(g4_forward *f, const float *x, const int *rows, 
     g4_arena_mark mark = g4_arena_save(f->exec.arena);
     for (int first = begin, n; first < end; first += n) {
         float *some_x, *some;
-        n = next_block(begin, end, &first);
+        n = next_block(f, begin, end, &first);
         G4_ALLOC(&f->exec, some_x, (size_t)n * d);
         G4_ALLOC(&f->exec, some, (size_t)n * v);
         for (int i = 0; i < n; i++)
