@@ -67,7 +67,9 @@ def arguments() -> argparse.Namespace:
         metavar="DIR",
         help="Hugging Face directory for transformers and mistral.rs (default: --model, if that is one)",
     )
-    parser.add_argument("--precision", choices=["exact", "fast"], help="of this package (default: the model's own)")
+    parser.add_argument(
+        "--precision", choices=["exact", "high", "fast"], help="of this package (default: the model's own)"
+    )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3, help="prompts and captures timed in each round")
