@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a change of the decoding rate is the engine's or the machine's: decoding takes turns with plain reads of memory.
+"""Whether a jump of the decoding rate is the engine's or the machine's: decoding takes turns with reads of memory.
 
     python benchmarks/steadiness.py MODEL --seconds 60
 
-One sequence decodes on and on. Every few tokens as many threads read 256 MiB in a loop of additions, the only part of the
-engine involved. Turns are sorted by the bandwidth found; the table shows the decoding rate of each fifth of them. Where the
-share of the bandwidth stays the same while the rate jumps, memory is what jumps.
+One sequence decodes again and again. Every few tokens as many threads read 256 MiB, adding up what they read. Turns are
+sorted by the bandwidth found; the table shows the decoding rate of each fifth of them. Where the share of the bandwidth
+stays the same while the rate jumps, memory is what jumps.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def turns(model: gemma4.Model, seconds: float) -> tuple[np.ndarray, float]:
         for i in range(TOKENS):
             model.forward(ids[i : i + 1], sequence=sequence)
         rate = TOKENS / (time.perf_counter() - start)
+        sequence.truncate(PROMPT)
         reads = max(_engine.read_rate(memory, model.engine.threads)[0] for _ in range(PASSES))
         found.append((rate, reads / 1e9))
     return np.array(found), n_bytes / 1e9
