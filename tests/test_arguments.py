@@ -95,7 +95,7 @@ def test_no_name_is_not_the_working_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("value", ["turbo", "", 5, True, b"exact", ["exact"]])
 def test_precision(value):
-    with pytest.raises(ValueError, match="precision must be one of exact, fast"):
+    with pytest.raises(ValueError, match="precision must be one of exact, high, fast"):
         gemma4.load("tiny-e", precision=value)
 
 

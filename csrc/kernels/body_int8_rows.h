@@ -72,6 +72,7 @@ static void put_block(const byte_block *block, int row, int b, size_t stride, co
         for (int eight = 0; eight < 4; eight++)
             memcpy(q + (b * 4 + eight) * 32 + lane * 8, block->q + eight * 8, 8);
         rows->minus_4[2 * at] = rows->minus_4[2 * at + 1] = (int16_t)(-4 * sum);
+        rows->minus_8[at] = -8 * sum;
     } else
         for (int half = 0; half < 2; half++)
             memcpy(q + b / 8 * 256 + b % 4 * 64 + half * 32 + b / 4 % 2 * 16, block->q + half * 16, 16);

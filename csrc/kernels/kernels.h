@@ -22,7 +22,8 @@ typedef struct {
     float *scale; /* [m / R, K / 32, R] */
     float *sum16,
         *sum32;       /* [m / R, K / 16, R], [m / R, K / 32, R] scale times the sum of q, for formats with a minimum */
-    int16_t *minus_4; /* [m / 4, K / 32, 4, 2] only if by_fours: -4 times the sum of q, twice, for Q4_0 */
+    int16_t *minus_4; /* [m / 4, K / 32, 4, 2] only if by_fours: -4 times the sum of q, twice, for Q4_0; … */
+    int32_t *minus_8; /* [m / 4, K / 32, 4] … and what the two add up to, for VNNI */
     bool by_fours;
 } g4_int8_rows;
 

@@ -232,8 +232,10 @@ static g4_status int8_rows_new(g4_exec *exec, const g4_linear_job *job, g4_int8_
     G4_ALLOC(exec, rows->scale, n / 32);
     G4_ALLOC(exec, rows->sum16, n / 16);
     G4_ALLOC(exec, rows->sum32, n / 32);
-    if (rows->by_fours)
+    if (rows->by_fours) {
         G4_ALLOC(exec, rows->minus_4, n / 16);
+        G4_ALLOC(exec, rows->minus_8, n / 32);
+    }
     return G4_OK;
 }
 

@@ -111,27 +111,30 @@ static PyObject *test_matmul_packed(PyObject *self, PyObject *args)
     return out;
 }
 
-/* Arrays for g4_int8_rows: (q int8, scale, sum16, sum32, minus_4 int16), one row per row of x, m padded as
+/* Arrays for g4_int8_rows: (q int8, scale, sum16, sum32, minus_4 int16, minus_8 int32), one row per row of x, m padded as
  * g4_int8_bytes says; the padding is 0. */
 static PyObject *int8_arrays(npy_intp m, npy_intp k)
 {
     const npy_intp stride = (npy_intp)g4_int8_stride((size_t)k),
                    rows = (npy_intp)g4_int8_bytes((int)m, (size_t)k) / stride;
-    return Py_BuildValue("(NNNNN)", PyArray_ZEROS(2, ((npy_intp[]){rows, stride}), NPY_INT8, 0),
+    return Py_BuildValue("(NNNNNN)", PyArray_ZEROS(2, ((npy_intp[]){rows, stride}), NPY_INT8, 0),
                          PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 32}), NPY_FLOAT32, 0),
                          PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 16}), NPY_FLOAT32, 0),
                          PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 32}), NPY_FLOAT32, 0),
-                         PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 16}), NPY_INT16, 0));
+                         PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 16}), NPY_INT16, 0),
+                         PyArray_ZEROS(2, ((npy_intp[]){rows, stride / 32}), NPY_INT32, 0));
 }
 
 /* ValueError unless `arrays` match int8_arrays(m, k). */
 static bool int8_rows_of(PyObject *arrays, npy_intp m, npy_intp k, g4_int8_rows *rows)
 {
-    static const int types[] = {NPY_INT8, NPY_FLOAT32, NPY_FLOAT32, NPY_FLOAT32, NPY_INT16};
-    const npy_intp n = (npy_intp)g4_int8_bytes((int)m, (size_t)k), sizes[] = {n, n / 32, n / 16, n / 32, n / 16};
-    void *data[5];
-    for (int i = 0; i < 5; i++) {
-        PyObject *one = PyTuple_Check(arrays) && PyTuple_Size(arrays) == 5 ? PyTuple_GetItem(arrays, i) : NULL;
+    enum { N = 6 };
+    static const int types[N] = {NPY_INT8, NPY_FLOAT32, NPY_FLOAT32, NPY_FLOAT32, NPY_INT16, NPY_INT32};
+    const npy_intp n = (npy_intp)g4_int8_bytes((int)m, (size_t)k),
+                   sizes[N] = {n, n / 32, n / 16, n / 32, n / 16, n / 32};
+    void *data[N];
+    for (int i = 0; i < N; i++) {
+        PyObject *one = PyTuple_Check(arrays) && PyTuple_Size(arrays) == N ? PyTuple_GetItem(arrays, i) : NULL;
         if (!one || !PyArray_Check(one) || PyArray_TYPE((PyArrayObject *)one) != types[i] ||
             PyArray_SIZE((PyArrayObject *)one) != sizes[i] || !PyArray_IS_C_CONTIGUOUS((PyArrayObject *)one)) {
             PyErr_Format(PyExc_ValueError, "expected what quantize_rows returns for x [%zd, %zd]", m, k);
@@ -139,11 +142,11 @@ static bool int8_rows_of(PyObject *arrays, npy_intp m, npy_intp k, g4_int8_rows 
         }
         data[i] = PyArray_DATA((PyArrayObject *)one);
     }
-    *rows = (g4_int8_rows){data[0], data[1], data[2], data[3], data[4], m > G4_INT8_FEW};
+    *rows = (g4_int8_rows){data[0], data[1], data[2], data[3], data[4], data[5], m > G4_INT8_FEW};
     return true;
 }
 
-/* quantize_rows(isa, x [m, k]) -> q int8 [m, K], scale [m, K / 32], sum16 [m, K / 16], sum32 [m, K / 32], minus_4 */
+/* quantize_rows(isa, x [m, k]) -> q int8 [m, K], scale [m, K / 32], sum16 [m, K / 16], sum32 [m, K / 32], minus_4, minus_8 */
 static PyObject *test_quantize_rows(PyObject *self, PyObject *args)
 {
     const char *isa;
@@ -728,7 +731,7 @@ static PyMethodDef testing_methods[] = {
      "matmul(isa, dtype, x [m, k], w [n, k]) -> [m, n]; quantised w as uint8 [n, bytes]"},
     {"matmul_packed", test_matmul_packed, METH_VARARGS, "The same, x packed first."},
     {"quantize_rows", test_quantize_rows, METH_VARARGS,
-     "quantize_rows(isa, x [m, k]) -> q, scale, sum16, sum32, minus_4"},
+     "quantize_rows(isa, x [m, k]) -> q, scale, sum16, sum32, minus_4, minus_8"},
     {"matmul_int8", test_matmul_int8, METH_VARARGS, "matmul_int8(isa, dtype, quantize_rows(…), m, w) -> [m, n]"},
     {"weighted_sum", test_weighted_sum, METH_VARARGS,
      "weighted_sum(isa, dtype, p [m, n], v [n, d], acc [m, d]) -> [m, d]"},

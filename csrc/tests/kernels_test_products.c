@@ -45,13 +45,14 @@ static void check_matmul(g4_dtype dtype, int kind, int m, int n, int k)
 g4_int8_rows int8_rows_new(int m, int k)
 {
     const size_t n = g4_int8_bytes(m, (size_t)k);
-    return (g4_int8_rows){allocate(n),          allocate(n / 32 * 4), allocate(n / 16 * 4),
-                          allocate(n / 32 * 4), allocate(n / 16 * 2), m > G4_INT8_FEW};
+    return (g4_int8_rows){allocate(n),          allocate(n / 32 * 4), allocate(n / 16 * 4), allocate(n / 32 * 4),
+                          allocate(n / 16 * 2), allocate(n / 32 * 4), m > G4_INT8_FEW};
 }
 
 void int8_rows_free(g4_int8_rows rows)
 {
     free(rows.q), free(rows.scale), free(rows.sum16), free(rows.sum32), free(rows.minus_4);
+    free(rows.minus_8);
 }
 
 static g4_int8_rows check_quantize(const float *x, int m, int k)

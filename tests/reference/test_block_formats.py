@@ -155,7 +155,7 @@ def test_quantize_rows(isa: str, m: int) -> None:
     x[1, :32] = 0
     x[2, 32:64] *= 1e-30
     x[3, 5] = 1e30
-    (q, scale, sum16, sum32, minus_4), values = rounded(x, isa)
+    (q, scale, sum16, sum32, minus_4, minus_8), values = rounded(x, isa)
     assert q.shape == (m if m <= FEW else (m + 3) // 4 * 4, 256)
     q, scale, sum16, sum32 = in_order(q, m), by_row(scale, m), by_row(sum16, m), by_row(sum32, m)
     blocks = np.zeros((m, 8, 32), np.float32)
@@ -169,6 +169,7 @@ def test_quantize_rows(isa: str, m: int) -> None:
     if m > FEW:
         for lane in range(2):
             assert np.array_equal(by_row(minus_4[:, lane::2], m), -4 * q.sum(-1, dtype=np.int32))
+        assert np.array_equal(by_row(minus_8, m), -8 * q.sum(-1, dtype=np.int32))
 
 
 @pytest.mark.parametrize("isa", ISAS)
